@@ -1,0 +1,293 @@
+"""What one datum is: a conversation, a raw text, or ids that somebody else has tokenised.
+
+`read_conversation` turns outside data into a `Conversation` and refuses what it cannot read, with
+file, line and turn. Below it everything may trust that a conversation is well formed.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from whet.errors import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING_KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # three names of one thing
+TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING_PARTS = ("reasoning", "thinking")
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages as a chat template sees them: role, content, reasoning_content, tool_calls, ...
+
+    `weights[i]` is the loss weight of message i, None where the data say nothing: then it is 1 for
+    the assistant and 0 for everybody else. `source` and `line` (from 1, 0 if there is none) say
+    where it was read. `extra` holds the record's other fields; templates do not see them.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    weights: list[float | None] = field(default_factory=list)
+    source: str = ""
+    line: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            object.__setattr__(self, "weights", [None] * len(self.messages))
+
+    @property
+    def where(self) -> str:
+        """`file:line`, to begin an error message with."""
+        return place(self.source, self.line)
+
+
+@dataclass(frozen=True)
+class RawText:
+    """Plain text, trained from its first to its last token."""
+
+    text: str
+    source: str = ""
+    line: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return place(self.source, self.line)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids and their loss weights (same length), made by somebody else, taken as they are."""
+
+    ids: list[int]
+    mask: list[float]
+    source: str = ""
+    line: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return place(self.source, self.line)
+
+
+def place(source: str, line: int) -> str:
+    """`file:line`, or what of it is known."""
+    if not source:
+        return f"line {line}" if line else "conversation"
+    return f"{source}:{line}" if line else source
+
+
+def read_conversation(
+    messages: Any,
+    *,
+    tools: Any = None,
+    documents: Any = None,
+    source: str = "",
+    line: int = 0,
+    extra: dict[str, Any] | None = None,
+) -> Conversation:
+    """A checked `Conversation` out of outside data in OpenAI's shape.
+
+    Text parts are joined (without a separator, as templates that read parts do), reasoning gets its
+    one name, JSON strings of tool-call arguments become objects, `weight` moves to `weights`. The
+    input is not changed. Raises UserError with `file:line: message N: ...`.
+    """
+    where = place(source, line)
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            f"{where}: expected a non-empty list of messages, got {shown(messages)}; "
+            'each message looks like {"role": "user", "content": "…"}'
+        )
+    read: list[Message] = []
+    weights: list[float | None] = []
+    for number, message in enumerate(messages, 1):
+        at = f"{where}: message {number}"
+        one, weight = _read_message(message, at)
+        read.append(one)
+        weights.append(weight)
+    if all(message["role"] != "assistant" for message in read):
+        raise UserError(
+            f"{where}: no message has the role assistant, so there is nothing to learn from; "
+            "add the reply or remove the line"
+        )
+    return Conversation(
+        messages=read,
+        tools=_read_list_of_objects(tools, "tools", where),
+        documents=_read_list_of_objects(documents, "documents", where),
+        weights=weights,
+        source=source,
+        line=line,
+        extra=extra or {},
+    )
+
+
+def read_prompt(messages: Any, *, tools: Any = None, documents: Any = None) -> Conversation:
+    """As `read_conversation`, for messages that wait for a reply: none need be the assistant's."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"expected a non-empty list of messages, got {shown(messages)}")
+    read = [_read_message(message, f"message {n}")[0] for n, message in enumerate(messages, 1)]
+    return Conversation(
+        messages=read,
+        tools=_read_list_of_objects(tools, "tools", "prompt"),
+        documents=_read_list_of_objects(documents, "documents", "prompt"),
+    )
+
+
+def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
+    if not isinstance(message, Mapping):
+        raise UserError(f"{at}: expected an object with role and content, got {shown(message)}")
+    role = message.get("role")
+    if role not in ROLES:
+        known = ", ".join(ROLES)
+        what = "has no role" if role is None else f"has the unknown role {shown(role)}"
+        raise UserError(f"{at}: {what}; roles are {known}")
+    read = {key: value for key, value in message.items() if value is not None}
+    read.pop("weight", None)
+    weight = _read_weight(message.get("weight"), role, at)
+    _read_content(read, message.get("content"), at)
+    _read_reasoning(read, at)
+    if role == "assistant":
+        if "tool_calls" in read:
+            read["tool_calls"] = _read_tool_calls(read["tool_calls"], at)
+        if not read.get("tool_calls"):
+            read.pop("tool_calls", None)
+            if "content" not in read and "reasoning_content" not in read:
+                raise UserError(f"{at} (assistant): has neither content nor tool_calls")
+    elif "tool_calls" in read:
+        raise UserError(f"{at} ({role}): only an assistant message can hold tool_calls")
+    elif "content" not in read:
+        raise UserError(f'{at} ({role}): has no content; an empty text is written as ""')
+    read.setdefault(
+        "content", ""
+    )  # templates read message.content without asking whether it is there
+    for key in ("name", "tool_call_id"):
+        if key in read and not isinstance(read[key], str):
+            raise UserError(f"{at} ({role}): {key} must be a text, got {shown(read[key])}")
+    return read, weight
+
+
+def _read_weight(weight: Any, role: str, at: str) -> float | None:
+    if weight is None:
+        return None
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise UserError(f"{at} ({role}): weight must be a number, got {shown(weight)}")
+    if not math.isfinite(weight):
+        raise UserError(f"{at} ({role}): weight must be finite, got {weight}")
+    if role != "assistant" and weight != 0:
+        raise UserError(
+            f"{at} ({role}): weight {weight:g} would train words that are not the model's; "
+            "only assistant messages can have a weight other than 0"
+        )
+    return float(weight)
+
+
+def _read_content(read: Message, content: Any, at: str) -> None:
+    """Put the content's text into `read`, and its reasoning parts beside it."""
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise UserError(f"{at}: content must be a text or a list of parts, got {shown(content)}")
+    texts: list[str] = []
+    reasoning: list[str] = []
+    for number, part in enumerate(content, 1):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in TEXT_PARTS:
+            texts.append(_part_text(part, "text", at, number))
+        elif kind in REASONING_PARTS:
+            reasoning.append(_part_text(part, kind, at, number))
+        else:
+            raise UserError(
+                f"{at}: content part {number} is {shown(kind or part)}; Whet trains on text alone "
+                "and reads the parts text, reasoning and thinking"
+            )
+    read["content"] = "".join(texts)
+    if reasoning:
+        read["reasoning_content"] = "".join(reasoning)
+
+
+def _part_text(part: Mapping[str, Any], key: str, at: str, number: int) -> str:
+    for name in (key, "text", "value"):
+        if isinstance(part.get(name), str):
+            return str(part[name])
+    raise UserError(f"{at}: content part {number} holds no text under {key!r}: {shown(part)}")
+
+
+def _read_reasoning(read: Message, at: str) -> None:
+    found = {key: read.pop(key) for key in REASONING_KEYS if key in read}
+    for key, value in found.items():
+        if not isinstance(value, str):
+            raise UserError(f"{at}: {key} must be a text, got {shown(value)}")
+    if len(set(found.values())) > 1:
+        raise UserError(f"{at}: {' and '.join(found)} differ; keep one of them")
+    if not found:
+        return
+    if read["role"] != "assistant":
+        raise UserError(f"{at} ({read['role']}): only an assistant message can hold reasoning")
+    read["reasoning_content"] = next(iter(found.values()))
+
+
+def _read_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise UserError(f"{at}: tool_calls must be a list, got {shown(calls)}")
+    return [_read_tool_call(call, f"{at}: tool call {n}") for n, call in enumerate(calls, 1)]
+
+
+def _read_tool_call(call: Any, at: str) -> dict[str, Any]:
+    """OpenAI's shape, `{"type": "function", "function": {"name", "arguments"}}`; the inner one
+    alone is read, too. Arguments become an object: most templates print them with `tojson`."""
+    if not isinstance(call, Mapping):
+        raise UserError(f"{at}: expected an object, got {shown(call)}")
+    function = call.get("function") if "function" in call else call
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UserError(f"{at}: has no function name: {shown(call)}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as error:
+            raise UserError(f"{at}: arguments are not JSON ({error}): {shown(arguments)}") from None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"{at}: arguments must be an object, got {shown(arguments)}")
+    rest = {
+        key: value for key, value in call.items() if key in ("id", "index") and value is not None
+    }
+    inner = {"name": function["name"], "arguments": dict(arguments)}
+    return {"type": "function", **rest, "function": inner}
+
+
+def _read_list_of_objects(value: Any, name: str, where: str) -> list[dict[str, Any]] | None:
+    if value is None or value == []:
+        return None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{where}: {name} is a text that is not JSON ({error})") from None
+        return _read_list_of_objects(value, name, where)
+    if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
+        raise UserError(f"{where}: {name} must be a list of objects, got {shown(value)}")
+    return [dict(item) for item in value]
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """`value` as a short JSON text for an error message."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
