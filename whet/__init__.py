@@ -1,0 +1,1 @@
+"""Whet sharpens a pretrained base language model into an assistant."""

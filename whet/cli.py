@@ -1,0 +1,78 @@
+"""`whet <command>`: the table of commands, and how each ends.
+
+A command is a module with a dataclass `Config` and a function `main(config)`. The module is
+imported only when its command runs, so that `whet --help` is instant.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    # command: (module, one line of help)
+    "demo": ("whet.demo.run", "build a tiny world, pretrain, fine-tune and measure: 5 minutes"),
+    "pretrain": ("whet.stages.pretrain", "train a small base model on plain text"),
+    "prepare": ("whet.data.prepare", "conversations -> packed rows with loss mask"),
+    "inspect": ("whet.report.inspect", "see what is trained, token by token"),
+    "sft": ("whet.stages.sft", "fine-tune a base model on packed rows"),
+    "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
+    "chat": ("whet.generate.chat", "talk to a model"),
+    "export": ("whet.model.export", "write a model for other tools, merge adapters"),
+    "ledger": ("whet.train.ledger", "which documents a step saw, which steps saw a document"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 a bad flag, file or datum."""
+    from whet.errors import UserError
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if words else 2
+    if words[0] in ("--version", "version"):
+        print(f"whet {_version()}")
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"whet: error: {line}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `whet … | head`: the reader has gone, nothing is left to say
+        sys.stderr.close()
+        return 0
+
+
+def _run(command: str, flags: list[str]) -> int:
+    from whet.config import parse
+    from whet.errors import UserError
+
+    if command not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; commands: {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {command!r}{hint}")
+    module = importlib.import_module(COMMANDS[command][0])
+    return module.main(parse(module.Config, flags, command)) or 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items())
+    return (
+        "whet sharpens a pretrained base language model into an assistant.\n\n"
+        f"usage: whet COMMAND [flags]    whet COMMAND --help\n\n{rows}\n\n"
+        "Every flag can also stand in a TOML file: whet COMMAND --config FILE.toml; flags win."
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("whet")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

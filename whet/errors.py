@@ -1,0 +1,10 @@
+"""The one error type that is told in a line instead of a traceback."""
+
+
+class UserError(Exception):
+    """A bad file, flag or datum.
+
+    The message says what was given, what was expected, where (file and line, or flag) and what to
+    do. `whet.cli` prints it and exits with code 2. Anything else that is raised is a defect of Whet
+    and keeps its traceback.
+    """

@@ -1,0 +1,103 @@
+"""Progress that a person can watch and a log file can hold.
+
+On a terminal a rich bar; elsewhere (CI, `| tee`, SLURM) a plain line every few seconds, because a
+bar that redraws itself fills a log with control characters.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+PLAIN_LINE_EVERY_S = 5.0
+
+
+@dataclass
+class Progress:
+    """What `track` yields: `advance` it as work is done."""
+
+    description: str
+    total: float | None
+    unit: str
+    show: Callable[["Progress"], None]
+    done: float = 0.0
+    note: str = ""
+    started: float = field(default_factory=time.monotonic)
+
+    def advance(self, n: float = 1, note: str = "") -> None:
+        """Count `n` more units as done; `note` is shown at the end of the line."""
+        self.done += n
+        self.note = note or self.note
+        self.show(self)
+
+    def line(self) -> str:
+        """One line of text, such as `Packing: 1,200 of 5,000 rows (24 %), 600 rows/s, 6 s left`."""
+        rate = self.done / max(time.monotonic() - self.started, 1e-9)
+        unit = f" {self.unit}" if self.unit else ""
+        text = f"{self.description}: {self.done:,.0f}"
+        if self.total:
+            text += f" of {self.total:,.0f}{unit} ({100 * self.done / self.total:.0f} %)"
+        else:
+            text += unit
+        text += f", {rate:,.0f}{unit}/s" if rate >= 100 else f", {rate:.3g}{unit}/s"
+        if self.total and 0 < self.done < self.total:
+            text += f", {(self.total - self.done) / rate:.0f} s left"
+        return f"{text}  {self.note}".rstrip()
+
+
+@contextmanager
+def track(
+    description: str, total: float | None = None, unit: str = "", quiet: bool = False
+) -> Iterator[Progress]:
+    """Show the progress of the block it surrounds.
+
+    `total` is in `unit`s (None where it is not known beforehand). `quiet` shows nothing: ranks
+    other than 0 and tests pass it.
+    """
+    if quiet:
+        yield Progress(description, total, unit, show=lambda _: None)
+    elif sys.stderr.isatty():
+        yield from _bar(description, total, unit)
+    else:
+        yield from _lines(description, total, unit)
+
+
+def _lines(description: str, total: float | None, unit: str) -> Iterator[Progress]:
+    shown_at = time.monotonic()
+
+    def show(progress: Progress) -> None:
+        nonlocal shown_at
+        now = time.monotonic()
+        if now - shown_at >= PLAIN_LINE_EVERY_S:
+            shown_at = now
+            print(progress.line(), file=sys.stderr, flush=True)
+
+    progress = Progress(description, total, unit, show)
+    yield progress
+    if shown_at > progress.started:  # something was shown: show the end, too
+        print(progress.line(), file=sys.stderr, flush=True)
+
+
+def _bar(description: str, total: float | None, unit: str) -> Iterator[Progress]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=24),
+        rich_progress.TextColumn("{task.fields[counts]}"),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+        task = bar.add_task(description, total=total, counts="")
+
+        def show(progress: Progress) -> None:
+            counts = progress.line().removeprefix(f"{description}: ")
+            bar.update(task, completed=progress.done, counts=counts)
+
+        yield Progress(description, total, unit, show)
+
+
+def say(text: str = "") -> None:
+    """Print one line for the user, at once even into a pipe."""
+    print(text, flush=True)
