@@ -1,0 +1,65 @@
+"""From logits to the next token: pure functions of (logits, one uniform number per row).
+
+Each prompt draws its own uniform numbers, from (seed, its index) alone, so what is sampled for it
+does not depend on which other prompts share its batch.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def uniforms(seed: int, index: int, count: int) -> np.ndarray:
+    """The `count` numbers in [0, 1), float32, of prompt `index`; its token t uses number t."""
+    return np.random.default_rng((seed, index)).random(count, dtype=np.float32)
+
+
+def next_tokens(
+    logits: Tensor,
+    uniform: Tensor | None = None,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """The next token of each row: logits (B, V), uniform (B,) in [0, 1) -> ids (B,) int64.
+
+    Temperature 0 is greedy and needs no `uniform`; ties go to the smaller id. Otherwise the token
+    is drawn by inverting the cumulative distribution over the candidates, in order of falling
+    probability: the `top_k` likeliest, and of those the smallest set that holds `top_p` of their
+    probability (at least one token).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if uniform is None:
+        raise ValueError("sampling at a temperature needs one uniform number per row")
+    return _invert(*candidates(logits, temperature, top_k, top_p), uniform)
+
+
+def candidates(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(probabilities, ids), each (B, C), by falling probability; C is `top_k`, or V without it.
+
+    Probabilities are float32 and sum to 1 in each row; an excluded token's is 0.
+    """
+    size = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    scaled, ids = (logits.float() / temperature).topk(size, dim=-1)
+    probabilities = scaled.softmax(dim=-1)
+    if top_p is not None and top_p < 1:
+        before = probabilities.cumsum(dim=-1) - probabilities  # the mass of all likelier tokens
+        excluded = before >= top_p
+        excluded[:, 0] = False
+        probabilities = probabilities.masked_fill(excluded, 0.0)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    return probabilities, ids
+
+
+def _invert(probabilities: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
+    """Row by row the first candidate whose cumulative probability exceeds `uniform`."""
+    cumulative = probabilities.cumsum(dim=-1)
+    # Rounding can leave the last sum below 1, or the draw on a token of probability 0 behind it.
+    target = (uniform.to(cumulative)[:, None] * cumulative[:, -1:]).contiguous()
+    place = torch.searchsorted(cumulative, target, right=True)
+    last_possible = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    return ids.gather(-1, torch.minimum(place, last_possible)).squeeze(-1)
