@@ -1,0 +1,67 @@
+"""The command table, and what a user sees when something is wrong."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import whet
+from whet.cli import COMMANDS, main
+
+PACKAGE = Path(whet.__file__).parent
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {command} " in printed for command in COMMANDS)
+
+
+def test_no_command_is_an_error_that_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: whet COMMAND" in capsys.readouterr().out
+
+
+def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sfft"]) == 2
+    assert capsys.readouterr().err == ("whet: error: unknown command 'sfft'; did you mean 'sft'?\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_flags_with_help(command: str) -> None:
+    """One process for all would hide a missing import of a module that another one made."""
+    config_class = importlib.import_module(COMMANDS[command][0]).Config
+    source = inspect.getsource(config_class)
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for field, after in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            assert documented, f"{config_class}: {ast.unparse(field.target)} has no help text"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_is_read(command: str) -> None:
+    """A key that nothing reads is a defect: look for `.name` outside the class that defines it."""
+    config_class = importlib.import_module(COMMANDS[command][0]).Config
+    read = {
+        node.attr
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    assert not fields - read, f"whet {command}: nothing reads {sorted(fields - read)}"
+
+
+def test_help_of_a_command_exits_0() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "whet", "prepare", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "--context_length" in done.stdout

@@ -1,0 +1,112 @@
+"""Defaults < TOML < flags; every problem told at once, in words."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+from whet.config import parse, read_toml, save
+from whet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    run: tyro.conf.Positional[str]
+    """Run folder."""
+    data: tuple[str, ...] = ()
+    """Files."""
+    lr: float = 1e-5
+    """Learning rate."""
+    epochs: int | None = None
+    """Epochs."""
+    compile: bool = False
+    """Compile."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Precision."""
+
+
+def toml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults() -> None:
+    assert parse(Config, ["r"], "x") == Config(run="r")
+
+
+def test_toml_wins_over_defaults_and_flags_over_toml(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'run = "a"\nlr = 1\nepochs = 2\ndata = ["f", "g"]\ncompile = true\n')
+    assert parse(Config, ["--config", path], "x") == Config(
+        run="a", lr=1.0, epochs=2, data=("f", "g"), compile=True
+    )
+    given = parse(Config, [f"--config={path}", "b", "--lr", "0.5", "--no_compile"], "x")
+    assert given == Config(run="b", lr=0.5, epochs=2, data=("f", "g"), compile=False)
+
+
+def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'lrr = 1\nepochs = "x"\nprecision = "fp8"\ncompile = 1\ndata = [1]\n')
+    with pytest.raises(UserError) as caught:
+        read_toml(Config, path)
+    lines = str(caught.value).splitlines()
+    assert lines == [
+        f"{path}: unknown key 'lrr'; did you mean lr?",
+        f"{path}: key 'epochs': expected a whole number, got 'x'",
+        f"{path}: key 'precision': expected one of 'bf16', 'float32', got 'fp8'",
+        f"{path}: key 'compile': expected true or false, got 1",
+        f"{path}: key 'data': expected a text, got 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["r", "--lrr", "1", "--dat=3"], "unknown flag --lrr; did you mean --lr?"),
+        (["--config"], "expected a TOML file"),
+        (["--config", "nowhere.toml"], "there is no such file"),
+    ],
+)
+def test_wrong_flags(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        parse(Config, flags, "x")
+
+
+def test_broken_toml_is_told_with_its_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not valid TOML.*line 2"):
+        read_toml(Config, toml(tmp_path, "lr = 1\nepochs = = 2\n"))
+
+
+@dataclass(frozen=True)
+class AnyConfig:
+    text: str = ""
+    """Text."""
+    number: float = 0.0
+    """Number."""
+    count: int | None = None
+    """Count."""
+    flag: bool = False
+    """Flag."""
+    many: tuple[str, ...] = field(default=())
+    """Many."""
+
+
+@given(
+    st.builds(
+        AnyConfig,
+        text=st.text(st.characters(exclude_categories=["Cs"])),
+        number=st.floats(allow_nan=False),
+        count=st.none() | st.integers(-(2**62), 2**62),
+        flag=st.booleans(),
+        many=st.lists(st.text(st.characters(exclude_categories=["Cs"]))).map(tuple),
+    )
+)
+def test_a_saved_configuration_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, config: AnyConfig
+) -> None:
+    path = tmp_path_factory.mktemp("config") / "c.toml"
+    save(config, path)
+    assert AnyConfig(**read_toml(AnyConfig, path)) == config

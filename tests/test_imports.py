@@ -1,0 +1,88 @@
+"""Data flows forward, and so do imports: a room may use only the rooms before it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import whet
+
+PACKAGE = Path(whet.__file__).parent
+# Each room with its place; a module may import rooms of its own place or an earlier one.
+ORDER = {
+    "errors": 0,
+    "config": 0,
+    "progress": 0,
+    "chat": 1,
+    "data": 2,
+    "model": 3,
+    "generate": 4,
+    "evaluate": 5,
+    "train": 6,
+    "stages": 7,
+    "report": 8,  # stands aside: nothing imports it
+    "demo": 8,  # stands aside: nothing imports it
+    "cli": 9,
+    "__main__": 10,
+    "__init__": 0,
+}
+FORBIDDEN = {
+    ("report", "train"),
+    ("report", "model"),
+    ("report", "stages"),
+    ("report", "demo"),
+    ("demo", "report"),
+    ("data", "model"),
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def whet_imports(path: Path) -> set[str]:
+    """The rooms that a file imports, inside functions too."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "whet":
+            names = [f"whet.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import; write it out"
+            names = [node.module]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("whet.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    for imported in whet_imports(path):
+        assert ORDER[imported] <= ORDER[room], f"whet.{room} must not import whet.{imported}"
+        assert (room, imported) not in FORBIDDEN
+
+
+def test_torch_is_not_needed_for_text_and_help() -> None:
+    code = (
+        "import sys, whet.cli, whet.config, whet.chat.messages, whet.chat.formats, "
+        "whet.chat.template, whet.chat.tokenizer, whet.chat.encode, whet.data.store, "
+        "whet.data.packing, whet.report.inspect\n"
+        "whet.cli.main(['--help'])\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    long = {
+        str(path.relative_to(PACKAGE)): lines
+        for path in MODULES
+        if (lines := len(path.read_text().splitlines())) > 450
+    }
+    assert not long, f"split these where they part naturally: {long}"

@@ -1,0 +1,26 @@
+"""Progress lines say how much is done, how fast and how long it will take."""
+
+import pytest
+
+from whet import progress
+from whet.progress import track
+
+
+def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_LINE_EVERY_S", 0.0)
+    with track("Packing", total=4, unit="rows") as bar:
+        bar.advance(1)
+        bar.advance(3, note="full 99 %")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Packing: 1 of 4 rows (25 %), ")
+    assert "s left" in lines[0]
+    assert lines[-1].startswith("Packing: 4 of 4 rows (100 %), ")
+    assert lines[-1].endswith("full 99 %")
+
+
+def test_what_is_short_or_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with track("Short", total=1) as bar:
+        bar.advance()
+    with track("Quiet", total=1, quiet=True) as bar:
+        bar.advance()
+    assert capsys.readouterr().err == ""
