@@ -1,0 +1,268 @@
+"""Attention within documents, and over a cache.
+
+A plan is made once per batch and shared by all layers. It says which tokens are computed at all and
+what each of them sees. Both kinds of plan have the same two faces:
+
+    positions (M,)                     of each computed token within its document
+    attend(q, k, v, layer=..., ...)    (M, N, H), (M, K, H), (M, K, H) -> (M, N, H)
+
+`AttentionPlan` is for packed rows: documents lie one after the other, and a token sees itself and
+what stands before it in its own document. `CachedPlan` is for generation, see `KVCache`.
+
+Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M packed tokens, S slots.
+"""
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class KVCache(Protocol):
+    """What the decoder asks of a cache of keys and values. `whet/generate/cache.py` has the real
+    one.
+
+    Slot p of row b holds the key and value of the token at position p of sequence b, so that
+    sequences of different lengths need no padding on the left and no mask is stored: a token at
+    position p sees the slots j <= p (and, with a sliding window w, j > p - w).
+
+    Prompts of different lengths are padded on the RIGHT, positions 0..T-1 for every row. What the
+    padding writes lies beyond its row's length, and is overwritten by the token that comes to stand
+    there before any token can see it. Then each step passes positions = each row's length, (B, 1),
+    and adds one to it. Rows that have stopped may go on at a fixed position.
+    """
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k`, `v` (B, T, K, H) in slots `positions` (B, T) of `layer`.
+
+        Returns keys and values (B, S, K, H) of slots 0..S-1; S must exceed every position so far.
+        """
+        ...
+
+
+@dataclass
+class AttentionPlan:
+    """Documents of a batch of packed rows, laid end to end in M tokens."""
+
+    index: Tensor | None
+    """(M,) where each computed token stands in the flattened (B * T); None if all are, in order."""
+    positions: Tensor
+    """(M,) position within the document."""
+    lengths: Tensor
+    """(M,) length of the document, with the tokens that are not computed."""
+    starts: list[int]
+    """Where each document begins among the M tokens, and M at the end."""
+    trained: Tensor | None
+    """(S,) which of the M tokens have a target that counts; None if nothing is known of targets."""
+
+    @property
+    def trained_index(self) -> Tensor:
+        """(S,) where the trained tokens stand in the flattened (B * T)."""
+        assert self.trained is not None, "the plan was made without weights"
+        return self.trained if self.index is None else self.index[self.trained]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, T) -> (M,): the tokens that are computed."""
+        return x.flatten() if self.index is None else x.flatten()[self.index]
+
+    def unpack(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """(M, D) -> (B, T, D), zero where nothing is computed."""
+        if self.index is not None:
+            x = x.new_zeros(shape.numel(), x.shape[-1]).index_put((self.index,), x)
+        return x.view(*shape, -1)
+
+    def at(self, positions: Tensor) -> "AttentionPlan":
+        """The same plan with the caller's `positions` (B, T)."""
+        return replace(self, positions=self.pack(positions))
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Causal attention within each document; returns (M, N, H)."""
+        return attend_by_document(q, k, v, self.starts, scale=scale, window=window, softcap=softcap)
+
+
+@dataclass
+class CachedPlan:
+    """New tokens (B, T) of sequences whose earlier keys and values are in a cache."""
+
+    cache: KVCache
+    new_positions: Tensor
+    """(B, T) position of each new token in its sequence, and so its slot."""
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> Tensor:
+        """(M,) with M = B * T."""
+        return self.new_positions.flatten()
+
+    @property
+    def lengths(self) -> Tensor:
+        """(M,) length of each token's sequence so far."""
+        return (
+            (self.new_positions.amax(1, keepdim=True) + 1).expand_as(self.new_positions).flatten()
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Write `k`, `v` to the cache and attend over it; returns (M, N, H)."""
+        shape = (*self.new_positions.shape, -1, q.shape[-1])
+        keys, values = self.cache.write(layer, k.view(shape), v.view(shape), self.new_positions)
+        mask = self._mask(keys.shape[1], window)
+        y = _sdpa(q.view(shape), keys, values, mask=mask, scale=scale, softcap=softcap)
+        return y.flatten(0, 1)
+
+    def _mask(self, slots: int, window: int | None) -> Tensor:
+        """(B, 1, T, S), True where a token sees a slot. The same for all layers of a kind."""
+        if (slots, window) not in self.masks:
+            slot = torch.arange(slots, device=self.new_positions.device)
+            position = self.new_positions[:, None, :, None]
+            seen = slot <= position
+            if window is not None:
+                seen &= slot > position - window
+            self.masks[slots, window] = seen
+        return self.masks[slots, window]
+
+
+def plan_documents(
+    shape: tuple[int, int] | torch.Size,
+    device: torch.device,
+    segments: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> AttentionPlan:
+    """The plan of packed rows of `shape` (B, T).
+
+    `segments` (B, T): 0 is padding, each run of another number a document; None is one document a
+    row. `weight` (B, T): where it is given, tokens after a document's last weighted one are left
+    out, as nothing that counts depends on them. At least one token is always kept, so that a batch
+    in which nothing is trained still runs through every layer (and every collective of FSDP2).
+    """
+    rows, length = shape
+    if segments is None:
+        segments = torch.ones(rows, length, dtype=torch.long, device=device)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    document = begins.flatten().cumsum(0) - 1  # (B * T), padding has numbers of its own
+    start = begins.flatten().nonzero().flatten()
+    end = torch.cat((start[1:], start.new_tensor([rows * length])))
+    full = end - start
+    is_text = segments.flatten()[start] != 0
+    used = full * is_text
+    trained = None
+    if weight is not None:
+        counts = weight.flatten() != 0
+        place = torch.arange(rows * length, device=device)
+        last = torch.where(counts, place + 1, 0)
+        used = torch.zeros_like(start).scatter_reduce(0, document, last, "amax") - start
+        used = used.clamp(min=0) * is_text
+    if not bool(used.any()):
+        used[0] = 1
+    kept = torch.arange(rows * length, device=device) - start[document] < used[document]
+    index = kept.nonzero().flatten()
+    if weight is not None:
+        trained = (weight.flatten()[index] != 0).nonzero().flatten()
+    lengths = used[used > 0]
+    starts = [0, *lengths.cumsum(0).tolist()]
+    return AttentionPlan(
+        index=None if len(index) == rows * length else index,
+        positions=(index - start[document[index]]),
+        lengths=full[document[index]],
+        starts=starts,
+        trained=trained,
+    )
+
+
+def attend_by_document(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: list[int],
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One call of SDPA per document; returns (M, N, H)."""
+    outputs = []
+    for start, end in pairwise(starts):
+        length = end - start
+        mask = None
+        if (window is not None and window < length) or softcap is not None:
+            mask = causal_mask(length, window, q.device)
+        parts = (t[start:end][None] for t in (q, k, v))
+        outputs.append(_sdpa(*parts, mask=mask, scale=scale, softcap=softcap)[0])
+    return torch.cat(outputs)
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, T), True where the row's token sees the column's."""
+    place = torch.arange(length, device=device)
+    behind = place[:, None] - place
+    return (behind >= 0) & (behind < (window or length))
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The definition, with a full (T, T) mask per row: what the fast paths are tested against.
+
+    q (B, T, N, H), k and v (B, T, K, H), segments (B, T) -> (B, T, N, H); padding gives 0.
+    """
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, :, None]
+    seen = (same & causal_mask(q.shape[1], window, q.device))[:, None]
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bnts,bsnh->btnh", probabilities, v)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H). `mask` None is causal, T = S.
+
+    torch's SDPA has no soft cap; with one the scores are made in full.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if softcap is None:
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        return y.transpose(1, 2)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
+    assert mask is not None
+    probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (probabilities.to(v.dtype) @ v).transpose(1, 2)

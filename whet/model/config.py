@@ -1,0 +1,192 @@
+"""What a decoder is made of: sizes, norms, positions and the few scales in which families differ.
+
+`ModelConfig` holds numbers and choices, never a model's name; the decoder reads nothing else.
+`ModelConfig.from_hf` reads the `config.json` of a model directory (see `hf_config`).
+
+Shape letters: D width, N heads, K key/value heads, H head size, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from whet.config import problems
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of one layer (Su et al. 2021) and how they are stretched to longer texts.
+
+    `rope.py` turns this into frequencies. Fields that a `kind` does not use stay at their default.
+    """
+
+    theta: float
+    """Base of the wavelengths."""
+    size: int
+    """How many of a head's H numbers are rotated; the rest pass unchanged."""
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_positions: int = 0
+    """Longest text of the pretraining before it was stretched."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    output_scale: float = 1.0
+    """Multiplies cosine and sine (yarn and longrope: their `attention_factor`)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only Transformer."""
+
+    vocab_size: int
+    width: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    mlp_width: int
+    max_positions: int
+    """Longest text it is made for; with learned positions a hard limit."""
+    ropes: tuple[Rope | None, ...] = ()
+    """One per layer; None is a layer without rotary positions. Empty: none in any layer."""
+    windows: tuple[int | None, ...] = ()
+    """One per layer: a token sees itself and the `window - 1` tokens before it. Empty: no limit."""
+    learned_positions: bool = False
+    """Adds a trained vector per position to the embedding (GPT-2)."""
+    tied: bool = False
+    """The head is the embedding matrix."""
+
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    """RMSNorm multiplies by (offset + weight). Gemma's offset of 1 is kept as arithmetic and not
+    added to the stored weights, so that a bfloat16 checkpoint is saved back bit for bit."""
+    pre_norm: bool = True
+    """A norm on the way into attention and MLP."""
+    post_norm: bool = False
+    """A norm on what attention and MLP give, before it is added to the residual stream."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys: over each head's H numbers, or over all heads at once."""
+
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    """down(act(gate(x)) * up(x)) rather than down(act(up(x)))."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+
+    attention_scale: float | None = None
+    """Multiplies q.k; None is 1 / sqrt(head_size)."""
+    attention_softcap: float | None = None
+    """Attention scores s become cap * tanh(s / cap) (Gemma 2)."""
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    """Multiplies what attention and MLP add to the residual stream (Granite)."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    init_std: float = 0.02
+    hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The `config.json` this was read from, so that saving keeps what Whet does not need."""
+
+    def __post_init__(self) -> None:
+        found = [
+            f"model config: {name} is {value}; it must be at least 1"
+            for name in (
+                "vocab_size",
+                "width",
+                "n_layers",
+                "n_heads",
+                "n_kv_heads",
+                "head_size",
+                "mlp_width",
+            )
+            if (value := getattr(self, name)) < 1
+        ]
+        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+            found.append(
+                f"model config: {self.n_heads} heads can't share {self.n_kv_heads} key/value heads"
+            )
+        for name in ("ropes", "windows"):
+            length = len(getattr(self, name))
+            if length not in (0, self.n_layers):
+                found.append(
+                    f"model config: {name} has {length} entries for {self.n_layers} layers"
+                )
+        found += [
+            f"model config: rotary size {rope.size} is odd or over the head size {self.head_size}"
+            for rope in {rope for rope in self.ropes if rope is not None}
+            if rope.size % 2 or rope.size > self.head_size
+        ]
+        if self.tied and self.head_bias:
+            found.append("model config: a tied head has no bias")
+        problems(found)
+
+    def rope(self, layer: int) -> Rope | None:
+        """Rotary positions of layer number `layer`, or None."""
+        return self.ropes[layer] if self.ropes else None
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of layer number `layer` in tokens, or None."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def scale(self) -> float:
+        """The factor on q.k."""
+        return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
+        """Read the contents of a `config.json`; see `hf_config.read`."""
+        from whet.model import hf_config
+
+        return hf_config.read(config)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a `config.json` that `from_hf` reads back; see `hf_config.write`."""
+        from whet.model import hf_config
+
+        return hf_config.write(self)
+
+
+def llama(
+    vocab_size: int,
+    width: int,
+    n_layers: int,
+    n_heads: int,
+    *,
+    n_kv_heads: int | None = None,
+    mlp_width: int | None = None,
+    max_positions: int = 1024,
+    theta: float = 10_000.0,
+    tied: bool = True,
+    norm_eps: float = 1e-5,
+) -> ModelConfig:
+    """A new model in the Llama layout: RMSNorm, rotary positions, SwiGLU, grouped key/value heads.
+
+    `mlp_width` defaults to 8/3 of the width, rounded up to a multiple of 64: three matrices of that
+    size hold as many numbers as the classical two of 4 x width.
+    """
+    head_size = width // n_heads
+    if head_size * n_heads != width or head_size % 2:
+        problems([f"model width {width} does not divide into {n_heads} heads of an even size"])
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=width,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads or n_heads,
+        head_size=head_size,
+        mlp_width=mlp_width or -(-8 * width // 3 // 64) * 64,
+        max_positions=max_positions,
+        ropes=(Rope(theta, head_size),) * n_layers,
+        tied=tied,
+        norm_eps=norm_eps,
+    )

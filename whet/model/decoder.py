@@ -1,0 +1,296 @@
+"""The decoder-only Transformer, for every family that `ModelConfig` describes.
+
+Inside, tokens are packed: `x` is (M, D), the M tokens that are computed at all, document after
+document. What is not needed (padding; in training the tokens after a document's last trained one)
+is left out by the plan of `attention.py`, which also knows where documents begin and end.
+
+`forward` is the only way in, for training, evaluation and generation: wrappers such as DDP and
+FSDP2 hang their work on it.
+
+Shape letters: B batch, T tokens, D width, N heads, K key/value heads, H head size, V vocabulary,
+M packed tokens.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents
+from whet.model.config import ModelConfig, Rope
+from whet.model.loss import linear_cross_entropy
+from whet.model.recompute import Recompute, run_layer
+from whet.model.rope import cos_sin, rotate
+
+Rotary = tuple[Tensor, Tensor] | None
+Plan = AttentionPlan | CachedPlan
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class TokenLoss(NamedTuple):
+    """What `Transformer.forward` gives when it is told the targets."""
+
+    loss: Tensor
+    """Sum of weight x nll, a float32 scalar with a gradient."""
+    nll: Tensor
+    """-ln p(target) (B, T), float32, detached; 0 where the weight is 0."""
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square and multiplies by (offset + weight); computed in float32."""
+
+    def __init__(self, width: int, eps: float, offset: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps = eps
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float() + self.offset if self.offset else self.weight.float()
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """The norm of `config` over `width` numbers."""
+    if config.norm == "layer":
+        return nn.LayerNorm(width, eps=config.norm_eps)
+    return RMSNorm(width, config.norm_eps, config.norm_offset)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        heads, kv_heads = config.n_heads * config.head_size, config.n_kv_heads * config.head_size
+        self.q = nn.Linear(config.width, heads, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, kv_heads, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, kv_heads, bias=config.qkv_bias)
+        self.o = nn.Linear(heads, config.width, bias=config.out_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm != "none":
+            over_all = config.qk_norm == "full"
+            self.q_norm = make_norm(config, heads if over_all else config.head_size)
+            self.k_norm = make_norm(config, kv_heads if over_all else config.head_size)
+        self.head_size = config.head_size
+        self.layer = layer
+        self.scale = config.scale
+        self.window = config.window(layer)
+        self.softcap = config.attention_softcap
+
+    def forward(self, x: Tensor, rotary: Rotary, plan: Plan, keep: Tensor | None) -> Tensor:
+        """`x` (M, D) -> (M, D), or only the rows `keep` of it."""
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(len(x), -1, self.head_size) for t in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        y = plan.attend(
+            q, k, v, layer=self.layer, scale=self.scale, window=self.window, softcap=self.softcap
+        ).flatten(1)
+        return self.o(y if keep is None else y[keep])
+
+
+class MLP(nn.Module):
+    """The feed-forward part, gated or not."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.gated_mlp:
+            self.gate = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.gated = config.gated_mlp
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        if config.pre_norm:
+            self.attn_norm = make_norm(config, config.width)
+            self.mlp_norm = make_norm(config, config.width)
+        if config.post_norm:
+            self.attn_post_norm = make_norm(config, config.width)
+            self.mlp_post_norm = make_norm(config, config.width)
+        self.pre_norm, self.post_norm = config.pre_norm, config.post_norm
+        self.residual_scale = config.residual_scale
+
+    def forward(self, x: Tensor, rotary: Rotary, plan: Plan, keep: Tensor | None = None) -> Tensor:
+        """`x` (M, D) -> (M, D). With `keep`, only those rows: the others are seen, not computed
+        on."""
+        y = self.attn(self.attn_norm(x) if self.pre_norm else x, rotary, plan, keep)
+        y = self.attn_post_norm(y) if self.post_norm else y
+        x = (x if keep is None else x[keep]) + self._scaled(y)
+        y = self.mlp(self.mlp_norm(x) if self.pre_norm else x)
+        y = self.mlp_post_norm(y) if self.post_norm else y
+        return x + self._scaled(y)
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        return y if self.residual_scale == 1.0 else y * self.residual_scale
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, norm and head. Parameter names are Whet's own; see `families.py`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        if config.learned_positions:
+            self.positions = nn.Embedding(config.max_positions, config.width)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = make_norm(config, config.width)
+        if not config.tied:
+            self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        self.recompute: Recompute = "none"
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        weight: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_at: Tensor | None = None,
+        plan: AttentionPlan | None = None,
+    ) -> Tensor | TokenLoss:
+        """Logits, or with `targets` the loss.
+
+        tokens (B, T). `segments` (B, T): 0 is padding, each run of another number one document;
+        None is one document a row. `positions` (B, T): None counts from 0 in each document.
+
+        Without `targets`: logits (B, T, V), zero at padding; or (B, J, V) at the places `logits_at`
+        (B, J) of each row. With `cache` the tokens follow what the cache holds, and `positions`
+        tells where (see `KVCache`).
+
+        With `targets` and `weight` (B, T): TokenLoss, made without the logits of untrained
+        positions. Where nothing is trained, the loss is 0 with a gradient (of 0) to all parameters.
+
+        `plan` is what `plan_documents` gives for these segments and weights. Passing one that was
+        made on the CPU saves the GPU a synchronisation.
+        """
+        if cache is not None:
+            if positions is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            x = self._layers(tokens.flatten(), CachedPlan(cache, positions))
+            return self._logits(x.view(*tokens.shape, -1), logits_at)
+        if plan is None:
+            plan = plan_documents(tokens.shape, tokens.device, segments, weight)
+        if positions is not None:
+            plan = plan.at(positions)
+        if targets is None:
+            x = plan.unpack(self._layers(plan.pack(tokens), plan), tokens.shape)
+            return self._logits(x, logits_at)
+        assert weight is not None, "targets need weights"
+        x = self._layers(plan.pack(tokens), plan, plan.trained)
+        return self._loss(x, targets, weight, plan)
+
+    def _layers(self, tokens: Tensor, plan: Plan, keep: Tensor | None = None) -> Tensor:
+        """tokens (M,) -> normed hidden states (M, D), in the last layer only of the rows `keep`."""
+        x = self.embed(tokens)
+        if self.config.embed_scale != 1.0:
+            x = x * self.config.embed_scale
+        if self.config.learned_positions:
+            x = x + self.positions(plan.positions)
+        rotary: dict[Rope | None, Rotary] = {
+            rope: rope and cos_sin(rope, plan.positions, plan.lengths)
+            for rope in {None, *self.config.ropes}
+        }
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            x = run_layer(
+                layer, self.recompute, x, rotary[self.config.rope(i)], plan, keep if last else None
+            )
+        return self.norm(x)
+
+    def _logits(self, x: Tensor, logits_at: Tensor | None) -> Tensor:
+        """x (B, T, D) -> logits (B, T, V), or (B, J, V) at `logits_at` (B, J)."""
+        if logits_at is not None:
+            x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
+        logits = F.linear(x, self.head_weight, self.head_bias) * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _loss(self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan) -> TokenLoss:
+        """x (S, D) at the trained tokens of the plan."""
+        where = plan.trained_index
+        loss, nll = linear_cross_entropy(
+            x,
+            self.head_weight,
+            targets.flatten()[where],
+            weight.flatten()[where],
+            bias=self.head_bias,
+            softcap=self.config.logit_softcap,
+            logit_scale=self.config.logit_scale,
+        )
+        return TokenLoss(
+            loss, weight.new_zeros(weight.numel()).index_put((where,), nll).view_as(weight)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, D): its own, or the embedding's."""
+        return self.embed.weight if self.config.tied else self.head.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The head's bias (V,), if it has one."""
+        return None if self.config.tied else self.head.bias
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """Initial values, the one table of them.
+
+    ======================================  ==========================================
+    embedding, positions, q k v, gate up     normal, std = config.init_std
+    o and down (write to the residual)       normal, std = init_std / sqrt(2 n_layers)
+    untied head                              normal, std = init_std
+    biases                                   0
+    norms                                    the identity
+    ======================================  ==========================================
+
+    The residual stream is a sum of 2 n_layers parts, hence the root (GPT-2, section 2.3).
+    The same seed gives the same weights on any device.
+    """
+    std = model.config.init_std
+    residual_std = std / math.sqrt(2 * model.config.n_layers)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        *_, module, kind = name.split(".")
+        if "norm" in module:
+            offset = model.config.norm_offset if model.config.norm == "rms" else 0.0
+            parameter.fill_(0.0 if kind == "bias" else 1.0 - offset)
+        elif kind == "bias":
+            parameter.zero_()
+        else:
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values.normal_(
+                0.0, residual_std if module in ("o", "down") else std, generator=generator
+            )
+            parameter.copy_(values)

@@ -1,0 +1,84 @@
+"""Rotary positions: from a `Rope` to the cosine and sine of each token.
+
+The schemes that stretch a model to longer texts only change the frequencies:
+linear (Chen et al. 2023), dynamic NTK, llama3 (Llama 3.1 model card), yarn (Peng et al. 2023,
+arXiv 2309.00071) and longrope (Ding et al. 2024, arXiv 2402.13753).
+
+Two of them, dynamic and longrope, look at how long the text is. Whet asks that of each document,
+not of the batch: what a document gives must not depend on its neighbours.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from whet.model.config import Rope
+
+
+def cos_sin(rope: Rope, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (M, 1, size / 2) in float32 for tokens at `positions` (M,).
+
+    `lengths` (M,) is the length of the text each token stands in, as far as it is known.
+    """
+    frequencies = _frequencies(rope, lengths)
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    cos, sin = angles.cos() * rope.output_scale, angles.sin() * rope.output_scale
+    return cos[:, None, :], sin[:, None, :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first numbers of each head of `x` (M, heads, H).
+
+    Number i is paired with number i + size / 2 ("rotate half"), as in all model directories of the
+    transformers library.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def _frequencies(rope: Rope, lengths: Tensor) -> Tensor:
+    """Radians per position: (size / 2,), or (M, size / 2) where they depend on the text's
+    length."""
+    powers = torch.arange(0, rope.size, 2, device=lengths.device, dtype=torch.float32) / rope.size
+    plain = 1.0 / rope.theta**powers
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "llama3":
+        return _llama3(rope, plain)
+    if rope.kind == "yarn":
+        return _yarn(rope, plain)
+    if rope.kind == "dynamic":
+        longest = lengths.clamp(min=rope.original_positions).to(torch.float32)[:, None]
+        stretch = rope.factor * longest / rope.original_positions - (rope.factor - 1)
+        return 1.0 / (rope.theta * stretch ** (rope.size / (rope.size - 2))) ** powers
+    if rope.kind == "longrope":
+        short, long = (plain / plain.new_tensor(f) for f in (rope.short_factors, rope.long_factors))
+        return torch.where(lengths[:, None] > rope.original_positions, long, short)
+    return plain
+
+
+def _llama3(rope: Rope, plain: Tensor) -> Tensor:
+    """Slow waves are stretched by `factor`, fast ones kept, those between interpolated."""
+    turns = rope.original_positions * plain / (2 * math.pi)  # in the text of the pretraining
+    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return (1 - keep) * plain / rope.factor + keep * plain
+
+
+def _yarn(rope: Rope, plain: Tensor) -> Tensor:
+    """As llama3, but the ramp between kept and stretched waves is linear in the index."""
+
+    def index_of(turns: float) -> float:
+        wavelength = rope.original_positions / (turns * 2 * math.pi)
+        return rope.size * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low, high = index_of(rope.beta_fast), index_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.size - 1)
+    ramp = torch.arange(rope.size // 2, device=plain.device, dtype=torch.float32) - low
+    stretch = (ramp / max(high - low, 0.001)).clamp(0, 1)
+    return stretch * plain / rope.factor + (1 - stretch) * plain
