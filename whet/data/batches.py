@@ -1,0 +1,181 @@
+"""The tensors of a step: which rows it trains on, and the one shift of the whole code.
+
+The order of the data is a pure function of (seed, step): no iterator state has to be saved,
+resuming at any step costs nothing, and another number of ranks reads the same global batches.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whet.data.store import PackedStore, Rows, shifted_weight
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows as tensors (B, T); B may be 0 where a rank has no row of a short global batch.
+
+    At place t the model reads `tokens[t]` and is trained, with `weight[t]`, to say `targets[t]`,
+    the token after it. `total` is the summed weight of the whole optimizer step over all ranks:
+    dividing the weighted sum of a micro-batch's losses by it makes accumulation and ranks exact.
+    """
+
+    tokens: Tensor  # int64
+    loss_mask: Tensor  # float32, belongs to the token of the same place: not shifted
+    targets: Tensor  # int64, tokens shifted by one; meaningless where weight is 0
+    weight: Tensor  # float32, the mask of the target; 0 at the last place of each document
+    positions: Tensor  # int64, from 0 in each document
+    segments: Tensor  # int64, 0 padding, 1.. the documents of a row
+    total: float
+    epoch: int  # from 0
+    rows: np.ndarray  # (B,) row numbers in the file, -1 for an empty row
+    documents: np.ndarray  # numbers of the documents in the file's table
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def get_sft_batch_iterator(
+    path: str | Path | PackedStore,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    start_step: int = 0,
+    epochs: int | None = None,
+    limit_rows: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's share of each global batch, one `Batch` for each optimizer step.
+
+    `batch_size` is rows per optimizer step over all ranks. The shares of the ranks are disjoint and
+    together the global batch. The last batch of an epoch may be smaller, so each epoch trains each
+    row once. Never ends if `epochs` is None; `start_step` (from 0) resumes there without reading
+    what was before. `limit_rows` uses only the first rows of the file.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size}")
+    store = path if isinstance(path, PackedStore) else PackedStore(path)
+    n_rows = min(len(store), limit_rows or len(store))
+    per_epoch = steps_per_epoch(n_rows, batch_size)
+    steps = itertools.count(start_step)
+    if epochs is not None:
+        steps = iter(range(start_step, epochs * per_epoch))  # type: ignore[assignment]
+    for step in steps:
+        whole = global_batch_rows(n_rows, batch_size, seed, step)
+        total = float(store.loss_tokens[whole].sum())
+        yield read_batch(store, whole[rank::world_size], total=total, epoch=step // per_epoch)
+
+
+def steps_per_epoch(n_rows: int, batch_size: int) -> int:
+    """Optimizer steps in which each row is trained once."""
+    if n_rows < 1 or batch_size < 1:
+        raise ValueError(f"n_rows and batch_size must be at least 1, got {n_rows}, {batch_size}")
+    return -(-n_rows // batch_size)
+
+
+def global_batch_rows(n_rows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """The row numbers of global batch `step` (from 0), over all ranks, in training order.
+
+    Each epoch is a permutation of its own. A batch never crosses the end of an epoch.
+    """
+    epoch, step_of_epoch = divmod(step, steps_per_epoch(n_rows, batch_size))
+    start = step_of_epoch * batch_size
+    return epoch_order(n_rows, seed, epoch)[start : start + batch_size].copy()
+
+
+@lru_cache(maxsize=4)  # train and dev, this epoch and the next
+def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """A random permutation of the rows, fixed by (seed, epoch).
+
+    Sorts random numbers straight from the bit generator, because numpy guarantees these for ever;
+    `Generator.permutation` may change with numpy's version, and a resumed run with it.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    return np.argsort(bits.random_raw(n_rows), kind="stable")
+
+
+def read_batch(store: PackedStore, rows: np.ndarray, *, total: float, epoch: int = 0) -> Batch:
+    """Rows of the file as a `Batch`; `total` is the weight of the step that they belong to."""
+    return make_batch(
+        store.rows(rows), rows, total=total, epoch=epoch, documents=store.document_ids(rows)
+    )
+
+
+def make_batch(
+    read: Rows,
+    rows: np.ndarray,
+    *,
+    total: float,
+    epoch: int = 0,
+    documents: np.ndarray | None = None,
+) -> Batch:
+    """Shift by one, positions that restart in each document, and everything as tensors."""
+    tokens = torch.from_numpy(read.tokens).long()
+    return Batch(
+        tokens=tokens,
+        loss_mask=torch.from_numpy(read.loss_mask),
+        targets=torch.roll(tokens, -1, dims=1),
+        weight=torch.from_numpy(shifted_weight(read.loss_mask, read.segment_ids)),
+        positions=torch.from_numpy(positions_of(read.segment_ids)),
+        segments=torch.from_numpy(read.segment_ids).long(),
+        total=total,
+        epoch=epoch,
+        rows=np.asarray(rows),
+        documents=np.zeros(0, np.int64) if documents is None else documents,
+    )
+
+
+def positions_of(segment_ids: np.ndarray) -> np.ndarray:
+    """Positions (B, T) int64 that count from 0 wherever the segment changes."""
+    places = np.arange(segment_ids.shape[1])
+    starts = np.zeros(segment_ids.shape, bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return places - np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+
+
+def micro_batch_count(global_rows: int, world_size: int, micro_batch_size: int) -> int:
+    """Into how many micro-batches every rank cuts its share of a global batch of `global_rows`."""
+    share = -(-global_rows // world_size)  # the largest share: rank 0's
+    return -(-share // micro_batch_size)
+
+
+def micro_batches(batch: Batch, micro_batch_size: int, count: int | None = None) -> list[Batch]:
+    """Cut a rank's share into `count` micro-batches of equal shape, on the batch's device.
+
+    Missing rows are filled with empty ones (segment 0, weight 0, row -1). All ranks must pass the
+    same `count` (`micro_batch_count`), so that all of them do the same number of backward passes;
+    None takes as few as hold the batch. The documents of each are those of the whole share.
+    """
+    n = len(batch.tokens)
+    size = min(micro_batch_size, max(n, 1))
+    needed = -(-n // size)
+    count = max(needed, 1) if count is None else count
+    if count < needed:
+        raise ValueError(f"{n} rows do not fit into {count} micro-batches of {micro_batch_size}")
+    return [_cut(batch, i * size, size) for i in range(count)]
+
+
+def _cut(batch: Batch, start: int, size: int) -> Batch:
+    rows = batch.rows[start : start + size]
+    empty = size - len(rows)
+    cut: dict[str, Any] = {
+        field.name: torch.nn.functional.pad(value[start : start + size], (0, 0, 0, empty))
+        for field in dataclasses.fields(batch)
+        if isinstance(value := getattr(batch, field.name), Tensor)
+    }
+    return dataclasses.replace(batch, rows=np.append(rows, np.full(empty, -1)), **cut)

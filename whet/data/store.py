@@ -1,0 +1,281 @@
+"""The packed file, `sft_packed.h5`: rows of tokens with their loss mask, and where they came from.
+
+`docs/file_format.md` describes every field. `StoreWriter` writes a file block by block under a
+temporary name, so its memory does not grow with the data and nothing half-written is ever found
+under the file's own name. `PackedStore` reads it, and any HDF5 file that has `tokens` and
+`loss_mask`.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import h5py
+import numpy as np
+
+from whet.errors import UserError
+
+FORMAT_VERSION = 1
+DOCUMENT = np.dtype(
+    [
+        ("row", "<i8"),
+        ("start", "<i4"),
+        ("length", "<i4"),
+        ("trained", "<i4"),
+        ("source", "<i4"),
+        ("line", "<i8"),
+        ("part", "<i4"),
+    ]
+)
+"""One document: tokens start..start+length of `row`; `trained` of them have a weight; it was read
+from line `line` (from 1) of `attrs["sources"][source]`; `part` counts the examples of one line."""
+
+SCAN_ROWS = 1024  # rows that are read at once where the whole file is gone through
+
+
+class Rows(NamedTuple):
+    """Some rows of the file; B is their number, T the context length."""
+
+    tokens: np.ndarray  # (B, T) int32
+    loss_mask: np.ndarray  # (B, T) float32: the loss weight of the token that stands here
+    segment_ids: np.ndarray  # (B, T) int32: 0 padding, 1.. the documents of the row
+
+
+def shifted_weight(loss_mask: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """The weight (B, T) float32 with which each place predicts the token after it.
+
+    Place t of a document is trained to say the document's token t+1, with the mask of t+1. The
+    last place of a document predicts nothing: what follows belongs to another document. So the
+    mask of a document's first token has no effect.
+    """
+    weight = np.zeros(loss_mask.shape, np.float32)
+    same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    np.multiply(loss_mask[:, 1:], same, out=weight[:, :-1], casting="unsafe")
+    return weight
+
+
+def row_weights(loss_mask: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """`loss_tokens` of some rows: (B,) float64 sums of their `shifted_weight`."""
+    return shifted_weight(loss_mask, segment_ids).sum(axis=1, dtype=np.float64)
+
+
+class StoreWriter:
+    """Write a packed file of `n_rows` rows; use it in a `with` block.
+
+    Rows come in order, in blocks of any size; attributes and tables at any time. The file gets its
+    name when the block ends without an exception and all rows were written; otherwise nothing
+    stays.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        n_rows: int,
+        context_length: int,
+        *,
+        weighted: bool = False,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`weighted`: keep the mask as float32, for weights other than 0 and 1."""
+        self.path = Path(path)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._written = 0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # v110 is the first format whose attributes may be longer than 64 KB.
+            self._file = h5py.File(self._temporary, "w", libver="v110")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error}); see --out") from None
+        shape = (n_rows, context_length)
+        self._tokens = self._dataset("tokens", shape, "<i4")
+        self._mask = self._dataset("loss_mask", shape, "<f4" if weighted else "u1")
+        wide = context_length > np.iinfo(np.uint16).max
+        self._segments = self._dataset("segment_ids", shape, "<i4" if wide else "<u2")
+        self._loss_tokens = self._dataset("loss_tokens", (n_rows,), "<f8")
+        self.set_attrs({"format_version": FORMAT_VERSION, "context_length": context_length})
+        self.set_attrs(attrs or {})
+
+    def _dataset(self, name: str, shape: tuple[int, ...], dtype: Any) -> h5py.Dataset:
+        # Without times the same data give the same bytes.
+        return self._file.create_dataset(name, shape, dtype, track_times=False)
+
+    def write_rows(
+        self, tokens: np.ndarray, loss_mask: np.ndarray, segment_ids: np.ndarray
+    ) -> None:
+        """Append rows, each array (B, T); their `loss_tokens` are computed here."""
+        rows = slice(self._written, self._written + len(tokens))
+        if rows.stop > len(self._tokens):
+            raise ValueError(f"{rows.stop} rows written into a file of {len(self._tokens)}")
+        self._tokens[rows] = tokens
+        self._mask[rows] = loss_mask
+        self._segments[rows] = segment_ids
+        self._loss_tokens[rows] = row_weights(loss_mask, segment_ids)
+        self._written = rows.stop
+
+    def write_documents(self, documents: np.ndarray) -> None:
+        """The table of documents, dtype `DOCUMENT`, sorted by row and start."""
+        table = self._dataset("documents", documents.shape, DOCUMENT)
+        table[...] = documents
+
+    def write_texts(self, name: str, texts: Sequence[str]) -> None:
+        """A dataset of texts, for instance one JSON object for each refused line."""
+        table = self._dataset(name, (len(texts),), h5py.string_dtype())
+        if texts:
+            table[...] = np.array(texts, dtype=object)
+
+    def set_attrs(self, attrs: Mapping[str, Any]) -> None:
+        """Numbers and texts as they are, anything else as JSON."""
+        for key, value in attrs.items():
+            if not isinstance(value, str | int | float):
+                value = json.dumps(value, ensure_ascii=False)
+            self._file.attrs[key] = value
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        complete = self._written == len(self._tokens)
+        self._file.close()
+        if kind is None and complete:
+            os.replace(self._temporary, self.path)
+            return
+        self._temporary.unlink(missing_ok=True)
+        if kind is None:
+            raise ValueError(f"{self.path}: only {self._written} rows were written")
+
+
+class PackedStore:
+    """A packed file, opened for reading.
+
+    Holds no tokens in memory, only one number per row and, once asked for, the documents table.
+    Pickles by its path, so that worker processes open the file for themselves. Raises UserError for
+    a file that is missing, is not HDF5, or does not hold what it should.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such file; `whet prepare` makes packed files")
+        try:
+            # No lock: many ranks read one file, and some cluster file systems know no locks.
+            self._file = h5py.File(self.path, "r", locking=False)
+        except OSError as error:
+            raise UserError(f"{path}: is not a readable HDF5 file ({error})") from None
+        self.attrs: dict[str, Any] = {k: _attribute(v) for k, v in self._file.attrs.items()}
+        self._check()
+        self._tokens: h5py.Dataset = self._file["tokens"]
+        self._mask: h5py.Dataset = self._file["loss_mask"]
+        self._segments: h5py.Dataset | None = self._file.get("segment_ids")
+
+    def __reduce__(self) -> tuple[type["PackedStore"], tuple[Path]]:
+        return PackedStore, (self.path,)
+
+    def __len__(self) -> int:
+        return int(self._tokens.shape[0])
+
+    @property
+    def context_length(self) -> int:
+        """T, the places of a row."""
+        return int(self._tokens.shape[1])
+
+    @cached_property
+    def loss_tokens(self) -> np.ndarray:
+        """(N,) float64: the summed weight of each row, after the shift of `shifted_weight`."""
+        if "loss_tokens" in self._file:
+            return np.asarray(self._file["loss_tokens"][...], np.float64)
+        starts = range(0, len(self), SCAN_ROWS)
+        parts = [self._read(slice(i, i + SCAN_ROWS)) for i in starts]
+        return np.concatenate([row_weights(rows.loss_mask, rows.segment_ids) for rows in parts])
+
+    @cached_property
+    def documents(self) -> np.ndarray:
+        """The documents table, dtype `DOCUMENT`, by row and start; empty if the file has none."""
+        if "documents" not in self._file:
+            return np.zeros(0, DOCUMENT)
+        return np.asarray(self._file["documents"][...], DOCUMENT)
+
+    def document_ids(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers, in `documents`, of the documents of `rows`, row after row."""
+        first = np.searchsorted(self.documents["row"], rows, "left")
+        end = np.searchsorted(self.documents["row"], rows, "right")
+        ranges = [np.arange(a, b) for a, b in zip(first, end, strict=True)]
+        return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+    def documents_of(self, rows: np.ndarray) -> np.ndarray:
+        """The entries of `documents` that lie in `rows`, row after row."""
+        return self.documents[self.document_ids(rows)]
+
+    def texts(self, name: str) -> list[str]:
+        """A dataset of texts (`refusals`: a JSON object each); empty if the file has none."""
+        return list(self._file[name].asstr()[...]) if name in self._file else []
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> Rows:
+        """The rows with these numbers, in this order; a number may occur more than once."""
+        wanted = np.asarray(indices, np.int64)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"rows {wanted.min()}..{wanted.max()} of {len(self)}")
+        shape = (len(wanted), self.context_length)
+        dtypes = (np.int32, np.float32, np.int32)
+        read = Rows(*(np.empty(shape, dtype) for dtype in dtypes))
+        order = np.argsort(wanted, kind="stable")
+        # One read for each run of consecutive rows: far faster than h5py's own selection by index.
+        breaks = np.flatnonzero(np.diff(wanted[order]) != 1) + 1
+        for run in np.split(order, breaks):
+            if len(run):
+                part = self._read(slice(wanted[run[0]], wanted[run[-1]] + 1))
+                for target, values in zip(read, part, strict=True):
+                    target[run] = values
+        return read
+
+    def _read(self, rows: slice) -> Rows:
+        tokens = np.asarray(self._tokens[rows], np.int32)
+        mask = np.asarray(self._mask[rows], np.float32)
+        if self._segments is None:
+            return Rows(tokens, mask, np.ones(tokens.shape, np.int32))
+        return Rows(tokens, mask, np.asarray(self._segments[rows], np.int32))
+
+    def _check(self) -> None:
+        """Refuse what later code would misread."""
+        version = self.attrs.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{self.path}: has format version {version}, this Whet reads {FORMAT_VERSION}; "
+                "prepare it again with `whet prepare`"
+            )
+        shapes = {}
+        for name, kinds in (("tokens", "iu"), ("loss_mask", "biuf"), ("segment_ids", "iu")):
+            data = self._file.get(name)
+            if data is None and name == "segment_ids":
+                continue
+            if not isinstance(data, h5py.Dataset):
+                raise UserError(f"{self.path}: has no dataset {name!r}; see docs/file_format.md")
+            if data.ndim != 2 or data.dtype.kind not in kinds:
+                raise UserError(
+                    f"{self.path}: {name} must be numbers of shape (rows, context length), "
+                    f"got {data.dtype} of shape {data.shape}"
+                )
+            shapes[name] = data.shape
+        if len(set(shapes.values())) > 1:
+            raise UserError(f"{self.path}: shapes differ: {shapes}")
+        if 0 in shapes["tokens"]:
+            raise UserError(f"{self.path}: holds no rows (shape {shapes['tokens']})")
+        if "loss_tokens" in self._file and self._file["loss_tokens"].shape != shapes["tokens"][:1]:
+            raise UserError(f"{self.path}: loss_tokens must have one number for each row")
+
+
+def _attribute(value: Any) -> Any:
+    """An attribute as it was given to `StoreWriter.set_attrs`."""
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        return json.loads(value)
+    return value.item() if isinstance(value, np.generic) else value
