@@ -1,0 +1,148 @@
+"""The engine equals decoding without a cache, token for token."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from whet.errors import UserError
+from whet.generate import engine
+from whet.generate.engine import Sampling, generate, generate_without_cache, stream
+from whet.model.config import ModelConfig, llama
+from whet.model.decoder import Transformer, init_weights
+
+VOCABULARY = 61
+
+
+def tiny(**changes) -> ModelConfig:
+    config = llama(VOCABULARY, 32, 3, 4, n_kv_heads=2, max_positions=96)
+    return dataclasses.replace(config, init_std=0.3, **changes)  # large weights: varied replies
+
+
+CONFIGS = {
+    "grouped heads": tiny(),
+    "sliding window": tiny(windows=(5, None, 7)),
+    "learned positions": tiny(ropes=(), learned_positions=True, norm="layer", gated_mlp=False),
+    "layers without rope": tiny(ropes=(None, *tiny().ropes[1:])),
+    "soft caps": tiny(attention_softcap=3.0, logit_softcap=5.0),
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda name: name.replace(" ", "_"))
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return build(CONFIGS[request.param])
+
+
+def build(config: ModelConfig) -> Transformer:
+    model = Transformer(config)
+    init_weights(model, seed=3)
+    return model
+
+
+def some_prompts(count: int, longest: int = 30, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [
+        torch.randint(0, VOCABULARY, (length,), generator=generator).tolist() for length in lengths
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_greedy_equals_decoding_without_a_cache(model: Transformer, batch_size: int) -> None:
+    prompts = some_prompts(7)
+    options = {"max_new_tokens": 20, "stop_ids": range(0, VOCABULARY, 6)}
+    expected = generate_without_cache(model, prompts, **options)
+    assert generate(model, prompts, batch_size=batch_size, **options) == expected
+    assert len({len(reply) for reply in expected}) > 2, "the replies should end at various places"
+
+
+@pytest.mark.parametrize("check_every", [2, 5, 16, 64])
+def test_looking_seldom_changes_nothing(monkeypatch, check_every: int) -> None:
+    """As on a GPU, where rows run on behind their stop token until the host looks."""
+    model = build(CONFIGS["learned positions"])
+    prompts = some_prompts(9, longest=90)
+    options = {"max_new_tokens": 30, "stop_ids": [4, 9], "temperature": 0.7, "batch_size": 4}
+    expected = generate(model, prompts, **options)
+    monkeypatch.setitem(engine.CHECK_EVERY, "cpu", check_every)
+    assert generate(model, prompts, **options) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0, seed=1), Sampling(0.8, top_k=9, top_p=0.8)])
+def test_samples_do_not_depend_on_the_batch(sampling: Sampling) -> None:
+    model = build(CONFIGS["grouped heads"])
+    prompts = [*some_prompts(5), [1, 2, 3], [1, 2, 3]]
+    options = {"max_new_tokens": 12, "stop_ids": [4]}
+    expected = generate_without_cache(model, prompts, sampling=sampling, **options)
+    for batch_size in (1, 3, 8):
+        replies = generate(
+            model, prompts, batch_size=batch_size, **dataclasses.asdict(sampling), **options
+        )
+        assert replies == expected
+    assert expected[-1] != expected[-2], "a prompt given twice is sampled twice"
+    other_seed = dataclasses.replace(sampling, seed=99)
+    assert generate_without_cache(model, prompts, sampling=other_seed, **options) != expected
+
+
+def test_stop_token_is_part_of_the_reply_and_ends_it() -> None:
+    model = build(CONFIGS["grouped heads"])
+    prompts = some_prompts(6)
+    free = generate(model, prompts, max_new_tokens=16, stop_ids=[])
+    assert all(len(reply) == 16 for reply in free)
+    stop = free[0][5]
+    for reply, full in zip(
+        generate(model, prompts, max_new_tokens=16, stop_ids=[stop]), free, strict=True
+    ):
+        cut = full.index(stop) + 1 if stop in full else 16
+        assert reply == full[:cut]
+
+
+def test_a_reply_ends_where_the_positions_do() -> None:
+    model = build(CONFIGS["learned positions"])
+    prompts = [[1] * 90, [2] * 95, [3] * 10]
+    replies = generate(model, prompts, max_new_tokens=12, stop_ids=[])
+    assert [len(reply) for reply in replies] == [6, 1, 12]
+    assert replies == generate_without_cache(model, prompts, max_new_tokens=12, stop_ids=[])
+
+
+def test_prompts_that_cannot_be_answered() -> None:
+    model = build(CONFIGS["grouped heads"])
+    with pytest.raises(UserError, match=r"prompt 1 has 96 tokens.*96 positions"):
+        generate(model, [[1], [1] * 96], max_new_tokens=2, stop_ids=[])
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        generate(model, [[]], max_new_tokens=2, stop_ids=[])
+    assert generate(model, [], max_new_tokens=2, stop_ids=[]) == []
+    assert generate(model, [[1], [2]], max_new_tokens=0, stop_ids=[]) == [[], []]
+
+
+def test_a_small_prefill_budget_changes_nothing(monkeypatch) -> None:
+    model = build(CONFIGS["grouped heads"])
+    prompts = some_prompts(6)
+    expected = generate(model, prompts, max_new_tokens=5, stop_ids=[])
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 8)
+    assert generate(model, prompts, max_new_tokens=5, stop_ids=[]) == expected
+
+
+def test_stream_gives_the_reply_token_by_token() -> None:
+    model = build(CONFIGS["grouped heads"])
+    prompts = some_prompts(1)
+    options = {"max_new_tokens": 9, "stop_ids": [4]}
+    sampling = Sampling(0.9, seed=5)
+    tokens = list(stream(model, prompts[0], sampling=sampling, **options))
+    assert [tokens] == generate(model, prompts, temperature=0.9, seed=5, **options)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = build(CONFIGS["grouped heads"]).train()
+    first = stream(model, [1, 2], max_new_tokens=3, stop_ids=[], sampling=Sampling())
+    next(first)
+    assert torch.is_grad_enabled()
+    first.close()
+    assert model.training
+    generate(model.eval(), [[1, 2]], max_new_tokens=3, stop_ids=[])
+    assert not model.training
+
+
+def test_bfloat16_model_keeps_a_bfloat16_cache() -> None:
+    model = build(CONFIGS["grouped heads"]).bfloat16()
+    replies = generate(model, some_prompts(3), max_new_tokens=4, stop_ids=[])
+    assert [len(reply) for reply in replies] == [4, 4, 4]

@@ -1,0 +1,56 @@
+"""Keys and values of the tokens so far, for a batch of sequences of different lengths.
+
+Row b is one sequence and slot p its token at position p; see `whet.model.attention.KVCache`, which
+this implements. Rows are recycled: a new sequence overwrites the row of one that has ended, and the
+last row moves into a gap when no new sequence is left.
+
+Memory: 2 x layers x rows x slots x K x H numbers, taken once.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """A cache of `rows` sequences of at most `slots` tokens."""
+
+    def __init__(self, rows: int, slots: int) -> None:
+        self.rows = rows
+        self.slots = slots
+        self.keys: list[Tensor] = []  # per layer (rows, slots, K, H); made when its first k comes
+        self.values: list[Tensor] = []
+        self._row = torch.empty(0, 1, dtype=torch.long)  # (B, 1): where the next forward writes
+        self._seen: int | None = None
+
+    def fill(self, rows: Tensor) -> "Cache":
+        """Makes the next forward write the beginnings of new sequences into `rows` (B,)."""
+        self._row, self._seen = rows[:, None], None
+        return self
+
+    def extend(self, rows: Tensor, seen: int) -> "Cache":
+        """Makes the next forward add a token to each of the first B rows; `rows` is arange(B).
+
+        `seen` exceeds every position. The caller counts it, since asking the device would make the
+        host wait for it at each token.
+        """
+        self._row, self._seen = rows[:, None], seen
+        return self
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store `k`, `v` (B, T, K, H) at `positions` (B, T); returns what they attend to."""
+        if layer == len(self.keys):
+            shape = (self.rows, self.slots, *k.shape[2:])
+            self.keys.append(k.new_zeros(shape))  # an unused slot must hold no NaN: 0 x NaN is NaN
+            self.values.append(v.new_zeros(shape))
+        keys, values = self.keys[layer], self.values[layer]
+        keys.index_put_((self._row, positions), k)
+        values.index_put_((self._row, positions), v)
+        if self._seen is None:
+            return k, v  # a beginning sees itself only
+        rows = len(self._row)
+        return keys[:rows, : self._seen], values[:rows, : self._seen]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` slots of row `source` over those of row `target`."""
+        for stored in (*self.keys, *self.values):
+            stored[target, :length] = stored[source, :length]
