@@ -1,0 +1,104 @@
+"""TRL's SFTTrainer on the benchmark's work, set up as its documentation recommends.
+
+Packed by best fit decreasing, loss on the assistant's tokens only, no evaluation, no saving.
+Runs in its own virtual environment (requirements-trl.txt).
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_begin(self, *_: object, **__: object) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def on_log(self, args, state, control, logs=None, **_: object) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--precision", choices=["float32", "bf16"], required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch_size", type=int, default=4)
+    args = parser.parse_args()
+
+    examples = [json.loads(line) for line in open(args.work / "examples.jsonl")]
+    tokenizer = AutoTokenizer.from_pretrained(args.work / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(args.work / "model", dtype=torch.float32)
+    config = SFTConfig(
+        output_dir=str(args.work / "trl"),
+        max_length=1024,
+        packing=True,
+        packing_strategy="bfd",
+        assistant_only_loss=True,
+        per_device_train_batch_size=args.batch_size,
+        max_steps=args.steps,
+        learning_rate=1e-5,
+        max_grad_norm=1.0,
+        bf16=args.precision == "bf16",
+        fp16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        seed=0,
+        disable_tqdm=True,
+    )
+    clock = Clock()
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    tokens: list[int] = []
+    step = trainer.training_step
+
+    def counted(model, inputs, *rest):  # the documents' tokens that this step really trains on
+        tokens.append(int(inputs["input_ids"].numel()))
+        return step(model, inputs, *rest)
+
+    trainer.training_step = counted
+    trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    versions = {"torch": torch.__version__, "trl": trl.__version__}
+    versions["transformers"] = transformers.__version__
+    print(
+        json.dumps(
+            {
+                "side": "TRL",
+                "seconds": clock.seconds,
+                "tokens": tokens,
+                "losses": clock.losses,
+                "peak_gib": peak,
+                "versions": versions,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
