@@ -1,0 +1,125 @@
+"""A packed file -> a Sheet."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whet.data.store import DOCUMENT, PackedStore
+from whet.errors import UserError
+from whet.progress import track
+from whet.report.pieces import plain_ids, token_pieces
+from whet.report.sheet import Refusal, Sheet, SourceAccount
+
+SCAN_ROWS = 1024  # rows that are read at once where a file has no table of documents
+
+
+def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None) -> Sheet:
+    """Rows first..end of the file; `tokenizer` overrides the one that the file names.
+
+    Raises UserError where the rows are not in the file or `tokenizer` is not the file's own.
+    """
+    if not 0 <= first < end <= len(store):
+        last = len(store) - 1
+        raise UserError(f"{store.path}: has rows 0 to {last:,}, asked for {first:,} to {end - 1:,}")
+    rows = store.rows(range(first, end))
+    documents = store.documents if len(store.documents) else scan_documents(store)
+    shown = documents[np.searchsorted(documents["row"], first) :]
+    shown = shown[: np.searchsorted(shown["row"], end)].copy()
+    shown["row"] -= first
+    ids = np.unique(rows.tokens)
+    pieces, told = _pieces(store, ids, tokenizer)
+    refusals = [_refusal(text) for text in store.texts("refusals")]
+    fills = np.bincount(documents["row"], documents["length"], len(store))
+    return Sheet(
+        title=store.path.name,
+        tokens=rows.tokens,
+        mask=rows.loss_mask,
+        documents=shown,
+        sources=_sources(store),
+        pieces=pieces,
+        lengths=documents["length"],
+        fills=fills.astype(np.int64),
+        trained=int(documents["trained"].sum()),
+        first=first,
+        facts={"tokenizer": told, **_facts(store)},
+        accounts=_accounts(store),
+        refusals=refusals,
+        refused=len(refusals),
+    )
+
+
+def scan_documents(store: PackedStore) -> np.ndarray:
+    """The table of documents of a file that has none, from its segments; source and line unknown."""
+    parts = []
+    with track("Reading rows", len(store), "rows") as progress:
+        for start in range(0, len(store), SCAN_ROWS):
+            indices = range(start, min(start + SCAN_ROWS, len(store)))
+            rows = store.rows(indices)
+            parts.append(segment_documents(rows.segment_ids, rows.loss_mask))
+            parts[-1]["row"] += start
+            progress.advance(len(indices))
+    return np.concatenate(parts)
+
+
+def segment_documents(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The runs of equal, non-zero `segments` (B, T) as a table of documents."""
+    n_rows, width = segments.shape
+    begins = np.ones(segments.shape, bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    start = np.flatnonzero(begins)
+    trained = np.concatenate([[0], np.cumsum(mask.reshape(-1) > 0)])
+    end = np.append(start[1:], n_rows * width)
+    found = np.zeros(len(start), DOCUMENT)
+    found["row"], found["start"] = np.divmod(start, width)
+    found["length"] = end - start
+    found["trained"] = trained[end] - trained[start]
+    found["source"] = -1
+    return found[segments.reshape(-1)[start] != 0]
+
+
+def _pieces(
+    store: PackedStore, ids: np.ndarray, wanted: Path | None
+) -> tuple[dict[int, str], str]:
+    """Text of each id, and which tokenizer gave it. A recorded path that is gone is no error."""
+    recorded = store.attrs.get("settings", {}).get("tokenizer")
+    path = wanted or (Path(recorded) if recorded and Path(recorded).exists() else None)
+    if path is None:
+        gone = f"{recorded} is not there" if recorded else "the file names none"
+        return plain_ids(ids), f"none, ids are shown ({gone}; --tokenizer DIR gives one)"
+    from whet.chat.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    expected = store.attrs.get("tokenizer_hash")
+    if expected and tokenizer.hash != expected:
+        if wanted:
+            raise UserError(
+                f"--tokenizer {path}: is not the tokenizer of {store.path} "
+                f"(hash {tokenizer.hash[:12]}, expected {expected[:12]}); its texts would be wrong"
+            )
+        return plain_ids(ids), f"none, ids are shown ({path} has changed since the file was made)"
+    return token_pieces(tokenizer, ids), str(path)
+
+
+def _sources(store: PackedStore) -> list[str]:
+    return [str(source) for source in store.attrs.get("sources", [])]
+
+
+def _facts(store: PackedStore) -> dict[str, str]:
+    """The hashes and settings that the file records, shortened for reading."""
+    facts = {}
+    for name in ("tokenizer_hash", "template_hash"):
+        if value := store.attrs.get(name):
+            facts[name.replace("_", " ")] = str(value)[:12]
+    return facts
+
+
+def _accounts(store: PackedStore) -> list[SourceAccount]:
+    return []
+
+
+def _refusal(text: str) -> Refusal:
+    record = json.loads(text)
+    return Refusal(record["source"], record["line"], record["reason"])
