@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from whet.config import problems
 
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -74,7 +75,7 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMSNorm of queries and keys: over each head's H numbers, or over all heads at once."""
 
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     gated_mlp: bool = True
     """down(act(gate(x)) * up(x)) rather than down(act(up(x)))."""
     qkv_bias: bool = False

@@ -217,14 +217,21 @@ class Transformer(nn.Module):
             x = x * self.config.embed_scale
         if self.config.learned_positions:
             x = x + self.positions(plan.positions)
-        rotary: dict[Rope | None, Rotary] = {
-            rope: rope and cos_sin(rope, plan.positions, plan.lengths)
-            for rope in {None, *self.config.ropes}
+        rotary = {
+            rope: cos_sin(rope, plan.positions, plan.lengths)
+            for rope in set(self.config.ropes)
+            if rope is not None
         }
         for i, layer in enumerate(self.layers):
+            rope = self.config.rope(i)
             last = i == len(self.layers) - 1
             x = run_layer(
-                layer, self.recompute, x, rotary[self.config.rope(i)], plan, keep if last else None
+                layer,
+                self.recompute,
+                x,
+                None if rope is None else rotary[rope],
+                plan,
+                keep if last else None,
             )
         return self.norm(x)
 

@@ -1,0 +1,239 @@
+"""`config.json` of the ecosystem's model directories <-> `ModelConfig`.
+
+A `config.json` says most of what a model computes and leaves the rest to its `model_type`: that
+Gemma's norms multiply by 1 + weight stands nowhere but in the type. `FAMILIES` holds just that
+rest; all else is read from the keys. Every key is accounted for: read, known to be harmless, or off
+(null, false, empty). What is left over might change the mathematics, so it is an error that names
+it.
+
+Older and newer spellings are both read: `rope_theta` and `rope_scaling`, or `rope_parameters`.
+Dropout is ignored: Whet trains without.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from whet.errors import UserError
+from whet.model.config import Activation, ModelConfig, Rope
+from whet.model.hf_keys import Keys, refuse_leftovers
+from whet.model.hf_layers import read_layers
+
+Json = dict[str, Any]
+
+FAMILIES: dict[str, Json] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "windows": "all"},
+    "qwen2": {"qkv_bias": True, "windows": "upper"},
+    "qwen3": {"qk_norm": "head", "windows": "upper", "head_dim": 128},
+    "smollm3": {
+        "tie_word_embeddings": True,
+        "rope_theta": 2_000_000.0,
+        "no_rope_layer_interval": 4,
+        "windows": "no rope",
+    },
+    "gemma": {"gemma": True, "head_dim": 256},
+    "gemma2": {
+        "gemma": True,
+        "post_norm": True,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "windows": "pattern",
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "gemma3_text": {
+        "gemma": True,
+        "post_norm": True,
+        "qk_norm": "head",
+        "head_dim": 256,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "windows": "pattern",
+        "vocab_size": 262_208,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "max_position_embeddings": 131_072,
+    },
+    "phi3": {"windows": "all", "rms_norm_eps": 1e-5},
+    "olmo2": {"qk_norm": "full", "pre_norm": False, "post_norm": True, "rms_norm_eps": 1e-5},
+    "granite": {"attention_multiplier": 1.0},
+    "gpt2": {},
+    "whet": {},
+}
+"""What the type of a model says: facts, and values of keys that its files may leave out."""
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def read(config: Json) -> ModelConfig:
+    """The `ModelConfig` of a `config.json`.
+
+    Raises UserError for an unknown `model_type`, a missing or wrong size, and for any key that is
+    not understood and not off.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(
+            f"config.json: model_type {family!r} is none of Whet's own ({known}); other "
+            "architectures need `pip install whet[transformers]`"
+        )
+    if family == "whet":
+        return _read_whet(config)
+    keys = Keys(config, FAMILIES[family])
+    found = _read_gpt2(keys) if family == "gpt2" else _read_llama(keys)
+    refuse_leftovers(keys, family)
+    return dataclasses.replace(found, hf=dict(config))
+
+
+def _read_llama(keys: Keys) -> ModelConfig:
+    """The layout of Llama and its descendants."""
+    facts = keys.defaults
+    gemma = "gemma" in facts
+    width, n_layers = keys.count("hidden_size"), keys.count("num_hidden_layers")
+    n_heads = keys.count("num_attention_heads")
+    head_size = keys.count("head_dim", width // n_heads)
+    max_positions = keys.count("max_position_embeddings", 2048)
+    ropes, windows = read_layers(keys, n_layers, head_size, max_positions)
+    bias = bool(keys.take("attention_bias", False))
+    query_scalar = keys.take("query_pre_attn_scalar")
+    attention_scale = keys.take("attention_multiplier")
+    return ModelConfig(
+        vocab_size=keys.count("vocab_size"),
+        width=width,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=keys.count("num_key_value_heads", n_heads),
+        head_size=head_size,
+        mlp_width=keys.count("intermediate_size"),
+        max_positions=max_positions,
+        windows=windows,
+        ropes=ropes,
+        tied=bool(keys.take("tie_word_embeddings", gemma)),
+        norm_eps=float(keys.take("rms_norm_eps", 1e-6)),
+        norm_offset=1.0 if gemma else 0.0,
+        pre_norm=facts.get("pre_norm", True),
+        post_norm=facts.get("post_norm", False),
+        qk_norm=facts.get("qk_norm", "none"),
+        activation=_activation(keys, gemma),
+        qkv_bias=bias or facts.get("qkv_bias", False),
+        out_bias=bias,
+        mlp_bias=bool(keys.take("mlp_bias", False)),
+        attention_scale=query_scalar**-0.5 if query_scalar else attention_scale,
+        attention_softcap=keys.take("attn_logit_softcapping"),
+        logit_softcap=keys.take("final_logit_softcapping"),
+        embed_scale=math.sqrt(width) if gemma else float(keys.take("embedding_multiplier", 1.0)),
+        residual_scale=float(keys.take("residual_multiplier", 1.0)),
+        logit_scale=1.0 / float(keys.take("logits_scaling", 1.0)),
+        init_std=float(keys.left.get("initializer_range", 0.02)),
+    )
+
+
+def _read_gpt2(keys: Keys) -> ModelConfig:
+    width, n_heads = keys.count("n_embd"), keys.count("n_head")
+    return ModelConfig(
+        vocab_size=keys.count("vocab_size"),
+        width=width,
+        n_layers=keys.count("n_layer"),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_size=width // n_heads,
+        mlp_width=keys.count("n_inner", 4 * width),
+        max_positions=keys.count("n_positions", 1024),
+        learned_positions=True,
+        tied=bool(keys.take("tie_word_embeddings", True)),
+        norm="layer",
+        norm_eps=float(keys.take("layer_norm_epsilon", 1e-5)),
+        activation=ACTIVATIONS[_known_activation(keys.take("activation_function", "gelu_new"))],
+        gated_mlp=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        attention_scale=None if keys.take("scale_attn_weights", True) else 1.0,
+        init_std=float(keys.left.get("initializer_range", 0.02)),
+    )
+
+
+def _activation(keys: Keys, gemma: bool) -> Activation:
+    name, newer = keys.take("hidden_act", "silu"), keys.take("hidden_activation")
+    if gemma and newer is None and name in ("silu", "gelu"):
+        newer = "gelu_pytorch_tanh"  # Gemma's first files said "gelu" and meant this
+    return ACTIVATIONS[_known_activation(newer or name)]
+
+
+def _known_activation(name: Any) -> str:
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: activation {name!r} is none of {', '.join(ACTIVATIONS)}")
+    return str(name)
+
+
+def write(config: ModelConfig) -> Json:
+    """The `config.json` of `config`: the one it was read from, a Llama's, or in Whet's own terms.
+
+    The last is for what no family of the ecosystem computes, such as learned positions together
+    with a bias on the head.
+    """
+    resized = {**config.hf, "vocab_size": config.vocab_size}
+    for candidate in (resized, _as_llama(config)):
+        if "model_type" in candidate and read(candidate) == config:
+            return candidate
+    fields = dataclasses.asdict(config)
+    del fields["hf"]
+    return {"model_type": "whet", **fields}
+
+
+def _as_llama(config: ModelConfig) -> Json:
+    rope = config.rope(0)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": rope.theta if rope else 10_000.0,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _read_whet(config: Json) -> ModelConfig:
+    """Whet's own terms: the fields of `ModelConfig` as they are."""
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"hf"}
+    keys = Keys(config, {})
+    values = {name: keys.take(name) for name in names if name in config}
+    refuse_leftovers(keys, "whet")
+    try:
+        values["windows"] = tuple(values.get("windows", ()))
+        values["ropes"] = tuple(
+            None if rope is None else Rope(**{k: _frozen(v) for k, v in rope.items()})
+            for rope in values.get("ropes", ())
+        )
+        return ModelConfig(**values, hf=dict(config))
+    except TypeError as error:
+        raise UserError(f"config.json: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
