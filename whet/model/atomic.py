@@ -1,0 +1,87 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from whet.errors import UserError
+from whet.model.weights import INDEX
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented UTF-8 JSON."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+@contextmanager
+def written_aside(directory: Path, nbytes: int) -> Iterator[Path]:
+    """A temporary directory whose files replace those of `directory` when the block succeeds.
+
+    A new directory appears by one rename. In an existing one `config.json` goes first and comes
+    last: a directory without it is no model, so a kill in between leaves none, never a mixture.
+    """
+    created = not directory.exists()
+    if not created and not directory.is_dir():
+        raise UserError(f"{directory}: expected a directory to save the model in, found a file")
+    parent = directory.parent if created else directory
+    parent.mkdir(parents=True, exist_ok=True)
+    aside = parent / f".{directory.name}.{os.getpid()}.saving"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with on_full_disk(directory, nbytes):
+            aside.mkdir()
+            yield aside
+            for file in aside.iterdir():
+                sync(file)
+            sync(aside)
+            if created:
+                os.rename(aside, directory)
+            else:
+                _replace_files(aside, directory)
+            sync(directory)
+            sync(directory.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace_files(aside: Path, directory: Path) -> None:
+    (directory / "config.json").unlink(missing_ok=True)
+    sync(directory)
+    for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
+        old.unlink(missing_ok=True)
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, directory / file.name)
+
+
+@contextmanager
+def on_full_disk(path: Path, nbytes: int) -> Iterator[None]:
+    """Tell a full disk in one line: beforehand if the weights can't fit, else when it happens."""
+    parent = next(folder for folder in [path, *path.absolute().parents] if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    full = f"{path}: no space: the model needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+    if nbytes > free:
+        raise UserError(f"{full}; free some or choose another --out")
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        no_space = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if no_space or "No space left" in str(error) or "enforce fail" in str(error):
+            raise UserError(f"{full}; nothing was written under its name") from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """Ask the system to bring a file, or the names in a directory, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

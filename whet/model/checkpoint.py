@@ -1,0 +1,432 @@
+"""Opening and saving models: model directories in the ecosystem's layout, and `.pt` files.
+
+Nothing is forgiven in silence: a weight that is missing, left over or misshaped is an error. What
+is saved is opened again and compared with what was meant to be saved, before it takes its name.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from whet.config import problems
+from whet.errors import UserError
+from whet.model import families, legacy
+from whet.model.atomic import on_full_disk, sync, write_json, written_aside
+from whet.model.config import ModelConfig
+from whet.model.decoder import Transformer
+from whet.model.weights import INDEX, SINGLE, Stored, in_memory, open_directory, open_pt, read_into
+from whet.progress import track
+
+OWN_LAYOUT = "whet"
+"""The `model_type` of what no family of transformers computes; weights have Whet's own names."""
+_SHOWN = 5
+_PROGRESS_FROM_BYTES = 2_000_000_000
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def load_backbone_from_ckpt(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+) -> Transformer:
+    """Open the model directory or `.pt` file at `path`, its weights cast to `dtype` on `device`.
+
+    The values go from the file into the parameters, which are made without initial values: the peak
+    of memory is the weights and a few megabytes. Raises UserError for what is missing or damaged,
+    and if any weight is missing, left over or of another shape than the configuration says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config, stored, places = _open_directory(path)
+    elif path.is_file():
+        config, stored, places = _open_pt(path)
+    else:
+        raise UserError(f"{path}: expected a model directory or a .pt file; there is no such path")
+    return _fill_model(config, stored, places, path, dtype, torch.device(device), quiet)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration of the model directory or `.pt` file at `path`, without its weights."""
+    path = Path(path)
+    return _open_pt(path)[0] if path.is_file() else _read_directory_config(path)
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """The model of `config` without values (on the meta device): costs neither time nor memory."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`. Raises UserError if it is missing or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _read_directory_config(directory: Path) -> ModelConfig:
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise UserError(f"{directory}: expected a model directory or a .pt file")
+    if not path.is_file():
+        raise UserError(
+            f"{directory}: no config.json, so not a model directory; "
+            "is it the folder of an unfinished run, or a level too high or low?"
+        )
+    return _from_hf(read_json(path), path)
+
+
+def _from_hf(values: dict[str, Any], path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_hf(values)
+    except UserError as error:
+        lines = [line.removeprefix("config.json: ") for line in str(error).splitlines()]
+        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+Opened = tuple[ModelConfig, dict[str, Stored], dict[str, families.Place]]
+
+
+def _open_directory(directory: Path) -> Opened:
+    config = _read_directory_config(directory)
+    stored = open_directory(directory)
+    if "wte.weight" in stored:  # GPT-2 and others as saved without their head
+        stored = {f"transformer.{name}": entry for name, entry in stored.items()}
+    elif "embed_tokens.weight" in stored:
+        stored = {f"model.{name}": entry for name, entry in stored.items()}
+    return config, stored, file_places(config)
+
+
+def _open_pt(path: Path) -> Opened:
+    content = open_pt(path)
+    state = content.get("model_state_dict")
+    cfg = content.get("cfg", content.get("config"))
+    if not isinstance(state, dict) or not isinstance(cfg, dict):
+        keys = ", ".join(sorted(map(str, content)))[:200]
+        raise UserError(
+            f"{path}: expected model_state_dict and cfg, found {keys or 'nothing'}; "
+            "a bare state_dict does not say its sizes: open the model directory instead"
+        )
+    state = {_unwrapped(name): value for name, value in state.items()}
+    not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    problems([f"{path}: model_state_dict holds {name}, not a tensor" for name in not_tensors])
+    if legacy.is_legacy(state):
+        config = legacy.legacy_config(cfg, state, path)
+        state = legacy.legacy_state(state, path)
+    else:
+        config = _from_hf(cfg, path)
+    own = {name: families.Place(name) for name in empty_model(config).state_dict()}
+    return config, in_memory(state), own
+
+
+def _unwrapped(name: str) -> str:
+    """Without what DDP and torch.compile put before names, in any order."""
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def file_places(config: ModelConfig) -> dict[str, families.Place]:
+    """{Whet's parameter name: its place in the files of a model directory}."""
+    names = empty_model(config).state_dict()
+    if families.model_type(config) == OWN_LAYOUT:
+        return {name: families.Place(name) for name in names}
+    return families.place_parameters(config, names)
+
+
+def _fill_model(
+    config: ModelConfig,
+    stored: dict[str, Stored],
+    places: dict[str, families.Place],
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quiet: bool,
+) -> Transformer:
+    model = empty_model(config)
+    grouped = families.by_family_name(places)
+    _check(model, grouped, stored, path)
+    model = model.to(dtype).to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    total = sum(entry.nbytes for entry in stored.values())
+    quiet = quiet or total < _PROGRESS_FROM_BYTES
+    with track(f"Opening {path}", total / 1e9, "GB", quiet=quiet) as progress:
+        for file_name, parts in grouped.items():
+            source = stored.pop(file_name)  # what was read is let go
+            for name, place in parts.items():
+                read_into(parameters[name], source, place.begin, place.transposed)
+            progress.advance(source.nbytes / 1e9)
+    _check_tied_head(model, stored, path)
+    return model
+
+
+def _check(
+    model: nn.Module,
+    grouped: dict[str, dict[str, families.Place]],
+    stored: dict[str, Stored],
+    path: Path,
+) -> None:
+    """Every weight is there, nothing is left over, every shape is the configuration's."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = []
+    for file_name, parts in grouped.items():
+        first_shape = shapes[next(iter(parts))]
+        expected = (sum(shapes[name][0] for name in parts), *first_shape[1:])
+        if next(iter(parts.values())).transposed:
+            expected = expected[::-1]
+        if file_name in stored and stored[file_name].shape != expected:
+            shape = list(stored[file_name].shape)
+            wrong.append(f"{file_name} is {shape}, by the configuration {list(expected)}")
+        elif file_name in stored and not stored[file_name].dtype.is_floating_point:
+            wrong.append(f"{file_name} holds {stored[file_name].dtype}, quantised: not supported")
+    missing = [name for name in grouped if name not in stored]
+    tied = {"lm_head.weight", "head.weight"} - set(grouped)
+    surplus = [
+        name
+        for name in stored
+        if name not in grouped and not name.endswith(families.IGNORED) and name not in tied
+    ]
+    found = [f"{path}: {what}" for what in wrong[:_SHOWN]]
+    if missing:
+        found.append(f"{path}: missing weights: {_listed(missing)}; nothing is initialised instead")
+    if surplus:
+        found.append(f"{path}: weights that the configuration has no use for: {_listed(surplus)}")
+    problems(found)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _check_tied_head(model: Transformer, stored: dict[str, Stored], path: Path) -> None:
+    """Some files of tied models hold the head once more: it must be the embedding."""
+    head = stored.get("lm_head.weight") or stored.get("head.weight")
+    if head is None or not model.config.tied:
+        return
+    same = head.shape == tuple(model.embed.weight.shape)
+    for begin in range(0, len(model.embed.weight) if same else 0, 4096):
+        rows = model.embed.weight[begin : begin + 4096]
+        again = torch.empty_like(rows)
+        read_into(again, head, begin)
+        same = same and torch.equal(again, rows)
+    if not same:
+        raise UserError(
+            f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the "
+            "embedding; set tie_word_embeddings to false if the head is to be used"
+        )
+
+
+class SavesTokenizer(Protocol):
+    """What saving needs of `whet.chat.tokenizer.Tokenizer`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int | None: ...
+    def save(self, directory: Path) -> None: ...
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: SavesTokenizer, where: str | Path) -> None:
+    """Raise UserError if the tokenizer has ids for which the embedding has no row."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's "
+            f"embedding has {config.vocab_size} rows; use the model's own tokenizer, or let "
+            "--chat_template grow the embedding"
+        )
+
+
+def save_model(
+    model: Transformer,
+    directory: str | Path,
+    tokenizer: SavesTokenizer | None,
+    lineage: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model directory that transformers, vLLM, TRL, PEFT and llama.cpp's converter open.
+
+    Weights in `dtype` (None: as they are), config, tokenizer, chat template, generation config with
+    every stop id, and `whet.json` with the `lineage`. `state` are the values if `model` does not
+    hold them whole itself (FSDP). The files are written aside, opened again, and their weights and
+    the logits of a probe compared with the model's; only then do they take their names, and
+    `config.json` as the last of them: a directory never mixes two models. Raises UserError when
+    there is no space, and RuntimeError when what was written does not give the model's logits.
+    """
+    directory = Path(directory)
+    state = _plain_state(model, state)
+    if tokenizer is not None:
+        check_vocabulary(model.config, tokenizer, directory)
+    with written_aside(directory, _nbytes(state, dtype)) as aside:
+        _write_weights(model.config, state, aside, dtype, shard_bytes)
+        _write_configs(model.config, tokenizer, lineage, aside, dtype or _dtype_of(state))
+        verify_saved(aside, model.config, state, dtype)
+
+
+def save_pt(
+    model: Transformer,
+    path: str | Path,
+    stage: str,
+    step: int,
+    metrics: dict[str, Any],
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `{model_state_dict, cfg, stage, step, metrics}`, loadable with `weights_only=True`.
+
+    The names are Whet's own, `cfg` the fields of ModelConfig. Opened again and compared, like a
+    model directory; raises as `save_model` does.
+    """
+    path = Path(path)
+    state = _plain_state(model, state)
+    content = {
+        "model_state_dict": dict(state),
+        "cfg": model.config.to_hf(),
+        "stage": stage,
+        "step": step,
+        "metrics": metrics,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with on_full_disk(path, _nbytes(state, None)):
+            torch.save(content, aside)
+            sync(aside)
+            verify_saved(aside, model.config, state, None)
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def verify_saved(
+    path: Path, config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    """Open `path` again: weights bit for bit those of `state` cast to `dtype`, and the same logits.
+
+    Logits are compared on 32 seeded tokens; where the file's dtype is a smaller one, a relative
+    difference that its rounding explains is allowed. Raises RuntimeError naming what differs.
+    """
+    before = empty_model(config)
+    before.load_state_dict(dict(state), assign=True)
+    device, own_dtype = before.embed.weight.device, before.embed.weight.dtype
+    again = load_backbone_from_ckpt(path, dtype=own_dtype, device=device, quiet=True)
+    for name, value in again.state_dict().items():
+        if not torch.equal(state[name].to(dtype or value.dtype).to(value.dtype), value):
+            raise RuntimeError(f"{path}: {name} was saved, but read back it differs")
+    tokens = torch.randint(
+        config.vocab_size,
+        (1, min(32, config.max_positions)),
+        generator=torch.Generator().manual_seed(0),
+    ).to(device)
+    expected, found = before(tokens).float(), again(tokens).float()
+    difference = float((expected - found).norm() / expected.norm().clamp(min=1e-12))
+    allowed = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(dtype or own_dtype, 1e-5)
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"{path}: read back, its logits differ by {difference:.2g} (relative); "
+            f"allowed are {allowed}"
+        )
+
+
+def _plain_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    values = model.state_dict() if state is None else state
+    return {_unwrapped(name): value.detach() for name, value in values.items()}
+
+
+def _dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
+    return state["embed.weight"].dtype
+
+
+def _nbytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+    return sum(value.numel() * (dtype or value.dtype).itemsize for value in state.values())
+
+
+def _write_weights(
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    directory: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> None:
+    grouped = families.by_family_name(file_places(config))
+    sizes = {
+        name: sum(state[part].numel() * (dtype or state[part].dtype).itemsize for part in parts)
+        for name, parts in grouped.items()
+    }
+    shards = _plan_shards(sizes, shard_bytes)
+    total = sum(sizes.values())
+    weight_map: dict[str, str] = {}
+    with track("Saving", total / 1e9, "GB", quiet=total < _PROGRESS_FROM_BYTES) as progress:
+        for number, names in enumerate(shards, 1):
+            file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            if len(shards) == 1:
+                file_name = SINGLE
+            tensors = {
+                name: families.join(grouped[name], state).to("cpu", dtype).contiguous()
+                for name in names
+            }
+            safetensors.torch.save_file(tensors, directory / file_name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(names, file_name)
+            progress.advance(sum(sizes[name] for name in names) / 1e9)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / INDEX, index)
+
+
+def _plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Names in order, cut before the shard would grow past `shard_bytes`."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_configs(
+    config: ModelConfig,
+    tokenizer: SavesTokenizer | None,
+    lineage: dict[str, Any],
+    directory: Path,
+    dtype: torch.dtype,
+) -> None:
+    values = config.to_hf()
+    values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    values.pop("dtype", None)
+    if tokenizer is not None:
+        stops = list(tokenizer.stop_ids)
+        ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+            "pad_token_id": tokenizer.pad_id,
+        }
+        values |= ids
+        write_json(directory / "generation_config.json", ids)
+        tokenizer.save(directory)
+    write_json(directory / "config.json", values)
+    write_json(directory / "whet.json", lineage)

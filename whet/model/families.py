@@ -1,0 +1,151 @@
+"""How each family names and lays out its weights, in both directions.
+
+A table says for each of Whet's modules where the family keeps it. GPT-2 stores matrices as (inputs,
+outputs) and joins queries, keys and values; Phi-3 joins them, too, as well as gate and up. The
+names were read off the state_dicts of transformers' own classes, which are the tests' oracle.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whet.model.config import ModelConfig
+
+_NAMES = {
+    "embed": "model.embed_tokens",
+    "layers.{i}.attn.q": "model.layers.{i}.self_attn.q_proj",
+    "layers.{i}.attn.k": "model.layers.{i}.self_attn.k_proj",
+    "layers.{i}.attn.v": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.attn.o": "model.layers.{i}.self_attn.o_proj",
+    "layers.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm",
+    "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj",
+    "layers.{i}.mlp.up": "model.layers.{i}.mlp.up_proj",
+    "layers.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+_PRE_NORMS = {
+    "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+}
+_POST_NORMS = {  # OLMo-2
+    "layers.{i}.attn_post_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+}
+_FOUR_NORMS = {  # Gemma 2 and 3
+    **_POST_NORMS,
+    "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm",
+    "layers.{i}.mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+}
+_PHI3 = {
+    "layers.{i}.attn.q": "model.layers.{i}.self_attn.qkv_proj",
+    "layers.{i}.attn.k": "model.layers.{i}.self_attn.qkv_proj",
+    "layers.{i}.attn.v": "model.layers.{i}.self_attn.qkv_proj",
+    "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_up_proj",
+    "layers.{i}.mlp.up": "model.layers.{i}.mlp.gate_up_proj",
+}
+_GPT2 = {
+    "embed": "transformer.wte",
+    "positions": "transformer.wpe",
+    "layers.{i}.attn_norm": "transformer.h.{i}.ln_1",
+    "layers.{i}.mlp_norm": "transformer.h.{i}.ln_2",
+    "layers.{i}.attn.q": "transformer.h.{i}.attn.c_attn",
+    "layers.{i}.attn.k": "transformer.h.{i}.attn.c_attn",
+    "layers.{i}.attn.v": "transformer.h.{i}.attn.c_attn",
+    "layers.{i}.attn.o": "transformer.h.{i}.attn.c_proj",
+    "layers.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc",
+    "layers.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
+    "norm": "transformer.ln_f",
+    "head": "lm_head",
+}
+_JOINED = ("q", "k", "v", "gate", "up")  # in the order in which files join them
+
+IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".tril", "pos_idxs")
+"""Ends of the names of buffers that old files carry and that follow from the configuration."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module, or with its `.weight` a parameter, stands in a family's files."""
+
+    name: str
+    begin: int = 0
+    """First output row inside a joined matrix; 0 where nothing is joined."""
+    transposed: bool = False
+    """Stored as (inputs, outputs): GPT-2's Conv1D."""
+
+
+def model_type(config: ModelConfig) -> str:
+    """The family as `config.json` names it; it decides the layout."""
+    return str(config.to_hf()["model_type"])
+
+
+def place_modules(config: ModelConfig, modules: Iterable[str]) -> dict[str, Place]:
+    """Whet's module names (`layers.0.attn.q`) -> places in the files of `config`'s family."""
+    family = model_type(config)
+    table = _table(config, family)
+    q, kv = config.n_heads * config.head_size, config.n_kv_heads * config.head_size
+    begins = {"k": q, "v": q + kv, "up": config.mlp_width}
+    places = {}
+    for module in modules:
+        general, layer = _general(module)
+        name = table[general]
+        kind = general.rpartition(".")[2]
+        joined = kind in _JOINED and sum(other == name for other in table.values()) > 1
+        linear = kind in ("q", "k", "v", "o", "gate", "up", "down")
+        places[module] = Place(
+            name.replace("{i}", layer),
+            begin=begins.get(kind, 0) if joined else 0,
+            transposed=family == "gpt2" and linear,
+        )
+    return places
+
+
+def place_parameters(config: ModelConfig, names: Iterable[str]) -> dict[str, Place]:
+    """Whet's parameter names (`layers.0.attn.q.weight`) -> places in the files of the family."""
+    names = list(names)
+    modules = place_modules(config, {name.rpartition(".")[0] for name in names})
+    places = {}
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        place = modules[module]
+        places[name] = Place(
+            f"{place.name}.{kind}", place.begin, place.transposed and kind == "weight"
+        )
+    return places
+
+
+def join(parts: Mapping[str, Place], state: Mapping[str, Tensor]) -> Tensor:
+    """The family's tensor that is made of Whet's parameters `parts`, all places of one name."""
+    ordered = sorted(parts, key=lambda name: parts[name].begin)
+    tensors = [state[name] for name in ordered]
+    whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return whole.t() if parts[ordered[0]].transposed else whole
+
+
+def by_family_name(places: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
+    """{family's name: {Whet's name: place}}, the parts of each stored tensor."""
+    grouped: dict[str, dict[str, Place]] = {}
+    for name, place in places.items():
+        grouped.setdefault(place.name, {})[name] = place
+    return grouped
+
+
+def _table(config: ModelConfig, family: str) -> dict[str, str]:
+    if family == "gpt2":
+        return _GPT2
+    norms = _POST_NORMS
+    if config.pre_norm:
+        norms = _FOUR_NORMS if config.post_norm else _PRE_NORMS
+    return {**_NAMES, **norms, **(_PHI3 if family == "phi3" else {})}
+
+
+def _general(module: str) -> tuple[str, str]:
+    """`layers.3.attn.q` -> (`layers.{i}.attn.q`, `3`)."""
+    parts = module.split(".")
+    if parts[0] != "layers":
+        return module, ""
+    return ".".join(["layers", "{i}", *parts[2:]]), parts[1]

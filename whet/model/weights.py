@@ -1,0 +1,234 @@
+"""Weight files: safetensors read straight into a model's own memory, and `.pt` without pickles.
+
+A safetensors file is eight bytes with the header's length, a JSON header `{name: {dtype, shape,
+data_offsets}}`, and the values (https://github.com/huggingface/safetensors#format). Reading it by
+hand takes a few lines and lets the values go from the file into the parameter without a second
+copy: a memory map would count the whole file against the memory of the process while it is copied.
+"""
+
+import json
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from whet.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_STAGING_BYTES = 1 << 25
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: in a file from byte `offset` on, or in memory as `tensor`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path | None = None
+    offset: int = 0
+    tensor: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def in_memory(tensors: dict[str, Tensor]) -> dict[str, Stored]:
+    """The same description for tensors that are loaded already."""
+    return {
+        name: Stored(tuple(tensor.shape), tensor.dtype, tensor=tensor)
+        for name, tensor in tensors.items()
+    }
+
+
+def open_directory(directory: Path) -> dict[str, Stored]:
+    """Describe every tensor of a model directory without reading its values.
+
+    Reads `model.safetensors`, or the shards named by `model.safetensors.index.json`. Raises
+    UserError for a missing or damaged file, a name that two shards hold, a tensor that the index
+    promises and its shard lacks, and an index that points outside the directory.
+    """
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        return open_safetensors(single)
+    if not index.is_file():
+        pickled = [*directory.glob("pytorch_model*.bin"), *directory.glob("*.pth")]
+        why = f"only {pickled[0].name}, a pickle, which can run code" if pickled else "neither"
+        raise UserError(
+            f"{directory}: expected {SINGLE} or {INDEX}, found {why}; "
+            "download or convert the model in safetensors form"
+        )
+    weight_map = _read_index(index)
+    found: dict[str, Stored] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = directory / name
+        if not shard.is_file():
+            raise UserError(f"{index}: names the shard {name}, which is missing; download it again")
+        for key, stored in open_safetensors(shard).items():
+            if key in found:
+                raise UserError(f"{shard}: holds {key}, which {found[key].file} holds, too")
+            found[key] = stored
+    lost = sorted(set(weight_map) - set(found))
+    if lost:
+        raise UserError(f"{index}: {weight_map[lost[0]]} should hold {lost[0]}, but does not")
+    return found
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The index's {tensor: shard file name}; every shard must lie in the index's own directory."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{index}: expected JSON with a "weight_map"; download it again') from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: its weight_map is empty or not a table; download it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or name != Path(name).name or "\\" in name:
+            raise UserError(
+                f"{index}: points to {name!r}, outside of its own directory; "
+                "refused: do not use this model unless you know where it comes from"
+            )
+    return weight_map
+
+
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    """Read and check the header of one safetensors file. Raises UserError when it is damaged."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise _damaged(path, f"its header should have {length:,} bytes, the file has {size:,}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _describe(entry, path, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"its header is not valid ({error})") from None
+    end = 8 + length
+    for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if stored.offset != end:
+            raise _damaged(path, f"the values of {name} do not begin where the ones before end")
+        end += stored.nbytes
+    if end != size:
+        raise _damaged(path, f"its header describes {end:,} bytes, the file has {size:,}")
+    return tensors
+
+
+def _describe(entry: dict, path: Path, start: int) -> Stored:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"unknown dtype {entry['dtype']}")
+    stored = Stored(shape, _DTYPES[entry["dtype"]], file=path, offset=start + begin)
+    if any(not isinstance(n, int) or n < 0 for n in shape) or end - begin != stored.nbytes:
+        raise ValueError(f"shape {list(shape)} does not fit {end - begin} bytes")
+    return stored
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: truncated or damaged: {why}; download or copy it again")
+
+
+def open_pt(path: Path) -> dict:
+    """Read a `.pt` file by `weights_only`: tensors and plain values, never code.
+
+    Raises UserError if it is damaged or holds anything that would have to be executed.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        what = str(error).partition("Unsupported ")[2].split("\n")[0] or "objects besides tensors"
+        raise UserError(
+            f"{path}: refused: it holds code or foreign objects ({what[:120]}); "
+            "expected tensors and plain values only, as torch.save writes a state_dict"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
+        raise _damaged(path, str(error).split("\n")[0][:160]) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a dict with model_state_dict, found {type(content)}")
+    return content
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch wrote the file in its present format, which can be mapped into memory."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+@torch.no_grad()
+def read_into(target: Tensor, stored: Stored, begin: int = 0, transpose: bool = False) -> None:
+    """Fill `target` with `target.shape[0]` rows of `stored`, from row `begin` on.
+
+    With `transpose`, the stored matrix is (inputs, outputs) and `begin` counts its columns. Values
+    are cast to the dtype of `target`. Raises UserError when the file ends early.
+    """
+    if stored.tensor is not None:
+        source = stored.tensor.t() if transpose else stored.tensor
+        target.copy_(source[begin : begin + target.shape[0]] if source.dim() else source)
+        return
+    assert stored.file is not None
+    with stored.file.open("rb", buffering=0) as file:
+        if transpose:
+            _read_columns(file, target, stored, begin)
+        else:
+            row_bytes = stored.nbytes // max(stored.shape[0], 1) if stored.shape else stored.nbytes
+            file.seek(stored.offset + begin * row_bytes)
+            _read_rows(file, target, stored)
+
+
+def _read_rows(file: BinaryIO, target: Tensor, stored: Stored) -> None:
+    """The values of `target` follow one another in the file, from its present position."""
+    flat = target.view(-1)
+    if target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous():
+        _fill(file, flat, stored)
+        return
+    size = min(flat.numel(), _STAGING_BYTES // stored.dtype.itemsize)
+    staging = torch.empty(size, dtype=stored.dtype)
+    for at in range(0, flat.numel(), max(size, 1)):
+        part = staging[: flat.numel() - at]
+        _fill(file, part, stored)
+        flat[at : at + part.numel()].copy_(part)
+
+
+def _read_columns(file: BinaryIO, target: Tensor, stored: Stored, begin: int) -> None:
+    """`target` (outputs, inputs) is a block of columns of the stored (inputs, columns) matrix."""
+    rows, columns = stored.shape
+    step = max(1, _STAGING_BYTES // max(columns * stored.dtype.itemsize, 1))
+    staging = torch.empty(min(step, rows), columns, dtype=stored.dtype)
+    file.seek(stored.offset)
+    for at in range(0, rows, step):
+        part = staging[: rows - at]
+        _fill(file, part, stored)
+        target[:, at : at + len(part)].copy_(part[:, begin : begin + target.shape[0]].t())
+
+
+def _fill(file: BinaryIO, tensor: Tensor, stored: Stored) -> None:
+    if not tensor.numel():
+        return
+    buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while buffer:
+        n = file.readinto(buffer[: 1 << 30])  # type: ignore[attr-defined]
+        if not n:
+            raise _damaged(Path(file.name), f"it ends inside the values at byte {stored.offset:,}")
+        buffer = buffer[n:]
