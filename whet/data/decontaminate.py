@@ -1,0 +1,109 @@
+"""Which training conversations share a question with an evaluation file.
+
+Two tests, as usual in the field: the same question after normalisation, and a common run of 13
+words (GPT-3, appendix C of arXiv:2005.14165, uses 13-grams). Any text of the conversation is
+searched for such runs, since a question may also stand in a system prompt or in an answer.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from whet.chat.formats import Datum, to_example
+from whet.chat.messages import Conversation, RawText
+from whet.data.reader import parse, read_units
+from whet.errors import UserError
+
+GRAM = 13
+WORD = re.compile(r"\w+")
+QUESTION_KEYS = ("question", "problem", "prompt", "query", "instruction", "input")
+
+
+def words_of(text: str) -> list[str]:
+    """The words of `text` without case, punctuation, accents' spelling and spacing."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+@dataclass
+class Evaluations:
+    """The questions of evaluation files, to be searched for."""
+
+    names: list[str] = field(default_factory=list)  # "file:line" of each question
+    questions: dict[str, int] = field(default_factory=dict)  # normalised question -> its number
+    grams: dict[str, int] = field(default_factory=dict)  # 13 words -> question's number
+
+    def add(self, question: str, name: str) -> None:
+        """Remember one question; `name` says where it stands."""
+        words = words_of(question)
+        if not words:
+            return
+        number = len(self.names)
+        self.names.append(name)
+        self.questions.setdefault(" ".join(words), number)
+        for gram in _grams(words):
+            self.grams.setdefault(gram, number)
+
+    def match(self, datum: Datum) -> int:
+        """The number of a question that `datum` shares, -1 if none. Ids are not searched."""
+        if isinstance(datum, RawText):
+            return self._match_words(words_of(datum.text))
+        if not isinstance(datum, Conversation):
+            return -1
+        for message in datum.messages:
+            words = words_of(str(message.get("content") or ""))
+            if (
+                message["role"] == "user"
+                and (found := self.questions.get(" ".join(words))) is not None
+            ):
+                return found
+            if (found := self._match_words(words)) >= 0:
+                return found
+        return -1
+
+    def _match_words(self, words: list[str]) -> int:
+        return next((self.grams[g] for g in _grams(words) if g in self.grams), -1)
+
+
+def _grams(words: list[str]) -> Iterable[str]:
+    return (" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1))
+
+
+def read_evaluations(paths: Iterable[str]) -> Evaluations:
+    """The questions of evaluation files in any format that `to_example` reads, or with a question
+    under one of QUESTION_KEYS (SVAMP's Body and Question are joined)."""
+    evaluations = Evaluations()
+    for path in paths:
+        for unit in read_units(path):
+            where = f"{path}:{unit.line}"
+            try:
+                record = parse(unit)
+            except UserError as error:
+                raise UserError(f"{where}: {error} (--decontaminate)") from None
+            evaluations.add(_question(record, where), where)
+    return evaluations
+
+
+def _question(record: Any, where: str) -> str:
+    """The question of one evaluation record: the user's first words, or a field of that name."""
+    try:
+        datum = to_example(record)
+    except UserError:
+        datum = None
+    if isinstance(datum, Conversation):
+        for message in datum.messages:
+            if message["role"] == "user":
+                return str(message["content"])
+    if isinstance(datum, RawText):
+        return datum.text
+    if isinstance(record, Mapping):
+        fields = {str(key).lower(): value for key, value in record.items()}
+        for key in QUESTION_KEYS:
+            if isinstance(fields.get(key), str):
+                body = fields.get("body")
+                return f"{body} {fields[key]}" if isinstance(body, str) else fields[key]
+    raise UserError(
+        f"{where}: holds no question (--decontaminate); expected a conversation or one of the "
+        f"fields {', '.join(QUESTION_KEYS)}"
+    )

@@ -1,0 +1,314 @@
+"""Data files -> blocks of records, read piece by piece.
+
+A record stays unparsed text here wherever it can, so that parsing and encoding happen together in
+the worker processes. Every record knows its line, counted as an editor counts.
+"""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from whet.errors import UserError
+
+BLOCK_BYTES = 1 << 18
+"""Text handed to a worker at once: some 60,000 tokens, a tenth of a second of work."""
+PIECE_CHARS = 1 << 18  # a long .txt document is encoded in pieces of about this size
+COMPRESSED = (".gz", ".zst")
+KINDS = (".jsonl", ".json", ".parquet", ".txt")
+UNLIKELY_NESTING = 200
+
+
+@dataclass(frozen=True)
+class Source:
+    """One `--data` argument: where to read, how often each of its conversations is trained."""
+
+    path: str
+    weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, to judge the work by; 0 where it is not a local file."""
+        return Path(self.path).stat().st_size if Path(self.path).is_file() else 0
+
+
+class Unit(NamedTuple):
+    """One record: its line, and JSON text, or the parsed record where the file was not JSON."""
+
+    line: int
+    content: str | bytes | dict[str, Any]
+
+
+class Block(NamedTuple):
+    """Records for one worker; `source` is the number of their source, `size` their bytes."""
+
+    source: int
+    units: list[Unit]
+    size: int
+
+
+def parse_source(argument: str) -> Source:
+    """`PATH` or `PATH:WEIGHT`, as `--data` takes them."""
+    path, colon, weight = argument.rpartition(":")
+    if not colon or Path(argument).exists() or not re.fullmatch(r"[-+.\deE]+|nan|inf", weight):
+        return Source(argument)
+    try:
+        value = float(weight)
+    except ValueError:
+        raise UserError(f"--data {argument}: {weight!r} is not a number") from None
+    if not 0 < value < 1e6:
+        raise UserError(f"--data {argument}: the weight must be above 0, got {weight}")
+    return Source(path, value)
+
+
+def read_blocks(sources: list[Source]) -> Iterator[Block]:
+    """All records of all sources, in order, in blocks whose borders depend on the data alone."""
+    for number, source in enumerate(sources):
+        units: list[Unit] = []
+        size = 0
+        for unit in read_units(source.path):
+            units.append(unit)
+            size += _size(unit.content)
+            if size >= BLOCK_BYTES:
+                yield Block(number, units, size)
+                units, size = [], 0
+        if units:
+            yield Block(number, units, size)
+
+
+def read_units(path: str) -> Iterator[Unit]:
+    """The records of one file, or of a data set of the Hugging Face hub.
+
+    Raises UserError for a missing file, a wrong suffix, or a file that is broken as a whole.
+    """
+    if not Path(path).is_file():
+        yield from _hub_units(path)
+        return
+    kind = _kind(path)
+    if kind == ".parquet":
+        yield from _parquet_units(path)
+        return
+    with _opened(path) as file:
+        if kind == ".jsonl":
+            yield from _line_units(path, file)
+        elif kind == ".json":
+            yield from _json_units(path, io.TextIOWrapper(file, "utf-8-sig", newline=""))
+        else:
+            yield from _text_units(path, io.TextIOWrapper(file, "utf-8-sig", newline=""))
+
+
+def parse(unit: Unit) -> Any:
+    """The record of a unit; raises UserError, without file and line, if it is not one."""
+    if not isinstance(unit.content, str | bytes):
+        return unit.content
+    try:
+        text = unit.content if isinstance(unit.content, str) else unit.content.decode("utf-8")
+        record = json.loads(text, parse_constant=_no_constant)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is no character
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8: byte {error.start + 1} of the line ({error.reason})") from None
+    except UnicodeEncodeError:
+        raise UserError("holds half of a surrogate pair (\\ud800..\\udfff), no character") from None
+    except RecursionError:
+        raise UserError("nested too deeply to be a conversation") from None
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}") from None
+    return record
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _size(content: Any) -> int:
+    if isinstance(content, str | bytes):
+        return len(content)
+    return sum(len(str(value)) for value in content.values())
+
+
+def _kind(path: str) -> str:
+    suffixes = [s.lower() for s in Path(path).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    kind = suffixes[-1] if suffixes else ""
+    kind = ".jsonl" if kind == ".ndjson" else kind
+    if kind not in KINDS:
+        known = ", ".join(KINDS)
+        raise UserError(f"{path}: unknown kind of file; known are {known}, packed as .gz or .zst")
+    return kind
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """The file's bytes, unpacked; what the codec dislikes becomes a UserError."""
+    broken: tuple[type[Exception], ...] = (OSError, EOFError, UnicodeDecodeError)
+    try:
+        if path.lower().endswith(".gz"):
+            import zlib
+
+            broken += (zlib.error,)
+            with gzip.open(path, "rb") as unpacked:
+                yield unpacked
+        elif path.lower().endswith(".zst"):
+            try:
+                import zstandard
+            except ImportError:
+                raise UserError(f"{path}: .zst needs `pip install zstandard`") from None
+            broken += (zstandard.ZstdError,)
+            with open(path, "rb") as packed:
+                stream = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
+                yield io.BufferedReader(stream)
+        else:
+            with open(path, "rb") as plain:
+                yield plain
+    except broken as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _line_units(path: str, file: IO[bytes]) -> Iterator[Unit]:
+    """One record a line. An empty line is handed on and refused: half of a file may be missing."""
+    for number, line in enumerate(file, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.startswith(b"["):
+                raise UserError(f"{path}:1: is a JSON array, not JSON Lines; name the file .json")
+        yield Unit(number, line.rstrip(b"\r\n"))
+
+
+def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
+    """The elements of a JSON array, or JSON values one after another, without holding all of them.
+
+    A value is recognised by decoding from its start; where the text that was read so far ends
+    inside it, more is read. After a syntax error nothing that follows can be trusted.
+    """
+    decoder = json.JSONDecoder()
+    text, line, in_array, wanted = "", 1, False, 1 << 20
+    first = True
+    while True:
+        more = file.read(wanted)
+        text += more
+        position = 0
+        while True:
+            start = _skip_blank(text, position, in_array)
+            if first and start < len(text) and text[start] == "[":
+                first, in_array, position = False, True, start + 1
+                line += text.count("\n", 0, position)
+                text, position = text[position:], 0
+                continue
+            line += text.count("\n", position, start)
+            position = start
+            if position == len(text):
+                break
+            if in_array and text[position] == "]":
+                return
+            first = False
+            try:
+                _, end = decoder.raw_decode(text, position)
+            except RecursionError:
+                raise UserError(f"{path}:{line}: nested too deeply to be data") from None
+            except ValueError as error:
+                if more:
+                    break
+                raise UserError(f"{path}:{line}: not JSON: {error}") from None
+            if end == len(text) and more:  # a number may go on
+                break
+            yield Unit(line, text[position:end])
+            line += text.count("\n", position, end)
+            position = end
+        text = text[position:]
+        wanted = max(1 << 20, len(text))  # doubling: a huge value is not decoded again and again
+        if not more:
+            if in_array:
+                raise UserError(f"{path}:{line}: the JSON array is not closed; is the file whole?")
+            return
+
+
+BLANK = re.compile(r"[ \t\r\n]*")
+BLANK_OR_COMMA = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
+
+
+def _skip_blank(text: str, position: int, in_array: bool) -> int:
+    found = (BLANK_OR_COMMA if in_array else BLANK).match(text, position)
+    return found.end() if found else position
+
+
+def _text_units(path: str, file: IO[str]) -> Iterator[Unit]:
+    """A text file is one document; a long one comes in pieces that end at line ends.
+
+    `piece` of a unit counts from 0; `last` says whether the document ends with it.
+    """
+    line, number, carried = 1, 0, ""
+    while True:
+        more = file.read(PIECE_CHARS)
+        text = carried + more
+        end = len(text.rstrip())
+        cut = text.rfind("\n", 0, end) + 1
+        if cut == 0 and end > 16 * PIECE_CHARS:
+            cut = end - 1  # a document without line ends
+        if more and not text[:cut].strip():  # no piece is blank, the last one neither
+            carried = text
+            continue
+        cut = cut if more else len(text)
+        piece, carried = text[:cut], text[cut:]
+        if not piece.strip():
+            raise UserError(f"{path}: is empty")
+        yield Unit(line, {"text": piece, "piece": number, "last": not more})
+        if not more:
+            return
+        number += 1
+        line += piece.count("\n")
+
+
+def _parquet_units(path: str) -> Iterator[Unit]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: .parquet needs `pip install pyarrow`") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield Unit(number, record)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
+
+
+HUB_NAME = re.compile(r"(?P<name>[^@#]+)(@(?P<config>[^@#]+))?(#(?P<split>[^@#]+))?")
+
+
+def _hub_units(path: str) -> Iterator[Unit]:
+    """A data set of the hub, `NAME[@CONFIG][#SPLIT]`, or a local directory that holds one."""
+    found = HUB_NAME.fullmatch(path)
+    name = found["name"] if found else path
+    looks_like_file = any(name.lower().endswith(s) for s in (*KINDS, *COMPRESSED, ".ndjson"))
+    if not found or (looks_like_file and not Path(name).is_dir()):
+        raise UserError(f"{path}: no such file (--data)")
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{path}: no such file; a hub data set needs `pip install datasets`"
+        ) from None
+    try:
+        data = _load(datasets, name, found["config"], found["split"] or "train")
+    except Exception as error:  # the library raises whatever its layers raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--data {path}: no such file, and no data set to load: {reason}") from None
+    for number, record in enumerate(data, 1):
+        yield Unit(number, record)
+
+
+def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
+    if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
+        data = datasets.load_from_disk(name)
+        return data[split] if isinstance(data, dict) else data
+    return datasets.load_dataset(name, config, split=split)
