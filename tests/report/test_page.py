@@ -64,7 +64,7 @@ def test_rows_are_drawn_as_tokens(open_page):
     row = tab.locator(".row").first
     texts = row.locator(".flow span").all_text_contents()
     filled = documents["length"].sum()
-    assert texts == [shown.pieces[int(i)] for i in shown.tokens[0, :filled]]
+    assert texts == shown.text(0, 0, filled)
     classes = row.locator(".flow span").evaluate_all("all => all.map((one) => one.classList[0])")
     assert classes == ["t" if weight else "c" for weight in shown.mask[0, :filled]]
     assert row.locator(".document").count() == len(documents)
@@ -93,7 +93,7 @@ def test_pointer_tells_id_text_source_and_line(open_page):
     token = int(shown.tokens[0, place])
     told = card.locator("dt").all_text_contents(), card.locator("dd").all_text_contents()
     facts = dict(zip(*told, strict=True))
-    assert card.locator("code").text_content().replace("␣", " ") == shown.pieces[token]
+    assert card.locator("code").text_content().replace("␣", " ") == shown.texts[token]
     assert facts["id"] == str(token)
     assert facts["source"] == shown.sources[document["source"]]
     assert facts["line"] == str(document["line"])
@@ -133,8 +133,7 @@ def test_filter_by_source_hides_the_others(open_page):
 def test_find_looks_across_tokens(open_page):
     shown = sheet()
     opened = open_page(shown)
-    ids = shown.tokens[2, 6:9]
-    words = "".join(shown.pieces[int(i)] for i in ids).upper()
+    words = "".join(shown.text(2, 6, 9)).upper()
     opened.tab.fill("#find", words)
     opened.tab.wait_for_function(
         "() => !document.getElementById('count').textContent.startsWith('6 rows')"

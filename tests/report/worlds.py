@@ -15,23 +15,23 @@ WORDS = (
 NASTY = "</script><script>document.title='broken'</script><!-- <b>&amp;"
 
 
-def pieces() -> dict[int, str]:
+def vocabulary() -> list[str]:
     """A vocabulary with words, newlines, right-to-left text and text that wants to be HTML."""
     texts = ["<pad>", "<|im_start|>", "<|im_end|>", "↵\n", NASTY, " שלום", " 東京", "."]
-    return dict(enumerate(texts + [" " + word for word in WORDS]))
+    return texts + [" " + word for word in WORDS]
 
 
 def sheet(n_rows: int = 6, width: int = 128, seed: int = 0) -> Sheet:
     """`n_rows` rows of `width` tokens: documents of questions (context) and answers (trained)."""
     rng = np.random.default_rng(seed)
-    vocabulary = pieces()
+    texts = vocabulary()
     tokens = np.zeros((n_rows, width), np.int32)
     mask = np.zeros((n_rows, width), np.float32)
     found = []
     for row in range(n_rows):
         start = 0
         while (length := int(rng.integers(20, max(width // 3, 21)))) <= width - start:
-            ids = rng.integers(7, len(vocabulary), length)
+            ids = rng.integers(7, len(texts), length)
             ids[0], ids[-1], ids[3], ids[5] = 1, 2, 3, 4 + len(found) % 3
             context = int(rng.integers(8, length - 4))
             tokens[row, start : start + length] = ids
@@ -46,7 +46,8 @@ def sheet(n_rows: int = 6, width: int = 128, seed: int = 0) -> Sheet:
         mask=mask,
         documents=documents,
         sources=sources,
-        pieces=vocabulary,
+        index=tokens,
+        texts=texts,
         lengths=documents["length"],
         fills=np.bincount(documents["row"], documents["length"], n_rows).astype(np.int64),
         trained=int(mask.sum()),

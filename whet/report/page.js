@@ -253,7 +253,7 @@ function makeCard(data) {
     line("source", data.sources[doc.source] ?? "unknown");
     if (doc.line > 0) line("line", String(doc.line));
     line("place", `${number(place)} of the row, ${number(place - doc.start)} of the document`);
-    card.replaceChildren(make("code", "", token.textContent.replace(/^ +| +$/g, (s) => "␣".repeat(s.length)) || "(empty)"), list);
+    card.replaceChildren(make("code", "", token.textContent.replace(/^ +| +$/g, (s) => "␣".repeat(s.length)) || "continues the character before it"), list);
   };
   const show = (token) => {
     if (token === marked) return;

@@ -58,12 +58,13 @@ def _json(value: Any) -> str:
 
 
 def _payload(sheet: Sheet) -> dict[str, Any]:
-    """The rows as compressed arrays; ids become indices into the ids that occur, to be small."""
-    ids, index = np.unique(sheet.tokens, return_inverse=True)
+    """The rows as compressed arrays; a token is the number of its text, which knows its id."""
+    ids = np.zeros(len(sheet.texts), np.int32)
+    ids[sheet.index.reshape(-1)] = sheet.tokens.reshape(-1)
     documents = sheet.documents
     binary = bool(np.isin(sheet.mask, (0, 1)).all())
     arrays = {
-        "tokens": _packed(index.reshape(-1), "u2" if len(ids) <= 1 << 16 else "u4"),
+        "tokens": _packed(sheet.index.reshape(-1), "u2" if len(ids) <= 1 << 16 else "u4"),
         "mask": _packed(sheet.mask.reshape(-1), "u1" if binary else "f4"),
         "ids": _packed(ids, "i4"),
         **{name: _packed(documents[name], "i4") for name in documents.dtype.names},
@@ -74,7 +75,7 @@ def _payload(sheet: Sheet) -> dict[str, Any]:
         "width": sheet.width,
         "sources": sheet.sources,
         "labels": short_names(sheet.sources),
-        "text": [sheet.pieces.get(int(i), f"[{i}]") for i in ids],
+        "text": sheet.texts,
         "arrays": arrays,
     }
 

@@ -3,15 +3,18 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from whet.data.store import DOCUMENT, PackedStore
 from whet.errors import UserError
 from whet.progress import track
-from whet.report.pieces import plain_ids, token_pieces
+from whet.report.pieces import token_texts
 from whet.report.sheet import Refusal, Sheet, SourceAccount
+
+if TYPE_CHECKING:
+    from whet.chat.tokenizer import Tokenizer
 
 SCAN_ROWS = 1024  # rows that are read at once where a file has no table of documents
 
@@ -29,8 +32,8 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
     shown = documents[np.searchsorted(documents["row"], first) :]
     shown = shown[: np.searchsorted(shown["row"], end)].copy()
     shown["row"] -= first
-    ids = np.unique(rows.tokens)
-    pieces, told = _pieces(store, ids, tokenizer)
+    decoder, told = _tokenizer(store, tokenizer)
+    index, texts = token_texts(rows.tokens, decoder)
     refusals = [_refusal(text) for text in store.texts("refusals")]
     fills = np.bincount(documents["row"], documents["length"], len(store))
     return Sheet(
@@ -39,7 +42,8 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         mask=rows.loss_mask,
         documents=shown,
         sources=_sources(store),
-        pieces=pieces,
+        index=index,
+        texts=texts,
         lengths=documents["length"],
         fills=fills.astype(np.int64),
         trained=int(documents["trained"].sum()),
@@ -80,15 +84,13 @@ def segment_documents(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return found[segments.reshape(-1)[start] != 0]
 
 
-def _pieces(
-    store: PackedStore, ids: np.ndarray, wanted: Path | None
-) -> tuple[dict[int, str], str]:
-    """Text of each id, and which tokenizer gave it. A recorded path that is gone is no error."""
+def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | None", str]:
+    """The file's tokenizer, and what to tell of it. That the recorded one is gone is no error."""
     recorded = store.attrs.get("settings", {}).get("tokenizer")
     path = wanted or (Path(recorded) if recorded and Path(recorded).exists() else None)
     if path is None:
         gone = f"{recorded} is not there" if recorded else "the file names none"
-        return plain_ids(ids), f"none, ids are shown ({gone}; --tokenizer DIR gives one)"
+        return None, f"none, ids are shown ({gone}; --tokenizer DIR gives one)"
     from whet.chat.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path)
@@ -99,8 +101,8 @@ def _pieces(
                 f"--tokenizer {path}: is not the tokenizer of {store.path} "
                 f"(hash {tokenizer.hash[:12]}, expected {expected[:12]}); its texts would be wrong"
             )
-        return plain_ids(ids), f"none, ids are shown ({path} has changed since the file was made)"
-    return token_pieces(tokenizer, ids), str(path)
+        return None, f"none, ids are shown ({path} has changed since the file was made)"
+    return tokenizer, str(path)
 
 
 def _sources(store: PackedStore) -> list[str]:

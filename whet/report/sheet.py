@@ -39,8 +39,10 @@ class Sheet:
     documents: np.ndarray
     """store.DOCUMENT, sorted by row and start: the documents of the shown rows, whose first is row 0."""
     sources: list[str]
-    pieces: dict[int, str]
-    """Text of each id that occurs in `tokens`, safe to print."""
+    index: np.ndarray
+    """(N, T): where in `texts` the text of each token is."""
+    texts: list[str]
+    """Token texts, safe to print."""
     lengths: np.ndarray
     """Tokens of every document of the file."""
     fills: np.ndarray
@@ -54,6 +56,10 @@ class Sheet:
     refusals: list[Refusal] = field(default_factory=list)
     refused: int = 0
     """How many lines were refused; `refusals` may hold only the first of them."""
+
+    def text(self, row: int, start: int, end: int) -> list[str]:
+        """The texts of tokens start..end of `row`."""
+        return [self.texts[i] for i in self.index[row, start:end]]
 
     @property
     def width(self) -> int:

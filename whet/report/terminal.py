@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,15 +45,15 @@ def marked(text: str, ink: tuple[str, str]) -> str:
     return "\n".join(f"{before}{line}{after}" if line else "" for line in text.split("\n"))
 
 
-def spans_text(ids: np.ndarray, mask: np.ndarray, pieces: Mapping[int, str], ink: Ink) -> str:
-    """The tokens as running text, the trained spans marked."""
-    if not len(ids):
+def spans_text(texts: Sequence[str], mask: np.ndarray, ink: Ink) -> str:
+    """Tokens as running text, the trained spans marked."""
+    if not texts:
         return ""
     trained = np.asarray(mask) > 0
     starts = np.flatnonzero(np.diff(trained, prepend=~trained[:1]))
     parts = []
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        text = "".join(pieces.get(int(i), f"[{i}]") for i in ids[start:end])
+    for start, end in zip(starts, [*starts[1:], len(texts)], strict=True):
+        text = "".join(texts[start:end])
         parts.append(marked(text, ink.trained) if trained[start] else text)
     return "".join(parts)
 
@@ -110,8 +110,8 @@ def row_lines(sheet: Sheet, row: int, ink: Ink) -> Iterator[str]:
         where = f"{name}:{document['line']}" if document["line"] > 0 else name
         told = f"── {where}: {length:,} tokens, {int(document['trained']):,} trained "
         yield marked(told.ljust(78, "─"), ink.faint)
-        here = slice(start, start + length)
-        yield spans_text(sheet.tokens[row, here], sheet.mask[row, here], sheet.pieces, ink)
+        end = start + length
+        yield spans_text(sheet.text(row, start, end), sheet.mask[row, start:end], ink)
     if filled < sheet.width:
         told = f"── padding: {sheet.width - filled:,} places "
         yield marked(told.ljust(78, "─"), ink.faint)
