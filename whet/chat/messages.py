@@ -99,8 +99,9 @@ def read_conversation(
     """A checked `Conversation` out of outside data in OpenAI's shape.
 
     Text parts are joined (without a separator, as templates that read parts do), reasoning gets its
-    one name, JSON strings of tool-call arguments become objects, `weight` moves to `weights`. The
-    input is not changed. Raises UserError with `file:line: message N: ...`.
+    one name, JSON strings of tool-call arguments become objects, `weight` moves to `weights`, and
+    a key whose value is null is left out (so does transformers). The input is not changed.
+    Raises UserError with `file:line: message N: ...`.
     """
     where = place(source, line)
     if not isinstance(messages, list) or not messages:

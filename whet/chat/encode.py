@@ -1,0 +1,274 @@
+"""encode_chat: a conversation -> token ids and the loss mask on the model's own words.
+
+    conversation --Reader--> drafts (text, marked characters) --Aligner--> ids, marked tokens
+
+The rules that every result keeps, or is refused, stand in docs/chat_templates.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, Literal
+
+import numpy as np
+
+from whet.chat.certificate import Certificate, Refusal, Refused
+from whet.chat.dialect import Dialect
+from whet.chat.escape import pattern_of
+from whet.chat.messages import Conversation, RawText, Tokenised, read_conversation, read_prompt
+from whet.chat.spans import Draft, Reader, drafts, prompt_draft
+from whet.chat.tokenizer import Tokenizer
+from whet.chat.tokens import Aligner, Located, Unclear
+from whet.errors import UserError
+
+BATCH = 256  # conversations that are tokenised at once: enough to keep the tokenizer's threads busy
+
+Datum = Conversation | RawText | Tokenised
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How conversations are rendered and which of their turns are trained."""
+
+    train_on: Literal["all", "last"] = "all"
+    """Train every assistant turn, or the last one of a conversation only."""
+    rewritten_turns: Literal["split", "last", "error"] = "split"
+    """Where the template rewrites earlier turns: an example for each, the last only, or stop."""
+    special_in_content: Literal["escape", "error", "allow"] = "escape"
+    """Control tokens in somebody's text: plain text, a refusal, or control tokens."""
+    uncertain: Literal["error", "drop"] = "error"
+    """A conversation without a faithful encoding: stop at the first, or leave it out."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the template, such as enable_thinking."""
+    date: str | None = None
+    """The date that the template is told, as 2025-12-31; today by default."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """ids[start:end] are the words of message `message` (from 0), trained with `weight`."""
+
+    message: int
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row's document: ids (n,) int32 and loss_mask (n,) float32.
+
+    `loss_mask[t]` is the weight of token t as something to be produced; it is not shifted.
+    """
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The trained messages, from 0."""
+        return tuple(span.message for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples of one datum, in order, and the certificate that they keep the rules."""
+
+    examples: list[Example]
+    certificate: Certificate
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids of the only example."""
+        return self._only().ids
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """The loss mask of the only example."""
+        return self._only().loss_mask
+
+    def _only(self) -> Example:
+        if len(self.examples) != 1:
+            raise ValueError(
+                f"the template rewrites earlier turns: {len(self.examples)} examples, see .examples"
+            )
+        return self.examples[0]
+
+
+def encode_chat(
+    conversation: Datum | list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    options: EncodeOptions | None = None,
+) -> Encoded:
+    """Encode one conversation (or plain list of messages). Raises Refused, a UserError.
+
+    Raises it where the mask cannot be shown to be right; `Refused.refusal` says why and where.
+    """
+    if isinstance(conversation, list):
+        conversation = read_conversation(conversation)
+    result = encoder_for(tokenizer, options or EncodeOptions()).encode([conversation])[0]
+    if isinstance(result, Refusal):
+        raise Refused(result)
+    return result
+
+
+def encode_many(
+    conversations: Sequence[Datum],
+    tokenizer: Tokenizer,
+    options: EncodeOptions | None = None,
+) -> list[Encoded | Refusal]:
+    """`encode_chat` for many, faster; a refused one gives its Refusal in its place.
+
+    With `uncertain="error"` the first refusal is raised instead.
+    """
+    options = options or EncodeOptions()
+    encoder = encoder_for(tokenizer, options)
+    results: list[Encoded | Refusal] = []
+    for begin in range(0, len(conversations), BATCH):
+        results += encoder.encode(conversations[begin : begin + BATCH])
+    if options.uncertain == "error":
+        for result in results:
+            if isinstance(result, Refusal):
+                raise Refused(result)
+    return results
+
+
+def encode_prompt(
+    messages: Conversation | list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    options: EncodeOptions | None = None,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    documents: list[dict[str, Any]] | None = None,
+    switch: dict[str, Any] | None = None,
+) -> list[int]:
+    """The ids that ask for the next reply: what stands before its trained span in training.
+
+    A last assistant message is gone on with. `switch` are template variables for this prompt alone,
+    as found in `Certificate.switches`. Raises Refused if the template does not render the messages.
+    """
+    if isinstance(messages, list):
+        messages = read_prompt(messages, tools=tools, documents=documents)
+    encoder = encoder_for(tokenizer, options or EncodeOptions())
+    draft = prompt_draft(encoder.reader(messages), switch)
+    try:
+        return [int(i) for i in encoder.aligner.locate(draft).ids]
+    except Unclear as error:
+        raise Refused(_refusal(messages, "tokens", str(error))) from None
+
+
+def encoder_for(tokenizer: Tokenizer, options: EncodeOptions) -> "Encoder":
+    """The encoder of this tokenizer and these options, made once: it tries out the template."""
+    key = repr(options)
+    if key not in tokenizer.memo:
+        tokenizer.memo[key] = Encoder(tokenizer, options)
+    found: Encoder = tokenizer.memo[key]
+    return found
+
+
+class Encoder:
+    """A tokenizer, its template as tried out, and the options: encodes conversations."""
+
+    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
+        self.tokenizer = tokenizer
+        self.options = options
+        self.dialect = Dialect(tokenizer, dict(options.template_kwargs), _date(options.date))
+        self.aligner = Aligner(tokenizer)
+        self.pattern = pattern_of(tokenizer.control)
+
+    def reader(self, conversation: Conversation) -> Reader:
+        """`conversation` as the template renders it."""
+        special = self.options.special_in_content
+        return Reader(conversation, self.dialect, self.pattern, special)
+
+    def encode(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
+        """The results for `data`, in order, tokenised together."""
+        planned = [self._plan(datum) for datum in data]
+        waiting = [draft for plan in planned if isinstance(plan, tuple) for draft in plan[0]]
+        located = iter(self.aligner.locate_many(waiting))
+        results: list[Encoded | Refusal] = []
+        for datum, plan in zip(data, planned, strict=True):
+            if isinstance(plan, tuple):
+                own = [next(located) for _ in plan[0]]
+                results.append(_encoded(datum, plan[0], own, plan[1]))
+            else:
+                results.append(plan)
+        return results
+
+    def _plan(self, datum: Datum) -> tuple[list[Draft], Certificate] | Encoded | Refusal:
+        try:
+            if isinstance(datum, RawText):
+                return self._raw(datum)
+            if isinstance(datum, Tokenised):
+                return self._tokenised(datum)
+            return drafts(self.reader(datum), self.options.train_on, self.options.rewritten_turns)
+        except Refused as error:
+            return error.refusal
+
+    def _raw(self, datum: RawText) -> Encoded:
+        """Text, trained whole, with the eos behind it; control tokens in it as `special` says."""
+        found = len(self.pattern.findall(datum.text)) if self.pattern else 0
+        special = self.options.special_in_content
+        if found and special == "error":
+            raise Refused(_refusal(datum, "special", "the text holds a control token"))
+        backend = self.tokenizer.backend
+        if found and special == "escape":
+            backend = self.tokenizer.plain_backend
+        ids = list(backend.encode(datum.text, add_special_tokens=False).ids)
+        if not ids:
+            raise Refused(_refusal(datum, "datum", "the text is empty"))
+        if self.tokenizer.eos_id is not None:
+            ids.append(self.tokenizer.eos_id)
+        array = np.array(ids, np.int32)
+        mask = np.ones(len(ids), np.float32)
+        escaped = found if special == "escape" else 0
+        return Encoded([Example(array, mask)], Certificate(escaped=escaped))
+
+    def _tokenised(self, datum: Tokenised) -> Encoded:
+        """Somebody else's ids and mask, checked for what can be checked."""
+        if not datum.ids or len(datum.ids) != len(datum.mask):
+            reason = (
+                f"{len(datum.ids)} ids and {len(datum.mask)} mask values; expected as many, > 0"
+            )
+            raise Refused(_refusal(datum, "datum", reason))
+        ids = np.array(datum.ids, np.int64)
+        size = self.tokenizer.vocab_size
+        if ids.min() < 0 or ids.max() >= size:
+            wrong = int(ids[(ids < 0) | (ids >= size)][0])
+            reason = f"id {wrong} is not in the tokenizer's vocabulary of {size}"
+            raise Refused(_refusal(datum, "datum", reason))
+        mask = np.array(datum.mask, np.float32)
+        return Encoded([Example(ids.astype(np.int32), mask)], Certificate())
+
+
+def _encoded(
+    datum: Datum, made: list[Draft], located: list[Located | Unclear], certificate: Certificate
+) -> Encoded | Refusal:
+    """Put the weights on the located spans."""
+    examples = []
+    for draft, found in zip(made, located, strict=True):
+        if isinstance(found, Unclear):
+            return _refusal(datum, "tokens", str(found))
+        loss_mask = np.zeros(len(found.ids), np.float32)
+        spans = []
+        for mark, (start, end) in zip(draft.marks, found.spans, strict=True):
+            if mark.weight:
+                loss_mask[start:end] = mark.weight
+                spans.append(Span(mark.message, start, end, mark.weight))
+        certificate.split_tokens += found.split
+        examples.append(Example(found.ids, loss_mask, tuple(spans)))
+    return Encoded(examples, certificate)
+
+
+def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
+    return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
+
+
+def _date(text: str | None) -> date:
+    if text is None:
+        return date.today()
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"--date {text}: expected a date such as 2025-12-31") from None

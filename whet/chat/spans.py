@@ -1,0 +1,374 @@
+"""A conversation -> texts in which the model's own words are marked, character by character.
+
+For each assistant turn i two renderings are compared: the prompt that asks for it,
+`messages[:i]` with the generation prompt, and the conversation up to it, `messages[:i + 1]`. The
+first must be the beginning of the second; the words are what the second adds, up to the end of the
+stop token. Turns share one text as long as each one's rendering is the beginning of that text;
+where the template rewrites the past they do not, and get texts of their own.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from whet.chat.certificate import Certificate, Refusal, Refused
+from whet.chat.dialect import Dialect, Ending
+from whet.chat.escape import Escapes, holds
+from whet.chat.messages import Conversation
+from whet.chat.template import TemplateError
+
+THINKING_WAYS_OUT = (
+    "give the reply a reasoning_content, or set the template's switch with --template_kwargs, "
+    "or take another template with --chat_template"
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The words of message `message` are characters start..end of a text; `stop` ends them.
+
+    A mark with weight 0 trains nothing: it only says where a prompt ended, since a token that
+    straddles this border would not stand there at inference.
+    """
+
+    message: int
+    start: int
+    end: int
+    stop: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One example before it is tokenised. Marks are in order and do not overlap.
+
+    `hidden` maps the private-use characters in `text` to the control strings they stand for.
+    """
+
+    text: str
+    marks: tuple[Mark, ...]
+    hidden: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What was found out about one assistant turn."""
+
+    index: int
+    prompt: str
+    whole: str  # the rendering with this turn as the last; begins with `prompt`
+    end: int  # of the words; beyond `whole` if the template leaves the turn open
+    ending: Ending
+    switch: dict[str, Any] | None
+
+    @property
+    def said(self) -> str:
+        """The rendering up to the end of the stop token."""
+        return (self.whole + self.ending.close)[: self.end]
+
+    def mark(self, weight: float) -> Mark:
+        return Mark(self.index, len(self.prompt), self.end, self.ending.stop, weight)
+
+
+class Reader:
+    """One conversation as one dialect renders it."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        dialect: Dialect,
+        pattern: re.Pattern[str] | None,
+        special: str,
+    ) -> None:
+        self.conversation = conversation
+        self.dialect = dialect
+        with_calls = any("tool_calls" in message for message in conversation.messages)
+        form = dialect.form(with_calls)
+        self.messages = form.shape(conversation.messages)
+        self.tools = conversation.tools
+        self.documents = conversation.documents
+        self.escapes: Escapes | None = None
+        if pattern and special != "allow":
+            self._escape(pattern, special)
+
+    def _escape(self, pattern: re.Pattern[str], special: str) -> None:
+        content = (self.messages, self.tools, self.documents)
+        if not holds(content, pattern):
+            return
+        if special == "error":
+            raise self.refused(
+                "special", "a text holds a control token, and --special_in_content is error"
+            )
+        self._raw = content
+        escapes = Escapes(pattern, taken=repr(content))
+        self.messages, self.tools, self.documents = (escapes.hide(part) for part in content)
+        self.escapes = escapes
+
+    @property
+    def hidden(self) -> dict[str, str]:
+        return self.escapes.strings if self.escapes else {}
+
+    def render(self, count: int, prompt: bool = False, switch: dict[str, Any] | None = None) -> str:
+        """The first `count` messages."""
+        return self.dialect.render(
+            self.messages[:count], self.tools, self.documents, prompt, switch
+        )
+
+    def check_escapes(self, text: str, count: int, prompt: bool, switch: Any) -> None:
+        """Show that the template treats the private-use characters as it treats what they hide."""
+        if not self.escapes:
+            return
+        messages, tools, documents = self._raw
+        plain = self.dialect.render(messages[:count], tools, documents, prompt, switch)
+        if self.escapes.restore(text) != plain:
+            found = ", ".join(sorted(set(self.hidden.values())))
+            raise self.refused(
+                "special",
+                f"the template acts upon {found} in a text, so these cannot be told apart from its "
+                "own control tokens; --special_in_content allow takes them for control tokens",
+            )
+
+    def turn(self, index: int) -> _Turn:
+        """The assistant turn `index`, under the first switch with a true generation prompt."""
+        try:
+            whole = self.render(index + 1)
+            prompt = self.render(index, prompt=True)
+        except TemplateError as error:
+            raise self.refused("template", str(error), index) from None
+        if whole.startswith(prompt):
+            return self._with_ending(index, prompt, whole, None)
+        for switch in self.dialect.switches:
+            try:
+                other_whole = self.render(index + 1, switch=switch)
+                other_prompt = self.render(index, prompt=True, switch=switch)
+            except TemplateError:
+                continue
+            if other_whole.startswith(other_prompt):
+                return self._with_ending(index, other_prompt, other_whole, switch)
+        raise self._no_prefix(index, prompt, whole)
+
+    def _with_ending(
+        self, index: int, prompt: str, whole: str, switch: dict[str, Any] | None
+    ) -> _Turn:
+        found = self.dialect.ending_of(whole, len(prompt))
+        if not found:
+            raise self._no_stop(index, whole[len(prompt) :])
+        end, ending = found
+        turn = _Turn(index, prompt, whole, end, ending, switch)
+        words = turn.said[len(prompt) :]
+        if words.find(ending.stop) + len(ending.stop) != len(words):
+            raise self.refused(
+                "stops_inside",
+                f"the template writes {ending.stop} within this reply, where the model would stop; "
+                "make one message of each part",
+                index,
+            )
+        self._check_said(index, turn.said, len(prompt))
+        return turn
+
+    def _check_said(self, index: int, said: str, start: int) -> None:
+        """Refuse if the template leaves out what the model said: it would be lost silently."""
+        message = self.messages[index]
+        # What the generation prompt opens for the model (`<think>`) may stand in the data, too.
+        words = said[max(0, start - 100) :]
+        for key in ("content", "reasoning_content"):
+            if not _stands_in(words, message.get(key)):
+                raise self.refused(
+                    "dropped",
+                    f"the template does not write this message's {key} as it stands; "
+                    f"remove {key} or take another template with --chat_template",
+                    index,
+                )
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in words:
+                raise self.refused(
+                    "dropped",
+                    f"the template does not write the call of {call['function']['name']}; "
+                    "take a template that knows tool calls with --chat_template",
+                    index,
+                )
+
+    def prompt_of(self, index: int) -> _Turn | None:
+        """The turn `index` if it has a faithful rendering, else None."""
+        try:
+            return self.turn(index)
+        except Refused:
+            return None
+
+    def refused(self, kind: str, reason: str, index: int | None = None) -> Refused:
+        conversation = self.conversation
+        at = conversation.where
+        if index is not None:
+            at += f": message {index + 1} ({conversation.messages[index]['role']})"
+        number = None if index is None else index + 1
+        reason = self.escapes.restore(reason) if self.escapes else reason
+        return Refused(
+            Refusal(kind, f"{at}: {reason}", conversation.source, conversation.line, number)
+        )
+
+    def _no_stop(self, index: int, tail: str) -> Refused:
+        return self.refused(
+            "no_stop",
+            f"the reply is rendered as {_end_of(tail)} and no token of the tokenizer ends it, so "
+            "the model could never learn to stop; take a tokenizer that has the template's end "
+            "token, or --chat_template plain",
+            index,
+        )
+
+    def _no_prefix(self, index: int, prompt: str, whole: str) -> Refused:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
+            min(len(prompt), len(whole)),
+        )
+        return self.refused(
+            "not_a_prefix",
+            f"the prompt at inference ends with {_end_of(prompt)}, but the reply is rendered with "
+            f"{whole[max(0, at - 20) : at + 20]!r} there: the model would never see what it is "
+            f"trained on; {THINKING_WAYS_OUT}",
+            index,
+        )
+
+
+def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Draft], Certificate]:
+    """The examples that a conversation becomes, in the order of their last turns.
+
+    Raises Refused if a trained turn has no faithful rendering.
+    """
+    conversation = reader.conversation
+    weights = {
+        index: 1.0 if weight is None else weight
+        for index, (message, weight) in enumerate(
+            zip(conversation.messages, conversation.weights, strict=True)
+        )
+        if message["role"] == "assistant"
+    }
+    trained = [index for index, weight in weights.items() if weight]
+    if train_on == "last":
+        trained = trained[-1:]
+    if not trained:
+        raise reader.refused(
+            "nothing_trained", "every assistant message has weight 0; nothing is to be learnt"
+        )
+    turns = _turns(reader, weights, trained)
+    remaining = list(trained)
+    made: list[Draft] = []
+    while remaining:
+        last = turns[remaining[-1]]
+        text = _text(reader, last)
+        marks = []
+        for index in sorted(turns):
+            if index <= last.index and text.startswith(turns[index].said):
+                weight = weights[index] if index in remaining else 0.0
+                marks.append(turns[index].mark(weight))
+        done = {mark.message for mark in marks}
+        remaining = [index for index in remaining if index not in done]
+        made.append(Draft(text, tuple(marks), reader.hidden))
+        if remaining and rewritten_turns != "split":
+            break
+    certificate = Certificate(
+        escaped=reader.escapes.count if reader.escapes else 0,
+        closed=any(turns[index].ending.close for index in trained),
+        rewritten=len(made) > 1 or bool(remaining),
+        untrained_turns=tuple(index + 1 for index in remaining),
+        switches={i + 1: switch for i in trained if (switch := turns[i].switch)},
+        today=str(reader.dialect.today or ""),
+    )
+    if remaining and rewritten_turns == "error":
+        raise reader.refused(
+            "rewritten",
+            "the template renders this turn otherwise once more follows, and --rewritten_turns is "
+            "error; split makes an example of its own for it",
+            remaining[-1],
+        )
+    return made[::-1], certificate
+
+
+def prompt_draft(reader: Reader, switch: dict[str, Any] | None) -> Draft:
+    """The text that asks for the next reply, with the earlier replies' borders marked.
+
+    If the last message is the assistant's, the model shall go on with it: nothing closes it.
+    """
+    messages = reader.messages
+    begun = messages[-1]["role"] == "assistant"
+    count = len(messages) - begun
+    try:
+        text = reader.render(count, prompt=True, switch=switch)
+    except TemplateError as error:
+        raise reader.refused("template", str(error)) from None
+    reader.check_escapes(text, count, True, switch)
+    marks = []
+    for index in range(count):
+        if messages[index]["role"] == "assistant":
+            turn = reader.prompt_of(index)
+            if turn and text.startswith(turn.said):
+                marks.append(turn.mark(0.0))
+    if begun:
+        start = len(text)
+        text = _begun(reader, count, text, switch)
+        marks.append(Mark(count, start, len(text), "", 0.0))
+    return Draft(text, tuple(marks), reader.hidden)
+
+
+def _turns(reader: Reader, weights: dict[int, float], trained: list[int]) -> dict[int, _Turn]:
+    """All assistant turns up to the last trained one; of the untrained those that can be shown."""
+    turns: dict[int, _Turn] = {}
+    for index in weights:
+        if index in trained:
+            turns[index] = reader.turn(index)
+        elif index < trained[-1]:
+            turn = reader.prompt_of(index)
+            if turn:
+                turns[index] = turn
+    return turns
+
+
+def _text(reader: Reader, last: _Turn) -> str:
+    """The longest rendering in which `last` stands as the model says it."""
+    count = len(reader.messages)
+    if last.index + 1 < count:
+        try:
+            text = reader.render(count, switch=last.switch)
+        except TemplateError as error:
+            raise reader.refused("template", str(error)) from None
+        if text.startswith(last.said):
+            reader.check_escapes(text, count, False, last.switch)
+            return text
+    reader.check_escapes(last.whole, last.index + 1, False, last.switch)
+    return last.whole + last.ending.close
+
+
+def _begun(reader: Reader, count: int, prompt: str, switch: dict[str, Any] | None) -> str:
+    """The rendering of a last assistant message that is to be continued, cut at its end."""
+    message = reader.messages[count]
+    key = "content" if message.get("content") else "reasoning_content"
+    begun = message.get(key)
+    if not isinstance(begun, str) or "tool_calls" in message:
+        raise reader.refused("template", "only a text can be continued", count)
+    mark = "QcontinueQ"
+    messages = [*reader.messages[:count], {**message, key: begun + mark}]
+    text = reader.dialect.render(messages, reader.tools, reader.documents, False, switch)
+    before, found, _ = text.rpartition(mark)
+    if not found or not before.startswith(prompt):
+        raise reader.refused(
+            "not_a_prefix", "the template does not write this reply behind its prompt", count
+        )
+    return before
+
+
+def _stands_in(words: str, content: Any) -> bool:
+    """Whether `content` is written in `words`, perhaps with other blanks and marks between."""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    if not content or content.strip() in words:
+        return True
+    at = 0
+    for run in re.findall(r"\w+", content):
+        at = words.find(run, at)
+        if at < 0:
+            return False
+        at += len(run)
+    return True
+
+
+def _end_of(text: str, limit: int = 40) -> str:
+    return repr(text if len(text) <= limit else "…" + text[-limit:])

@@ -1,0 +1,226 @@
+"""Chat templates: jinja, rendered as transformers renders it, but within bounds.
+
+The oracle is transformers' `apply_chat_template(tokenize=False)`: a sandboxed environment with
+trimmed blocks, loop controls, `raise_exception`, `strftime_now`, a `tojson` that escapes nothing,
+and `{% generation %}` blocks. A template comes from strangers: it may loop for ever or double a
+text until memory is gone. Jinja's sandbox does not stop that, so loops, macro calls and growing
+texts are counted here, and a template over its budget ends in a UserError.
+"""
+
+import hashlib
+import json
+from collections.abc import Sized
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
+from jinja2 import nodes
+
+from whet.chat.messages import Message
+from whet.errors import UserError
+
+STEPS = 2_000_000  # loop rounds and macro calls in one rendering; long conversations take thousands
+LENGTH = 50_000_000  # characters of one rendering or of a text within it
+SUMS = (nodes.Add, nodes.Concat)
+
+
+class TemplateError(UserError):
+    """The template did not render this conversation: its own message, or its own fault."""
+
+
+@dataclass
+class _Budget:
+    steps: int = STEPS
+
+    @jinja2.pass_context  # or else jinja would take it for a constant
+    def count(self, context: Any, nothing: None) -> None:
+        self.steps -= 1
+        if self.steps < 0:
+            raise TemplateError(
+                f"the chat template loops more than {STEPS:,} times for one conversation"
+            )
+
+
+def _within_length(text: Any) -> Any:
+    if isinstance(text, str | list | tuple) and len(text) > LENGTH:
+        raise TemplateError(f"the chat template builds a text of more than {LENGTH:,} characters")
+    return text
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for text, times in ((left, right), (right, left)):
+            if isinstance(text, Sized) and isinstance(times, int) and len(text) * times > LENGTH:
+                raise TemplateError(f"the chat template repeats a text {times:,} times")
+        if operator == "**" and not (abs(left) < 1e6 and abs(right) < 64):
+            raise TemplateError(f"the chat template computes {left}**{right}")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` renders what it encloses, in a scope of its own.
+
+    The tags say what somebody believed to be the model's words; Whet finds them by itself.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 -- jinja's own interface
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+
+    def _render(self, caller: Any) -> str:
+        return str(caller())
+
+
+class _Dict:
+    """The `dict` of templates: callable, without the attributes that lead out of the sandbox."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    `source` is the jinja text, `hash` its sha256. Raises UserError if it is no valid jinja.
+    Not to be shared between threads: its budget and date are those of one rendering.
+    """
+
+    def __init__(self, source: str, name: str = "chat template") -> None:
+        self.source = source
+        self.name = name
+        self.hash = hashlib.sha256(source.encode()).hexdigest()
+        self._budget = _Budget()
+        self._now = datetime.now()
+        environment = _Environment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+        )
+        environment.filters["tojson"] = _tojson
+        environment.filters["_within_length"] = _within_length
+        environment.filters["_count"] = self._budget.count
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda format: self._now.strftime(format)
+        environment.globals["dict"] = _Dict()
+        try:
+            tree = environment.parse(source)
+            # A name is undeclared, too, if the template sets it in one branch only.
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(tree)) - frozenset(
+                environment.globals
+            )
+            self.compared = _compared_constants(tree)
+            self._template = environment.from_string(_counted(tree))
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"{name}: line {error.lineno}: {error.message}") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChatTemplate, (self.source, self.name)
+
+    def render(
+        self,
+        messages: list[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        today: date | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of `messages`. `today` is what `strftime_now` tells (None: the clock's time).
+
+        `variables` are further template variables: bos_token, eos_token, enable_thinking, …
+        Raises TemplateError with the template's own words if it refuses or fails.
+        """
+        self._budget.steps = STEPS
+        self._now = datetime(today.year, today.month, today.day) if today else datetime.now()
+        try:
+            text = self._template.render(
+                messages=messages,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except TemplateError:
+            raise
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the chat template refuses: {error.message or error}") from None
+        except RecursionError:
+            raise TemplateError("the chat template calls itself without end") from None
+        except Exception as error:  # templates run code of their own; what it raises is its fault
+            what = f"{type(error).__name__}: {error}"
+            raise TemplateError(f"the chat template fails with {what}") from None
+        return str(_within_length(text))
+
+
+def _counted(tree: nodes.Template) -> nodes.Template:
+    """`tree` with every round of a loop and every call of a macro counted, every sum measured."""
+    repeated: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For)]
+    repeated += tree.find_all(nodes.Macro)
+    for body_of in repeated:
+        # A filter, since the sandbox checks each call of a function, which costs more than the loop
+        count = nodes.Filter(nodes.Const(None), "_count", [], [], None, None)
+        body_of.body.insert(0, nodes.ExprStmt(count).set_lineno(body_of.lineno))
+    _measure_sums(tree)
+    return tree
+
+
+def _measure_sums(node: nodes.Node) -> None:
+    """Wrap the outermost + and ~ of each expression: a chain is measured once, at its end."""
+
+    def measured(child: Any) -> Any:
+        if isinstance(child, nodes.Node):
+            _measure_sums(child)
+        if not isinstance(child, SUMS) or isinstance(node, SUMS):
+            return child
+        return nodes.Filter(child, "_within_length", [], [], None, None).set_lineno(child.lineno)
+
+    for name, value in list(node.iter_fields()):
+        many = isinstance(value, list)
+        setattr(node, name, [measured(item) for item in value] if many else measured(value))
+
+
+def _compared_constants(tree: nodes.Template) -> dict[str, frozenset[Any]]:
+    """The constants that each variable is compared with: `mode == "chat"` gives mode: {"chat"}."""
+    found: dict[str, set[Any]] = {}
+    for compare in tree.find_all(nodes.Compare):
+        if not isinstance(compare.expr, nodes.Name):
+            continue
+        for operand in compare.ops:
+            values = operand.expr.items if isinstance(operand.expr, nodes.List) else [operand.expr]
+            for value in values:
+                if isinstance(value, nodes.Const) and isinstance(value.value, str | bool | int):
+                    found.setdefault(compare.expr.name, set()).add(value.value)
+    return {name: frozenset(values) for name, values in found.items()}

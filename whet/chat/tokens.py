@@ -1,0 +1,312 @@
+"""Marked texts -> ids and the tokens that are the model's own words.
+
+The ids are those of the whole text, tokenised at once (rule 1). What must be shown is that the
+prompt, tokenised alone, gives the very ids that stand before the words (rules 3 and 4).
+
+An added token cuts a text: what stands before it and what stands behind it are tokenised apart. So
+only the stretch between the last added token of the prompt and the words matters, mostly
+`assistant\\n`. The quick way compares the ids behind that token with the ids of this stretch,
+tokenised once and remembered. Where it cannot tell, the careful way does the same with character
+offsets, tokenises prompt and words apart where a token straddles their border, and tokenises
+stretches with hidden control strings as plain text.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from whet.chat.spans import Draft, Mark
+from whet.chat.tokenizer import Tokenizer
+
+MAX_HEADERS = 64  # stretches that are remembered; a template has one or two
+ANCHORS = ("\n", "a", "1", ".", " ")
+
+
+class Unclear(Exception):  # noqa: N818 -- an answer, not an accident
+    """The tokens do not tell where words begin or end."""
+
+
+@dataclass
+class Located:
+    """The ids of a draft; `spans[k]` is the range of tokens of its k-th mark."""
+
+    ids: np.ndarray  # int32
+    spans: list[tuple[int, int]]
+    split: int = 0
+
+
+@dataclass
+class _Header:
+    """The end of a generation prompt: an added token and the stretch behind it."""
+
+    text: str  # both, as written
+    token: str
+    token_id: int
+    ids: np.ndarray  # of the stretch
+    swallows: bool  # the token takes in blanks behind it, and nothing of the stretch is left
+
+
+@dataclass
+class Aligner:
+    """Tokenises drafts. Remembers the ends of generation prompts it has seen."""
+
+    tokenizer: Tokenizer
+    headers: list[_Header] = field(default_factory=list)
+
+    def locate_many(self, drafts: list[Draft]) -> list[Located | Unclear]:
+        """`locate` for many drafts at once; what is unclear is returned in its place."""
+        backend = self.tokenizer.backend
+        encodings = backend.encode_batch_fast(
+            [draft.text for draft in drafts], add_special_tokens=False
+        )
+        found: list[Located | Unclear] = []
+        for draft, encoding in zip(drafts, encodings, strict=True):
+            located = None if draft.hidden else self._quick(draft, encoding.ids)
+            try:
+                found.append(located or self.locate(draft))
+            except Unclear as error:
+                found.append(error)
+        return found
+
+    def locate(self, draft: Draft) -> Located:
+        """The ids and token spans of `draft`, the careful way. Raises Unclear."""
+        return _Careful(self, draft).located()
+
+    def _quick(self, draft: Draft, id_list: list[int]) -> Located | None:
+        """The spans through the added tokens around them, or None where that proves nothing."""
+        ids = np.array(id_list, dtype=np.int32)
+        places: dict[str, np.ndarray] = {}
+        spans = []
+        for mark in draft.marks:
+            header = self._header_before(draft.text, mark.start)
+            if header is None or (header.swallows and draft.text[mark.start].isspace()):
+                return None
+            at = self._place(draft.text, ids, places, header.token, header.token_id, mark.start)
+            stop_id = self.tokenizer.added.get(mark.stop)
+            if at is None or stop_id is None:
+                return None
+            start = at + 1 + len(header.ids)
+            if not np.array_equal(ids[at + 1 : start], header.ids):
+                return None
+            stop = self._place(draft.text, ids, places, mark.stop, stop_id, mark.end)
+            if stop is None or stop < start:
+                return None
+            spans.append((start, stop + 1))
+        return Located(ids, spans)
+
+    def _header_before(self, text: str, end: int) -> _Header | None:
+        for header in self.headers:
+            if text.startswith(header.text, end - len(header.text)):
+                return header
+        return None
+
+    def _place(
+        self,
+        text: str,
+        ids: np.ndarray,
+        places: dict[str, np.ndarray],
+        token: str,
+        token_id: int,
+        before: int,
+    ) -> int | None:
+        """The position in `ids` of the last `token` that stands before character `before`.
+
+        Occurrences in text and ids are in the same order; their numbers being equal pairs them.
+        """
+        found = places.get(token)
+        if found is None:
+            found = places[token] = np.flatnonzero(ids == token_id)
+            if len(found) != text.count(token):
+                return None
+        elif len(found) != text.count(token):
+            return None
+        count = text.count(token, 0, before)
+        return int(found[count - 1]) if count else None
+
+    def remember(self, token: str, stretch: str, ids: list[int]) -> None:
+        """Keep a stretch behind an added token, so that the quick way can use it."""
+        if len(self.headers) < MAX_HEADERS and len(stretch) < 200:
+            text = token + stretch
+            if all(header.text != text for header in self.headers):
+                token_id = self.tokenizer.added[token]
+                swallows = self.tokenizer.backend.get_added_tokens_decoder()[token_id].rstrip
+                swallows = swallows and not stretch.strip()
+                array = np.array(ids, np.int32)
+                self.headers.append(_Header(text, token, token_id, array, swallows))
+
+    def behind(self, token: str | None, text: str) -> list[int]:
+        """The ids of `text` where it follows the added token `token`, or begins everything."""
+        if token is None:
+            return self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(token + text)
+        return ids[ids.index(self.tokenizer.added[token]) + 1 :]
+
+    def behind_plain(self, token: str | None, text: str, hidden: dict[str, str]) -> list[int]:
+        """As `behind`, but with the hidden control strings as plain text."""
+        clear = restored(text, hidden)
+        if self.behind(token, text) == self.tokenizer.encode(text):
+            return list(self.tokenizer.plain_backend.encode(clear, add_special_tokens=False).ids)
+        return self.following(clear, plain=True)
+
+    def following(self, text: str, plain: bool) -> list[int]:
+        """The ids of `text` where it goes on after other text: no blank is put before it.
+
+        Some tokenizers begin each text with a blank. So it is tokenised behind an anchor that
+        shares no token with it, and the anchor's ids are taken off.
+        """
+        if not text:
+            return []
+        backend = self.tokenizer.plain_backend if plain else self.tokenizer.backend
+        for anchor in ANCHORS:
+            alone = backend.encode(anchor, add_special_tokens=False).ids
+            both = backend.encode(anchor + text, add_special_tokens=False)
+            n = len(alone)
+            if both.ids[:n] != alone or n == len(both.ids):
+                continue
+            if both.offsets[n - 1][1] <= len(anchor) <= both.offsets[n][0]:
+                return list(both.ids[n:])
+        raise Unclear("the tokenizer joins the beginning of the reply with any text before it")
+
+
+def restored(text: str, hidden: dict[str, str]) -> str:
+    """`text` with control strings in the place of the characters that hide them."""
+    for character, string in hidden.items():
+        text = text.replace(character, string)
+    return text
+
+
+@dataclass
+class _Stretch:
+    """The ordinary tokens between two added tokens: ids[first:last], text[start:end]."""
+
+    token: str | None  # the added token before it
+    token_end: int  # where the offsets say that this ends: some swallow blanks behind them
+    first: int
+    last: int
+    start: int
+    end: int
+
+
+class _Careful:
+    """The careful way for one draft."""
+
+    def __init__(self, aligner: Aligner, draft: Draft) -> None:
+        self.aligner = aligner
+        self.draft = draft
+        self.encoding = aligner.tokenizer.backend.encode(draft.text, add_special_tokens=False)
+        self.split = 0
+
+    def located(self) -> Located:
+        ids: list[int] = []
+        begins: dict[int, int] = {}  # start of a mark -> token
+        ends: dict[int, int] = {}  # end of an added token -> token behind it
+        starts = {mark.start: mark for mark in self.draft.marks}
+        for stretch, token_id in self._stretches():
+            border = next(
+                (s for s in starts if s not in begins and stretch.start <= s <= stretch.end), None
+            )
+            base = len(ids)
+            part, at = self._tokens_of(stretch, border)
+            ids += part
+            if border is not None:
+                begins[border] = base + at
+            if token_id is not None:
+                ids.append(token_id)
+                ends[stretch.end + len(self._name(token_id))] = len(ids)
+        spans = [self._span(mark, begins, ends, len(ids)) for mark in self.draft.marks]
+        self._check(ids)
+        return Located(np.array(ids, np.int32), spans, self.split)
+
+    def _span(
+        self, mark: Mark, begins: dict[int, int], ends: dict[int, int], total: int
+    ) -> tuple[int, int]:
+        if not mark.stop:  # a reply that is to be continued goes on to the end of the text
+            return begins[mark.start], total
+        if mark.start not in begins or mark.end not in ends:
+            raise Unclear(f"{mark.stop} is not one token where the reply ends")
+        return begins[mark.start], ends[mark.end]
+
+    def _name(self, token_id: int) -> str:
+        return str(self.aligner.tokenizer.backend.id_to_token(token_id))
+
+    def _stretches(self) -> list[tuple[_Stretch, int | None]]:
+        """All stretches in order, each with the added token that ends it (None: end of text)."""
+        added = {i: name for name, i in self.aligner.tokenizer.added.items()}
+        ids, offsets, text = self.encoding.ids, self.encoding.offsets, self.draft.text
+        found: list[tuple[_Stretch, int | None]] = []
+        token, token_end, first, start = None, 0, 0, 0
+        for k, token_id in enumerate(ids):
+            name = added.get(token_id)
+            if name is None:
+                continue
+            # The offsets may take in blanks around the token; it stands where it is written.
+            at = text.find(name, max(start, offsets[k][0]))
+            if at < 0 or at + len(name) > offsets[k][1]:
+                continue  # a token matched after normalisation: then it is part of its stretch
+            found.append((_Stretch(token, token_end, first, k, start, at), token_id))
+            token, token_end, first, start = name, offsets[k][1], k + 1, at + len(name)
+        found.append((_Stretch(token, token_end, first, len(ids), start, len(text)), None))
+        return found
+
+    def _tokens_of(self, stretch: _Stretch, border: int | None) -> tuple[list[int], int]:
+        """The ids of a stretch and how many of them stand before the border in it."""
+        text = self.draft.text[stretch.start : stretch.end]
+        hidden = {c: s for c, s in self.draft.hidden.items() if c in text}
+        ids = list(self.encoding.ids[stretch.first : stretch.last])
+        if border is None:
+            return self._plain(stretch.token, text, hidden) if hidden else ids, 0
+        head, words = text[: border - stretch.start], text[border - stretch.start :]
+        before = self._plain(stretch.token, head, hidden)
+        n = len(before)
+        if hidden:
+            ids = self._plain(stretch.token, text, hidden)
+            clean = ids[:n] == before and self._plain_border(head, text, hidden, n)
+        else:
+            offsets = self.encoding.offsets[stretch.first : stretch.last]
+            clean = ids[:n] == before and _between(offsets, n, border, stretch.token_end)
+        if clean:
+            if stretch.token and not hidden:
+                self.aligner.remember(stretch.token, head, before)
+            return ids, n
+        self.split += 1
+        return before + self.aligner.following(restored(words, hidden), bool(hidden)), n
+
+    def _plain(self, token: str | None, text: str, hidden: dict[str, str]) -> list[int]:
+        if any(character in text for character in hidden):
+            return self.aligner.behind_plain(token, text, hidden)
+        return self.aligner.behind(token, text)
+
+    def _plain_border(self, head: str, text: str, hidden: dict[str, str], n: int) -> bool:
+        """Whether a token ends where the clear text of `head` ends, in the stretch taken alone."""
+        clear = restored(text, hidden)
+        encoding = self.aligner.tokenizer.plain_backend.encode(clear, add_special_tokens=False)
+        if n > len(encoding.ids):
+            return False
+        return _between(encoding.offsets, n, len(restored(head, hidden)), 0)
+
+    def _check(self, ids: list[int]) -> None:
+        """Re-tokenised stretches must say the same text and hold no control token of their own."""
+        if not self.split and not self.draft.hidden:
+            return
+        decode = self.aligner.tokenizer.decode
+        clear = restored(self.draft.text, self.draft.hidden)
+        whole = decode(self.aligner.tokenizer.encode(clear), skip_special=False)
+        if _letters(decode(ids, skip_special=False)) != _letters(whole):
+            raise Unclear("prompt and reply, tokenised apart, do not give the text again")
+        special = self.aligner.tokenizer.special_ids
+        unhidden = sum(i in special for i in self.encoding.ids)
+        if sum(i in special for i in ids) != unhidden:
+            raise Unclear("a control token in somebody's text would stay one")
+
+
+def _between(offsets: list[tuple[int, int]], n: int, border: int, token_end: int) -> bool:
+    """Whether the first n tokens end, and the rest begin, at character `border`."""
+    before = offsets[n - 1][1] if n else token_end
+    behind = offsets[n][0] if n < len(offsets) else border
+    return before <= border <= behind
+
+
+def _letters(text: str) -> str:
+    """`text` without blanks: where a stretch begins, some tokenizers put one."""
+    return re.sub(r"\s+", "", text)
