@@ -1,0 +1,212 @@
+"""Supervised fine-tuning.
+
+A base model knows how texts go on; SFT shows it conversations and trains it on the assistant's
+tokens alone: it minimises the sum of weight x -ln p(token | everything before it) over the sum of
+the weights, where the weight is 1 on what the assistant says, its stop token included, and 0 on
+everything else. The context is read but not learnt. What changes is less what the model knows than
+what it does with it: it answers, in the answer's form, and stops.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.config import problems
+from whet.data.batches import (
+    Batch,
+    global_batch_rows,
+    micro_batch_count,
+    micro_batches,
+    read_batch,
+    steps_per_epoch,
+)
+from whet.data.store import PackedStore
+from whet.errors import UserError
+from whet.model.checkpoint import load_backbone_from_ckpt
+from whet.model.decoder import Transformer
+from whet.train.distributed import Ranks
+from whet.train.evaluation import Evaluator
+from whet.train.loop import Stage, Sums
+from whet.train.saving import ModelWriter
+from whet.train.session import run_stage, total_steps
+from whet.train.settings import TrainSettings
+
+
+@dataclass(kw_only=True)
+class Config(TrainSettings):
+    """Fine-tune a base model on packed rows."""
+
+    model: Path
+    """Model directory or `.pt` file to start from."""
+    data: Path
+    """Packed file to train on, made by `whet prepare`."""
+    dev: Path | None = None
+    """Packed file to evaluate on."""
+    tokenizer: Path | None = None
+    """Tokenizer directory; by default --model's own."""
+    gsm8k_dev: Path | None = None
+    """GSM8K-like problems to answer at each evaluation."""
+    gsm8k_limit: int = 100
+    """How many of them."""
+
+
+def build(config: Config, ranks: Ranks) -> Stage:
+    """Load the model and the data, and check that they fit together."""
+    store = PackedStore(config.data)
+    dev = PackedStore(config.dev) if config.dev else None
+    model = load_backbone_from_ckpt(config.model, quiet=config.quiet or not ranks.first)
+    tokenizer = find_tokenizer(config)
+    problems(
+        misfits(model, tokenizer, store, "--data")
+        + (misfits(model, tokenizer, dev, "--dev") if dev else [])
+    )
+    return make_stage(config, ranks, model, tokenizer, store, dev)
+
+
+def make_stage(
+    config: Config,
+    ranks: Ranks,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    store: PackedStore,
+    dev: PackedStore | None,
+) -> Stage:
+    """The stage of a loaded model and opened data; pretraining is this stage on plain text."""
+    n_rows = min(len(store), config.overfit_rows or len(store))
+    steps = steps_per_epoch(n_rows, config.batch_size)
+    total = total_steps(config, steps)
+    trained = float(store.loss_tokens[:n_rows].sum())
+    if trained == 0:
+        raise UserError(f"--data {config.data}: no token of it is trained; see `whet inspect`")
+    assert config.micro_batch_size is not None, "resolved before"
+    return Stage(
+        model=model,
+        store=store,
+        total_steps=total,
+        batches=partial(
+            batches_of_step,
+            store=store,
+            n_rows=n_rows,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            seed=config.seed,
+            ranks=ranks,
+        ),
+        loss_fn=token_loss,
+        evaluate=Evaluator(
+            dev=dev,
+            tokenizer=tokenizer,
+            micro_rows=config.micro_batch_size,
+            gsm8k=config.gsm8k_dev,
+            gsm8k_limit=config.gsm8k_limit,
+            n_samples=config.samples,
+        ),
+        save_model=ModelWriter(
+            tokenizer=tokenizer, lineage=lineage(config, store), out_ckpt=config.out_ckpt
+        ),
+        header=[
+            ("model", f"{config.model}: {describe(model)}"),
+            (
+                "data",
+                f"{config.data}: {n_rows:,} rows of {store.context_length:,}, "
+                f"{trained:,.0f} trained tokens, {steps:,} steps an epoch",
+            ),
+            (
+                "dev",
+                f"{config.dev}: {len(dev):,} rows" if dev else "none: give --dev to see dev loss",
+            ),
+        ],
+    )
+
+
+def token_loss(model: nn.Module, batch: Batch) -> Sums:
+    """sum(weight x -ln p(target)) of a micro-batch."""
+    found = model(
+        batch.tokens, batch.positions, batch.segments, targets=batch.targets, weight=batch.weight
+    )
+    return Sums(found.loss, found.nll)
+
+
+def batches_of_step(
+    step: int,
+    *,
+    store: PackedStore,
+    n_rows: int,
+    batch_size: int,
+    micro_batch_size: int,
+    seed: int,
+    ranks: Ranks,
+) -> list[Batch]:
+    """This rank's micro-batches of global batch `step`; equally many on every rank."""
+    whole = global_batch_rows(n_rows, batch_size, seed, step)
+    mine: np.ndarray = whole[ranks.rank :: ranks.size]
+    share = read_batch(
+        store,
+        mine,
+        total=float(store.loss_tokens[whole].sum()),
+        epoch=step // steps_per_epoch(n_rows, batch_size),
+    )
+    count = micro_batch_count(len(whole), ranks.size, micro_batch_size)
+    return micro_batches(share, micro_batch_size, count)
+
+
+def find_tokenizer(config: Config) -> Tokenizer | None:
+    """--tokenizer's, or the model directory's own; a `.pt` has none."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    return load_tokenizer(config.model) if config.model.is_dir() else None
+
+
+def misfits(
+    model: Transformer, tokenizer: Tokenizer | None, store: PackedStore, flag: str
+) -> list[str]:
+    """Why a packed file cannot be used with this model, a line for each reason."""
+    found, config, attrs = [], model.config, store.attrs
+    if tokenizer and attrs.get("tokenizer_hash") not in (None, tokenizer.hash):
+        found.append(
+            f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "
+            "prepare` again with --tokenizer on the model's directory"
+        )
+    needed = attrs.get("vocab_size", 0)
+    if needed > config.vocab_size:
+        found.append(
+            f"{flag} {store.path}: its tokenizer has {needed:,} ids, the model's embedding "
+            f"{config.vocab_size:,} rows; prepare it with the model's own tokenizer"
+        )
+    if config.max_positions and store.context_length > config.max_positions:
+        found.append(
+            f"{flag} {store.path}: rows of {store.context_length:,} tokens, but the model has "
+            f"{config.max_positions:,} positions; prepare with --context_length "
+            f"{config.max_positions} or less"
+        )
+    return found
+
+
+def describe(model: Transformer) -> str:
+    """The model in one line."""
+    count, config = sum(p.numel() for p in model.parameters()), model.config
+    return (
+        f"{count:,} parameters, {config.n_layers} layers of width {config.width}, "
+        f"vocabulary {config.vocab_size:,}"
+    )
+
+
+def lineage(config: Config, store: PackedStore) -> dict:
+    """Where the model comes from, for its whet.json."""
+    attrs = store.attrs
+    return {
+        "stage": "sft",
+        "base": str(config.model),
+        "data": str(config.data),
+        "tokenizer_hash": attrs.get("tokenizer_hash"),
+        "template_hash": attrs.get("template_hash"),
+    }
+
+
+def main(config: Config) -> int:
+    """`whet sft`."""
+    return run_stage(config, "sft", build)

@@ -1,0 +1,211 @@
+"""The only file that knows ranks: torchrun's environment, DDP, FSDP2, the gradient factor.
+
+One process is the special case of one rank without a process group. Every function that talks to
+other ranks must be called by all of them, whatever their data; nothing here is called from a branch
+that depends on a rank's own rows.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from whet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    background: dist.ProcessGroup | None = None
+    """A gloo group of its own for saves: they run beside the steps and must not mix with them."""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def start_ranks(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
+    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started local rank {local_rank}, but this machine has "
+                f"{torch.cuda.device_count()} GPUs: --nproc_per_node must not exceed that"
+            )
+        torch.cuda.set_device(local_rank)
+    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+    if size == 1:
+        yield Ranks(device=place)
+        return
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, timeout=timeout)
+    try:
+        background = dist.new_group(backend="gloo", timeout=timeout)
+        yield Ranks(dist.get_rank(), size, place, background)
+    finally:
+        dist.destroy_process_group()
+
+
+def was_restarted() -> bool:
+    """Whether torchrun started this process again after a rank had died (`--max_restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def spread(model: nn.Module, ranks: Ranks, *, shard: bool, bf16: bool) -> nn.Module:
+    """Wrap `model`, which lies on `ranks.device`, for its ranks; one rank needs no wrapping."""
+    if ranks.size == 1:
+        return model
+    if not shard:
+        from torch.nn.parallel import DistributedDataParallel
+
+        # Buffers (rotary tables) are the same everywhere and never change.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    # Weights are gathered in the precision of the matrix products; gradients are summed in float32.
+    # Inputs are left alone: token weights must keep their float32.
+    halves = bf16 and ranks.device.type == "cuda"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if halves else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for layer in getattr(model, "layers", ()):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without DDP around it: for parameter names, evaluation and saving."""
+    return getattr(model, "module", model) if is_replicated(model) else model
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """All weights by name, on the CPU of rank 0, if the model is sharded; else None.
+
+    All ranks call it.
+    """
+    if not is_sharded(model):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Whether DDP is around the model."""
+    return isinstance(model, nn.parallel.DistributedDataParallel)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model: then every forward pass is a collective of all ranks."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def gradient_factor(model: nn.Module, ranks: Ranks) -> float:
+    """What a rank multiplies its loss by, so that the gradients come out as sums over the ranks.
+
+    DDP and FSDP2 both average gradients over the ranks. The loss is a sum over this rank's tokens
+    divided by the weight of the whole global batch, so what is wanted is the ranks' sum.
+    """
+    return float(ranks.size) if is_replicated(model) or is_sharded(model) else 1.0
+
+
+def sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager:
+    """Around a micro-batch: exchange gradients only after the last one of a step.
+
+    FSDP2 reduces after every micro-batch: holding whole gradients would undo what sharding saves.
+    """
+    if is_replicated(model) and not now:
+        return model.no_sync()  # type: ignore[operator]
+    return contextlib.nullcontext()
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Euclidean norm over all gradients of all ranks: a scalar that is equal on every rank."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def scale_gradients(parameters: Sequence[nn.Parameter], norm: torch.Tensor, clip: float) -> None:
+    """Scale the gradients so that their norm, which is `norm` now, is at most `clip`."""
+    factor = torch.clamp(clip / (norm + 1e-6), max=1.0)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+    if local:
+        torch._foreach_mul_(local, factor.to(local[0].device))
+
+
+def sum_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
+    """Element-wise sum of `values` over the ranks, in float64."""
+    if ranks.size == 1:
+        return list(values)
+    total = torch.tensor(list(values), dtype=torch.float64, device=ranks.device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather(value: Any, ranks: Ranks) -> list[Any]:
+    """Every rank's `value`, in the order of ranks, on every rank."""
+    if ranks.size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if ranks.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=ranks.device)
+    return box[0]
+
+
+@contextmanager
+def told_once(ranks: Ranks) -> Iterator[None]:
+    """Let all ranks leave together if any raises UserError in the block; tell each problem once.
+
+    Rank 0 raises all ranks' problems; the others leave with the same exit code and say nothing. The
+    block must hold no collective of its own: a rank that fails would miss it.
+    """
+    lines: list[str] = []
+    try:
+        yield
+    except UserError as error:
+        lines = str(error).splitlines()
+    everybody = dict.fromkeys(line for found in gather(lines, ranks) for line in found)
+    if everybody and ranks.first:
+        raise UserError("\n".join(everybody))
+    if everybody:
+        raise SystemExit(2)

@@ -1,0 +1,126 @@
+"""What is measured while a run trains: dev loss, where it comes from, answers, sample replies."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from whet.chat.tokenizer import Tokenizer
+from whet.data.store import PackedStore
+from whet.evaluate.dev import dev_loss
+from whet.evaluate.gsm8k import gsm8k_accuracy, load_gsm8k
+from whet.generate.engine import generate
+from whet.train.breakdown import breakdown
+from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
+from whet.train.loop import Evaluation
+from whet.train.signals import Interrupted, Stop
+
+SAMPLE_TOKENS = 128
+"""New tokens of a sample reply."""
+TEXT_PROMPT_TOKENS = 16
+"""What a sample starts with where every token is trained, as in plain text."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The evaluation of a run. Its parts follow each other in the same order on all ranks."""
+
+    dev: PackedStore | None
+    tokenizer: Tokenizer | None
+    micro_rows: int
+    gsm8k: Path | None = None
+    gsm8k_limit: int = 100
+    n_samples: int = 3
+
+    def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
+        """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
+        inner: Any = unwrap(model)
+        metrics: dict[str, float] = {}
+        # Where every forward is a collective, all ranks generate the same; else each its share.
+        share = Ranks(device=ranks.device) if is_sharded(model) else ranks
+        stop_ids = self.tokenizer.stop_ids if self.tokenizer else ()
+        if self.dev is not None:
+            _leave_if_asked(stop, ranks)
+            found = dev_loss(
+                inner,
+                self.dev,
+                micro_rows=self.micro_rows,
+                device=ranks.device,
+                rank=ranks.rank,
+                world_size=ranks.size,
+                reduce=lambda values: sum_over_ranks(values, ranks),
+                stop_ids=stop_ids,
+            )
+            metrics |= {"dev_loss": found.loss, "dev_ppl": found.ppl}
+            if found.stop_probability is not None:
+                metrics["dev_stop_probability"] = found.stop_probability
+            _leave_if_asked(stop, ranks)
+            metrics |= breakdown(inner, self.dev, stop_ids, self.micro_rows, ranks)
+        if self.gsm8k is not None and self.tokenizer is not None:
+            _leave_if_asked(stop, ranks)
+            answers = gsm8k_accuracy(
+                inner,
+                self.tokenizer,
+                load_gsm8k(self.gsm8k, self.gsm8k_limit),
+                rank=share.rank,
+                world_size=share.size,
+                reduce=lambda values: sum_over_ranks(values, share),
+                quiet=True,
+            )
+            metrics |= {
+                "gsm8k_accuracy": answers.accuracy,
+                "gsm8k_low": answers.low,
+                "gsm8k_high": answers.high,
+            }
+        _leave_if_asked(stop, ranks)
+        samples = list(self._samples(inner, stop_ids)) if share.first else []
+        return Evaluation(metrics, samples)
+
+    def _samples(self, model: Any, stop_ids: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+        """Replies to the first prompts of the dev file, next to what stands there."""
+        if self.dev is None or self.tokenizer is None or self.n_samples == 0:
+            return
+        room = model.config.max_positions - 1
+        pairs = [pair for pair in prompts_of(self.dev, self.n_samples) if len(pair[0]) <= room]
+        replies = generate(
+            model,
+            [prompt for prompt, _ in pairs],
+            max_new_tokens=SAMPLE_TOKENS,
+            stop_ids=stop_ids,
+        )
+        for (prompt, expected), reply in zip(pairs, replies, strict=True):
+            yield {
+                "prompt": self.tokenizer.decode(prompt, skip_special=False),
+                "reply": self.tokenizer.decode(reply, skip_special=False),
+                "expected": self.tokenizer.decode(expected, skip_special=False),
+            }
+
+
+def prompts_of(store: PackedStore, count: int) -> list[tuple[list[int], list[int]]]:
+    """The first `count` documents, each cut before its first trained span: (prompt, that span)."""
+    found: list[tuple[list[int], list[int]]] = []
+    for row in range(len(store)):
+        read = store.rows([row])
+        for segment in range(1, int(read.segment_ids.max()) + 1):
+            if len(found) == count:
+                return found
+            here = read.segment_ids[0] == segment
+            tokens, trained = read.tokens[0, here], read.loss_mask[0, here] != 0
+            if not trained[1:].any():
+                continue
+            start = int(np.argmax(trained[1:])) + 1
+            if start == 1:  # plain text: all of it is trained
+                start = min(TEXT_PROMPT_TOKENS, len(tokens) - 1)
+            rest = ~trained[start:]
+            end = start + (int(np.argmax(rest)) if rest.any() else len(rest))
+            found.append((tokens[:start].tolist(), tokens[start:end][:SAMPLE_TOKENS].tolist()))
+    return found
+
+
+def _leave_if_asked(stop: Stop, ranks: Ranks) -> None:
+    """Between two parts all ranks decide alike, so that none waits for one that has left."""
+    if ranks.size > 1 and any(sum_over_ranks([stop.number], ranks)):
+        raise Interrupted

@@ -1,0 +1,197 @@
+"""The run folder: what a run writes while it trains, and how a continued run finds its place.
+
+    config.toml     the resolved flags
+    metrics.jsonl   one line a step and one an evaluation; only what a repetition would give again
+    timing.jsonl    seconds, tokens/s and memory of each step
+    samples.jsonl   replies generated at each evaluation
+    ledger.bin      the documents of each step (see ledger.py)
+    incidents/      steps that were not applied (see incidents.py)
+    state/          resume states (see state.py)
+    best/           the model of the best evaluation
+    tensorboard/    the same numbers as curves
+    model.safetensors, config.json, tokenizer.json, …   the final model
+
+Only rank 0 writes here, but for the tensors of the states.
+"""
+
+import copy
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.progress import say
+from whet.train import state
+from whet.train.curves import Curves
+from whet.train.distributed import Ranks
+from whet.train.incidents import as_json
+from whet.train.state import Facts
+
+APPENDED = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "ledger.bin")
+
+
+@dataclass
+class Journal:
+    """A file that only grows, and by whole records: a full disk delays records, it loses none."""
+
+    path: Path
+    length: int = 0
+    """Bytes that are in the file."""
+    waiting: bytes = b""
+
+    def cut(self, length: int) -> None:
+        """Forget what was written after `length` bytes."""
+        self.path.touch()
+        os.truncate(self.path, length)
+        self.length, self.waiting = length, b""
+
+    def append(self, record: bytes) -> bool:
+        """Write `record` and all that waits; False if the disk refuses, which is tried again."""
+        self.waiting += record
+        try:
+            with open(self.path, "r+b") as file:
+                file.truncate(self.length)  # a refused write may have left a part of itself
+                file.seek(self.length)
+                file.write(self.waiting)
+                file.flush()
+        except OSError:
+            return False
+        self.length += len(self.waiting)
+        self.waiting = b""
+        return True
+
+    def flush(self) -> None:
+        """Bring the file to the disk; raises OSError while records wait for space."""
+        if self.waiting and not self.append(b""):
+            raise OSError(f"{self.path}: cannot be written")
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+@dataclass
+class RunFolder:
+    """One run's folder, on every rank; `facts` is where the run stands."""
+
+    path: Path
+    ranks: Ranks
+    facts: Facts = field(default_factory=Facts)
+    quiet: bool = False
+    keep: int = 2
+    curves: Curves = field(default_factory=Curves)
+    journals: dict[str, Journal] = field(default_factory=dict)
+    saving: threading.Thread | None = None
+    told_full: bool = False
+
+    @property
+    def states(self) -> Path:
+        return self.path / "state"
+
+    def say(self, text: str = "") -> None:
+        """Tell the user, once for all ranks."""
+        if self.ranks.first and not self.quiet:
+            say(text)
+
+    def open(self, save_config: Callable[[Path], None]) -> None:
+        """Make the folder fit `facts`: cut what was written after that step."""
+        if not self.ranks.first:
+            return
+        self.states.mkdir(parents=True, exist_ok=True)
+        state.clean(self.states)
+        for name in APPENDED:
+            self.journals[name] = Journal(self.path / name)
+            self.journals[name].cut(self.facts.lengths.get(name, 0))
+        for path in (self.path / "incidents").glob("step_*.json"):
+            if int(path.stem[5:]) > self.facts.step:
+                path.unlink()
+        save_config(self.path / "config.toml")
+
+    def append(self, name: str, record: bytes | dict[str, Any]) -> None:
+        """Add a record to one of the `APPENDED` files."""
+        if not self.ranks.first:
+            return
+        if isinstance(record, dict):
+            record = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        written = self.journals[name].append(record)
+        if not written and not self.told_full:
+            say(f"warning: {self.path / name} cannot be written now; the run goes on, records wait")
+        self.told_full = not written
+
+    def metrics(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
+        """Log the numbers of a step or of an evaluation."""
+        if not self.ranks.first:
+            return
+        plain = {key: as_json(value) for key, value in values.items()}
+        self.append("metrics.jsonl", {"step": step, **plain})
+        if timing:
+            self.append("timing.jsonl", {"step": step, **timing})
+        self.curves.add(step, {**values, **timing})
+
+    def incident(self, step: int) -> Path:
+        """Where the record of a step that was not applied is written."""
+        return self.path / "incidents" / f"step_{step:08d}.json"
+
+    def incident_found(self, record: dict[str, Any]) -> None:
+        """Tell of an incident and write its record."""
+        if not self.ranks.first:
+            return
+        path = self.incident(record["step"])
+        say(f"warning: step {record['step']} is not applied: {record['reason']}; see {path}")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            state.write_json(path, record)
+        except OSError as error:
+            say(f"warning: {path} cannot be written: {error}")
+
+    def save(self, tensors: dict[str, torch.Tensor], *, wait: bool) -> None:
+        """Save a resume state; all ranks call it. A disk that refuses costs this save only."""
+        self.finish_saving()
+        if self.ranks.first:
+            try:
+                for journal in self.journals.values():
+                    journal.flush()
+            except OSError as error:
+                say(f"warning: {error}")
+            self.facts.lengths = {name: j.length for name, j in self.journals.items()}
+        facts = copy.deepcopy(self.facts)
+        if wait:
+            self._save(tensors, facts)
+            return
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        staged = stager.stage(tensors)
+        stager.close()
+        self.saving = threading.Thread(target=self._save, args=(staged, facts), name="save")
+        self.saving.start()
+
+    def _save(self, tensors: dict[str, torch.Tensor], facts: Facts) -> None:
+        try:
+            state.save_state(self.states, tensors, facts, self.ranks)
+            if self.ranks.first:
+                state.prune(self.states, self.keep, facts.incident_step)
+        # DCP wraps a rank's OSError into an exception that derives from BaseException.
+        except BaseException as error:
+            if self.ranks.first:
+                say(
+                    f"warning: the state of step {facts.step} could not be saved, earlier ones are "
+                    f"kept and the run goes on: {_reason(error)}"
+                )
+
+    def finish_saving(self) -> None:
+        """Wait for a save that runs beside the steps."""
+        if self.saving is not None:
+            self.saving.join()
+            self.saving = None
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]

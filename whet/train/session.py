@@ -1,0 +1,245 @@
+"""A training command from its flags to its exit code, the same for every stage.
+
+ranks -> settings -> where the run stands -> stage -> all checks -> header -> loop -> final model
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from whet.config import problems, read_toml, save
+from whet.data.store import PackedStore
+from whet.errors import UserError
+from whet.train import distributed, optim, state
+from whet.train.curves import open_curves
+from whet.train.distributed import Ranks
+from whet.train.loop import Stage, train
+from whet.train.run import RunFolder
+from whet.train.settings import FREE_ON_RESUME, TrainSettings
+from whet.train.signals import stop_on_signals
+from whet.train.state import Facts
+
+C = TypeVar("C", bound=TrainSettings)
+DEFAULT_MICRO_BATCH = 4
+
+
+def run_stage(config: C, command: str, build: Callable[[C, Ranks], Stage]) -> int:
+    """Train the stage that `build` makes of `config`; returns the exit code of `whet <command>`.
+
+    `build` loads and checks on every rank, and must not talk to other ranks.
+    """
+    with distributed.start_ranks(config.device, config.rank_timeout) as ranks:
+        with distributed.told_once(ranks):
+            config = resolve(config, ranks)
+            check_settings(config)
+            start = find_start(config, command) if ranks.first else None
+        start = distributed.from_first(start, ranks)
+        run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
+        with distributed.told_once(ranks):
+            stage = build(config, ranks)
+        return _train(config, command, stage, ranks, run, start)
+
+
+def _train(
+    config: C, command: str, stage: Stage, ranks: Ranks, run: RunFolder, start: Path | None
+) -> int:
+    model = stage.model.to(ranks.device)
+    if config.compile:
+        for layer in getattr(model, "layers", ()):
+            layer.compile()
+    model = distributed.spread(model, ranks, shard=config.shard, bf16=config.precision == "bf16")
+    stage = dataclasses.replace(stage, model=model)
+    inner = distributed.unwrap(model)
+    with distributed.told_once(ranks):
+        names = [name for name, p in inner.named_parameters() if p.requires_grad]
+        lr_groups = optim.parse_lr_groups(config.lr_groups, names)
+        optimizers = optim.make_optimizers(
+            config.optimizer,
+            optim.parameter_groups(inner, config.weight_decay, lr_groups),
+            beta1=config.beta1,
+            beta2=config.beta2,
+            device=ranks.device,
+        )
+    data = fingerprint(stage.store)
+    run.facts = Facts(data=data)
+    if start is not None:
+        run.facts = state.load_state(start, model, optimizers, ranks)
+        _check_same_data(run.facts.data, data, stage.store)
+    with distributed.told_once(ranks):
+        run.open(lambda path: save(config, path))
+        if ranks.first:
+            values = {key: str(value) for key, value in dataclasses.asdict(config).items()}
+            run.curves = open_curves(run.path, run.facts.step, config.wandb_project, values)
+    _tell_header(config, command, stage, run, ranks)
+    try:
+        with stop_on_signals(config.grace_seconds) as stop:
+            ended_by = train(stage, config, optimizers, ranks, run, stop)
+        run.finish_saving()
+        if ended_by:
+            run.say(f"stopped at step {run.facts.step}, saved; add --resume to go on")
+            return 128 + ended_by
+        return _finish(config, command, stage, run)
+    finally:
+        run.finish_saving()
+        run.curves.close()
+
+
+def resolve(config: C, ranks: Ranks) -> C:
+    """Put numbers where a flag says `auto` or was left out, so that config.toml tells what ran."""
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if multiplies_bf16(ranks.device) else "float32"
+    micro = config.micro_batch_size or DEFAULT_MICRO_BATCH
+    # A continued run must not compute otherwise because it woke up on another machine.
+    saved = config.out / "config.toml"
+    if config.precision == "auto" and saved.is_file() and continues(config):
+        precision = read_toml(type(config), saved).get("precision", precision)
+    return dataclasses.replace(config, precision=precision, micro_batch_size=micro)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware has bf16 products; elsewhere they are emulated, many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        if getattr(torch.cpu, probe, lambda: False)():
+            return True
+    return False
+
+
+def check_settings(config: TrainSettings) -> None:
+    """Refuse numbers that make no run, all of them at once."""
+    found = []
+    for name in ("lr", "epochs", "batch_size", "micro_batch_size", "max_steps", "overfit_rows"):
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            found.append(f"--{name} {value}: expected a number above 0")
+    names = ("warmup", "clip", "weight_decay", "eval_every", "save_every", "samples", "keep")
+    for name in names:
+        if getattr(config, name) < 0:
+            found.append(f"--{name} {getattr(config, name)}: expected 0 or more")
+    for name in ("beta1", "beta2", "final_lr"):
+        if not 0 <= getattr(config, name) <= 1:
+            found.append(f"--{name} {getattr(config, name)}: expected a number from 0 to 1")
+    problems(found)
+
+
+def continues(config: TrainSettings) -> bool:
+    """Whether this process takes up an earlier one's run: by flag, or restarted by torchrun."""
+    return config.resume or distributed.was_restarted()
+
+
+def find_start(config: TrainSettings, command: str) -> Path | None:
+    """The state to continue from, or None to start at step 0.
+
+    Raises UserError if the folder holds a run that this command would overwrite, or one made with
+    other flags.
+    """
+    marks = ("config.toml", "metrics.jsonl", "state", "model.safetensors", "config.json")
+    holds = [mark for mark in marks if (config.out / mark).exists()]
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out}: is a file; expected a folder to write")
+    if not continues(config):
+        if holds:
+            raise UserError(
+                f"--out {config.out}: already holds a run ({holds[0]}); --resume continues it, "
+                "or give another folder, or remove this one"
+            )
+        return None
+    if (config.out / "config.toml").exists():
+        _check_same_flags(config, config.out / "config.toml")
+    start, passed_over = state.newest_valid(config.out / "state")
+    for line in passed_over:
+        print(f"warning: {line}", flush=True)
+    return start
+
+
+def _check_same_flags(config: TrainSettings, path: Path) -> None:
+    before = read_toml(type(config), path)
+    found = []
+    for field in dataclasses.fields(config):
+        now, then = getattr(config, field.name), before.get(field.name)
+        if field.name not in FREE_ON_RESUME and now != then:
+            found.append(f"--{field.name} {now}: the run in {config.out} was started with {then}")
+    if found:
+        found.append(f"to continue it with its own flags: --config {path} --resume")
+    problems(found)
+
+
+def fingerprint(store: PackedStore) -> str:
+    """Tells packed files apart, without reading all tokens."""
+    digest = hashlib.sha256(store.loss_tokens.tobytes())
+    digest.update(json.dumps(store.attrs, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:32]
+
+
+def _check_same_data(before: str, now: str, store: PackedStore) -> None:
+    if before != now:
+        raise UserError(
+            f"{store.path}: is not the file that this run started with (other rows or settings); "
+            "restore it, or start a new run with another --out"
+        )
+
+
+def total_steps(config: TrainSettings, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run."""
+    steps = max(1, round(config.epochs * steps_per_epoch))
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def _tell_header(
+    config: TrainSettings, command: str, stage: Stage, run: RunFolder, ranks: Ranks
+) -> None:
+    run.say(f"whet {command}")
+    trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
+    layout = "1 rank" if ranks.size == 1 else f"{ranks.size} ranks"
+    layout += " (sharded)" if config.shard and ranks.size > 1 else ""
+    where = (
+        torch.cuda.get_device_name()
+        if ranks.device.type == "cuda"
+        else (f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores a rank")
+    )
+    lines = [
+        *stage.header,
+        (
+            "steps",
+            f"{stage.total_steps:,} of {config.batch_size} rows, "
+            f"{config.micro_batch_size} a forward pass, {layout}",
+        ),
+        (
+            "optimizer",
+            f"{config.optimizer}, {trained:,} trained parameters, lr {config.lr:g} "
+            f"{config.schedule}, clip {config.clip:g}, decay {config.weight_decay:g}",
+        ),
+        ("precision", f"{config.precision} on {where}"),
+        ("writes", str(run.path)),
+    ]
+    for word, line in lines:
+        run.say(f"  {word:<10} {line}")
+    for line in run.curves.missing:
+        run.say(f"  {'note':<10} {line}")
+    if run.facts.step:
+        run.say(f"  {'resumes':<10} at step {run.facts.step} of {stage.total_steps}")
+
+
+def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -> int:
+    """Write the final model; a kill in the middle of it is made good by `--resume`."""
+    metrics = last_metrics(run.path / "metrics.jsonl") if run.ranks.first else {}
+    stage.save_model(stage.model, run.path, metrics)
+    run.say(f"done: {run.facts.step} steps in {run.facts.seconds:,.0f} s; the model is {run.path}")
+    return 0
+
+
+def last_metrics(path: Path) -> dict[str, float]:
+    """The numbers of the last step and the last evaluation."""
+    merged: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        merged |= json.loads(line)
+    return merged
