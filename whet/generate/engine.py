@@ -100,7 +100,7 @@ def generate_without_cache(
     room = [_room(model, prompt, i, max_new_tokens) for i, prompt in enumerate(prompts)]
     draws = torch.stack([_draws(sampling, i, max_new_tokens) for i in range(len(prompts))])
     live = [i for i in range(len(prompts)) if room[i] > 0]
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         while live:
             tokens, last = _padded([texts[i] for i in live], device)
             segments = torch.arange(tokens.shape[1], device=device) <= last
@@ -137,7 +137,7 @@ def _decode(
     if max_new_tokens < 1:
         yield from ((i, [], True) for i in waiting)
         return
-    with _evaluating(model):
+    with evaluating(model):
         while waiting or rows.live:
             while waiting and len(rows.live) < batch_size:
                 fits = max(1, PREFILL_TOKENS // len(prompts[waiting[-1]]))
@@ -292,7 +292,7 @@ def _room(model: Transformer, prompt: Sequence[int], index: int, max_new_tokens:
 
 
 @contextmanager
-def _evaluating(model: Transformer) -> Iterator[None]:
+def evaluating(model: Transformer) -> Iterator[None]:
     """Dropout off, and back to how it was."""
     was_training = model.training
     model.eval()

@@ -1,0 +1,32 @@
+"""A tiny model directory with a tokenizer and the plain template."""
+
+from pathlib import Path
+
+import pytest
+
+from whet.chat.tokenizer import Tokenizer, train_tokenizer
+from whet.model.checkpoint import save_model
+from whet.model.config import llama
+from whet.model.decoder import Transformer, init_weights
+
+TEXTS = ["How many eggs does she sell? She sells 16 - 3 = 13 eggs.", "<think></think><answer>"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS * 5, 300)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: Tokenizer) -> Transformer:
+    model = Transformer(llama(tokenizer.vocab_size, 32, 2, 4, max_positions=128))
+    init_weights(model, seed=0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def run(model: Transformer, tokenizer: Tokenizer, tmp_path_factory) -> Path:
+    """A model directory as a run leaves it."""
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    save_model(model, directory, tokenizer, {})
+    return directory

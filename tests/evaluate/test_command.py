@@ -1,0 +1,115 @@
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from whet.cli import main
+from whet.data.store import StoreWriter
+
+PROBLEMS = [{"question": f"How many eggs are {i}?", "answer": f"#### {i}"} for i in range(6)]
+
+
+@pytest.fixture
+def problems(tmp_path):
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    return file
+
+
+def packed(path, tokenizer, **attrs):
+    """A packed file of 5 rows of 16 tokens of `tokenizer`."""
+    tokens = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (5, 16))
+    ones = np.ones((5, 16), np.int32)
+    attrs = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, **attrs}
+    with StoreWriter(path, 5, 16, attrs=attrs) as writer:
+        writer.write_rows(tokens, ones, ones)
+    return path
+
+
+def test_both_measures_at_once(run, tokenizer, problems, tmp_path, capsys) -> None:
+    dev = packed(tmp_path / "dev.h5", tokenizer)
+    out, samples = tmp_path / "out.json", tmp_path / "samples.jsonl"
+    flags = ["--gsm8k", problems, "--limit", "4", "--max_new_tokens", "5", "--dev", dev]
+    flags += ["--json", out, "--samples", samples]
+    assert main(["eval", str(run), *map(str, flags)]) == 0
+    numbers = json.loads(out.read_text())
+    assert (numbers["n"], numbers["trained_tokens"]) == (4, 5 * 15)
+    assert numbers["accuracy"] == numbers["correct"] / 4
+    assert numbers["interval_95"][0] <= numbers["accuracy"] <= numbers["interval_95"][1]
+    assert numbers["dev_loss"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.3)
+    assert numbers["ppl"] == pytest.approx(math.exp(numbers["dev_loss"]))
+    assert len(samples.read_text().splitlines()) == 4
+    printed = capsys.readouterr().out
+    assert "95 % interval" in printed
+    assert "dev loss:" in printed
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "dev.h5", "out.json", "samples.jsonl", "test.jsonl"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to measure: give --gsm8k FILE, --dev FILE, or both"),
+        (["--gsm8k", "none.jsonl"], "none.jsonl: no such file"),
+        (["--dev", "none.h5"], "none.h5: no such file"),
+        (["--gsm8k", "{problems}", "--limit", "0"], "--limit 0: expected at least 1"),
+        (["--gsm8k", "{problems}", "--json", "no/where/out.json"], "folder .*no/where does not"),
+        (["--dev", "{dev}", "--samples", "s.jsonl"], "there are samples with --gsm8k only"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(run, tokenizer, problems, tmp_path, capsys, flags, message):
+    dev = packed(tmp_path / "dev.h5", tokenizer)
+    flags = [flag.format(problems=problems, dev=dev) for flag in flags]
+    assert main(["eval", str(run), *flags]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert_matches(told[0], message)
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        (
+            {"tokenizer_hash": "0" * 64},
+            r"dev\.h5: was made with another tokenizer \(000000000000\)",
+        ),
+        ({"vocab_size": 9999}, "tokenizer of 9,999 ids, the model has"),
+    ],
+)
+def test_a_packed_file_that_is_not_the_models(run, tokenizer, tmp_path, capsys, attrs, message):
+    dev = packed(tmp_path / "dev.h5", tokenizer, **attrs)
+    out = tmp_path / "out.json"
+    assert main(["eval", str(run), "--dev", str(dev), "--json", str(out)]) == 2
+    assert_matches(capsys.readouterr().err, message)
+    assert not out.exists()
+
+
+def test_a_model_that_cannot_be_opened(run, problems, tmp_path, capsys) -> None:
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"")
+    for model, message in [
+        (tmp_path / "none", "none: no such model"),
+        (file, "model.pt: a .pt file has no tokenizer; name its directory with --tokenizer"),
+        (tmp_path, "holds no tokenizer.json"),
+    ]:
+        assert main(["eval", str(model), "--gsm8k", str(problems)]) == 2
+        assert_matches(capsys.readouterr().err, message)
+
+
+def test_a_tokenizer_too_large_for_the_model(run, problems, shared_data, capsys) -> None:
+    other = shared_data / "tokenizers/gpt2"
+    assert main(["eval", str(run), "--gsm8k", str(problems), "--tokenizer", str(other)]) == 2
+    assert_matches(capsys.readouterr().err, "this tokenizer has 50,257 ids, the model")
+
+
+def test_torchrun_is_refused(run, problems, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["eval", str(run), "--gsm8k", str(problems)]) == 2
+    assert_matches(capsys.readouterr().err, "one process")
+
+
+def assert_matches(text: str, message: str) -> None:
+    assert re.search(message, text), text

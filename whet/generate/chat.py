@@ -1,0 +1,234 @@
+"""`whet chat`: talk to a model, answer once (`--prompt`), or continue a text (`--raw`).
+
+Replies are printed as they come. What a user types is plain text to the model, control tokens
+included. Standard output holds replies only; everything else goes to standard error, so that
+`whet chat RUN --prompt "..." > reply.txt` does what it looks like.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from whet.chat.encode import encode_prompt
+from whet.chat.tokenizer import Tokenizer
+from whet.config import problems
+from whet.errors import UserError
+from whet.generate.engine import Sampling, stream
+from whet.generate.opened import Device, Precision, open_model
+from whet.model.decoder import Transformer
+
+LEAST_ROOM = 32
+"""Tokens that a reply should have at least; older turns make room for them."""
+HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops a reply"
+
+
+@dataclass
+class Config:
+    """Talk to a model."""
+
+    run: Positional[Path]
+    """Run folder, model directory or `.pt` file."""
+    prompt: str | None = None
+    """Answer this once and leave; only the reply is printed."""
+    raw: bool = False
+    """Continue the text as it is, without a chat template, and show control tokens, too."""
+    system: str | None = None
+    """System message before the conversation."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token; 1 samples from the model's own probabilities."""
+    top_k: int | None = None
+    """Sample among the so many likeliest tokens only."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together have this probability only."""
+    seed: int = 0
+    """Seed of the sampling."""
+    max_new_tokens: int = 512
+    """Longest reply."""
+    tokenizer: Path | None = None
+    """Tokenizer directory; default: the model's own."""
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """Precision of the weights; auto: bf16 on CUDA."""
+
+
+def main(config: Config) -> int:
+    """Run `whet chat`."""
+    _check(config)
+    opened = open_model(config.run, config.tokenizer, config.device, config.precision)
+    talk = Talk(*opened, config)
+    answer = talk.continue_text if config.raw else talk.answer
+    if config.prompt is not None:
+        _print_pieces(answer(config.prompt))
+        return 0
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (arrow keys and the history of what was typed)
+
+        _tell(f"{'Continuing texts' if config.raw else 'Talking'} with {config.run}. {HELP}.")
+    repl(_typed_lines(), answer, talk.reset)
+    return 0
+
+
+@dataclass
+class Talk:
+    """A conversation in progress."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: Config
+    messages: list[dict[str, str]] = field(default_factory=list)
+    replies: int = 0
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages = []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The reply to `text` in pieces; both join the conversation, also if it is broken off."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt = self._prompt_that_fits()
+        except UserError:
+            self.messages.pop()
+            raise
+        said: list[str] = []
+        try:
+            for piece in self._pieces(prompt, show_control=False):
+                said.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(said)})
+
+    def continue_text(self, text: str) -> Iterator[str]:
+        """What the model writes after `text`, control tokens included."""
+        prompt = list(self.tokenizer.backend.encode(text).ids)  # with what the tokenizer puts first
+        begin = next(
+            (i for i in (self.tokenizer.bos_id, self.tokenizer.eos_id) if i is not None), 0
+        )
+        yield from self._pieces(prompt or [begin], show_control=True)
+
+    def _prompt_that_fits(self) -> list[int]:
+        """The conversation as ids, without the oldest turns if it leaves no room for a reply."""
+        limit = self.model.config.max_positions
+        forgotten = 0
+        while True:
+            system = [{"role": "system", "content": self.config.system}] * bool(self.config.system)
+            prompt = encode_prompt(system + self.messages, self.tokenizer)
+            if len(prompt) + LEAST_ROOM <= limit or len(self.messages) <= 1:
+                break
+            del self.messages[:2]
+            forgotten += 1
+        if forgotten:
+            turns = (
+                "the oldest turn was" if forgotten == 1 else f"the oldest {forgotten} turns were"
+            )
+            _tell(f"(the model's {limit:,} positions are full: {turns} forgotten)")
+        if len(prompt) >= limit:
+            raise UserError(
+                f"this message makes a prompt of {len(prompt):,} tokens, the model has "
+                f"{limit:,} positions: shorten it"
+            )
+        return prompt
+
+    def _pieces(self, prompt: list[int], show_control: bool) -> Iterator[str]:
+        config = self.config
+        # A question asked again is sampled anew.
+        seed = config.seed + self.replies
+        self.replies += 1
+        tokens = stream(
+            self.model,
+            prompt,
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            sampling=Sampling(config.temperature, config.top_k, config.top_p, seed),
+        )
+        return text_pieces(tokens, self.tokenizer, prompt, show_control)
+
+
+def text_pieces(
+    tokens: Iterable[int], tokenizer: Tokenizer, prompt: list[int], show_control: bool
+) -> Iterator[str]:
+    """The text of `tokens` as it becomes certain: half a character waits for its other half.
+
+    Decoders treat the beginning of a text in their own way (a leading space goes); so the tokens
+    are decoded behind the end of the prompt, whose text is then taken away.
+    """
+    before = prompt[-4:] if show_control else []
+    ids = list(before)
+    shown = len(tokenizer.decode(before, skip_special=not show_control))
+    text = ""
+    for token in tokens:
+        if not show_control and token in tokenizer.stop_ids:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special=not show_control)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield text[shown:]
+
+
+def repl(
+    lines: Iterable[str], answer: Callable[[str], Iterator[str]], reset: Callable[[], None]
+) -> None:
+    """Answer line after line until they end or say /exit."""
+    for line in lines:
+        command = line.strip()
+        if command in ("/exit", "/quit"):
+            return
+        if command == "/reset":
+            reset()
+            _tell("(forgotten)")
+        elif command == "/help":
+            _tell(HELP)
+        elif command:
+            try:
+                _print_pieces(answer(line))
+            except KeyboardInterrupt:
+                print(flush=True)
+                _tell("(stopped)")
+            except UserError as error:  # this line can't be answered; the next one may
+                _tell(f"whet: error: {error}")
+
+
+def _typed_lines() -> Iterator[str]:
+    """What is typed, or piped in, until its end (Ctrl-D)."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            yield input(prompt)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(flush=True)
+            return
+
+
+def _print_pieces(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _check(config: Config) -> None:
+    found = []
+    if config.temperature < 0:
+        found.append(f"--temperature {config.temperature}: expected 0 or more")
+    if config.top_p is not None and not 0 < config.top_p <= 1:
+        found.append(f"--top_p {config.top_p}: expected a probability above 0, at most 1")
+    if config.top_k is not None and config.top_k < 1:
+        found.append(f"--top_k {config.top_k}: expected at least 1")
+    if config.max_new_tokens < 1:
+        found.append(f"--max_new_tokens {config.max_new_tokens}: expected at least 1")
+    if config.raw and config.system:
+        found.append("--system belongs to a conversation; --raw has none")
+    if config.temperature == 0 and (config.top_k or config.top_p):
+        found.append("--top_k and --top_p need a --temperature above 0")
+    problems(found)

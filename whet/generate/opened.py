@@ -1,0 +1,56 @@
+"""A model opened for use: its weights on a device, and the tokenizer that it was trained with."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.errors import UserError
+from whet.model.checkpoint import load_backbone_from_ckpt
+from whet.model.decoder import Transformer
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bf16", "float32"]
+
+
+class Opened(NamedTuple):
+    """What `open_model` gives."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+
+
+def open_model(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> Opened:
+    """The model of a run folder, a model directory or a `.pt` file.
+
+    `tokenizer` is a directory, by default the model's own. `device` auto is CUDA if there is any;
+    `precision` auto is bf16 on CUDA. Raises UserError for what cannot be opened, and for a
+    tokenizer with more ids than the model has.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such model; expected a run folder, model directory or .pt file"
+        )
+    if tokenizer is None and path.is_file():
+        raise UserError(f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer")
+    found = load_tokenizer(tokenizer or path)  # first: it is quickly done, and often what is wrong
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = precision == "bf16" or (precision == "auto" and device == "cuda")
+    dtype = torch.bfloat16 if half else torch.float32
+    model = load_backbone_from_ckpt(path, dtype=dtype, device=device)
+    if found.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{tokenizer or path}: this tokenizer has {found.vocab_size:,} ids, the model {path} "
+            f"{model.config.vocab_size:,}; name the model's own with --tokenizer"
+        )
+    return Opened(model.eval(), found)
