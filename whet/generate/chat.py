@@ -188,7 +188,6 @@ def repl(
             try:
                 _print_pieces(answer(line))
             except KeyboardInterrupt:
-                print(flush=True)
                 _tell("(stopped)")
             except UserError as error:  # this line can't be answered; the next one may
                 _tell(f"whet: error: {error}")
@@ -208,9 +207,16 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _print_pieces(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+    """Print a reply and end its line, also where it breaks off."""
+    said = False
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said = True
+        said = True  # an empty reply is a line, too
+    finally:
+        if said:
+            print(flush=True)
 
 
 def _tell(text: str) -> None:

@@ -1,0 +1,170 @@
+import io
+import sys
+
+import pytest
+
+from whet.chat.encode import encode_prompt
+from whet.chat.tokenizer import Tokenizer, train_tokenizer
+from whet.cli import main
+from whet.errors import UserError
+from whet.generate import chat
+from whet.generate.chat import Config, Talk, repl, text_pieces
+from whet.generate.engine import generate
+from whet.model.checkpoint import save_model
+from whet.model.config import llama
+from whet.model.decoder import Transformer, init_weights
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["Hello there! Schöne Grüße \N{SLIGHTLY SMILING FACE} 12"] * 5, 290)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> Transformer:
+    model = Transformer(llama(tokenizer.vocab_size, 32, 2, 4, max_positions=128))
+    init_weights(model, seed=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(model, tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "tiny"
+    save_model(model, directory, tokenizer, {})
+    return directory
+
+
+def talk(model, tokenizer, **flags) -> Talk:
+    return Talk(model, tokenizer, Config(run=None, max_new_tokens=8, **flags))
+
+
+def test_a_reply_is_what_the_model_generates_for_the_prompt(model, tokenizer) -> None:
+    talking = talk(model, tokenizer, system="Be brief.")
+    reply = "".join(talking.answer("Hello <|endoftext|>"))
+    asked = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello <|endoftext|>"},
+    ]
+    prompt = encode_prompt(asked, tokenizer)
+    [ids] = generate(model, [prompt], max_new_tokens=8, stop_ids=tokenizer.stop_ids)
+    assert reply == tokenizer.decode(ids)
+    assert talking.messages == [asked[1], {"role": "assistant", "content": reply}]
+    turn_ends = prompt.count(tokenizer.eos_id)
+    assert turn_ends == 2, "what the user typed holds no control token"
+
+
+def test_the_conversation_grows_and_is_forgotten(model, tokenizer, monkeypatch) -> None:
+    asked: list[list[dict]] = []
+
+    def remember(messages, tokenizer):
+        asked.append(list(messages))
+        return encode_prompt(messages, tokenizer)
+
+    monkeypatch.setattr(chat, "encode_prompt", remember)
+    talking = talk(model, tokenizer)
+    for text in ("one", "two"):
+        "".join(talking.answer(text))
+    assert [message["content"] for message in asked[1]][::2] == ["one", "two"]
+    talking.reset()
+    "".join(talking.answer("three"))
+    assert [message["content"] for message in asked[2]] == ["three"]
+
+
+def test_the_oldest_turns_make_room(model, tokenizer, capsys) -> None:
+    talking = talk(model, tokenizer)
+    for i in range(6):
+        "".join(talking.answer(f"{i} Hello there! Hello there!"))
+        prompt = encode_prompt(talking.messages[:-1], tokenizer)
+        assert len(prompt) + chat.LEAST_ROOM <= 128
+    assert talking.messages[0]["role"] == "user"
+    assert talking.messages[0]["content"][0] > "0"
+    assert "128 positions are full: the oldest turn was forgotten" in capsys.readouterr().err
+
+
+def test_a_message_too_long_for_the_model_is_not_remembered(model, tokenizer) -> None:
+    talking = talk(model, tokenizer)
+    with pytest.raises(UserError, match=r"prompt of \d+ tokens, the model has 128 positions"):
+        "".join(talking.answer("Hello there! " * 60))
+    assert talking.messages == []
+    assert "".join(talking.answer("Hello"))
+
+
+def test_a_reply_that_is_broken_off_stays_as_far_as_it_came(model, tokenizer) -> None:
+    talking = talk(model, tokenizer)
+    pieces = talking.answer("Hello")
+    first = next(pieces)
+    pieces.close()
+    assert talking.messages[-1] == {"role": "assistant", "content": first}
+
+
+def test_half_characters_wait_for_their_other_half(tokenizer) -> None:
+    text = "Grüße \N{GRINNING FACE} ok"
+    ids = tokenizer.encode(text)
+    pieces = list(text_pieces([*ids, tokenizer.eos_id], tokenizer, [], show_control=False))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    broken = list(text_pieces(tokenizer.encode("\N{GRINNING FACE}")[:2], tokenizer, [], False))
+    assert "".join(broken) == "\ufffd", "what never completes is shown in the end"
+
+
+def test_raw_shows_control_tokens_and_keeps_the_leading_space(tokenizer) -> None:
+    ids = [*tokenizer.encode(" there"), tokenizer.eos_id]
+    prompt = tokenizer.encode("Hello")
+    assert "".join(text_pieces(ids, tokenizer, prompt, True)) == " there<|endoftext|>"
+
+
+def test_prompt_prints_the_reply_alone(run, tokenizer, capsys) -> None:
+    flags = ["--prompt", "Hello", "--max_new_tokens", "4"]
+    assert main(["chat", str(run), *flags]) == 0
+    reply = capsys.readouterr().out
+    assert main(["chat", str(run), *flags]) == 0
+    assert capsys.readouterr().out == reply
+    assert reply.endswith("\n")
+
+
+def test_raw_continues_the_text_itself(run, model, tokenizer, capsys) -> None:
+    assert main(["chat", str(run), "--raw", "--prompt", "Hello", "--max_new_tokens", "6"]) == 0
+    prompts = [tokenizer.encode("Hello")]
+    [ids] = generate(model, prompts, max_new_tokens=6, stop_ids=tokenizer.stop_ids)
+    assert capsys.readouterr().out == tokenizer.decode(ids, skip_special=False) + "\n"
+
+
+def test_lines_from_a_pipe(run, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\n/reset\n/exit\nnever\n"))
+    assert main(["chat", str(run), "--max_new_tokens", "4"]) == 0
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["(forgotten)"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello"))
+    assert main(["chat", str(run), "--max_new_tokens", "4"]) == 0
+    assert capsys.readouterr().out == told.out
+
+
+def test_one_line_that_fails_or_is_stopped_does_not_end_the_talk(capsys) -> None:
+    def answer(text):
+        yield "so"
+        if text == "stop":
+            raise KeyboardInterrupt
+        if text == "long":
+            raise UserError("too long")
+
+    repl(["stop", "long", "/help", "fine"], answer, reset=lambda: None)
+    told = capsys.readouterr()
+    assert told.out.split() == ["so", "so", "so"]
+    assert told.err.splitlines()[:2] == ["(stopped)", "whet: error: too long"]
+    assert "/exit" in told.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
+        (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5: expected a probability"),
+        (["--top_k", "0", "--temperature", "1"], "--top_k 0: expected at least 1"),
+        (["--top_k", "3"], "--top_k and --top_p need a --temperature above 0"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: expected at least 1"),
+        (["--raw", "--system", "x"], "--system belongs to a conversation; --raw has none"),
+    ],
+)
+def test_bad_flags_are_told_in_a_line(run, capsys, flags, message) -> None:
+    assert main(["chat", str(run), *flags]) == 2
+    assert capsys.readouterr().err.strip().startswith(f"whet: error: {message}")
