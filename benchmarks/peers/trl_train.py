@@ -51,7 +51,7 @@ def main() -> None:
         max_length=1024,
         packing=True,
         packing_strategy="bfd",
-        assistant_only_loss=True,
+        completion_only_loss=True,  # with ids given, this is the switch for the column of masks
         per_device_train_batch_size=args.batch_size,
         max_steps=args.steps,
         learning_rate=1e-5,
@@ -70,7 +70,9 @@ def main() -> None:
     trainer = SFTTrainer(
         model=model,
         args=config,
-        train_dataset=Dataset.from_list(examples),
+        train_dataset=Dataset.from_list(examples).rename_column(
+            "assistant_masks", "completion_mask"
+        ),
         processing_class=tokenizer,
         callbacks=[clock],
     )
