@@ -1,12 +1,12 @@
-"""The page in headless Chromium: what is shown, found by pointer and keyboard, and how long it takes."""
+"""The page in headless Chromium: what is shown, found by pointer and keyboard, and how fast."""
 
 import dataclasses
 import re
 
 import numpy as np
 import pytest
-from tests.report.worlds import NASTY, sheet
 
+from tests.report.worlds import NASTY, sheet
 from whet.report.page import page
 
 LONG_TASKS = """
@@ -45,7 +45,7 @@ def open_page(browser, tmp_path):
 
     def open_sheet(shown, **options):
         path = tmp_path / "page.html"
-        path.write_text(page(shown), encoding="utf-8")
+        path.write_text(shown if isinstance(shown, str) else page(shown), encoding="utf-8")
         opened.append(Opened(browser, path, **options))
         return opened[-1]
 
@@ -173,7 +173,7 @@ def test_keyboard_reaches_every_token(open_page):
     assert f"id{shown.tokens[1, last]}" in card.text_content()
 
 
-def test_figures_account_and_refusals(open_page):
+def test_figures_account_and_what_was_left_out(open_page):
     shown = sheet()
     tab = open_page(shown).tab
     assert tab.locator("figure svg").count() == 2
@@ -183,8 +183,9 @@ def test_figures_account_and_refusals(open_page):
     )
     assert tab.locator("table").first.locator("tbody tr").count() == len(shown.sources) + 1
     tab.click("summary")
-    assert tab.locator("#refusals tbody tr").count() == 2
-    assert "content is a number" in tab.locator("#refusals").text_content()
+    assert tab.locator("#left-out tbody tr").count() == 2
+    assert "content is a number" in tab.locator("#left-out").text_content()
+    assert "1 not a prefix, 12,345 duplicate" in tab.locator("summary").text_content()
 
 
 def test_nothing_in_the_data_runs_or_becomes_html(open_page):
@@ -210,9 +211,9 @@ def test_narrow_and_dark(open_page):
 
 
 def test_a_thousand_rows_open_without_stalling(open_page):
-    shown = sheet(1000, 1024)
-    assert len(page(shown)) < 3_000_000
-    opened = open_page(shown)
+    text = page(sheet(1000, 1024))
+    assert len(text) < 3_000_000
+    opened = open_page(text)
     opened.rows_shown()
     assert opened.tab.locator(".row").count() == 1000
     painted = opened.tab.evaluate(

@@ -23,7 +23,12 @@ def texts_of(tokenizer, ids):
 def test_texts_of_real_tokenizers_join_to_the_text(shared_data, name):
     tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
     joined = "".join(texts_of(tokenizer, tokenizer.encode(TEXT)))
-    for shown, raw in {"↵\n": "\n", "→\t": "\t", "<U+200D>": "\u200d", "<U+FE0F>": "\ufe0f"}.items():
+    for shown, raw in {
+        "↵\n": "\n",
+        "→\t": "\t",
+        "<U+200D>": "\u200d",
+        "<U+FE0F>": "\ufe0f",
+    }.items():
         joined = joined.replace(shown, raw)
     assert joined.lstrip(" ") == TEXT  # SentencePiece begins with a space
 
@@ -47,7 +52,9 @@ def test_an_id_outside_the_vocabulary_is_shown_as_a_number():
 @given(st.text())
 def test_visible_text_holds_no_control_characters(text):
     shown = visible(text)
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+    assert not re.search(
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown
+    )
     assert shown.count("\n") == text.count("\n")
 
 

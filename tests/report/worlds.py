@@ -2,16 +2,13 @@
 
 import numpy as np
 
+from whet.data.account import SourceAccount
 from whet.data.store import DOCUMENT
-from whet.report.sheet import Refusal, Sheet, SourceAccount
+from whet.report.sheet import LeftOut, Sheet
 
-WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from "
-    "which one you all were her she there would their we him been has when who will no more if out "
-    "so said what up its about into than them can only other time new some could these two may "
-    "first then do any like my now over such our man me even most made after also did many off "
-    "before must well back through years much where your way down should because long each just"
-).split()
+WORDS = [
+    start + end for start in ("b", "d", "f", "k", "l", "m", "n") for end in ("a", "ore", "ing")
+]
 NASTY = "</script><script>document.title='broken'</script><!-- <b>&amp;"
 
 
@@ -36,7 +33,9 @@ def sheet(n_rows: int = 6, width: int = 128, seed: int = 0) -> Sheet:
             context = int(rng.integers(8, length - 4))
             tokens[row, start : start + length] = ids
             mask[row, start + context : start + length] = 1
-            found.append((row, start, length, length - context, len(found) % 3, len(found) // 3 + 1, 0))
+            found.append(
+                (row, start, length, length - context, len(found) % 3, len(found) // 3 + 1, 0)
+            )
             start += length
     documents = np.array(found, DOCUMENT)
     sources = ["data/gsm8k/train.jsonl", "data/chat/oasst.jsonl", "data/chat/<b>odd</b>.jsonl"]
@@ -52,15 +51,30 @@ def sheet(n_rows: int = 6, width: int = 128, seed: int = 0) -> Sheet:
         fills=np.bincount(documents["row"], documents["length"], n_rows).astype(np.int64),
         trained=int(mask.sum()),
         facts={"tokenizer": "models/<i>base</i>", "template": "5f3c9a1b", "seed": "0"},
-        accounts=[_account(name, documents[documents["source"] == s]) for s, name in enumerate(sources)],
-        refusals=[
-            Refusal(sources[0], 17, "turn 2: content is a number, expected text"),
-            Refusal(sources[2], 4, f"turn 1: role {NASTY!r} is not known"),
+        accounts=[
+            _account(name, documents[documents["source"] == s]) for s, name in enumerate(sources)
         ],
-        refused=2,
+        left_out=[
+            LeftOut(sources[0], 17, "datum", "turn 2: content is a number, expected text"),
+            LeftOut(sources[2], 4, "not_a_prefix", f"turn 1: role {NASTY!r} is not known"),
+        ],
+        left_out_counts={"datum": 1, "not_a_prefix": 1, "duplicate": 12_345},
     )
 
 
 def _account(name: str, documents: np.ndarray) -> SourceAccount:
     tokens, trained = int(documents["length"].sum()), int(documents["trained"].sum())
-    return SourceAccount(name, len(documents), tokens + 300, trained, tokens - trained, 100, 200)
+    return SourceAccount(
+        name,
+        lines=len(documents) + 3,
+        refused={"datum": 1},
+        conversations=len(documents) + 2,
+        examples=len(documents),
+        tokens=tokens + 300,
+        trained=trained,
+        context=tokens - trained,
+        truncated=100,
+        dropped=200,
+        dropped_tokens={"exact duplicates": 200},
+        dropped_examples={"exact duplicates": 2},
+    )

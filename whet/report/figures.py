@@ -1,7 +1,8 @@
-"""Histograms as plain SVG: no plotting library, and they follow the page's light and dark colours."""
+"""Histograms as plain SVG: no plotting library, and they follow the page's colours."""
 
 from collections.abc import Callable
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
@@ -41,10 +42,8 @@ def fills_figure(fills: np.ndarray, width: int) -> str:
     edges = np.linspace(lowest, 1, 41)
     counts, _ = np.histogram(share, edges)
     full = int((fills == width).sum())
-    told = f"{len(fills):,} rows, {full:,} of them full, {100 * share.mean():.2f} % of all places filled"
-    names = [
-        f"{100 * a:.1f}–{100 * b:.1f} % filled" for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    told = f"{len(fills):,} rows, {full:,} full, {100 * share.mean():.2f} % of all places filled"
+    names = [f"{100 * a:.1f}–{100 * b:.1f} % filled" for a, b in pairwise(edges)]
     return _figure("Fill of the rows", told, counts, names, edges, lambda x: f"{100 * x:.4g} %")
 
 
@@ -56,7 +55,7 @@ def _figure(
     edges: np.ndarray,
     label: Callable[[float], str],
 ) -> str:
-    """Bars of `counts` over `edges` (one more than bars), with the highest count and three ticks."""
+    """Bars of `counts` over `edges` (one more than bars), the highest count, three ticks."""
     highest = int(counts.max())
     step = WIDTH / len(counts)
     bars = []
@@ -74,10 +73,12 @@ def _figure(
     middle = (edges[0] + edges[-1]) / 2
     return (
         f"<figure><figcaption>{escape(title)}<small>{escape(told)}</small></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}: {escape(told)}">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}: {escape(told)}">'
         f'{"".join(bars)}<line class="axis" x1="0" y1="{BASE}" x2="{WIDTH}" y2="{BASE}"/>'
         f'<text x="{at:.1f}" y="{TOP - 5}" text-anchor="{anchor}">{highest:,}</text>'
         f'<text x="0" y="{HEIGHT - 6}">{label(edges[0])}</text>'
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">{label(middle)}</text>'
-        f'<text x="{WIDTH}" y="{HEIGHT - 6}" text-anchor="end">{label(edges[-1])}</text></svg></figure>'
+        f'<text x="{WIDTH}" y="{HEIGHT - 6}" text-anchor="end">{label(edges[-1])}</text>'
+        "</svg></figure>"
     )

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
@@ -15,6 +16,7 @@ from whet.report.page import page
 from whet.report.sheet import Sheet
 from whet.report.terminal import choose_ink, header_lines, row_lines
 
+T = TypeVar("T")
 PAGE_ROWS = 1000
 """Rows on a page unless --rows says otherwise."""
 
@@ -26,7 +28,7 @@ class Config:
     file: tyro.conf.Positional[Path | None] = None
     """A packed file that `whet prepare` wrote, or any HDF5 file with tokens and loss_mask."""
     row: int | None = None
-    """Show this row, counted from 0. Without --row and --rows: row 0, or a page of the first 1,000."""
+    """Show this row, from 0. Without --row and --rows: row 0, or a page of the first 1,000."""
     rows: str | None = None
     """Show rows A:B, from A up to but not including B; either may be left out."""
     html: Path | None = None
@@ -34,7 +36,7 @@ class Config:
     conversation: str | None = None
     """FILE.jsonl:LINE, counted from 1: show how this conversation is encoded. Needs --tokenizer."""
     tokenizer: Path | None = None
-    """Model or tokenizer directory; for a packed file the one it was prepared with, if it is there."""
+    """Model or tokenizer directory; for a packed file the one that it was prepared with."""
     chat_template: str | None = None
     """plain, chatml or a jinja file, for --conversation; the tokenizer's own if not given."""
 
@@ -78,7 +80,7 @@ def _check(config: Config) -> None:
     problems(found)
 
 
-def _required[T](value: T | None) -> T:
+def _required(value: T | None) -> T:
     assert value is not None  # _check saw to it
     return value
 

@@ -37,7 +37,7 @@ async function load() {
   data.start.forEach((start, d) => {
     const row = data.rows[data.row[d]];
     const length = data.length[d];
-    row.documents.push({ start, length, trained: data.trained[d], source: data.source[d], line: data.line[d], text: null });
+    row.documents.push({ start, length, trained: data.trained[d], source: data.source[d], line: data.line[d], part: data.part[d], text: null });
     row.filled += length;
     row.trained += data.trained[d];
   });
@@ -47,10 +47,11 @@ async function load() {
 const text = (data, row, place) => data.text[data.tokens[row * data.width + place]];
 const weight = (data, row, place) => data.mask[row * data.width + place];
 
-/** `source:line` of a document, short for the margin, or whole. */
+/** `source:line` of a document, and which example of its line it is. */
 function where(data, doc, names) {
-  const name = names[doc.source] ?? "unknown source";
-  return doc.line > 0 ? `${name}:${doc.line}` : name;
+  const name = names[doc.source] ?? "source unknown";
+  const place = doc.line > 0 ? `${name}:${doc.line}` : name;
+  return doc.part > 0 ? `${place} part ${doc.part + 1}` : place;
 }
 
 /* ---- Drawing one row ---- */

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from whet.data.account import SourceAccount, totals
+from whet.data.store import DOCUMENT
 from whet.report.figures import fills_figure, lengths_figure
-from whet.report.sheet import Sheet, short_names
+from whet.report.sheet import Sheet, counts_text, short_names
 
-REFUSALS_SHOWN = 1000
+LEFT_OUT_SHOWN = 1000
 """More lines than this slow the page and help nobody; the count is always whole."""
 
 
@@ -35,7 +37,7 @@ def page(sheet: Sheet) -> str:
         "facts": _definitions("facts", sheet.facts),
         "figures": lengths_figure(sheet.lengths) + fills_figure(sheet.fills, sheet.width),
         "account": _account(sheet),
-        "refusals": _refusals(sheet),
+        "left_out": _left_out(sheet),
         "data": _json(_payload(sheet)),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _part("page.html"))
@@ -50,7 +52,7 @@ def _hash(text: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it ends the element or opens a comment."""
+    """JSON for a script element: nothing in it ends the element or opens a comment."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -67,7 +69,7 @@ def _payload(sheet: Sheet) -> dict[str, Any]:
         "tokens": _packed(sheet.index.reshape(-1), "u2" if len(ids) <= 1 << 16 else "u4"),
         "mask": _packed(sheet.mask.reshape(-1), "u1" if binary else "f4"),
         "ids": _packed(ids, "i4"),
-        **{name: _packed(documents[name], "i4") for name in documents.dtype.names},
+        **{name: _packed(documents[name], "i4") for name in DOCUMENT.names or ()},
     }
     return {
         "first": sheet.first,
@@ -110,59 +112,66 @@ def _numbers(sheet: Sheet) -> str:
     return _definitions("numbers", numbers)
 
 
+ACCOUNT = ("lines", "examples", "tokens", "trained", "context", "truncated", "dropped")
+
+
 def _account(sheet: Sheet) -> str:
     """The token account, a row a source, the sum below, and each source's shares as a bar."""
     if not sheet.accounts:
         return ""
-    columns = ("documents", "tokens", "trained", "context", "truncated", "dropped")
-    rows = [(a.source, [int(getattr(a, name)) for name in columns]) for a in sheet.accounts]
-    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
-    body = [_account_row(source, counts, "") for source, counts in rows]
-    if len(rows) > 1:
-        sums = [sum(column) for column in zip(*(counts for _, counts in rows), strict=True)]
-        body.append(_account_row("all", sums, ' class="total"'))
+    head = "".join(f'<th scope="col">{name}</th>' for name in ACCOUNT)
+    body = [_account_row(account, "") for account in sheet.accounts]
+    if len(sheet.accounts) > 1:
+        body.append(_account_row(totals(sheet.accounts), ' class="total"'))
     return (
         '<section aria-labelledby="account-title"><h2 id="account-title">Token account</h2>'
         f'<div class="scroll"><table><thead><tr><th scope="col">source</th>{head}'
-        f'<th scope="col" class="words">shares</th></tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+        '<th scope="col" class="words">shares</th></tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
         '<p class="note">tokens = trained + context + truncated + dropped. '
         "Bars: trained tall, context half as tall, truncated and dropped outlined.</p></section>"
     )
 
 
-def _account_row(source: str, counts: list[int], attributes: str) -> str:
-    cells = "".join(f"<td>{count:,}</td>" for count in counts)
+def _account_row(account: SourceAccount, attributes: str) -> str:
+    name = account.source if account.weight == 1 else f"{account.source} × {account.weight:g}"
+    cells = "".join(f"<td>{getattr(account, column):,}</td>" for column in ACCOUNT)
     return (
-        f'<tr{attributes}><th scope="row" class="words">{escape(source)}</th>{cells}'
-        f'<td class="bar-cell">{_shares(*counts[1:])}</td></tr>'
+        f'<tr{attributes}><th scope="row" class="words">{escape(name)}</th>{cells}'
+        f'<td class="bar-cell">{_shares(account)}</td></tr>'
     )
 
 
-def _shares(tokens: int, trained: int, context: int, truncated: int, dropped: int) -> str:
-    scale = 200 / max(tokens, 1)
-    a, b, c = trained * scale, context * scale, (truncated + dropped) * scale
+def _shares(account: SourceAccount) -> str:
+    scale = 200 / max(account.tokens, 1)
+    a, b = account.trained * scale, account.context * scale
+    c = (account.truncated + account.dropped) * scale
     lost = f'<rect class="s-lost" x="{a + b:.2f}" y="6.5" width="{c:.2f}" height="5"/>' if c else ""
     return (
         '<svg viewBox="0 0 200 12" preserveAspectRatio="none" role="img" '
-        f'aria-label="{100 * trained / max(tokens, 1):.1f} % trained">'
+        f'aria-label="{a / 2:.1f} % trained">'
         f'<rect class="s-trained" width="{a:.2f}" height="12"/>'
         f'<rect class="s-context" x="{a:.2f}" y="6" width="{b:.2f}" height="6"/>{lost}</svg>'
     )
 
 
-def _refusals(sheet: Sheet) -> str:
-    if not sheet.refused:
+def _left_out(sheet: Sheet) -> str:
+    """The lines that are not in the file, with their reasons, folded away."""
+    total = sum(sheet.left_out_counts.values())
+    if not total:
         return ""
     body = "".join(
-        f'<tr><td>{escape(refusal.source)}</td><td>{refusal.line or ""}</td>'
-        f'<td class="words">{escape(refusal.reason)}</td></tr>'
-        for refusal in sheet.refusals[:REFUSALS_SHOWN]
+        f'<tr><td class="words">{escape(left.source)}</td><td>{left.line or ""}</td>'
+        f'<td class="words">{escape(left.kind.replace("_", " "))}</td>'
+        f'<td class="words">{escape(left.reason)}</td></tr>'
+        for left in sheet.left_out[:LEFT_OUT_SHOWN]
     )
-    shown = min(len(sheet.refusals), REFUSALS_SHOWN)
-    more = f'<p class="note">The first {shown:,} are shown.</p>' if shown < sheet.refused else ""
+    shown = min(len(sheet.left_out), LEFT_OUT_SHOWN)
+    more = f'<p class="note">{shown:,} of them are shown.</p>' if shown < total else ""
     return (
-        f'<details id="refusals"><summary>{sheet.refused:,} refused</summary>'
-        '<div class="scroll" tabindex="0" role="region" aria-label="Refusals"><table><thead><tr>'
-        '<th scope="col">source</th><th scope="col">line</th><th scope="col" class="words">reason</th>'
-        f"</tr></thead><tbody>{body}</tbody></table></div>{more}</details>"
+        f'<details id="left-out"><summary>Refused and left out: {counts_text(sheet)}</summary>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Refused and left out">'
+        '<table><thead><tr><th scope="col" class="words">source</th><th scope="col">line</th>'
+        '<th scope="col" class="words">kind</th><th scope="col" class="words">reason</th></tr>'
+        f"</thead><tbody>{body}</tbody></table></div>{more}</details>"
     )

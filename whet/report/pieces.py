@@ -1,9 +1,10 @@
 """The text of each token in some rows, made safe and visible.
 
-A token's text is what it adds to the text before it, so each id is decoded behind an anchor: alone,
-many decoders would swallow its leading space. A character that is split among tokens is shown at the
-first of them and the others are empty; bytes that form no character are shown as `<E2>`, and
-characters that move the cursor, hide, or turn the direction of writing by their code point.
+A token's text is what it adds to the text before it, so each id is decoded behind an anchor:
+alone, many decoders would swallow its leading space. A character that is split among tokens is
+shown at the first of them and the others are empty; bytes that form no character are shown as
+`<E2>`, and characters that move the cursor, hide, or turn the direction of writing by their code
+point.
 """
 
 import unicodedata
@@ -40,7 +41,7 @@ def _shown(character: str) -> str:
 
 
 def token_texts(tokens: np.ndarray, tokenizer: "Tokenizer | None") -> tuple[np.ndarray, list[str]]:
-    """The text of every token of `tokens` (B, T): indices (B, T) into a list of texts, and the list.
+    """The texts of `tokens` (B, T): indices (B, T) into a list of texts, and the list.
 
     Without a tokenizer the ids themselves are the texts. A text of the list belongs to one id; an
     id whose text depends on its neighbours has several.
@@ -69,8 +70,8 @@ def token_texts(tokens: np.ndarray, tokenizer: "Tokenizer | None") -> tuple[np.n
 def _pieces(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[str | bytes]:
     """What each id adds to a text; bytes where that is not a whole number of characters."""
     backend = tokenizer.backend
-    names = {i: backend.id_to_token(i) for i in ids}
-    known = [i for i in ids if names[i] is not None]
+    names = {i: name for i in ids if (name := backend.id_to_token(i)) is not None}
+    known = list(names)
     anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
     before = backend.decode(anchor, skip_special_tokens=False)
     decoded = backend.decode_batch([[*anchor, i] for i in known], skip_special_tokens=False)

@@ -1,17 +1,20 @@
 """A packed file -> a Sheet."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whet.chat.messages import place
+from whet.data.account import SourceAccount, totals
 from whet.data.store import DOCUMENT, PackedStore
 from whet.errors import UserError
 from whet.progress import track
 from whet.report.pieces import token_texts
-from whet.report.sheet import Refusal, Sheet, SourceAccount
+from whet.report.sheet import LeftOut, Sheet
 
 if TYPE_CHECKING:
     from whet.chat.tokenizer import Tokenizer
@@ -34,7 +37,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
     shown["row"] -= first
     decoder, told = _tokenizer(store, tokenizer)
     index, texts = token_texts(rows.tokens, decoder)
-    refusals = [_refusal(text) for text in store.texts("refusals")]
+    accounts, left_out = _accounts(store), _left_out(store)
     fills = np.bincount(documents["row"], documents["length"], len(store))
     return Sheet(
         title=store.path.name,
@@ -49,14 +52,14 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         trained=int(documents["trained"].sum()),
         first=first,
         facts={"tokenizer": told, **_facts(store)},
-        accounts=_accounts(store),
-        refusals=refusals,
-        refused=len(refusals),
+        accounts=accounts,
+        left_out=left_out,
+        left_out_counts=_counts(accounts, left_out),
     )
 
 
 def scan_documents(store: PackedStore) -> np.ndarray:
-    """The table of documents of a file that has none, from its segments; source and line unknown."""
+    """The documents of a file without a table of them, from its segments; sources unknown."""
     parts = []
     with track("Reading rows", len(store), "rows") as progress:
         for start in range(0, len(store), SCAN_ROWS):
@@ -110,18 +113,34 @@ def _sources(store: PackedStore) -> list[str]:
 
 
 def _facts(store: PackedStore) -> dict[str, str]:
-    """The hashes and settings that the file records, shortened for reading."""
-    facts = {}
-    for name in ("tokenizer_hash", "template_hash"):
-        if value := store.attrs.get(name):
-            facts[name.replace("_", " ")] = str(value)[:12]
+    """What the file records of its making, hashes shortened for reading."""
+    settings = store.attrs.get("settings", {})
+    facts = {name: str(settings[name]) for name in ("date", "seed", "train_on") if name in settings}
+    if template := store.attrs.get("template_hash"):
+        facts["template"] = str(template)[:12]
     return facts
 
 
 def _accounts(store: PackedStore) -> list[SourceAccount]:
-    return []
+    entries = store.attrs.get("account", {}).get("sources", [])
+    names = {field.name for field in fields(SourceAccount)}
+    return [SourceAccount(**{k: v for k, v in e.items() if k in names}) for e in entries]
 
 
-def _refusal(text: str) -> Refusal:
-    record = json.loads(text)
-    return Refusal(record["source"], record["line"], record["reason"])
+def _left_out(store: PackedStore) -> list[LeftOut]:
+    """The records of `whet.data.left_out`, without the place that their reasons begin with."""
+    found = []
+    for text in store.texts("refusals"):
+        record = json.loads(text)
+        source, line = record["source"], record["line"]
+        reason = record["reason"].removeprefix(f"{place(source, line)}: ")
+        found.append(LeftOut(source, line, record["kind"], reason))
+    return found
+
+
+def _counts(accounts: list[SourceAccount], left_out: list[LeftOut]) -> dict[str, int]:
+    """Lines and examples left out, by kind: of the account, which is whole, if there is one."""
+    if not accounts:
+        return dict(Counter(left.kind for left in left_out))
+    total = totals(accounts)
+    return {**total.refused, **total.dropped_examples}

@@ -1,29 +1,20 @@
-"""What `whet inspect` shows, whether it was read from a packed file or made from one conversation."""
+"""What `whet inspect` shows, be it read from a packed file or made from one conversation."""
 
 import os
 from dataclasses import dataclass, field
 
 import numpy as np
 
-@dataclass(frozen=True)
-class SourceAccount:
-    """Where the tokens of one source went: tokens = trained + context + truncated + dropped."""
-
-    source: str
-    documents: int
-    tokens: int
-    trained: int
-    context: int
-    truncated: int
-    dropped: int
+from whet.data.account import SourceAccount
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A line of the data that was not packed, and why."""
+class LeftOut:
+    """A line of the data that is not in the file. `kind` is short, `reason` a sentence."""
 
     source: str
     line: int
+    kind: str
     reason: str
 
 
@@ -37,7 +28,7 @@ class Sheet:
     mask: np.ndarray
     """(N, T): weight of each token in the loss; 0 is context."""
     documents: np.ndarray
-    """store.DOCUMENT, sorted by row and start: the documents of the shown rows, whose first is row 0."""
+    """store.DOCUMENT, by row and start: the documents of the shown rows; the first is row 0."""
     sources: list[str]
     index: np.ndarray
     """(N, T): where in `texts` the text of each token is."""
@@ -53,9 +44,10 @@ class Sheet:
     """Number of the first row that is shown."""
     facts: dict[str, str] = field(default_factory=dict)
     accounts: list[SourceAccount] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-    refused: int = 0
-    """How many lines were refused; `refusals` may hold only the first of them."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """Lines that were refused or left out, with reasons; may be only the first of them."""
+    left_out_counts: dict[str, int] = field(default_factory=dict)
+    """How many there are of each kind, all of them."""
 
     def text(self, row: int, start: int, end: int) -> list[str]:
         """The texts of tokens start..end of `row`."""
@@ -77,3 +69,16 @@ def short_names(sources: list[str]) -> list[str]:
     except ValueError:  # absolute and relative paths, or an empty list
         return list(sources)
     return [os.path.relpath(source, shared) if shared else source for source in sources]
+
+
+def document_name(document: np.void, names: list[str]) -> str:
+    """`source:line` of an entry of the documents table, and which example of its line it is."""
+    source, line, part = (int(document[name]) for name in ("source", "line", "part"))
+    name = names[source] if 0 <= source < len(names) else "source unknown"
+    where = f"{name}:{line}" if line > 0 else name
+    return f"{where} part {part + 1}" if part else where
+
+
+def counts_text(sheet: Sheet) -> str:
+    """How many lines and examples are not in the file, by kind: `12 overlong, 3 duplicate`."""
+    return ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in sheet.left_out_counts.items())

@@ -1,14 +1,18 @@
-"""Rows in a terminal: trained tokens green and underlined, or in brackets where there is no colour."""
+"""Rows in a terminal: trained tokens green and underlined, or in brackets without colour."""
 
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from whet.report.sheet import Sheet, SourceAccount, short_names
+from whet.chat.messages import place
+from whet.data.account import table
+from whet.report.sheet import Sheet, counts_text, document_name, short_names
 
+LEFT_OUT_SHOWN = 10
 GREEN, GREY, BOLD, END = "\x1b[4;32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
@@ -52,7 +56,7 @@ def spans_text(texts: Sequence[str], mask: np.ndarray, ink: Ink) -> str:
     trained = np.asarray(mask) > 0
     starts = np.flatnonzero(np.diff(trained, prepend=~trained[:1]))
     parts = []
-    for start, end in zip(starts, [*starts[1:], len(texts)], strict=True):
+    for start, end in pairwise([*starts.tolist(), len(texts)]):
         text = "".join(texts[start:end])
         parts.append(marked(text, ink.trained) if trained[start] else text)
     return "".join(parts)
@@ -61,37 +65,29 @@ def spans_text(texts: Sequence[str], mask: np.ndarray, ink: Ink) -> str:
 def header_lines(sheet: Sheet, ink: Ink) -> Iterator[str]:
     """What is known about the whole file."""
     filled, places = int(sheet.fills.sum()), max(len(sheet.fills) * sheet.width, 1)
+    filled_share, trained_share = filled / places, sheet.trained / max(filled, 1)
     yield marked(sheet.title, ink.title)
     yield (
         f"{len(sheet.fills):,} rows of {sheet.width:,} tokens, {len(sheet.lengths):,} documents, "
-        f"{100 * filled / places:.2f} % filled, {100 * sheet.trained / max(filled, 1):.1f} % trained"
+        f"{100 * filled_share:.2f} % filled, {100 * trained_share:.1f} % trained"
     )
     for name, value in sheet.facts.items():
         yield f"{marked(name, ink.faint)} {value}"
     if sheet.accounts:
         yield ""
-        yield from account_lines(sheet.accounts)
-    if sheet.refused:
+        yield table(sheet.accounts)
+    if sheet.left_out_counts:
         yield ""
-        yield f"{sheet.refused:,} refused"
-        for refusal in sheet.refusals[:10]:
-            where = f"{refusal.source}:{refusal.line}" if refusal.line else refusal.source
-            yield f"  {where}: {refusal.reason}"
-        if sheet.refused > 10:
-            yield f"  … {sheet.refused - 10:,} more: --html shows them"
+        yield f"refused and left out: {counts_text(sheet)}"
+        for left in sheet.left_out[:LEFT_OUT_SHOWN]:
+            yield f"  {place(left.source, left.line)}: {left.reason}"
+        if sum(sheet.left_out_counts.values()) > LEFT_OUT_SHOWN:
+            yield "  … --html shows more"
 
 
-def account_lines(accounts: Sequence[SourceAccount]) -> Iterator[str]:
-    """The token account as a table, with a sum if there is more than one source."""
-    columns = ("documents", "tokens", "trained", "context", "truncated", "dropped")
-    rows = [[a.source, *(int(getattr(a, column)) for column in columns)] for a in accounts]
-    if len(rows) > 1:
-        rows.append(["all", *(sum(row[i] for row in rows) for i in range(1, len(columns) + 1))])
-    table = [["source", *columns], *([row[0], *(f"{n:,}" for n in row[1:])] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns) + 1)]
-    for line in table:
-        cells = [line[0].ljust(widths[0])]
-        yield "  ".join(cells + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)])
+def rule(text: str, ink: Ink) -> str:
+    """A faint line across the terminal that begins with `text`."""
+    return marked(f"── {text} ".ljust(78, "─"), ink.faint)
 
 
 def row_lines(sheet: Sheet, row: int, ink: Ink) -> Iterator[str]:
@@ -106,12 +102,9 @@ def row_lines(sheet: Sheet, row: int, ink: Ink) -> Iterator[str]:
     )
     for document in documents:
         start, length = int(document["start"]), int(document["length"])
-        name = labels[document["source"]] if 0 <= document["source"] < len(labels) else "unknown"
-        where = f"{name}:{document['line']}" if document["line"] > 0 else name
-        told = f"── {where}: {length:,} tokens, {int(document['trained']):,} trained "
-        yield marked(told.ljust(78, "─"), ink.faint)
+        where = document_name(document, labels)
+        yield rule(f"{where}: {length:,} tokens, {int(document['trained']):,} trained", ink)
         end = start + length
         yield spans_text(sheet.text(row, start, end), sheet.mask[row, start:end], ink)
     if filled < sheet.width:
-        told = f"── padding: {sheet.width - filled:,} places "
-        yield marked(told.ljust(78, "─"), ink.faint)
+        yield rule(f"padding: {sheet.width - filled:,} places", ink)

@@ -1,0 +1,145 @@
+"""`whet inspect FILE.h5`: files with everything, files with next to nothing, and wrong flags."""
+
+import re
+
+import h5py
+import numpy as np
+import pytest
+
+from whet.chat.tokenizer import train_tokenizer
+from whet.cli import main
+from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+from whet.report.read import read_sheet, scan_documents, segment_documents
+
+
+def inspect(*flags):
+    return main(["inspect", *map(str, flags)])
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    made = train_tokenizer(["a question and an answer"] * 4, 300)
+    made.save(tmp_path / "tokenizer")
+    return made
+
+
+@pytest.fixture
+def packed(tmp_path, tokenizer):
+    """Three rows of 16 places; the first holds two documents, the others one."""
+    ids = tokenizer.encode("a question")[:4]
+    tokens, mask = np.zeros((3, 16), np.int32), np.zeros((3, 16), np.uint8)
+    segments = np.zeros((3, 16), np.uint16)
+    documents = np.zeros(4, DOCUMENT)
+    places = [(0, 0, 8), (0, 8, 5), (1, 0, 16), (2, 0, 3)]
+    for number, (row, start, length) in enumerate(places):
+        tokens[row, start : start + length] = np.resize(ids, length)
+        mask[row, start + 2 : start + length] = 1
+        segments[row, start : start + length] = 1 + (start > 0)
+        documents[number] = (row, start, length, length - 2, number % 2, number + 10, 0)
+    attrs = {
+        "tokenizer_hash": tokenizer.hash,
+        "settings": {"tokenizer": str(tmp_path / "tokenizer")},
+        "sources": ["data/one.jsonl", "data/two.jsonl"],
+    }
+    path = tmp_path / "packed.h5"
+    with StoreWriter(path, 3, 16, attrs=attrs) as writer:
+        writer.write_rows(tokens, mask, segments)
+        writer.write_documents(documents)
+    return path
+
+
+def test_a_row_in_the_terminal(packed, capsys):
+    assert inspect(packed) == 0
+    out = capsys.readouterr().out
+    assert "3 rows of 16 tokens, 4 documents" in out
+    assert "Row 0  2 documents, 13 of 16 places filled, 9 trained" in out
+    assert "one.jsonl:10: 8 tokens, 6 trained" in out
+    assert "two.jsonl:11: 5 tokens, 3 trained" in out
+    assert "Row 1" not in out
+
+
+def test_rows_by_number(packed, capsys):
+    assert inspect(packed, "--row", "2") == 0
+    assert re.findall(r"^Row (\d)", capsys.readouterr().out, re.M) == ["2"]
+    assert inspect(packed, "--rows", "1:") == 0
+    assert re.findall(r"^Row (\d)", capsys.readouterr().out, re.M) == ["1", "2"]
+
+
+def test_documents_belong_to_the_rows_that_are_shown(packed):
+    sheet = read_sheet(PackedStore(packed), 1, 3, None)
+    assert sheet.first == 1
+    assert sheet.documents["row"].tolist() == [0, 1]
+    assert sheet.documents["line"].tolist() == [12, 13]
+    assert sheet.fills.tolist() == [13, 16, 3]
+
+
+def test_the_page(packed, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert inspect(packed, "--html", page) == 0
+    assert "3 rows" in capsys.readouterr().out
+    assert "data/two.jsonl" in page.read_text()
+
+
+def test_documents_are_found_again_from_the_segments(packed):
+    store = PackedStore(packed)
+    found = scan_documents(store)
+    for name in ("row", "start", "length", "trained"):
+        assert found[name].tolist() == store.documents[name].tolist()
+
+
+def test_segments_that_touch_a_row_end_stay_apart():
+    segments = np.array([[1, 1, 2], [2, 2, 0]])
+    found = segment_documents(segments, np.ones((2, 3)))
+    assert found[["row", "start", "length"]].tolist() == [(0, 0, 2), (0, 2, 1), (1, 0, 2)]
+
+
+def test_a_file_with_only_tokens_and_mask_shows_ids(tmp_path, capsys):
+    path = tmp_path / "bare.h5"
+    with h5py.File(path, "w") as file:
+        file["tokens"] = np.array([[5, 6, 7]])
+        file["loss_mask"] = np.array([[0, 1, 1]])
+    assert inspect(path) == 0
+    out = capsys.readouterr().out
+    assert "5 ⟦6 7 ⟧" in out
+    assert "ids are shown" in out
+
+
+def test_another_tokenizer_is_refused(packed, tmp_path, capsys):
+    train_tokenizer(["something else"], 280).save(tmp_path / "other")
+    assert inspect(packed, "--tokenizer", tmp_path / "other") == 2
+    assert "is not the tokenizer of" in capsys.readouterr().err
+
+
+def test_a_recorded_tokenizer_that_is_gone_or_has_changed_is_told(packed, tmp_path, capsys):
+    train_tokenizer(["something else"], 280).save(tmp_path / "tokenizer")
+    assert inspect(packed) == 0
+    assert "has changed since the file was made" in capsys.readouterr().out
+    (tmp_path / "tokenizer").rename(tmp_path / "moved")
+    assert inspect(packed) == 0
+    assert "is not there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "give a packed file, or --conversation"),
+        (["FILE", "--conversation", "x:1"], "give a packed file, or --conversation"),
+        (["--conversation", "x:1"], "needs --tokenizer DIR"),
+        (["FILE", "--row", "1", "--rows", "0:2"], "give one of them"),
+        (["FILE", "--rows", "1-2"], "expected A:B"),
+        (["FILE", "--row", "3"], "has rows 0 to 2"),
+        (["FILE", "--rows", "2:2"], "has rows 0 to 2"),
+        (["FILE", "--chat_template", "plain"], "goes with --conversation"),
+        (["nowhere.h5"], "nowhere.h5: no such file"),
+    ],
+)
+def test_wrong_flags_are_told(packed, capsys, flags, told):
+    assert inspect(*(str(packed) if flag == "FILE" else flag for flag in flags)) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(packed, tmp_path, capsys):
+    (tmp_path / "page.html").mkdir()
+    assert inspect(packed, "--html", tmp_path / "page.html") == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*tmp"))
