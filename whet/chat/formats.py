@@ -138,14 +138,36 @@ def _text(record: Record, key: str, at: Origin, *, empty: bool = True) -> str:
 
 
 def _messages(record: Record, at: Origin) -> Conversation:
+    messages = record["messages"]
+    if isinstance(messages, list):
+        messages = [_lift_calls(message, n, at) for n, message in enumerate(messages, 1)]
     return read_conversation(
-        record["messages"],
+        messages,
         tools=record.get("tools"),
         documents=record.get("documents"),
         source=at.source,
         line=at.line,
         extra=_rest(record, "messages", "tools", "documents"),
     )
+
+
+def _lift_calls(message: Any, number: int, at: Origin) -> Any:
+    """Content parts of type tool_call, which some data sets have, moved to `tool_calls`."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list):
+        return message
+    is_call = [isinstance(part, Mapping) and part.get("type") == "tool_call" for part in content]
+    if not any(is_call):
+        return message
+    calls = list(message.get("tool_calls") or [])
+    for part, lifted in zip(content, is_call, strict=True):
+        value = part.get("value", part.get("tool_call")) if lifted else None
+        if isinstance(value, str):
+            calls += _calls_in_text(value, f"message {number}: part tool_call", at)
+        elif lifted:
+            calls.append(value)
+    parts = [part for part, lifted in zip(content, is_call, strict=True) if not lifted]
+    return {**message, "content": parts or None, "tool_calls": calls}
 
 
 def _sharegpt(record: Record, at: Origin) -> Conversation:
@@ -185,11 +207,11 @@ def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
         message["weight"] = turn["weight"]
     if speaker in ("function_call", "tool_call"):
         message["content"] = ""
-        message["tool_calls"] = _sharegpt_calls(value, f"{where} ({speaker})", at)
+        message["tool_calls"] = _calls_in_text(value, f"{where} ({speaker})", at)
     return message
 
 
-def _sharegpt_calls(value: str, where: str, at: Origin) -> list[Any]:
+def _calls_in_text(value: str, where: str, at: Origin) -> list[Any]:
     try:
         calls = json.loads(value)
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,127 @@
+"""What becomes of each conversation and example: left out, copied, cut short, held out for dev.
+
+Pure functions of the tables that the workers made, and of the seed; the order of the steps is that
+of `select`. Nothing here touches a token.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from whet.errors import UserError
+
+Overlong = Literal["error", "drop", "truncate"]
+
+KEPT, DUPLICATE, CONTAMINATED, NOT_DRAWN, OVERLONG = range(5)
+FATES = ("kept", "duplicate", "contaminated", "not_drawn", "overlong")
+"""What becomes of an example, by number: the reasons that the token account tells."""
+
+
+@dataclass
+class Selection:
+    """One entry for each example. A dev example has one copy, a left-out one none."""
+
+    fate: np.ndarray  # (examples,) index into FATES
+    kept: np.ndarray  # (examples,) tokens of it that are kept, from its beginning
+    copies: np.ndarray  # (examples,) how often it is written
+    dev: np.ndarray  # (examples,) bool: belongs to the dev file
+
+
+def select(
+    conversations: np.ndarray,
+    examples: np.ndarray,
+    runs: np.ndarray,
+    *,
+    weights: list[float],
+    context_length: int,
+    overlong: Overlong,
+    dev_fraction: float,
+    seed: int,
+) -> Selection:
+    """Decide about every example; tables as in `whet.data.encoding`, `weights` by source.
+
+    Duplicates and contaminated conversations go first, then the dev part is held out, then the rest
+    is mixed by weight, and what is too long for a row is treated last.
+    """
+    fate = np.full(len(conversations), KEPT)
+    fate[duplicates(conversations["digest"])] = DUPLICATE
+    fate[(fate == KEPT) & (conversations["question"] >= 0)] = CONTAMINATED
+    dev = hold_out(conversations["opening"], fate == KEPT, dev_fraction, seed)
+    wanted = np.asarray(weights)[conversations["source"]]
+    copies = draw_copies(wanted, seed)
+    copies[dev] = 1
+    fate[(fate == KEPT) & (copies == 0)] = NOT_DRAWN
+    copies[fate != KEPT] = 0
+
+    owner = examples["conversation"]
+    selection = Selection(fate[owner], examples["length"].copy(), copies[owner], dev[owner])
+    for i in np.flatnonzero((selection.fate == KEPT) & (examples["length"] > context_length)):
+        kept = 0
+        if overlong == "truncate":
+            first = int(examples["first_run"][i])
+            kept = whole_turns(runs[first : first + int(examples["n_runs"][i])], context_length)
+        selection.kept[i] = kept
+        if kept == 0:
+            selection.fate[i] = OVERLONG
+            selection.copies[i] = 0
+    return selection
+
+
+def duplicates(digests: np.ndarray) -> np.ndarray:
+    """The numbers of all entries that equal an earlier one; digests (n, 2) uint64."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: the first of equals comes first
+    same = (digests[order][1:] == digests[order][:-1]).all(axis=1)
+    return np.sort(order[1:][same])
+
+
+def whole_turns(runs: np.ndarray, context_length: int) -> int:
+    """Tokens up to the end of the last trained run that ends within `context_length`; 0 if none.
+
+    What is trained is never cut: a turn whose end is missing would teach the model not to stop.
+    """
+    inside = runs["end"][runs["end"] <= context_length]
+    return int(inside.max()) if len(inside) else 0
+
+
+def draw_copies(weights: np.ndarray, seed: int) -> np.ndarray:
+    """How often each entry is used: weight 3 is three times, 0.25 is a random quarter of them.
+
+    Exactly so for each weight, up to rounding: not each entry by a coin of its own.
+    """
+    copies = np.floor(weights).astype(np.int64)
+    for number, weight in enumerate(np.unique(weights)):
+        members = np.flatnonzero(weights == weight)
+        extra = round((weight - np.floor(weight)) * len(members))
+        order = np.random.default_rng([seed, 1, number]).permutation(len(members))
+        copies[members[order[:extra]]] += 1
+    return copies
+
+
+def hold_out(openings: np.ndarray, usable: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Which conversations are the dev part: bool, about `fraction` of the usable ones.
+
+    Conversations with the same opening go to the same side: continuations of one question would
+    otherwise be trained and measured at once. Raises UserError where no such part can be found.
+    """
+    dev = np.zeros(len(openings), bool)
+    if fraction == 0:
+        return dev
+    members = np.flatnonzero(usable)
+    groups, group_of, sizes = np.unique(openings[members], return_inverse=True, return_counts=True)
+    order = np.random.default_rng([seed, 2]).permutation(len(groups))
+    wanted = max(1, round(fraction * len(members)))
+    taken = np.zeros(len(groups), bool)
+    n = 0
+    for group in order:
+        if n + sizes[group] <= wanted:
+            taken[group] = True
+            n += sizes[group]
+    if n == 0 or n == len(members):
+        raise UserError(
+            f"--dev_fraction {fraction:g} of {len(members)} conversations that open with "
+            f"{len(groups)} different questions leaves no dev part or nothing to train on; "
+            "conversations with the same opening are not split apart"
+        )
+    dev[members[taken[group_of]]] = True
+    return dev

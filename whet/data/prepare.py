@@ -1,0 +1,311 @@
+"""`whet prepare`: conversations -> the packed file with its loss mask, nothing lost uncounted.
+
+    files -> blocks of records -> workers: parse, encode -> spool -> select -> pack -> rows
+
+Memory does not grow with the input: records pass through in blocks, tokens wait in a temporary
+file, and only a few numbers for each conversation stay. The output is the same, byte for byte, for
+any number of workers.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from whet.chat.encode import EncodeOptions
+from whet.chat.formats import FORMATS
+from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.config import problems
+from whet.data.account import SourceAccount, count, table, totals
+from whet.data.decontaminate import Evaluations, read_evaluations
+from whet.data.encoding import Encoder
+from whet.data.left_out import LeftOut, fates, notes, stop_at_refusals
+from whet.data.mixing import KEPT, Overlong, select
+from whet.data.parallel import ordered_map, usable_cores
+from whet.data.reader import Source, parse_source, read_blocks
+from whet.data.spool import Spool
+from whet.data.writing import Encoded, write_packed
+from whet.errors import UserError
+from whet.progress import say, track
+
+SMALL_BYTES = 4 << 20
+"""Below this size of all input, starting worker processes takes longer than they save."""
+
+
+@dataclass(frozen=True)
+class Config:
+    data: tuple[str, ...] = ()
+    """Files (.jsonl, .json, .parquet, .txt, each also .gz or .zst) or hub data sets
+    NAME[@CONFIG][#SPLIT]. FILE:WEIGHT uses its conversations WEIGHT times (0.5: a random half)."""
+    tokenizer: str = ""
+    """Directory with the tokenizer.json of the model that is to be trained."""
+    out: str = "data/sft_packed.h5"
+    """The packed file that is written."""
+    context_length: int = 1024
+    """Places of a row: the longest example that the model sees whole."""
+    dev_out: str | None = None
+    """Packed file of the conversations that are held out for the dev loss."""
+    dev_fraction: float = 0.0
+    """Share of the conversations that go to --dev_out; the same opening keeps them together."""
+    format: str | None = None
+    """messages, sharegpt, alpaca, prompt_completion, dolly, gsm8k, text or tokenised; by default
+    recognised by the fields of each record."""
+    overlong: Overlong = "drop"
+    """Examples longer than a row: stop, leave out, or end after the last turn that fits whole."""
+    bad_lines: Literal["error", "drop"] = "error"
+    """Lines that cannot be read: tell them and stop, or leave them out, counted and recorded."""
+    uncertain: Literal["error", "drop"] = "error"
+    """The same for conversations without a provably right loss mask."""
+    decontaminate: tuple[str, ...] = ()
+    """Evaluation files; conversations that share a question with them are left out."""
+    chat_template: str | None = None
+    """plain, chatml or a template file instead of the tokenizer's own."""
+    train_on: Literal["all", "last"] = "all"
+    """Train every assistant turn, or the last one only."""
+    rewritten_turns: Literal["split", "last", "error"] = "split"
+    """Where the template rewrites earlier turns: an example each, the last turn only, or stop."""
+    special_in_content: Literal["escape", "error", "allow"] = "escape"
+    """Control tokens in somebody's text: encode as plain text, refuse, or let them through."""
+    template_kwargs: str | None = None
+    """Further variables for the template as a JSON object, such as '{"enable_thinking": false}'."""
+    date: str | None = None
+    """The date that the template is told, as 2025-12-31; today by default."""
+    seed: int = 0
+    """Fixes the dev part, the mixture and the order of the rows."""
+    workers: int | None = None
+    """Processes; all cores by default, 0 for none."""
+
+
+def main(config: Config) -> int:
+    """Run the command; returns the exit code."""
+    prepare(config)
+    return 0
+
+
+def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
+    """Write `config.out` (and `config.dev_out`); returns the token account of `config.out`.
+
+    Raises UserError, with nothing written, for bad flags, files or lines.
+    """
+    _check(config)
+    tokenizer = load_tokenizer(config.tokenizer, config.chat_template)
+    evaluations = read_evaluations(config.decontaminate) if config.decontaminate else None
+    return _prepare(config, tokenizer, evaluations, quiet=quiet)
+
+
+def prepare_text(
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    context_length: int,
+    out: str,
+    *,
+    dev_out: str | None = None,
+    dev_fraction: float = 0.0,
+    seed: int = 0,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> list[SourceAccount]:
+    """Plain text (`.txt`, or records with `text` or `ids`) -> a packed file, every token trained.
+
+    What is longer than a row is cut into rows, no token lost. A row's first token has nothing
+    before it and counts as context. Raises UserError for records that are conversations.
+    """
+    config = Config(
+        data=tuple(paths), tokenizer="(given)", out=out, context_length=context_length,
+        dev_out=dev_out, dev_fraction=dev_fraction, seed=seed, workers=workers,
+        special_in_content="escape",
+    )  # fmt: skip
+    _check(config)
+    return _prepare(config, tokenizer, None, text_only=True, quiet=quiet)
+
+
+def _check(config: Config) -> None:
+    """Tell all that is wrong with the flags at once."""
+    found = []
+    if not config.data:
+        found.append("--data: name at least one file")
+    if not config.tokenizer:
+        found.append("--tokenizer: name the directory of the model's tokenizer")
+    if config.context_length < 2:
+        found.append(f"--context_length {config.context_length}: must be at least 2")
+    if not 0 <= config.dev_fraction < 1:
+        found.append(f"--dev_fraction {config.dev_fraction:g}: must be from 0 to below 1")
+    if bool(config.dev_out) != bool(config.dev_fraction):
+        found.append("--dev_out and --dev_fraction belong together: give both or neither")
+    if config.dev_out and Path(config.dev_out).absolute() == Path(config.out).absolute():
+        found.append("--dev_out and --out name the same file")
+    if config.format and config.format not in FORMATS:
+        found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
+    if config.workers is not None and config.workers < 0:
+        found.append(f"--workers {config.workers}: must be 0 or more")
+    for out in filter(None, (config.out, config.dev_out)):
+        if Path(out).is_dir():
+            found.append(f"{out}: is a directory; --out and --dev_out name files")
+    problems(found)
+
+
+def _prepare(
+    config: Config,
+    tokenizer: Tokenizer,
+    evaluations: Evaluations | None,
+    *,
+    text_only: bool = False,
+    quiet: bool = False,
+) -> list[SourceAccount]:
+    sources = [parse_source(argument) for argument in config.data]
+    config = dataclasses.replace(config, date=config.date or date.today().isoformat())
+    encoder = Encoder(
+        tokenizer=tokenizer,
+        options=_encode_options(config),
+        paths=tuple(source.path for source in sources),
+        context_length=config.context_length,
+        format=config.format,
+        evaluations=evaluations,
+        text_only=text_only,
+    )
+    with Spool(Path(config.out).parent) as spool:
+        _encode(spool, encoder, sources, config.workers, quiet)
+        stop_at_refusals(spool, config.bad_lines, config.uncertain)
+        conversations, examples, runs = spool.tables()
+        selection = select(
+            conversations,
+            examples,
+            runs,
+            weights=[source.weight for source in sources],
+            context_length=config.context_length,
+            overlong=config.overlong,
+            dev_fraction=config.dev_fraction,
+            seed=config.seed,
+        )
+        encoded = Encoded(spool, conversations, examples, runs, selection)
+        out = LeftOut(encoded, encoder.paths, config.context_length, evaluations)
+        if config.overlong == "error":
+            out.stop_at_overlong()
+        return _write(config, sources, tokenizer, encoded, out.records(), quiet)
+
+
+def _encode_options(config: Config) -> EncodeOptions:
+    try:
+        kwargs = json.loads(config.template_kwargs or "{}")
+    except ValueError as error:
+        raise UserError(f"--template_kwargs: not JSON ({error})") from None
+    if not isinstance(kwargs, dict):
+        raise UserError(f"--template_kwargs: expected a JSON object, got {config.template_kwargs}")
+    return EncodeOptions(
+        train_on=config.train_on,
+        rewritten_turns=config.rewritten_turns,
+        special_in_content=config.special_in_content,
+        uncertain="drop",  # the workers hand refusals on; `stop_at_refusals` judges them
+        template_kwargs=kwargs,
+        date=config.date,
+    )
+
+
+def _encode(
+    spool: Spool, encoder: Encoder, sources: list[Source], workers: int | None, quiet: bool
+) -> None:
+    """Read and encode everything into `spool`."""
+    size = sum(source.size for source in sources)
+    if workers is None:
+        workers = usable_cores() if size > SMALL_BYTES or not all(s.size for s in sources) else 0
+    exact = all(s.path.endswith((".jsonl", ".json", ".txt")) for s in sources)
+    total = size / 1e6 if exact else None
+    results = ordered_map(encoder, read_blocks(sources), workers)
+    with track("Encoding", total, "MB", quiet) as progress:
+        started = time.monotonic()
+        for block in results:
+            spool.add(block)
+            rate = spool.n_tokens / max(time.monotonic() - started, 1e-9)
+            note = f"{spool.n_tokens:,} tokens, {rate:,.0f} tokens/s"
+            refused = spool.refused.total()
+            progress.advance(block.size / 1e6, f"{note}, {refused:,} refused" if refused else note)
+
+
+def _write(
+    config: Config,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    encoded: Encoded,
+    refusals: list[str],
+    quiet: bool,
+) -> list[SourceAccount]:
+    """Write the dev file, if one is wanted, and the training file; print their accounts."""
+    written = encoded.selection.fate == KEPT
+    trained = encoded.trained()
+    if not (written & ~encoded.selection.dev & (trained > 0)).any():
+        raise UserError(
+            f"nothing is left to train on: {fates(encoded) or 'no conversation was read'}"
+        )
+    pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
+    attrs = {
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": pad_id,
+        "tokenizer_hash": tokenizer.hash,
+        "template_hash": tokenizer.template.hash,
+        "sources": [source.path for source in sources],
+        "source_sha256": [_sha256(source.path) for source in sources],
+        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},
+    }
+    outputs = [(config.dev_out, encoded.selection.dev)] if config.dev_out else []
+    outputs.append((config.out, ~encoded.selection.dev))
+    accounts: list[SourceAccount] = []
+    for path, side in outputs:
+        training = path == config.out
+        accounts = _accounts(sources, encoded, trained, np.flatnonzero(side), training)
+        total = totals(accounts)
+        account = {"sources": [a.as_dict() for a in accounts], "total": total.as_dict()}
+        n_rows = write_packed(
+            path or "",
+            encoded,
+            np.flatnonzero(side & written),
+            context_length=config.context_length,
+            pad_id=pad_id,
+            seed=config.seed,
+            attrs={**attrs, "account": account},
+            refusals=refusals if training else [],
+            quiet=quiet,
+        )
+        if not quiet:
+            filled = (total.trained + total.context) / (n_rows * config.context_length)
+            say(table(accounts))
+            say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
+    if not quiet:
+        for line in notes(encoded, accounts):
+            say(line)
+    return accounts
+
+
+def _accounts(
+    sources: list[Source],
+    encoded: Encoded,
+    trained: np.ndarray,
+    members: np.ndarray,
+    training: bool,
+) -> list[SourceAccount]:
+    """The account of one of the two files; lines and refusals are the training file's."""
+    source = encoded.conversations["source"][encoded.examples["conversation"]]
+    accounts = [SourceAccount(s.path, s.weight if training else 1.0) for s in sources]
+    count(accounts, source, trained, encoded.examples["length"], encoded.selection, members)
+    for number, account in enumerate(accounts):
+        own = encoded.examples["conversation"][members[source[members] == number]]
+        account.conversations = len(np.unique(own))
+        if training:
+            spool = encoded.spool
+            account.lines = spool.lines[number]
+            account.refused = {k: n for (s, k), n in spool.refused.items() if s == number}
+    return accounts
+
+
+def _sha256(path: str) -> str:
+    """The hash of a source's content, empty where it is not a file."""
+    if not Path(path).is_file():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
