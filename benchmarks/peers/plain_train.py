@@ -81,7 +81,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     args = parser.parse_args()
 
-    examples = [json.loads(line) for line in open(args.work / "examples.jsonl")]
+    lines = (args.work / "examples.jsonl").read_text().splitlines()
+    examples = [json.loads(line) for line in lines]
     ids = torch.tensor([i for e in examples for i in e["input_ids"]])
     mask = torch.tensor([m for e in examples for m in e["assistant_masks"]])
     rows = len(ids) // ROW

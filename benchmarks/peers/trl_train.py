@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     args = parser.parse_args()
 
-    examples = [json.loads(line) for line in open(args.work / "examples.jsonl")]
+    lines = (args.work / "examples.jsonl").read_text().splitlines()
+    examples = [json.loads(line) for line in lines]
     tokenizer = AutoTokenizer.from_pretrained(args.work / "model")
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.work / "model", dtype=torch.float32)
