@@ -13,7 +13,6 @@ Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M pac
 """
 
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -53,8 +52,8 @@ class AttentionPlan:
     """(M,) position within the document."""
     lengths: Tensor
     """(M,) length of the document, with the tokens that are not computed."""
-    starts: list[int]
-    """Where each document begins among the M tokens, and M at the end."""
+    sizes: list[int]
+    """How many of the M tokens each document has, in order."""
     trained: Tensor | None
     """(S,) which of the M tokens have a target that counts; None if nothing is known of targets."""
 
@@ -90,7 +89,7 @@ class AttentionPlan:
         softcap: float | None = None,
     ) -> Tensor:
         """Causal attention within each document; returns (M, N, H)."""
-        return attend_by_document(q, k, v, self.starts, scale=scale, window=window, softcap=softcap)
+        return attend_by_document(q, k, v, self.sizes, scale=scale, window=window, softcap=softcap)
 
 
 @dataclass
@@ -181,13 +180,11 @@ def plan_documents(
     index = kept.nonzero().flatten()
     if weight is not None:
         trained = (weight.flatten()[index] != 0).nonzero().flatten()
-    lengths = used[used > 0]
-    starts = [0, *lengths.cumsum(0).tolist()]
     return AttentionPlan(
         index=None if len(index) == rows * length else index,
         positions=(index - start[document[index]]),
         lengths=full[document[index]],
-        starts=starts,
+        sizes=used[used > 0].tolist(),
         trained=trained,
     )
 
@@ -196,21 +193,27 @@ def attend_by_document(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    starts: list[int],
+    lengths: list[int],
     *,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One call of SDPA per document; returns (M, N, H)."""
+    """One call of SDPA per document; returns (M, N, H).
+
+    `split`, because its gradient is one concatenation: that of a slice is a matrix of zeros each.
+    """
+    masks: dict[int, Tensor] = {}
     outputs = []
-    for start, end in pairwise(starts):
-        length = end - start
+    for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
+        length = len(parts[0])
         mask = None
-        if (window is not None and window < length) or softcap is not None:
-            mask = causal_mask(length, window, q.device)
-        parts = (t[start:end][None] for t in (q, k, v))
-        outputs.append(_sdpa(*parts, mask=mask, scale=scale, softcap=softcap)[0])
+        if softcap is not None or (window is not None and window < length):
+            if length not in masks:
+                masks[length] = causal_mask(length, window, q.device)
+            mask = masks[length]
+        one = (t[None] for t in parts)
+        outputs.append(_sdpa(*one, mask=mask, scale=scale, softcap=softcap)[0])
     return torch.cat(outputs)
 
 

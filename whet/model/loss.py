@@ -33,11 +33,6 @@ def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
     return (weight * nll).sum() / torch.where(total == 0, 1.0, total)
 
 
-CHUNK_BYTES = 2**26
-"""Size of a chunk's float32 logits: large enough for efficient matrix products, small beside the
-weights. Measured in docs/performance.md."""
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -56,20 +51,33 @@ def linear_cross_entropy(
     time.
 
     Returns the sum of token_weight * nll (float32, with gradients to hidden, weight and bias) and
-    nll (M,) float32, detached. Under autocast the products are done in its type; sums, softmax and
-    the accumulated gradient of `weight` stay float32. M may be 0: the sum is 0 with a gradient of
-    0.
+    nll (M,) float32, detached, 0 where token_weight is 0. Under autocast the products are done in
+    its type; softmax, sums and the accumulated gradient of `weight` stay float32. M may be 0: the
+    sum is 0 with a gradient of 0.
     """
-    if chunk is None:
-        chunk = max(64, CHUNK_BYTES // (4 * weight.shape[0]))
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
     loss, nll = _LinearCrossEntropy.apply(
         hidden, weight, bias, targets, token_weight, softcap, logit_scale, chunk
     )
     return loss, nll
 
 
+def chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """How many tokens' float32 logits exist at a time: 64 MiB of them, 256 on a GPU.
+
+    Fewer make the matrix products slow, more bring nothing (measured in docs/performance.md).
+    """
+    size = 2**28 if device.type == "cuda" else 2**26
+    return max(64, size // (4 * vocab_size))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients of the summed loss in the forward pass; the backward only scales them."""
+    """Forms the gradients of the summed loss in the forward pass; the backward only scales them.
+
+    With p the softmax, y the one-hot target and f = token_weight * logit_scale, the gradient in the
+    logits is f * (p - y). The factor f, one number per token, is applied to the small matrices
+    beside it and not to the (m, V) one.
+    """
 
     @staticmethod
     def forward(
@@ -87,39 +95,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         )
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        matrix = weight.to(dtype)
-        token_weight = token_weight.float()
-        nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-
         with torch.autocast(device, enabled=False):
+            matrix = weight.to(dtype)
+            token_weight = token_weight.float()
+            factor = (token_weight * logit_scale)[:, None]
+            nll = hidden.new_empty(len(hidden), dtype=torch.float32)
+            needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+            # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
+            buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
+
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 x = hidden[part].to(dtype)
-                logits = (x @ matrix.t()).float()
+                logits = torch.mm(x, matrix.t(), out=buffer[: len(x)]).float()
                 if bias is not None:
-                    logits += bias.float()
-                nll[part], gradient = _softmax_gradient(
-                    logits, targets[part], token_weight[part], softcap, logit_scale
+                    logits += bias
+                nll[part], slope = _softmax_minus_target(
+                    logits, targets[part], softcap, logit_scale
                 )
-                if grad_bias is not None:
-                    grad_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
+                slope = slope.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = gradient @ matrix
+                    grad_hidden[part] = (slope @ matrix) * factor[part]
                 if grad_weight is not None:
-                    grad_weight += gradient.t() @ x
+                    _add_product(grad_weight, slope.t(), (x * factor[part]).to(dtype))
+                if grad_bias is not None:
+                    grad_bias += (slope.t() @ factor[part].to(dtype))[:, 0]
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
+        nll.masked_fill_(token_weight == 0, 0.0)
         ctx.mark_non_differentiable(nll)
-        loss = (nll.masked_fill(token_weight == 0, 0.0) * token_weight).sum()
-        return loss, nll
+        return (nll * token_weight).sum(), nll
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Not in place: the same graph may be asked for its gradient twice.
         hidden, weight, bias = (
             g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors
         )
@@ -127,23 +139,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden, weight, bias, None, None, None, None, None
 
 
-def _softmax_gradient(
-    logits: Tensor, targets: Tensor, token_weight: Tensor, softcap: float | None, logit_scale: float
+def _softmax_minus_target(
+    logits: Tensor, targets: Tensor, softcap: float | None, logit_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """nll (m,) and the gradient of sum(token_weight * nll) in the raw `logits` (m, V), in place."""
+    """nll (m,), and d nll / d logits up to `logit_scale`, written over `logits` (m, V) float32."""
     if logit_scale != 1.0:
         logits *= logit_scale
-    slope = None
+    curve = None
     if softcap is not None:
         logits = torch.tanh(logits / softcap)
-        slope = 1 - logits * logits
+        curve = 1 - logits * logits
         logits *= softcap
-    normaliser = logits.logsumexp(-1)
-    rows = torch.arange(len(targets), device=logits.device)
-    nll = normaliser - logits[rows, targets]
-    gradient = logits.sub_(normaliser[:, None]).exp_()
-    gradient[rows, targets] -= 1.0
-    gradient *= (token_weight * logit_scale)[:, None]
-    if slope is not None:
-        gradient *= slope
-    return nll, gradient
+    target = targets[:, None]
+    top, wanted = logits.amax(-1), logits.gather(-1, target)[:, 0]
+    p = torch.softmax(logits, -1, out=logits)
+    # ln(sum(exp(z))) = max(z) - ln(max(p)): the largest p never underflows, the target's may.
+    nll = top - p.amax(-1).log() - wanted
+    p.scatter_add_(-1, target, p.new_full(target.shape, -1.0))
+    return nll, p if curve is None else p.mul_(curve)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in place where the types agree, without a second matrix of that size."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+        return
+    rows = max(1, 2**25 // total.shape[1])
+    for start in range(0, len(total), rows):
+        total[start : start + rows] += a[start : start + rows] @ b

@@ -17,26 +17,27 @@ from whet.model.config import Rope
 
 
 def cos_sin(rope: Rope, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (M, 1, size / 2) in float32 for tokens at `positions` (M,).
+    """Cosine and signed sine (M, 1, size), float32, for tokens at `positions` (M,).
 
     `lengths` (M,) is the length of the text each token stands in, as far as it is known.
     """
     frequencies = _frequencies(rope, lengths)
     angles = positions.to(torch.float32)[:, None] * frequencies
     cos, sin = angles.cos() * rope.output_scale, angles.sin() * rope.output_scale
-    return cos[:, None, :], sin[:, None, :]
+    return torch.cat((cos, cos), -1)[:, None, :], torch.cat((-sin, sin), -1)[:, None, :]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first numbers of each head of `x` (M, heads, H).
+    """Rotate the first `size` numbers of each head of `x` (M, heads, H).
 
     Number i is paired with number i + size / 2 ("rotate half"), as in all model directories of the
-    transformers library.
+    transformers library. `roll` brings each number's partner to its place.
     """
-    half = cos.shape[-1]
+    size = cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    turned, rest = x[..., :size], x[..., size:]
+    turned = turned * cos + turned.roll(size // 2, -1) * sin
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
 def _frequencies(rope: Rope, lengths: Tensor) -> Tensor:
