@@ -39,7 +39,7 @@ def written_aside(directory: Path, nbytes: int) -> Iterator[Path]:
         with on_full_disk(directory, nbytes):
             aside.mkdir()
             yield aside
-            for file in aside.iterdir():
+            for file in aside.rglob("*"):
                 sync(file)
             sync(aside)
             if created:
@@ -58,6 +58,8 @@ def _replace_files(aside: Path, directory: Path) -> None:
     for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
         old.unlink(missing_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+        if file.is_dir():  # further chat templates; a directory can't be replaced in one step
+            shutil.rmtree(directory / file.name, ignore_errors=True)
         os.replace(file, directory / file.name)
 
 

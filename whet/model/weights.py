@@ -35,7 +35,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_STAGING_BYTES = 1 << 25
+_STAGING_BYTES = 1 << 24
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -104,7 +104,12 @@ def _read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: its weight_map is empty or not a table; download it again")
     for name in weight_map.values():
-        if not isinstance(name, str) or not name or name != Path(name).name or "\\" in name:
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or name in ("", "..")
+            or "\\" in name
+        ):
             raise UserError(
                 f"{index}: points to {name!r}, outside of its own directory; "
                 "refused: do not use this model unless you know where it comes from"
@@ -153,10 +158,11 @@ def _damaged(path: Path, why: str) -> UserError:
 def open_pt(path: Path) -> dict:
     """Read a `.pt` file by `weights_only`: tensors and plain values, never code.
 
+    Not mapped into memory: so each tensor can be let go once it is copied.
     Raises UserError if it is damaged or holds anything that would have to be executed.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         what = str(error).partition("Unsupported ")[2].split("\n")[0] or "objects besides tensors"
         raise UserError(
@@ -168,12 +174,6 @@ def open_pt(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a dict with model_state_dict, found {type(content)}")
     return content
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether torch wrote the file in its present format, which can be mapped into memory."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 @torch.no_grad()
