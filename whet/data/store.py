@@ -166,8 +166,7 @@ class PackedStore:
         if not self.path.is_file():
             raise UserError(f"{path}: no such file; `whet prepare` makes packed files")
         try:
-            # No lock: many ranks read one file, and some cluster file systems know no locks.
-            self._file = h5py.File(self.path, "r", locking=False)
+            self._file = h5py.File(self.path, "r")
         except OSError as error:
             raise UserError(f"{path}: is not a readable HDF5 file ({error})") from None
         self.attrs: dict[str, Any] = {k: _attribute(v) for k, v in self._file.attrs.items()}
