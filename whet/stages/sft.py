@@ -7,9 +7,11 @@ everything else. The context is read but not learnt. What changes is less what t
 what it does with it: it answers, in the answer's form, and stops.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -26,6 +28,7 @@ from whet.data.batches import (
 )
 from whet.data.store import PackedStore
 from whet.errors import UserError
+from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.train.distributed import Ranks
@@ -58,35 +61,54 @@ def build(config: Config, ranks: Ranks) -> Stage:
     """Load the model and the data, and check that they fit together."""
     store = PackedStore(config.data)
     dev = PackedStore(config.dev) if config.dev else None
+    gsm8k = load_gsm8k(config.gsm8k_dev, config.gsm8k_limit) if config.gsm8k_dev else []
     model = load_backbone_from_ckpt(config.model, quiet=config.quiet or not ranks.first)
     tokenizer = find_tokenizer(config)
-    problems(
-        misfits(model, tokenizer, store, "--data")
-        + (misfits(model, tokenizer, dev, "--dev") if dev else [])
+    found = misfits(model, tokenizer, store, "--data")
+    found += misfits(model, tokenizer, dev, "--dev") if dev else []
+    if gsm8k and tokenizer is None:
+        found.append(f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR")
+    problems(found)
+    stage = make_stage(
+        config,
+        ranks,
+        model,
+        tokenizer,
+        store,
+        dev,
+        lineage=lineage(config, store),
+        problems=gsm8k,
     )
-    return make_stage(config, ranks, model, tokenizer, store, dev)
+    base = ("model", f"{config.model}: {describe(model)}")
+    return replace(stage, header=[base, *stage.header[1:]])
 
 
 def make_stage(
-    config: Config,
+    config: TrainSettings,
     ranks: Ranks,
     model: Transformer,
     tokenizer: Tokenizer | None,
     store: PackedStore,
     dev: PackedStore | None,
+    *,
+    lineage: dict[str, Any],
+    problems: Sequence[Problem] = (),
 ) -> Stage:
-    """The stage of a loaded model and opened data; pretraining is this stage on plain text."""
+    """The stage of a loaded model and opened data; pretraining is this stage on plain text.
+
+    `problems` are answered at each evaluation.
+    """
     n_rows = min(len(store), config.overfit_rows or len(store))
     steps = steps_per_epoch(n_rows, config.batch_size)
-    total = total_steps(config, steps)
     trained = float(store.loss_tokens[:n_rows].sum())
     if trained == 0:
-        raise UserError(f"--data {config.data}: no token of it is trained; see `whet inspect`")
+        raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
     assert config.micro_batch_size is not None, "resolved before"
+    size = f"{n_rows:,} rows of {store.context_length:,}, {trained:,.0f} trained tokens"
     return Stage(
         model=model,
         store=store,
-        total_steps=total,
+        total_steps=total_steps(config, steps),
         batches=partial(
             batches_of_step,
             store=store,
@@ -98,27 +120,13 @@ def make_stage(
         ),
         loss_fn=token_loss,
         evaluate=Evaluator(
-            dev=dev,
-            tokenizer=tokenizer,
-            micro_rows=config.micro_batch_size,
-            gsm8k=config.gsm8k_dev,
-            gsm8k_limit=config.gsm8k_limit,
-            n_samples=config.samples,
+            dev, tokenizer, config.micro_batch_size, problems=problems, n_samples=config.samples
         ),
-        save_model=ModelWriter(
-            tokenizer=tokenizer, lineage=lineage(config, store), out_ckpt=config.out_ckpt
-        ),
+        save_model=ModelWriter(tokenizer, lineage, config.out_ckpt),
         header=[
-            ("model", f"{config.model}: {describe(model)}"),
-            (
-                "data",
-                f"{config.data}: {n_rows:,} rows of {store.context_length:,}, "
-                f"{trained:,.0f} trained tokens, {steps:,} steps an epoch",
-            ),
-            (
-                "dev",
-                f"{config.dev}: {len(dev):,} rows" if dev else "none: give --dev to see dev loss",
-            ),
+            ("model", describe(model)),
+            ("data", f"{store.path}: {size}, {steps:,} steps an epoch"),
+            ("dev", f"{dev.path}: {len(dev):,} rows" if dev else "none, so there is no dev loss"),
         ],
     )
 

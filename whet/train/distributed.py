@@ -75,8 +75,7 @@ def spread(model: nn.Module, ranks: Ranks, *, shard: bool, bf16: bool) -> nn.Mod
     if not shard:
         from torch.nn.parallel import DistributedDataParallel
 
-        # Buffers (rotary tables) are the same everywhere and never change.
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

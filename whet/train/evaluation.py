@@ -1,8 +1,7 @@
 """What is measured while a run trains: dev loss, where it comes from, answers, sample replies."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import nn
 from whet.chat.tokenizer import Tokenizer
 from whet.data.store import PackedStore
 from whet.evaluate.dev import dev_loss
-from whet.evaluate.gsm8k import gsm8k_accuracy, load_gsm8k
+from whet.evaluate.gsm8k import Problem, gsm8k_accuracy
 from whet.generate.engine import generate
 from whet.train.breakdown import breakdown
 from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
@@ -31,8 +30,7 @@ class Evaluator:
     dev: PackedStore | None
     tokenizer: Tokenizer | None
     micro_rows: int
-    gsm8k: Path | None = None
-    gsm8k_limit: int = 100
+    problems: Sequence[Problem] = ()
     n_samples: int = 3
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
@@ -59,12 +57,12 @@ class Evaluator:
                 metrics["dev_stop_probability"] = found.stop_probability
             _leave_if_asked(stop, ranks)
             metrics |= breakdown(inner, self.dev, stop_ids, self.micro_rows, ranks)
-        if self.gsm8k is not None and self.tokenizer is not None:
+        if self.problems and self.tokenizer is not None:
             _leave_if_asked(stop, ranks)
             answers = gsm8k_accuracy(
                 inner,
                 self.tokenizer,
-                load_gsm8k(self.gsm8k, self.gsm8k_limit),
+                self.problems,
                 rank=share.rank,
                 world_size=share.size,
                 reduce=lambda values: sum_over_ranks(values, share),

@@ -249,10 +249,10 @@ def _evaluate(
     except Interrupted:
         return stop.number or signal.SIGTERM
     facts.evaluated = facts.step
-    run.metrics(facts.step, found.metrics, {})
     for sample in found.samples:
         run.append("samples.jsonl", {"step": facts.step, **sample})
     if found.metrics:
+        run.metrics(facts.step, found.metrics, {})
         shown = {k: v for k, v in found.metrics.items() if "/" not in k}
         run.say(f"step {facts.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
     dev_loss = found.metrics.get("dev_loss")

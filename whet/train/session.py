@@ -30,10 +30,16 @@ C = TypeVar("C", bound=TrainSettings)
 DEFAULT_MICRO_BATCH = 4
 
 
-def run_stage(config: C, command: str, build: Callable[[C, Ranks], Stage]) -> int:
+def run_stage(
+    config: C,
+    command: str,
+    build: Callable[[C, Ranks], Stage],
+    prepare: Callable[[C], None] = lambda config: None,
+) -> int:
     """Train the stage that `build` makes of `config`; returns the exit code of `whet <command>`.
 
-    `build` loads and checks on every rank, and must not talk to other ranks.
+    `prepare` runs on rank 0, before. `build` loads and checks on every rank, and must not talk to
+    other ranks.
     """
     with distributed.start_ranks(config.device, config.rank_timeout) as ranks:
         with distributed.told_once(ranks):
@@ -41,6 +47,9 @@ def run_stage(config: C, command: str, build: Callable[[C, Ranks], Stage]) -> in
             check_settings(config)
             start = find_start(config, command) if ranks.first else None
         start = distributed.from_first(start, ranks)
+        with distributed.told_once(ranks):
+            if ranks.first:
+                prepare(config)
         run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
         with distributed.told_once(ranks):
             stage = build(config, ranks)

@@ -70,7 +70,7 @@ class TrainSettings:
     grace_seconds: float = 25.0
     """After SIGTERM or SIGINT: time to save and leave before leaving without saving."""
     shard: bool = False
-    """Shard weights, gradients and optimizer over the ranks (FSDP2); by default each has all (DDP)."""
+    """Shard weights, gradients and optimizer over the ranks (FSDP2); the default is DDP."""
     rank_timeout: float = 600.0
     """Seconds after which a rank that waits for a dead or stuck one gives up."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
