@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from whet.errors import UserError
 from whet.generate import engine
@@ -83,6 +84,47 @@ def test_samples_do_not_depend_on_the_batch(sampling: Sampling) -> None:
     assert generate_without_cache(model, prompts, sampling=other_seed, **options) != expected
 
 
+class Waits(TorchDispatchMode):
+    """Remembers operations whose result the host has to wait for."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(name in op.__name__ for name in self.NAMES):
+            self.seen.append(op.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+def running_rows(sampling: Sampling, device: str = "cpu") -> engine._Rows:
+    model = build(CONFIGS["sliding window"]).to(device)
+    rows = engine._Rows(model, sampling, rows=4, slots=60, max_new_tokens=20, stop_ids=set())
+    rows.begin([engine._Row(i, prompt, 60) for i, prompt in enumerate(some_prompts(3))])
+    return rows
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=9, top_p=0.8)])
+def test_steps_never_wait_for_the_device(sampling: Sampling) -> None:
+    rows = running_rows(sampling)
+    with Waits() as waits:
+        assert rows.run(4).shape == (3, 4)
+    assert waits.seen == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_k=9, top_p=0.8)])
+def test_steps_never_wait_for_a_real_gpu(sampling: Sampling) -> None:
+    rows = running_rows(sampling, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows.run(4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_stop_token_is_part_of_the_reply_and_ends_it() -> None:
     model = build(CONFIGS["grouped heads"])
     prompts = some_prompts(6)
@@ -156,7 +198,7 @@ def test_a_really_pretrained_model_writes_what_its_author_documents(shared_data)
     folder = shared_data / "models/stories260K"
     model, tokenizer = load_backbone_from_ckpt(folder, quiet=True), load_tokenizer(folder)
     prompts = [[1], *([1, *tokenizer.encode(text)] for text in ("Tim", "One day, a dog", "Lily"))]
-    options = {"max_new_tokens": 64, "stop_ids": tokenizer.stop_ids}
+    options = {"max_new_tokens": 40, "stop_ids": tokenizer.stop_ids}
     replies = generate(model, prompts, batch_size=3, **options)
     assert tokenizer.decode(replies[0]).startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the "

@@ -206,10 +206,14 @@ class _Rows:
         self._advance(logits, new)
         return self._settle(self.token[new, None].tolist(), new.start)
 
-    @torch.no_grad()
     def step(self, count: int) -> list[tuple[int, list[int], bool]]:
         """Choose at most `count` more tokens for each row; only then look at them."""
         count = min(count, max(row.end - row.length for row in self.live))
+        return self._settle(self.run(count).tolist())
+
+    @torch.no_grad()
+    def run(self, count: int) -> Tensor:
+        """The next `count` tokens (B, count) of each row. Never waits for the device."""
         longest = max(row.length for row in self.live)
         live = slice(0, len(self.live))
         chosen = []
@@ -219,7 +223,7 @@ class _Rows:
             logits = self.model(self.token[live, None], self.position[live, None], cache=cache)
             self._advance(logits[:, 0], live)
             chosen.append(self.token[live].clone())
-        return self._settle(torch.stack(chosen, dim=1).tolist())
+        return torch.stack(chosen, dim=1)
 
     def _advance(self, logits: Tensor, rows: slice) -> None:
         """Choose the next token of `rows` from `logits` (B, V)."""

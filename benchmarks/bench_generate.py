@@ -1,0 +1,108 @@
+"""Generation with the cache against decoding without one: same work, in turn, in one run.
+
+    python -m benchmarks.bench_generate --new 256 --rounds 3
+
+Both sides are Whet's own: `generate`, and `generate_without_cache`, which runs the whole text again
+for each token (the head at its last position only, padding left out: a fair one of its kind). They
+take turns, so a slow minute of the machine meets both. The replies of both are compared.
+Printed is one JSON line a side: new tokens/s as median, minimum and maximum over the rounds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.workload import MODEL
+from whet.generate.engine import generate, generate_without_cache
+from whet.model.config import ModelConfig
+from whet.model.decoder import Transformer, init_weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--new", type=int, default=256, help="new tokens for each prompt")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts, run as one batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
+    args = parser.parse_args()
+
+    model = Transformer(ModelConfig.from_hf(MODEL))
+    init_weights(model, seed=0)
+    model = model.to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    prompts = some_prompts(args.prompts)
+
+    def cached(new: int) -> list[list[int]]:
+        options = {"max_new_tokens": new, "stop_ids": (), "batch_size": len(prompts)}
+        return generate(model, prompts, **options)
+
+    def uncached(new: int) -> list[list[int]]:
+        return generate_without_cache(model, prompts, max_new_tokens=new, stop_ids=())
+
+    sides: dict[str, Callable[[int], list[list[int]]]] = {"cache": cached, "no cache": uncached}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    replies: dict[str, list[list[int]]] = {}
+    for run in sides.values():
+        run(4)  # warm-up
+    for _ in range(args.rounds):
+        for side, run in sides.items():
+            started = time.perf_counter()
+            replies[side] = run(args.new)  # ends with a copy to the host
+            seconds[side].append(time.perf_counter() - started)
+    count = sum(map(len, replies["cache"]))
+    same = sum(
+        a == b
+        for left, right in zip(replies["cache"], replies["no cache"], strict=True)
+        for a, b in zip(left, right, strict=True)
+    )
+    for side in sides:
+        line = summary(side, args, [count / each for each in seconds[side]])
+        line["share_of_equal_tokens"] = round(same / count, 4)
+        if side == "no cache":
+            medians = {name: statistics.median(values) for name, values in seconds.items()}
+            line["cache_is_times_faster"] = round(medians["no cache"] / medians["cache"], 2)
+        text = json.dumps(line)
+        print(text, flush=True)
+        if args.out:
+            with open(args.out, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+def some_prompts(count: int) -> list[list[int]]:
+    """Prompts of 60 to 140 tokens, as long as GSM8K's questions."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(60, 141, (count,), generator=generator).tolist()
+    vocabulary = MODEL["vocab_size"]
+    return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+def summary(side: str, args: argparse.Namespace, rates: list[float]) -> dict[str, Any]:
+    cuda = args.device == "cuda"
+    return {
+        "benchmark": "generate",
+        "side": side,
+        "new_tokens": args.new,
+        "prompts": args.prompts,
+        "tokens_per_s": round(statistics.median(rates), 1),
+        "tokens_per_s_min": round(min(rates), 1),
+        "tokens_per_s_max": round(max(rates), 1),
+        "rounds": len(rates),
+        "precision": "bf16" if cuda else "float32",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": torch.cuda.get_device_name()
+        if cuda
+        else f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+if __name__ == "__main__":
+    main()
