@@ -1,0 +1,147 @@
+"""Promises 1, 6 and 7: the same global batch gives the same numbers in every layout.
+
+Each run is the real command on real processes; what is compared is the loss and gradient norm of
+every step, the dev loss, and the weights after the last step.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import tiny
+from tests.processes import run_ranks
+from whet.cli import main
+from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+
+STEPS = 6
+LOSS_RTOL = 2e-6  # float32 sums in another order
+WEIGHT_ATOL = 2e-6  # after STEPS steps of AdamW at 1e-3; the weights move by about 5e-3
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    tiny.model_directory(folder / "base")
+    # 7 rows in batches of 4: the second batch of an epoch has 3 rows, less than 2 for each of 3
+    # ranks. Rows 1 and 4 have nothing trained, so some ranks have nothing trained in some steps.
+    tiny.packed_file(folder / "train.h5", n_rows=7, weighted=True, empty_rows=(1, 4))
+    tiny.packed_file(folder / "dev.h5", n_rows=5, seed=1, weighted=True)
+    return folder
+
+
+def command(world: Path, out: Path, **flags) -> list[str]:
+    values = {
+        "model": world / "base",
+        "data": world / "train.h5",
+        "dev": world / "dev.h5",
+        "out": out,
+        "lr": 1e-3,
+        "warmup": 0,
+        "epochs": 10,
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "weight_decay": 0.1,
+        "clip": 0.5,  # below the norms that occur, so that clipping is compared, too
+        "eval_every": 3,
+        "samples": 0,
+        "save_every": 0,
+    } | flags
+    words = ["sft", "--quiet"]
+    for key, value in values.items():
+        words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return words
+
+
+def numbers(out: Path) -> tuple[list[dict], dict[str, np.ndarray]]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(world):
+    out = world / "reference"
+    assert main(command(world, out, micro_batch_size=4)) == 0
+    return numbers(out)
+
+
+def assert_same(out: Path, reference) -> None:
+    (metrics, weights), (expected_metrics, expected_weights) = numbers(out), reference
+    assert len(metrics) == len(expected_metrics)
+    for line, expected in zip(metrics, expected_metrics, strict=True):
+        assert line.keys() == expected.keys()
+        for key in expected:
+            assert line[key] == pytest.approx(expected[key], rel=LOSS_RTOL), (key, line["step"])
+    assert weights.keys() == expected_weights.keys()
+    for name, expected in expected_weights.items():
+        np.testing.assert_allclose(weights[name], expected, atol=WEIGHT_ATOL, rtol=0, err_msg=name)
+
+
+def test_reference_moves(world, reference):
+    """The comparison would notice a change: the weights move by far more than the tolerance."""
+    before = load_file(world / "base" / "model.safetensors")
+    moved = max(np.abs(before[name] - after).max() for name, after in reference[1].items())
+    assert moved > 1000 * WEIGHT_ATOL
+    norms = [line["grad_norm"] for line in reference[0] if "grad_norm" in line]
+    assert min(norms) > 0.5, "clipping must take part in the comparison"
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches(world, reference, tmp_path, micro):
+    assert main(command(world, tmp_path / "out", micro_batch_size=micro)) == 0
+    assert_same(tmp_path / "out", reference)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks(world, reference, tmp_path, size):
+    layouts = {
+        "ddp_1": {"micro_batch_size": 1},
+        "ddp_4": {"micro_batch_size": 4},
+        "fsdp_1": {"micro_batch_size": 1, "shard": True},
+        "fsdp_2": {"micro_batch_size": 2, "shard": True},
+    }
+    commands = [command(world, tmp_path / name, **flags) for name, flags in layouts.items()]
+    assert run_ranks(commands, size=size, folder=tmp_path) == [0] * size
+    for name in layouts:
+        assert_same(tmp_path / name, reference)
+
+
+def unpack(packed: Path, path: Path) -> int:
+    """Write the documents of `packed` one to a row; returns their number."""
+    store = PackedStore(packed)
+    read, n = store.rows(range(len(store))), len(store.documents)
+    arrays = [np.zeros((n, store.context_length), dtype) for dtype in (int, np.float32, int)]
+    table = store.documents.copy()
+    for i, document in enumerate(store.documents):
+        here = slice(document["start"], document["start"] + document["length"])
+        for array, values in zip(arrays, (read.tokens, read.loss_mask), strict=False):
+            array[i, : document["length"]] = values[document["row"], here]
+        arrays[2][i, : document["length"]] = 1
+        table[i]["row"], table[i]["start"] = i, 0
+    with StoreWriter(path, n, store.context_length, weighted=True, attrs=store.attrs) as writer:
+        writer.write_rows(*arrays)
+        writer.write_documents(table.astype(DOCUMENT))
+    return n
+
+
+def test_packed_equals_unpacked(world, tmp_path):
+    """All documents in one global batch, packed and one a row; the weights after three steps."""
+    n = unpack(world / "train.h5", tmp_path / "rows.h5")
+    flags = {"max_steps": 3, "epochs": 3, "micro_batch_size": 3}
+    assert main(command(world, tmp_path / "packed", batch_size=7, **flags)) == 0
+    words = command(world, tmp_path / "rows", batch_size=n, data=tmp_path / "rows.h5", **flags)
+    assert main(words) == 0
+    assert_same(tmp_path / "rows", numbers(tmp_path / "packed"))
+
+
+def test_a_step_without_trained_tokens_changes_nothing(world, tmp_path):
+    """Batches of one row: the steps of rows 1 and 4 have nothing to train, and no NaN follows."""
+    flags = {"batch_size": 1, "max_steps": 7, "eval_every": 0}
+    assert main(command(world, tmp_path / "out", **flags)) == 0
+    metrics, weights = numbers(tmp_path / "out")
+    steps = [line for line in metrics if "train_loss" in line]
+    assert sorted(line["trained_tokens"] for line in steps)[:2] == [0, 0]
+    assert all(line["train_loss"] == 0 for line in steps if line["trained_tokens"] == 0)
+    assert all(np.isfinite(value).all() for value in weights.values())
