@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from whet.chat.tokenizer import train_tokenizer
+from whet.chat.tokenizer import load_tokenizer, train_tokenizer
 from whet.cli import main
+from whet.report.conversation import encode_line, encoded_sheet
 
 TALK = [
     {"role": "user", "content": "What is 2 and 2?"},
@@ -80,15 +81,28 @@ def test_a_refused_conversation_tells_its_reason(tmp_path, tokenizer, capsys):
     assert f"{path}:1" in capsys.readouterr().err
 
 
+def test_template_kwargs_reach_the_template(data, tokenizer, tmp_path, capsys):
+    template = tmp_path / "switched.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ greeting }} {{ m.role }}: {{ m.content }}<|endoftext|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ greeting }} assistant: {% endif %}"
+    )
+    flags = ["--conversation", f"{data}:1", "--tokenizer", tokenizer, "--chat_template", template]
+    assert inspect(*flags, "--template_kwargs", '{"greeting": "Dear"}') == 0
+    assert "Dear user: What is 2 and 2?" in capsys.readouterr().out
+    for wrong in ("[1]", "{"):
+        assert inspect(*flags, "--template_kwargs", wrong) == 2
+        assert "--template_kwargs" in capsys.readouterr().err
+
+
 def test_raw_text_is_trained_whole(data, tokenizer, capsys):
     assert inspect("--conversation", f"{data}:4", "--tokenizer", tokenizer) == 0
     assert "⟦plain words<|endoftext|>⟧" in capsys.readouterr().out
 
 
 def test_examples_become_rows(data, tokenizer):
-    from whet.report.conversation import encode_line, encoded_sheet
-
-    shown = encode_line(f"{data}:1", tokenizer, None)
+    shown = encode_line(f"{data}:1", load_tokenizer(tokenizer))
     sheet = encoded_sheet(shown)
     example = shown.encoded.examples[0]
     assert np.array_equal(sheet.tokens[0, : len(example.ids)], example.ids)

@@ -1,5 +1,6 @@
 """`whet inspect FILE.h5`: files with everything, files with next to nothing, and wrong flags."""
 
+import json
 import re
 
 import h5py
@@ -129,7 +130,7 @@ def test_a_recorded_tokenizer_that_is_gone_or_has_changed_is_told(packed, tmp_pa
         (["FILE", "--rows", "1-2"], "expected A:B"),
         (["FILE", "--row", "3"], "has rows 0 to 2"),
         (["FILE", "--rows", "2:2"], "has rows 0 to 2"),
-        (["FILE", "--chat_template", "plain"], "goes with --conversation"),
+        (["FILE", "--chat_template", "plain"], "go with --conversation"),
         (["nowhere.h5"], "nowhere.h5: no such file"),
     ],
 )
@@ -143,3 +144,25 @@ def test_a_page_that_cannot_be_written_leaves_nothing(packed, tmp_path, capsys):
     assert inspect(packed, "--html", tmp_path / "page.html") == 2
     assert "cannot be written" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_a_file_of_whet_prepare_shows_account_and_what_was_left_out(tmp_path, tokenizer, capsys):
+    data = tmp_path / "data.jsonl"
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    lines = [json.dumps(talk), json.dumps(talk), "{broken", json.dumps({"text": "a" * 99})]
+    data.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "packed.h5"
+    flags = ["--tokenizer", tmp_path / "tokenizer", "--bad_lines", "drop", "--context_length", 64]
+    assert main(["prepare", "--data", str(data), "--out", str(out), *map(str, flags)]) == 0
+    capsys.readouterr()
+    sheet = read_sheet(PackedStore(out), 0, 1, None)
+    (account,) = sheet.accounts
+    assert account.tokens == account.trained + account.context + account.truncated + account.dropped
+    assert account.trained == sheet.trained
+    assert {(left.line, left.source) for left in sheet.left_out} == {(2, str(data)), (3, str(data))}
+    assert sum(sheet.left_out_counts.values()) == 2
+    assert not any(str(data) in left.reason for left in sheet.left_out)
+    assert inspect(out) == 0
+    out = capsys.readouterr().out
+    assert "1: exact duplicates" in out
+    assert "data.jsonl:3: not JSON" in out

@@ -57,7 +57,7 @@ def test_the_header_tells_the_account_and_what_was_left_out():
     shown = sheet()
     text = "\n".join(header_lines(shown, BRACKETS))
     assert "6 rows of 128 tokens" in text
-    assert "refused and left out: 1 datum, 1 not a prefix, 12,345 duplicate" in text
+    assert "12,345: exact duplicates" in text
     assert "data/gsm8k/train.jsonl:17: turn 2: content is a number" in text
     total = sum(account.tokens for account in shown.accounts)
     assert f"{total:,}" in text

@@ -55,10 +55,10 @@ def sheet(n_rows: int = 6, width: int = 128, seed: int = 0) -> Sheet:
             _account(name, documents[documents["source"] == s]) for s, name in enumerate(sources)
         ],
         left_out=[
-            LeftOut(sources[0], 17, "datum", "turn 2: content is a number, expected text"),
-            LeftOut(sources[2], 4, "not_a_prefix", f"turn 1: role {NASTY!r} is not known"),
+            LeftOut(sources[0], 17, "turn 2: content is a number, expected text"),
+            LeftOut(sources[2], 4, f"turn 1: role {NASTY!r} is not known"),
         ],
-        left_out_counts={"datum": 1, "not_a_prefix": 1, "duplicate": 12_345},
+        left_out_counts={"the <b>line</b> is broken": 2, "exact duplicates": 12_345},
     )
 
 

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from whet.chat.certificate import Certificate
-from whet.chat.encode import Encoded, Example, encode_chat
+from whet.chat.encode import Encoded, EncodeOptions, Example, encode_chat
 from whet.chat.formats import Datum, to_example
 from whet.chat.messages import Conversation
-from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.chat.tokenizer import Tokenizer
 from whet.data.reader import parse, read_units
 from whet.data.store import DOCUMENT
 from whet.errors import UserError
@@ -26,10 +27,11 @@ class EncodedLine:
     datum: Datum
     encoded: Encoded
     tokenizer: Tokenizer
-    tokenizer_path: Path
 
 
-def encode_line(reference: str, tokenizer_path: Path, chat_template: str | None) -> EncodedLine:
+def encode_line(
+    reference: str, tokenizer: Tokenizer, template_kwargs: dict[str, Any] | None = None
+) -> EncodedLine:
     """Encode the conversation at `FILE:LINE`, the line counted from 1.
 
     Raises UserError if there is no such line, and Refused, a UserError, with the reason if the
@@ -42,7 +44,6 @@ def encode_line(reference: str, tokenizer_path: Path, chat_template: str | None)
         )
     if not Path(path).is_file():
         raise UserError(f"--conversation {reference}: there is no file {path}")
-    tokenizer = load_tokenizer(tokenizer_path, chat_template)
     line = int(number)
     unit = next((unit for unit in read_units(path) if unit.line >= line), None)
     if unit is None or unit.line != line:
@@ -52,7 +53,8 @@ def encode_line(reference: str, tokenizer_path: Path, chat_template: str | None)
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from None
     datum = to_example(record, None, path, line)
-    return EncodedLine(datum, encode_chat(datum, tokenizer), tokenizer, tokenizer_path)
+    options = EncodeOptions(template_kwargs=template_kwargs or {})
+    return EncodedLine(datum, encode_chat(datum, tokenizer, options), tokenizer)
 
 
 def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:
@@ -149,7 +151,6 @@ def encoded_sheet(shown: EncodedLine) -> Sheet:
         fills=documents["length"],
         trained=int(documents["trained"].sum()),
         facts={
-            "tokenizer": str(shown.tokenizer_path),
             "template": shown.tokenizer.template.hash[:12],
             **certificate_facts(shown.encoded.certificate, len(examples)),
         },

@@ -1,11 +1,12 @@
 """`whet inspect`: see what is trained, token by token, in the terminal or as a page."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -39,15 +40,19 @@ class Config:
     """Model or tokenizer directory; for a packed file the one that it was prepared with."""
     chat_template: str | None = None
     """plain, chatml or a jinja file, for --conversation; the tokenizer's own if not given."""
+    template_kwargs: str | None = None
+    """Further variables for that template: a JSON object, as '{"enable_thinking": false}'."""
 
 
 def main(config: Config) -> None:
     """Print or write what `config` asks for."""
     _check(config)
     if config.conversation:
+        from whet.chat.tokenizer import load_tokenizer
         from whet.report.conversation import conversation_lines, encode_line, encoded_sheet
 
-        shown = encode_line(config.conversation, _required(config.tokenizer), config.chat_template)
+        tokenizer = load_tokenizer(_required(config.tokenizer), config.chat_template)
+        shown = encode_line(config.conversation, tokenizer, _template_kwargs(config))
         if config.html:
             _write(config.html, encoded_sheet(shown))
         else:
@@ -71,8 +76,11 @@ def _check(config: Config) -> None:
         found.append("whet inspect: give a packed file, or --conversation FILE.jsonl:LINE")
     if config.conversation and not config.tokenizer:
         found.append("--conversation: needs --tokenizer DIR, whose template renders it")
-    if config.chat_template and not config.conversation:
-        found.append("--chat_template: a packed file is rendered already; goes with --conversation")
+    if (config.chat_template or config.template_kwargs) and not config.conversation:
+        found.append(
+            "--chat_template and --template_kwargs: a packed file is rendered already; "
+            "they go with --conversation"
+        )
     if config.row is not None and config.rows is not None:
         found.append("--row and --rows: give one of them")
     if config.conversation and (config.row is not None or config.rows is not None):
@@ -83,6 +91,16 @@ def _check(config: Config) -> None:
 def _required(value: T | None) -> T:
     assert value is not None  # _check saw to it
     return value
+
+
+def _template_kwargs(config: Config) -> dict[str, Any]:
+    try:
+        given = json.loads(config.template_kwargs or "{}")
+    except ValueError as error:
+        raise UserError(f"--template_kwargs: not JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--template_kwargs: expected a JSON object, got {config.template_kwargs}")
+    return given
 
 
 def _range(config: Config, n_rows: int) -> tuple[int, int]:

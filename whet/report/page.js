@@ -108,13 +108,13 @@ function draw(data, item, r, isShown) {
   const padding = data.width - row.filled;
   if (padding > 0) body.append(make("p", "pad padding", `padding, ${plural(padding, "place")}`));
   item.insertBefore(strip(data, r), body);
+  item.style.height = "";
 }
 
-/** Take the elements of a row away again, keeping its height. */
-function erase(item) {
-  const body = item.lastChild;
-  body.style.height = `${body.offsetHeight}px`;
-  body.replaceChildren();
+/** Take the elements of a row away again; it keeps `height`. */
+function erase(item, height) {
+  item.style.height = `${height}px`;
+  item.lastChild.replaceChildren();
   item.querySelector(".strip")?.remove();
 }
 
@@ -138,27 +138,25 @@ function makeList(data) {
     body.setAttribute("role", "group");
     body.setAttribute("aria-label", `Tokens of row ${data.first + r}. Arrow keys move.`);
     body.dataset.row = r;
-    body.style.height = `${40 + 0.6 * row.filled}px`; // a guess until it is drawn
+    item.style.height = `${100 + 0.6 * row.filled}px`; // a guess until it is drawn
     item.append(heading(data, r), body);
     return item;
   });
   const drawn = new Set();
   const near = new IntersectionObserver(
     (entries) => {
-      for (const { target: item, isIntersecting } of entries) {
-        const body = item.lastChild;
+      for (const { target: item, isIntersecting, boundingClientRect } of entries) {
         if (isIntersecting && !drawn.has(item)) {
           drawn.add(item);
-          draw(data, item, Number(body.dataset.row), (r, doc) => isShown(r, doc));
-          body.style.height = "";
-        } else if (!isIntersecting && drawn.delete(item)) erase(item);
+          draw(data, item, Number(item.lastChild.dataset.row), isShown);
+        } else if (!isIntersecting && drawn.delete(item)) erase(item, boundingClientRect.height);
       }
     },
     { rootMargin: "75% 0px" },
   );
   const show = (rows, predicate) => {
     near.disconnect();
-    drawn.forEach(erase);
+    drawn.forEach((item) => erase(item, item.offsetHeight));
     drawn.clear();
     isShown = predicate;
     list.replaceChildren(...rows.map((r) => items[r]));
@@ -221,6 +219,12 @@ function makeFilter(data, list) {
   apply();
 }
 
+/** Scroll to a row, and again while rows around it are drawn and get their true heights. */
+function showRow(item, frames = 6) {
+  item.scrollIntoView();
+  if (frames > 0) requestAnimationFrame(() => showRow(item, frames - 1));
+}
+
 function goTo(data, list, r) {
   const item = list.items[r];
   if (!item) return;
@@ -229,7 +233,7 @@ function goTo(data, list, r) {
     el("find").value = "";
     el("source").dispatchEvent(new Event("change"));
   }
-  item.scrollIntoView();
+  showRow(item);
 }
 
 /* ---- The card of one token ---- */
@@ -297,7 +301,7 @@ function moveBy(event, card) {
     if (!item) return;
     makeReachable(el("rows"), item.lastChild);
     item.lastChild.focus({ preventScroll: true });
-    item.scrollIntoView();
+    showRow(item);
   } else if (tokens.length) {
     const next = tokens[Math.max(0, Math.min(goal, tokens.length - 1))];
     next.scrollIntoView({ block: "nearest" });

@@ -18,7 +18,7 @@ import numpy as np
 from whet.data.account import SourceAccount, totals
 from whet.data.store import DOCUMENT
 from whet.report.figures import fills_figure, lengths_figure
-from whet.report.sheet import Sheet, counts_text, short_names
+from whet.report.sheet import Sheet, short_names
 
 LEFT_OUT_SHOWN = 1000
 """More lines than this slow the page and help nobody; the count is always whole."""
@@ -84,7 +84,7 @@ def _payload(sheet: Sheet) -> dict[str, Any]:
 
 def _packed(values: np.ndarray, kind: str) -> dict[str, str]:
     raw = np.ascontiguousarray(values, dtype="<" + kind).tobytes()
-    return {"type": kind, "data": base64.b64encode(zlib.compress(raw, 9)).decode()}
+    return {"type": kind, "data": base64.b64encode(zlib.compress(raw)).decode()}
 
 
 # ---- What Python draws itself ----
@@ -120,9 +120,10 @@ def _account(sheet: Sheet) -> str:
     if not sheet.accounts:
         return ""
     head = "".join(f'<th scope="col">{name}</th>' for name in ACCOUNT)
-    body = [_account_row(account, "") for account in sheet.accounts]
+    names = short_names([account.source for account in sheet.accounts])
+    body = [_account_row(a, name) for a, name in zip(sheet.accounts, names, strict=True)]
     if len(sheet.accounts) > 1:
-        body.append(_account_row(totals(sheet.accounts), ' class="total"'))
+        body.append(_account_row(totals(sheet.accounts), "total", ' class="total"'))
     return (
         '<section aria-labelledby="account-title"><h2 id="account-title">Token account</h2>'
         f'<div class="scroll"><table><thead><tr><th scope="col">source</th>{head}'
@@ -133,11 +134,13 @@ def _account(sheet: Sheet) -> str:
     )
 
 
-def _account_row(account: SourceAccount, attributes: str) -> str:
-    name = account.source if account.weight == 1 else f"{account.source} × {account.weight:g}"
+def _account_row(account: SourceAccount, name: str, attributes: str = "") -> str:
+    if account.weight != 1:
+        name += f" × {account.weight:g}"
     cells = "".join(f"<td>{getattr(account, column):,}</td>" for column in ACCOUNT)
     return (
-        f'<tr{attributes}><th scope="row" class="words">{escape(name)}</th>{cells}'
+        f'<tr{attributes}><th scope="row" class="words" '
+        f'title="{escape(account.source)}">{escape(name)}</th>{cells}'
         f'<td class="bar-cell">{_shares(account)}</td></tr>'
     )
 
@@ -160,18 +163,20 @@ def _left_out(sheet: Sheet) -> str:
     total = sum(sheet.left_out_counts.values())
     if not total:
         return ""
+    kinds = "".join(
+        f"<li>{count:,}: {escape(kind)}</li>" for kind, count in sheet.left_out_counts.items()
+    )
     body = "".join(
         f'<tr><td class="words">{escape(left.source)}</td><td>{left.line or ""}</td>'
-        f'<td class="words">{escape(left.kind.replace("_", " "))}</td>'
         f'<td class="words">{escape(left.reason)}</td></tr>'
         for left in sheet.left_out[:LEFT_OUT_SHOWN]
     )
     shown = min(len(sheet.left_out), LEFT_OUT_SHOWN)
     more = f'<p class="note">{shown:,} of them are shown.</p>' if shown < total else ""
     return (
-        f'<details id="left-out"><summary>Refused and left out: {counts_text(sheet)}</summary>'
+        f'<details id="left-out"><summary>{total:,} refused or left out</summary><ul>{kinds}</ul>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Refused and left out">'
         '<table><thead><tr><th scope="col" class="words">source</th><th scope="col">line</th>'
-        '<th scope="col" class="words">kind</th><th scope="col" class="words">reason</th></tr>'
-        f"</thead><tbody>{body}</tbody></table></div>{more}</details>"
+        '<th scope="col" class="words">reason</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{more}</details>"
     )

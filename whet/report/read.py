@@ -1,15 +1,16 @@
 """A packed file -> a Sheet."""
 
 import json
-from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whet.chat.certificate import REASONS
 from whet.chat.messages import place
 from whet.data.account import SourceAccount, totals
+from whet.data.left_out import TOLD
 from whet.data.store import DOCUMENT, PackedStore
 from whet.errors import UserError
 from whet.progress import track
@@ -54,7 +55,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         facts={"tokenizer": told, **_facts(store)},
         accounts=accounts,
         left_out=left_out,
-        left_out_counts=_counts(accounts, left_out),
+        left_out_counts=_left_out_counts(accounts),
     )
 
 
@@ -134,13 +135,13 @@ def _left_out(store: PackedStore) -> list[LeftOut]:
         record = json.loads(text)
         source, line = record["source"], record["line"]
         reason = record["reason"].removeprefix(f"{place(source, line)}: ")
-        found.append(LeftOut(source, line, record["kind"], reason))
+        found.append(LeftOut(source, line, reason))
     return found
 
 
-def _counts(accounts: list[SourceAccount], left_out: list[LeftOut]) -> dict[str, int]:
-    """Lines and examples left out, by kind: of the account, which is whole, if there is one."""
-    if not accounts:
-        return dict(Counter(left.kind for left in left_out))
+def _left_out_counts(accounts: list[SourceAccount]) -> dict[str, int]:
+    """How many lines and examples are left out, for each kind of reason."""
     total = totals(accounts)
-    return {**total.refused, **total.dropped_examples}
+    words = {**REASONS, **TOLD}
+    found = [*total.refused.items(), *total.dropped_examples.items()]
+    return {words.get(kind, kind): n for kind, n in found}

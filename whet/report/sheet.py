@@ -10,11 +10,10 @@ from whet.data.account import SourceAccount
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A line of the data that is not in the file. `kind` is short, `reason` a sentence."""
+    """A line of the data that is not in the file, and why."""
 
     source: str
     line: int
-    kind: str
     reason: str
 
 
@@ -47,7 +46,7 @@ class Sheet:
     left_out: list[LeftOut] = field(default_factory=list)
     """Lines that were refused or left out, with reasons; may be only the first of them."""
     left_out_counts: dict[str, int] = field(default_factory=dict)
-    """How many there are of each kind, all of them."""
+    """How many there are, all of them, for each kind of reason."""
 
     def text(self, row: int, start: int, end: int) -> list[str]:
         """The texts of tokens start..end of `row`."""
@@ -77,8 +76,3 @@ def document_name(document: np.void, names: list[str]) -> str:
     name = names[source] if 0 <= source < len(names) else "source unknown"
     where = f"{name}:{line}" if line > 0 else name
     return f"{where} part {part + 1}" if part else where
-
-
-def counts_text(sheet: Sheet) -> str:
-    """How many lines and examples are not in the file, by kind: `12 overlong, 3 duplicate`."""
-    return ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in sheet.left_out_counts.items())

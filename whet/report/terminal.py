@@ -10,7 +10,7 @@ import numpy as np
 
 from whet.chat.messages import place
 from whet.data.account import table
-from whet.report.sheet import Sheet, counts_text, document_name, short_names
+from whet.report.sheet import Sheet, document_name, short_names
 
 LEFT_OUT_SHOWN = 10
 GREEN, GREY, BOLD, END = "\x1b[4;32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -78,7 +78,10 @@ def header_lines(sheet: Sheet, ink: Ink) -> Iterator[str]:
         yield table(sheet.accounts)
     if sheet.left_out_counts:
         yield ""
-        yield f"refused and left out: {counts_text(sheet)}"
+        yield "refused and left out"
+        for kind, count in sheet.left_out_counts.items():
+            yield f"  {count:,}: {kind}"
+        yield ""
         for left in sheet.left_out[:LEFT_OUT_SHOWN]:
             yield f"  {place(left.source, left.line)}: {left.reason}"
         if sum(sheet.left_out_counts.values()) > LEFT_OUT_SHOWN:
