@@ -105,7 +105,10 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{path}:{unit.line}: {error}") from None
         if not self.text_only:
-            return to_example(record, self.format, path, unit.line)
+            datum = to_example(record, self.format, path, unit.line)
+            if isinstance(datum, Tokenised) and not any(datum.mask[1:]):
+                raise UserError(f"{datum.where}: its mask trains no token behind the first")
+            return datum
         ids_key = next((key for key in IDS_KEYS if record.get(key)), None)
         if ids_key and isinstance(record[ids_key], list):
             record = {"ids": record[ids_key], "mask": [1] * len(record[ids_key])}

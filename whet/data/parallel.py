@@ -5,6 +5,8 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -38,13 +40,15 @@ def ordered_map(
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # starting it later would undo `_without_interrupts`
     processes: list[Any] = []
     connections: list[Any] = []
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(function, theirs), daemon=True)
-            process.start()
+            with _without_interrupts():
+                process.start()
             theirs.close()  # so that a worker's death is seen as the end of its pipe
             processes.append(process)
             connections.append(ours)
@@ -84,6 +88,17 @@ def _dispatch(connections: list[Any], items: Iterable[Any]) -> Iterator[Any]:
             idle.append(connection)
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started here never see Ctrl-C, which the terminal sends to all of them:
+    the main process ends them. For itself it only comes a moment later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 KILLED = (
     "a worker process was killed, probably because memory ran out; "
     "use fewer with --workers, or look into the system's log"
@@ -109,7 +124,6 @@ def _receive(connection: Any) -> Any:
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
     """A worker's life: items in, results out, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     while True:
         try:

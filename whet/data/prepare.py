@@ -85,7 +85,11 @@ class Config:
 
 def main(config: Config) -> int:
     """Run the command; returns the exit code."""
-    prepare(config)
+    try:
+        prepare(config)
+    except KeyboardInterrupt:
+        say("interrupted; nothing was written")
+        return 130
     return 0
 
 
