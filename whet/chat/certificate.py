@@ -61,6 +61,8 @@ class Certificate:
     """Control tokens in somebody's text, encoded as plain text (rule 5)."""
     closed: bool = False
     """The template leaves the last reply open; its stop token was put behind it (rule 2)."""
+    composed: bool = False
+    """A reply's context is rendered otherwise than its prompt; the prompt was kept (rule 3)."""
     rewritten: bool = False
     """The template rewrites earlier turns, so the conversation became several examples (rule 3)."""
     untrained_turns: tuple[int, ...] = ()
@@ -73,4 +75,4 @@ class Certificate:
     @property
     def same_ids(self) -> bool:
         """Whether the ids are those of the tokenizer and template, untouched (rule 1)."""
-        return not (self.split_tokens or self.escaped or self.closed)
+        return not (self.split_tokens or self.escaped or self.closed or self.composed)

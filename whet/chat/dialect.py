@@ -58,12 +58,14 @@ class Ending:
     """How a reply ends: the stop token's text and what the template writes behind it.
 
     `close` is not empty for a template that leaves the last reply open and closes it only when more
-    follows: the text up to and with the stop token that is missing at the end.
+    follows: the text up to and with the stop token that is missing at the end. `calls` says whether
+    this was seen behind tool calls.
     """
 
     stop: str
     after: str
     close: str = ""
+    calls: bool = False
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Dialect:
     tokenizer: "Tokenizer"
     variables: dict[str, Any] = field(default_factory=dict)
     today: date | None = None
+    _forms: dict[tuple[bool, bool], Form] = field(default_factory=dict)
 
     def render(
         self,
@@ -97,47 +100,62 @@ class Dialect:
         """The template for a conversation with these tools."""
         return (tools and self.tokenizer.tool_template) or self.tokenizer.template
 
-    def form(self, with_calls: bool) -> Form:
-        """The form for conversations with or without tool calls."""
-        return self.call_form if with_calls else self.text_form
+    def form(self, messages: list[Message]) -> Form:
+        """The form for conversations like this one."""
+        roles = frozenset(message["role"] for message in messages)
+        calls = any("tool_calls" in message for message in messages)
+        key = ("system" in roles, calls)
+        if key not in self._forms:
+            self._forms[key] = self._find_form(*key)
+        return self._forms[key]
 
-    @cached_property
-    def text_form(self) -> Form:
-        for form in (Form(), Form(parts=True)):
-            for before in self._openings:
-                text = self._tried(form.shape([*before, _say(SAID)]))
+    def _find_form(self, system: bool, calls: bool) -> Form:
+        """The first form in which the marker words of a conversation are all written."""
+        before = self._openings[1 if system else 0]
+        for parts in (False, True):
+            if not calls:
+                text = self._tried(Form(parts).shape([*before, _say(SAID)]))
                 if ASKED in text and SAID in text:
-                    return form
-        return Form()
-
-    @cached_property
-    def call_form(self) -> Form:
-        parts = self.text_form.parts
-        for json_arguments in (False, True):
-            for missing in ("absent", "none", "empty"):
-                form = Form(parts, json_arguments, missing)
-                for before in self._openings:
+                    return Form(parts)
+                continue
+            for json_arguments in (False, True):
+                for missing in ("absent", "none", "empty"):
+                    form = Form(parts, json_arguments, missing)
                     text = self._tried(form.shape([*before, _call()]), TOOLS)
                     inner = text[text.rfind(ASKED) :]
                     if FUNCTION in inner and _printed_once(inner):
                         return form
-        return Form(parts)
+        return self._find_form(False, calls) if system else Form()
 
     @cached_property
     def endings(self) -> tuple[Ending, ...]:
         """The endings of plain replies, of calls, and of both with thinking before them."""
-        found: list[Ending | None] = []
-        for before in self._openings:
-            user: list[Message] = [{"role": "user", "content": NEXT}]
-            result: list[Message] = [
-                {"role": "tool", "content": NEXT, "tool_call_id": CALL_ID, "name": FUNCTION}
-            ]
-            found.append(self._ending(before, _say(SAID), user, None, SAID))
-            found.append(self._ending(before, _say(SAID, THOUGHT), user, None, SAID))
-            for reply in (_call(), _call(content=SAID), _call(thought=THOUGHT), _call(calls=2)):
-                found.append(self._ending(before, reply, result, TOOLS, VALUE))
+        user: list[Message] = [{"role": "user", "content": NEXT}]
+        result: list[Message] = [
+            {"role": "tool", "content": NEXT, "tool_call_id": CALL_ID, "name": FUNCTION}
+        ]
+        plain = [_say(SAID), _say(SAID, THOUGHT)]
+        calls = [_call(), _call(content=SAID), _call(thought=THOUGHT), _call(calls=2)]
+        found = [self._ending(before, reply, user) for before in self._openings for reply in plain]
+        known = {ending.stop for ending in found if ending}
+        found += [
+            self._ending(before, reply, result, known)
+            for before in self._openings
+            for reply in calls
+        ]
         unique = dict.fromkeys(ending for ending in found if ending)
         return tuple(sorted(unique, key=lambda e: -len(e.stop + e.after)))
+
+    @cached_property
+    def headers(self) -> frozenset[str]:
+        """Control tokens that begin a turn: what stands before the first message's text."""
+        for before in self._openings[::-1]:
+            first = before[0]["content"]
+            text = self._tried(self.form(before).shape(before))
+            if first in text:
+                tokens = self._tokens(text.partition(first)[0])
+                return frozenset(token for token in tokens if not self._is_eos(token))
+        return frozenset()
 
     @cached_property
     def switches(self) -> tuple[dict[str, Any], ...]:
@@ -149,7 +167,8 @@ class Dialect:
         before = next((b for b in self._openings if self._tried(b, prompt=True)), None)
         if before is None:
             return ()
-        reply = [*before, self.text_form.shape([_say(SAID)])[0]]
+        reply = self.form(before).shape([*before, _say(SAID)])
+        before = reply[:-1]
         prompt, whole = self._tried(before, prompt=True), self._tried(reply)
         seen = {(prompt, whole)}
         same: list[dict[str, Any]] = []
@@ -164,8 +183,11 @@ class Dialect:
                 (same if pair[1] == whole else other).append(switch)
         return (*same, *other)
 
-    def ending_of(self, whole: str, start: int) -> tuple[int, Ending] | None:
-        """Where the words end that begin at `start` of the rendering `whole`, and how."""
+    def ending_of(self, whole: str, start: int, calls: bool) -> tuple[int, Ending] | None:
+        """Where the words end that begin at `start` of the rendering `whole`, and how.
+
+        `calls` says whether they are tool calls.
+        """
         for ending in self.endings:
             end = len(whole) - len(ending.after)
             if not ending.close and whole.endswith(ending.stop + ending.after):
@@ -175,7 +197,7 @@ class Dialect:
             if whole.endswith(ending.stop, start, end) and not ending.close:
                 return end, Ending(ending.stop, whole[end:])
         for ending in self.endings:
-            if ending.close:
+            if ending.close and ending.calls == calls:
                 return len(whole) + len(ending.close), ending
         return None
 
@@ -203,57 +225,65 @@ class Dialect:
         before: list[Message],
         reply: Message,
         follow: list[Message],
-        tools: Tools,
-        last_word: str,
+        known: set[str] | None = None,
     ) -> Ending | None:
         """How the template ends `reply`, seen from the last marker word in it.
 
         What it writes there both at the end of a conversation and before further messages belongs
-        to the reply; the stop token is the last control token of that, or the first eos.
+        to the reply; the stop token is the last control token of that, or the first eos. Where
+        stops are `known` already, another one counts only if a new turn begins right behind it.
         """
-        form = self.form("tool_calls" in reply)
-        before, reply, follow = form.shape(before), form.shape([reply])[0], form.shape(follow)
-        tail = _behind(self._tried([*before, reply], tools), last_word)
-        middle = _behind(self._tried([*before, reply, *follow], tools), last_word)
+        tools = TOOLS if "tool_calls" in reply else None
+        last_word = VALUE if tools else SAID
+        form = self.form([*before, reply])
+        whole, more = form.shape([*before, reply]), form.shape([*before, reply, *follow])
+        tail = _behind(self._tried(whole, tools), last_word)
+        middle = _behind(self._tried(more, tools), last_word)
         if tail is None:
             return None
         common = _common(tail, middle) if middle is not None else ""
-        stop = self._last_stop(common) or self._last_stop(tail)
-        if stop:
-            end = self._end_of(stop, common if stop in common else tail)
-            return Ending(stop, tail[end:])
-        return self._open_ending(before, reply, tail, middle, last_word)
+        # Some templates write a generation prompt whether asked to or not; it begins with a header.
+        asked, unasked = (self._tried(whole[:-1], tools, prompt=p) for p in (True, False))
+        no_stops = self.headers if asked == unasked else frozenset()
+        for text in (common, tail):
+            stop, end = self._stop_in(text, known or set(), no_stops)
+            if not stop:
+                continue
+            new = known is not None and stop not in known and not self._is_eos(stop)
+            if new and (middle is None or not self._begins_turn(middle[end:])):
+                return None
+            return Ending(stop, tail[end:], calls=bool(tools))
+        return self._open_ending(whole, tools, tail, middle, last_word)
 
     def _open_ending(
         self,
-        before: list[Message],
-        reply: Message,
+        whole: list[Message],
+        tools: Tools,
         tail: str,
         middle: str | None,
         last_word: str,
     ) -> Ending | None:
         """The ending of a reply that is left open while it is the last."""
-        asking = _behind(self._tried([*before, reply], prompt=True), last_word)
+        asking = _behind(self._tried(whole, tools, prompt=True), last_word)
         if middle is None or asking is None or not middle.startswith(tail):
             return None
-        common = _common(middle, asking)
-        tokens = self._tokens(common)
-        header = self._tried(before).partition(ASKED)[0]
-        eos = [token for token in tokens if self._is_eos(token)]
-        for stop in [*eos, *(token for token in tokens if token not in header)]:
-            end = common.find(stop) + len(stop)
-            if end > len(tail):
-                return Ending(stop, "", close=common[len(tail) : end])
+        # The next turn's header may itself be an eos: GLM stops where it writes <|user|>.
+        for text in (middle[: middle.find(NEXT)], _common(middle, asking)):
+            stop, end = self._stop_in(text, set(), self.headers)
+            if len(tail) < end and (self._is_eos(stop) or text in asking):
+                return Ending(stop, "", middle[len(tail) : end], bool(tools))
         return None
 
-    def _last_stop(self, text: str) -> str | None:
-        tokens = self._tokens(text)
-        eos = [token for token in tokens if self._is_eos(token)]
-        return eos[0] if eos else tokens[-1] if tokens else None
+    def _stop_in(self, text: str, known: set[str], no_stops: frozenset[str]) -> tuple[str, int]:
+        """The stop token in `text` and where it ends; ("", 0) if there is none."""
+        tokens = [token for token in self._tokens(text) if token not in no_stops]
+        for token in tokens:
+            if self._is_eos(token) or token in known:
+                return token, text.find(token) + len(token)
+        return (tokens[-1], text.rfind(tokens[-1]) + len(tokens[-1])) if tokens else ("", 0)
 
-    def _end_of(self, stop: str, text: str) -> int:
-        found = text.find(stop) if self._is_eos(stop) else text.rfind(stop)
-        return found + len(stop)
+    def _begins_turn(self, text: str) -> bool:
+        return text.lstrip().startswith(tuple(self.headers)) if self.headers else False
 
     def _is_eos(self, token: str) -> bool:
         number = self.tokenizer.added.get(token)

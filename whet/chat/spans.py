@@ -5,6 +5,10 @@ For each assistant turn i two renderings are compared: the prompt that asks for 
 first must be the beginning of the second; the words are what the second adds, up to the end of the
 stop token. Turns share one text as long as each one's rendering is the beginning of that text;
 where the template rewrites the past they do not, and get texts of their own.
+
+Some templates render the context of a reply otherwise once the reply stands behind it (a system
+text that is written before the last user message only). Then the words are those behind the same
+end of the context, and stand behind the prompt as it is at inference.
 """
 
 import re
@@ -14,10 +18,11 @@ from typing import Any
 from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.dialect import Dialect, Ending
 from whet.chat.escape import Escapes, holds
-from whet.chat.messages import Conversation
+from whet.chat.messages import Conversation, Message
 from whet.chat.template import TemplateError
 
-THINKING_WAYS_OUT = (
+BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
+WAYS_OUT = (
     "give the reply a reasoning_content, or set the template's switch with --template_kwargs, "
     "or take another template with --chat_template"
 )
@@ -60,6 +65,7 @@ class _Turn:
     end: int  # of the words; beyond `whole` if the template leaves the turn open
     ending: Ending
     switch: dict[str, Any] | None
+    composed: bool = False  # `whole` is the prompt and the words behind it, not one rendering
 
     @property
     def said(self) -> str:
@@ -82,9 +88,7 @@ class Reader:
     ) -> None:
         self.conversation = conversation
         self.dialect = dialect
-        with_calls = any("tool_calls" in message for message in conversation.messages)
-        form = dialect.form(with_calls)
-        self.messages = form.shape(conversation.messages)
+        self.messages = dialect.form(conversation.messages).shape(conversation.messages)
         self.tools = conversation.tools
         self.documents = conversation.documents
         self.escapes: Escapes | None = None
@@ -110,9 +114,12 @@ class Reader:
 
     def render(self, count: int, prompt: bool = False, switch: dict[str, Any] | None = None) -> str:
         """The first `count` messages."""
-        return self.dialect.render(
-            self.messages[:count], self.tools, self.documents, prompt, switch
-        )
+        return self._render(self.messages[:count], prompt, switch)
+
+    def _render(
+        self, messages: list[Message], prompt: bool, switch: dict[str, Any] | None = None
+    ) -> str:
+        return self.dialect.render(messages, self.tools, self.documents, prompt, switch)
 
     def check_escapes(self, text: str, count: int, prompt: bool, switch: Any) -> None:
         """Show that the template treats the private-use characters as it treats what they hide."""
@@ -145,16 +152,48 @@ class Reader:
                 continue
             if other_whole.startswith(other_prompt):
                 return self._with_ending(index, other_prompt, other_whole, switch)
-        raise self._no_prefix(index, prompt, whole)
+        words = self._words_behind_border(index, prompt, whole)
+        if words is None:
+            raise self._no_prefix(index, prompt, whole)
+        return self._with_ending(index, prompt, prompt + words, None, composed=True)
+
+    def _words_behind_border(self, index: int, prompt: str, whole: str) -> str | None:
+        """What stands in `whole` behind the end of the context and the generation prompt.
+
+        A border put at the end of the last message before the reply shows where that is. None if
+        the generation prompt does not stand there, too, or the border changes anything else.
+        """
+        content = self.messages[index - 1].get("content") if index else None
+        if not isinstance(content, str) or not content.strip() or BORDER in whole:
+            return None
+        end = len(content.rstrip())
+        marked = {**self.messages[index - 1], "content": content[:end] + BORDER + content[end:]}
+        before = [*self.messages[: index - 1], marked]
+        try:
+            asking = self._render(before, True)
+            answered = self._render([*before, self.messages[index]], False)
+        except TemplateError:
+            return None
+        if asking.replace(BORDER, "", 1) != prompt or answered.replace(BORDER, "", 1) != whole:
+            return None
+        _, found, expected = asking.partition(BORDER)
+        tail = answered.partition(BORDER)[2]
+        return tail[len(expected) :] if found and tail.startswith(expected) else None
 
     def _with_ending(
-        self, index: int, prompt: str, whole: str, switch: dict[str, Any] | None
+        self,
+        index: int,
+        prompt: str,
+        whole: str,
+        switch: dict[str, Any] | None,
+        composed: bool = False,
     ) -> _Turn:
-        found = self.dialect.ending_of(whole, len(prompt))
+        calls = "tool_calls" in self.messages[index]
+        found = self.dialect.ending_of(whole, len(prompt), calls)
         if not found:
             raise self._no_stop(index, whole[len(prompt) :])
         end, ending = found
-        turn = _Turn(index, prompt, whole, end, ending, switch)
+        turn = _Turn(index, prompt, whole, end, ending, switch, composed)
         words = turn.said[len(prompt) :]
         if words.find(ending.stop) + len(ending.stop) != len(words):
             raise self.refused(
@@ -224,7 +263,7 @@ class Reader:
             "not_a_prefix",
             f"the prompt at inference ends with {_end_of(prompt)}, but the reply is rendered with "
             f"{whole[max(0, at - 20) : at + 20]!r} there: the model would never see what it is "
-            f"trained on; {THINKING_WAYS_OUT}",
+            f"trained on; {WAYS_OUT}",
             index,
         )
 
@@ -268,6 +307,7 @@ def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Dr
     certificate = Certificate(
         escaped=reader.escapes.count if reader.escapes else 0,
         closed=any(turns[index].ending.close for index in trained),
+        composed=any(turns[index].composed for index in trained),
         rewritten=len(made) > 1 or bool(remaining),
         untrained_turns=tuple(index + 1 for index in remaining),
         switches={i + 1: switch for i in trained if (switch := turns[i].switch)},
@@ -325,6 +365,10 @@ def _turns(reader: Reader, weights: dict[int, float], trained: list[int]) -> dic
 def _text(reader: Reader, last: _Turn) -> str:
     """The longest rendering in which `last` stands as the model says it."""
     count = len(reader.messages)
+    if last.composed:
+        reader.check_escapes(last.prompt, last.index, True, last.switch)
+        reader.check_escapes(reader.render(last.index + 1), last.index + 1, False, None)
+        return last.whole + last.ending.close
     if last.index + 1 < count:
         try:
             text = reader.render(count, switch=last.switch)
