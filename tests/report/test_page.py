@@ -112,11 +112,13 @@ def test_pointer_tells_id_text_source_and_line(open_page):
 def test_weights_other_than_one_are_told(open_page):
     shown = sheet()
     place = int(np.flatnonzero(shown.mask[0])[0])
-    shown.mask[0, place] = 0.25
+    shown.mask[0, place], shown.mask[0, place + 1] = 0.25, -1
     opened = open_page(shown)
     opened.rows_shown()
     opened.tab.hover(f'.row:first-child span[data-place="{place}"]')
     assert "trained, weight 0.25" in opened.tab.locator("#card").text_content()
+    opened.tab.hover(f'.row:first-child span[data-place="{place + 1}"]')
+    assert "trained, weight -1" in opened.tab.locator("#card").text_content()
 
 
 def test_filter_by_source_hides_the_others(open_page):

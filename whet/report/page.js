@@ -75,7 +75,7 @@ function strip(data, r) {
   const made = make("div", "strip");
   made.setAttribute("aria-hidden", "true");
   made.style.backgroundImage = [
-    stripes(data.width, "var(--trained-line)", (p) => weight(data, r, p) > 0),
+    stripes(data.width, "var(--trained-line)", (p) => weight(data, r, p) !== 0),
     stripes(data.width, "var(--context)", (p) => p < data.rows[r].filled),
     "linear-gradient(var(--context), var(--context))",
   ].join(", ");
@@ -93,7 +93,7 @@ function drawDocument(data, r, doc, shown) {
   if (!shown) return made;
   const flow = make("p", "flow");
   for (let p = doc.start; p < doc.start + doc.length; p++) {
-    const token = make("span", weight(data, r, p) > 0 ? "t" : "c", text(data, r, p));
+    const token = make("span", weight(data, r, p) !== 0 ? "t" : "c", text(data, r, p));
     token.dataset.place = p;
     flow.append(token);
   }
@@ -254,7 +254,7 @@ function makeCard(data) {
     const list = make("dl");
     const line = (name, value) => list.append(make("dt", "", name), make("dd", "", value));
     line("id", String(data.ids[data.tokens[r * data.width + place]]));
-    line("is", w > 0 ? (w === 1 ? "trained" : `trained, weight ${+w.toPrecision(6)}`) : "context");
+    line("is", w !== 0 ? (w === 1 ? "trained" : `trained, weight ${+w.toPrecision(6)}`) : "context");
     line("source", data.sources[doc.source] ?? "unknown");
     if (doc.line > 0) line("line", String(doc.line));
     line("place", `${number(place)} of the row, ${number(place - doc.start)} of the document`);

@@ -78,7 +78,7 @@ def segment_documents(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
     begins = np.ones(segments.shape, bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     start = np.flatnonzero(begins)
-    trained = np.concatenate([[0], np.cumsum(mask.reshape(-1) > 0)])
+    trained = np.concatenate([[0], np.cumsum(mask.reshape(-1) != 0)])
     end = np.append(start[1:], n_rows * width)
     found = np.zeros(len(start), DOCUMENT)
     found["row"], found["start"] = np.divmod(start, width)

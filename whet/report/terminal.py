@@ -53,7 +53,7 @@ def spans_text(texts: Sequence[str], mask: np.ndarray, ink: Ink) -> str:
     """Tokens as running text, the trained spans marked."""
     if not texts:
         return ""
-    trained = np.asarray(mask) > 0
+    trained = np.asarray(mask) != 0
     starts = np.flatnonzero(np.diff(trained, prepend=~trained[:1]))
     parts = []
     for start, end in pairwise([*starts.tolist(), len(texts)]):
