@@ -25,8 +25,9 @@ def write_json(path: Path, content: Any) -> None:
 def written_aside(directory: Path, nbytes: int) -> Iterator[Path]:
     """A temporary directory whose files replace those of `directory` when the block succeeds.
 
-    A new directory appears by one rename. In an existing one `config.json` goes first and comes
-    last: a directory without it is no model, so a kill in between leaves none, never a mixture.
+    A new directory appears by one rename. In an existing one `config.json` (of an adapter:
+    `adapter_config.json`) goes first and comes last: a directory without it is no model, so a kill
+    in between leaves none, never a mixture.
     """
     created = not directory.exists()
     if not created and not directory.is_dir():
@@ -53,11 +54,13 @@ def written_aside(directory: Path, nbytes: int) -> Iterator[Path]:
 
 
 def _replace_files(aside: Path, directory: Path) -> None:
-    (directory / "config.json").unlink(missing_ok=True)
+    markers = ("config.json", "adapter_config.json")
+    for name in markers:
+        (directory / name).unlink(missing_ok=True)
     sync(directory)
-    for old in [*directory.glob("model*.safetensors"), directory / INDEX]:
+    for old in [*directory.glob("*model*.safetensors"), directory / INDEX]:
         old.unlink(missing_ok=True)
-    for file in sorted(aside.iterdir(), key=lambda file: file.name == "config.json"):
+    for file in sorted(aside.iterdir(), key=lambda file: file.name in markers):
         if file.is_dir():  # further chat templates; a directory can't be replaced in one step
             shutil.rmtree(directory / file.name, ignore_errors=True)
         os.replace(file, directory / file.name)

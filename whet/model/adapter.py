@@ -1,0 +1,369 @@
+"""Adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Names in them are the family's own (`families.py`). Where a family joins matrices that Whet keeps
+apart (GPT-2's and Phi-3's queries, keys and values), the adapters are joined as well: the A one
+above the other, the B as blocks on a diagonal, so that rank and alpha grow by the number of parts.
+New embedding rows are PEFT's `trainable_token_indices`. PEFT itself is the tests' oracle.
+"""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from whet.config import problems
+from whet.errors import UserError
+from whet.model.atomic import write_json, written_aside
+from whet.model.checkpoint import SavesTokenizer, read_json
+from whet.model.decoder import Transformer
+from whet.model.embedding import TrainableRows, grow_embedding
+from whet.model.families import place_modules
+from whet.model.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
+from whet.model.weights import open_safetensors, read_into
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_ROWS = "token_adapter.trainable_tokens_delta"
+_UNSUPPORTED = (
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "megatron_config",
+)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is a directory that holds an adapter and no whole model."""
+    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def base_of(directory: Path) -> str:
+    """The model (path or Hub name) that the adapter in `directory` belongs to."""
+    base = read_json(directory / CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{directory / CONFIG}: names no base_model_name_or_path")
+    return str(base)
+
+
+def save_adapter(
+    model: Transformer,
+    directory: str | Path,
+    lora: LoRA,
+    base: str,
+    tokenizer: SavesTokenizer | None,
+    lineage: dict[str, Any],
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter of `model` so that PEFT and Whet open it, whole or not at all.
+
+    `base` is the path or Hub name of the base. `state` are the values if `model` does not hold
+    them itself (FSDP). The file is read back and compared. Raises UserError if the disk is full.
+    """
+    directory = Path(directory)
+    values = dict(model.state_dict() if state is None else state)
+    tensors, ranks = _joined_adapters(model, values)
+    rows = _trained_rows(model, values, tensors)
+    config = _peft_config(model, lora, base, ranks, rows)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with written_aside(directory, nbytes) as aside:
+        safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        again = safetensors.torch.load_file(aside / WEIGHTS)
+        for name, tensor in tensors.items():
+            if not torch.equal(again[name], tensor):
+                raise RuntimeError(f"{directory}: {name} was saved, but read back it differs")
+        os.chmod(aside / WEIGHTS, 0o644)
+        if tokenizer is not None:
+            tokenizer.save(aside)
+        write_json(aside / "whet.json", {**lineage, "vocab_size": model.config.vocab_size})
+        write_json(aside / CONFIG, config)
+
+
+def _joined_adapters(
+    model: Transformer, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """PEFT's tensors, and {family's module: its rank}."""
+    adapted = dict(adapters(model))
+    tensors: dict[str, Tensor] = {}
+    ranks = {}
+    for module, names in _family_modules(model).items():
+        chosen = [adapted[name] for name in names if name in adapted]
+        if not chosen:
+            continue
+        rank, dora = len(chosen[0].a), chosen[0].magnitude is not None
+        parts = [_part(model, state, name, rank, dora) for name in names]
+        key = f"{_PREFIX}{module}"
+        tensors[f"{key}.lora_A.weight"] = torch.cat([a for a, _, _ in parts])
+        tensors[f"{key}.lora_B.weight"] = torch.block_diag(*[b for _, b, _ in parts])
+        if dora:
+            tensors[f"{key}.lora_magnitude_vector"] = torch.cat([m for _, _, m in parts])
+        ranks[module] = rank * len(parts)
+    return tensors, ranks
+
+
+def _part(
+    model: Transformer, state: Mapping[str, Tensor], name: str, rank: int, dora: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, B, magnitude) of a module; for one without an adapter, those that change nothing."""
+    if f"{name}.a" in state:
+        values = [state[f"{name}.{kind}"] for kind in ("a", "b", *(["magnitude"] * dora))]
+        a, b, *magnitude = [value.detach().to("cpu", torch.float32) for value in values]
+        return a, b, magnitude[0] if dora else torch.empty(0)
+    weight = state[f"{name}.weight"].detach().to("cpu", torch.float32)
+    outputs, inputs = weight.shape
+    return torch.zeros(rank, inputs), torch.zeros(outputs, rank), weight.norm(dim=1)
+
+
+def _family_modules(model: Transformer) -> dict[str, list[str]]:
+    """{family's linear module: Whet's modules in it, in the file's order}."""
+    names = [*linears(model), *(name for name, _ in adapters(model))]
+    places = place_modules(model.config, names)
+    grouped: dict[str, list[str]] = {}
+    for name in sorted(places, key=lambda name: places[name].begin):
+        grouped.setdefault(places[name].name, []).append(name)
+    return grouped
+
+
+def _trained_rows(
+    model: Transformer, state: Mapping[str, Tensor], tensors: dict[str, Tensor]
+) -> dict[str, list[int]]:
+    """Add trained embedding rows to `tensors`; {family's module, its last name: row ids}."""
+    found = {}
+    for name in ("embed", "head"):
+        wrapper = getattr(model, name, None)
+        if isinstance(wrapper, TrainableRows):
+            module = place_modules(model.config, [name])[name].name
+            rows = state[f"{name}.rows"].detach().to("cpu", torch.float32)
+            tensors[f"{_PREFIX}{module}.{_ROWS}"] = rows.contiguous()
+            found[module.rpartition(".")[2]] = wrapper.ids.tolist()
+    return found
+
+
+def _peft_config(
+    model: Transformer, lora: LoRA, base: str, ranks: dict[str, int], rows: dict[str, list[int]]
+) -> dict[str, Any]:
+    """The contents of `adapter_config.json`; keys that are left out have PEFT's defaults."""
+    targets = _target_names(model, ranks)
+    joined = {
+        target: rank
+        for module, rank in ranks.items()
+        for target in targets
+        if f".{module}".endswith(f".{target}") and rank != lora.rank
+    }
+    alphas = {
+        target: lora.alpha * (math.sqrt(rank / lora.rank) if lora.rslora else rank / lora.rank)
+        for target, rank in joined.items()
+    }
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": targets,
+        "rank_pattern": joined,
+        "alpha_pattern": alphas,
+        "use_rslora": lora.rslora,
+        "use_dora": lora.dora,
+        "bias": "none",
+        "fan_in_fan_out": any(
+            place.transposed
+            for place in place_modules(model.config, dict(adapters(model))).values()
+        ),
+        "inference_mode": True,
+        "trainable_token_indices": (next(iter(rows.values())) if len(rows) == 1 else rows) or None,
+    }
+
+
+def _target_names(model: Transformer, ranks: Mapping[str, int]) -> list[str]:
+    """The shortest ends of module names that PEFT needs to find exactly the modules of `ranks`."""
+    other = {name.rpartition(".")[2] for name in _family_modules(model) if name not in ranks}
+    names = set()
+    for module in ranks:
+        parts = module.split(".")
+        names.add(".".join(parts[-2:]) if parts[-1] in other else parts[-1])
+    return sorted(names)
+
+
+def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
+    """Put the adapter of `directory` on `model`, its base: frozen base, trainable adapter.
+
+    Reads what PEFT and Whet write: LoRA, rsLoRA and DoRA on linear layers, trained token rows,
+    and whole embeddings or heads (`modules_to_save`). The embedding grows if the adapter has rows
+    for new tokens. Returns the settings. Raises UserError for any other kind of adapter, and for
+    tensors that do not fit.
+    """
+    directory = Path(directory)
+    config = read_json(directory / CONFIG)
+    _check_kind(config, directory / CONFIG)
+    tensors = _read_tensors(directory / WEIGHTS)
+    grow_embedding(model, _rows_needed(config, tensors, directory), multiple=1)
+    model.requires_grad_(False)
+    _put_embeddings(model, config, tensors, directory)
+    for module, names in _family_modules(model).items():
+        keys = [f"{_PREFIX}{module}.lora_{kind}" for kind in ("A.weight", "B.weight")]
+        if keys[0] in tensors and keys[1] in tensors:
+            a, b = (tensors.pop(key) for key in keys)
+            magnitude = tensors.pop(f"{_PREFIX}{module}.lora_magnitude_vector", None)
+            scale = _scale(config, module, len(a))
+            _put_adapter(model, names, a, b, magnitude, scale, config, directory)
+    if tensors:
+        raise UserError(
+            f"{directory / WEIGHTS}: {len(tensors)} tensors fit no linear layer of the base, such "
+            f"as {next(iter(tensors))}; is it an adapter of another model?"
+        )
+    return LoRA(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        targets=",".join(
+            k for k in LINEARS if any(n.endswith(f".{k}") for n, _ in adapters(model))
+        ),
+        dropout=config.get("lora_dropout", 0.0),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+    )
+
+
+def _check_kind(config: dict[str, Any], path: Path) -> None:
+    found = [
+        f"{path}: {key} = {config[key]!r} is not supported"
+        for key in _UNSUPPORTED
+        if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA":
+        found.append(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    if config.get("bias", "none") != "none":
+        found.append(f"{path}: bias = {config['bias']!r}: trained biases are not supported")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        found.append(
+            f"{path}: init_lora_weights = {start!r} changes the base; convert the adapter first "
+            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            found.append(f"{path}: {key} is {config.get(key)!r}; expected a number above 0")
+    problems(found)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickled = path.with_suffix(".bin")
+        why = (
+            f"only {pickled.name}, a pickle, which can run code" if pickled.exists() else "nothing"
+        )
+        raise UserError(f"{path.parent}: expected {path.name}, found {why}")
+    tensors = {}
+    for name, stored in open_safetensors(path).items():
+        tensors[name] = torch.empty(stored.shape, dtype=torch.float32)
+        read_into(tensors[name], stored)
+    return tensors
+
+
+def _rows_needed(config: dict[str, Any], tensors: Mapping[str, Tensor], directory: Path) -> int:
+    """How many rows the base's embedding must have."""
+    said = config.get("trainable_token_indices") or []
+    ids = [i for row_ids in said.values() for i in row_ids] if isinstance(said, dict) else said
+    lineage = directory / "whet.json"
+    saved = read_json(lineage).get("vocab_size", 0) if lineage.is_file() else 0
+    whole = [
+        len(t)
+        for name, t in tensors.items()
+        if name.endswith(("embed_tokens.weight", "wte.weight"))
+    ]
+    return max([saved, *whole, *(i + 1 for i in ids)], default=0)
+
+
+def _put_embeddings(
+    model: Transformer, config: dict[str, Any], tensors: dict[str, Tensor], directory: Path
+) -> None:
+    """Take whole and partly trained embeddings and heads out of `tensors`, into `model`."""
+    names = ["embed"] if model.config.tied else ["embed", "head"]
+    said: Any = config.get("trainable_token_indices")
+    for name, place in place_modules(model.config, names).items():
+        module: Any = getattr(model, name)
+        whole = tensors.pop(f"{_PREFIX}{place.name}.weight", None)
+        if whole is not None:
+            _check_shape(whole, module.weight.shape, place.name, directory)
+            module.weight.data.copy_(whole)
+        rows = tensors.pop(f"{_PREFIX}{place.name}.{_ROWS}", None)
+        if rows is not None:
+            ids = said[place.name.rpartition(".")[2]] if isinstance(said, dict) else said
+            _check_shape(rows, (len(ids), model.config.width), place.name, directory)
+            wrapper = TrainableRows(module, ids)
+            wrapper.rows.data.copy_(rows)
+            setattr(model, name, wrapper)
+
+
+def _check_shape(found: Tensor, expected: Any, name: str, directory: Path) -> None:
+    if tuple(found.shape) != tuple(expected):
+        raise UserError(
+            f"{directory / WEIGHTS}: {name} is {list(found.shape)}, the base needs "
+            f"{list(expected)}; is it an adapter of another model?"
+        )
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """s = alpha / r, with PEFT's patterns: the first key that ends the module's name counts."""
+    alpha = config["lora_alpha"]
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", module):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _put_adapter(
+    model: Transformer,
+    names: list[str],
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor | None,
+    scale: float,
+    config: dict[str, Any],
+    directory: Path,
+) -> None:
+    """Share one adapter of the files among the modules that are joined in them."""
+    found = linears(model)
+    bases = [found[name] for name in names]
+    outputs = [base.out_features for base in bases]
+    _check_shape(a, (len(a), bases[0].in_features), f"{names[0]} lora_A", directory)
+    _check_shape(b, (sum(outputs), len(a)), f"{names[0]} lora_B", directory)
+    for name, base, (own_a, own_b), m in zip(
+        names,
+        bases,
+        _split(a, list(b.split(outputs))),
+        magnitude.split(outputs) if magnitude is not None else [None] * len(names),
+        strict=True,
+    ):
+        layer = LoRALinear(
+            base, len(own_a), scale, config.get("lora_dropout", 0.0), magnitude is not None
+        )
+        layer.a.data.copy_(own_a)
+        layer.b.data.copy_(own_b)
+        if m is not None and layer.magnitude is not None:
+            layer.magnitude.data.copy_(m)
+        set_module(model, name, layer)
+
+
+def _split(a: Tensor, b: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(A, B) of each part: its own block if B is blocks on a diagonal, else all of A."""
+    rank, rest = divmod(len(a), len(b))
+    blocks = [slice(i * rank, (i + 1) * rank) for i in range(len(b))]
+    mixed = any(
+        part[:, other].any() for i, part in enumerate(b) for j, other in enumerate(blocks) if i != j
+    )
+    if len(b) == 1 or rest or not rank or mixed:
+        return [(a, part) for part in b]
+    return [(a[block], part[:, block]) for part, block in zip(b, blocks, strict=True)]

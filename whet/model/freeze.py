@@ -1,0 +1,33 @@
+"""Choosing by name what is trained."""
+
+import re
+
+from torch import nn
+
+from whet.errors import UserError
+
+
+def select_trainable(model: nn.Module, pattern: str) -> list[str]:
+    """Train the parameters that `pattern` names, freeze the others, and return the trained names.
+
+    `pattern` is `all`, or `re:` and a regular expression that is searched for in Whet's parameter
+    names: `re:mlp` (every MLP), `re:layers[.]2[0-3][.]` (four layers), `re:norm`. Raises UserError
+    for another form, a wrong expression, and one that matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if pattern == "all":
+        expression = re.compile("")
+    elif pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern[3:])
+        except re.error as error:
+            raise UserError(f"--train {pattern}: not a regular expression: {error}") from None
+    else:
+        raise UserError(f"--train {pattern}: expected all, or re: and a regular expression")
+    chosen = [name for name in names if expression.search(name)]
+    if not chosen:
+        some = ", ".join(names[:: max(1, len(names) // 4)])
+        raise UserError(f"--train {pattern}: matches no parameter; names look like {some}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in set(chosen))
+    return chosen

@@ -1,0 +1,182 @@
+"""LoRA: small trained matrices beside frozen ones.
+
+y = W x + s B A x, with A (r, inputs) random and B (outputs, r) zero at first, so that training
+starts from the base (Hu et al. 2021). s = alpha / r, or with rsLoRA alpha / sqrt(r), which keeps
+the step's size when r grows (Kalajdzievski 2023). DoRA trains the length of each row of W + s B A apart
+from its direction (Liu et al. 2024). The adapter's numbers are float32, the base may be bfloat16 or
+4-bit.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whet.errors import UserError
+from whet.model.decoder import Transformer
+from whet.model.embedding import merge_rows, train_rows
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """The settings of an adapter."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str = "all-linear"
+    """`all-linear`, or some of q,k,v,o,gate,up,down joined by commas."""
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with its adapter."""
+
+    def __init__(
+        self, base: nn.Linear, rank: int, scale: float, dropout: float, dora: bool
+    ) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = scale
+        self.dropout = dropout
+        device = base.weight.device
+        self.a = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.magnitude: nn.Parameter | None = None
+        if dora:
+            self.magnitude = nn.Parameter(base.weight.detach().float().norm(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs)."""
+        y = self.base(x)
+        dropped = F.dropout(x, self.dropout, self.training)
+        low = F.linear(dropped.to(self.a.dtype), self.a)
+        change = F.linear(low, self.b) * self.scale
+        if self.magnitude is not None:
+            ratio = self.magnitude / self._row_norms()
+            straight = F.linear(dropped, self.base.weight) if self.dropout else self._unbiased(y)
+            change = (ratio - 1.0) * straight + ratio * change
+        return y + change.to(y.dtype)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The one matrix (outputs, inputs) that does the same, in float32."""
+        weight = self.base.weight.float() + self.scale * (self.b @ self.a)
+        if self.magnitude is not None:
+            weight = weight * (self.magnitude / self._row_norms())[:, None]
+        return weight
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """Lengths of the rows of W + s B A. No gradient flows through them, as DoRA's section 4.3
+        proposes."""
+        return (self.base.weight.float() + self.scale * (self.b @ self.a)).norm(dim=1)
+
+    def _unbiased(self, y: Tensor) -> Tensor:
+        return y if self.base.bias is None else y - self.base.bias
+
+
+def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), seed: int = 0) -> None:
+    """Freeze `model` and put adapters on its `lora.targets`, ready for training.
+
+    `new_rows` are ids whose rows of embedding and head are trained as well: those of tokens that
+    the base has never seen. Raises UserError for unknown targets and a rank below 1.
+    """
+    if lora.rank < 1:
+        raise UserError(f"--lora_rank {lora.rank}: expected at least 1")
+    kinds = LINEARS if lora.targets == "all-linear" else tuple(lora.targets.split(","))
+    unknown = sorted(set(kinds) - set(LINEARS))
+    if unknown:
+        raise UserError(
+            f"--lora_targets {lora.targets}: unknown {', '.join(unknown)}; "
+            f"expected all-linear, or some of {','.join(LINEARS)}"
+        )
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, base in linears(model).items():
+        if name.rpartition(".")[2] not in kinds:
+            continue
+        if lora.dora and type(base) is not nn.Linear:
+            raise UserError("--lora_dora: needs the rows of the base weights; 4-bit ones have none")
+        layer = LoRALinear(base, lora.rank, lora.scale, lora.dropout, lora.dora)
+        bound = 1.0 / math.sqrt(layer.a.shape[1])  # as nn.Linear begins
+        values = torch.empty(layer.a.shape).uniform_(-bound, bound, generator=generator)
+        layer.a.data.copy_(values)
+        set_module(model, name, layer)
+    train_rows(model, new_rows)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers' linear modules by name that may get an adapter and have none."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LINEARS
+    }
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(name, layer) of every adapted layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place called `name`."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+@torch.no_grad()
+def merge_lora(model: Transformer) -> None:
+    """Fold every adapter and trained row into its matrix: the plain model that does the same.
+
+    In bfloat16 the sum is rounded; merge in float32 and round once, on saving.
+    """
+    for name, layer in list(adapters(model)):
+        layer.base.weight.copy_(layer.merged_weight())
+        set_module(model, name, layer.base)
+    merge_rows(model)
+    model.requires_grad_(True)
+
+
+def quantize_base(model: Transformer, device: torch.device) -> None:
+    """Turn the layers' matrices into 4-bit NF4 on a GPU (QLoRA, Dettmers et al. 2023).
+
+    Call it before `apply_lora`; only adapters can then be trained. The rest of the model moves to
+    `device` as it is. Raises UserError without a CUDA device or without bitsandbytes.
+    """
+    if device.type != "cuda":
+        raise UserError(f"4-bit base weights (QLoRA) need a CUDA device, not {device.type}")
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise UserError(
+            "4-bit base weights (QLoRA) need bitsandbytes: pip install whet[cuda]"
+        ) from None
+    for name, linear in linears(model).items():
+        quantized = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            device="meta",
+        )
+        weight = linear.weight.detach().to("cpu", torch.bfloat16).contiguous()
+        quantized.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        if linear.bias is not None:
+            quantized.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        set_module(model, name, quantized.to(device))  # the move is what packs it
+    model.to(device)
