@@ -59,7 +59,7 @@ class EncodedBlock:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class BlockEncoder:
     """`encoder(block)` encodes a block; pickled once for each worker process."""
 
     tokenizer: Tokenizer

@@ -25,7 +25,7 @@ from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.config import problems
 from whet.data.account import SourceAccount, count, table, totals
 from whet.data.decontaminate import Evaluations, read_evaluations
-from whet.data.encoding import Encoder
+from whet.data.encoding import BlockEncoder
 from whet.data.left_out import LeftOut, fates, notes, stop_at_refusals
 from whet.data.mixing import KEPT, Overlong, select
 from whet.data.parallel import ordered_map, usable_cores
@@ -165,7 +165,7 @@ def _prepare(
 ) -> list[SourceAccount]:
     sources = [parse_source(argument) for argument in config.data]
     config = dataclasses.replace(config, date=config.date or date.today().isoformat())
-    encoder = Encoder(
+    encoder = BlockEncoder(
         tokenizer=tokenizer,
         options=_encode_options(config),
         paths=tuple(source.path for source in sources),
@@ -213,7 +213,7 @@ def _encode_options(config: Config) -> EncodeOptions:
 
 
 def _encode(
-    spool: Spool, encoder: Encoder, sources: list[Source], workers: int | None, quiet: bool
+    spool: Spool, encoder: BlockEncoder, sources: list[Source], workers: int | None, quiet: bool
 ) -> None:
     """Read and encode everything into `spool`."""
     size = sum(source.size for source in sources)
