@@ -37,7 +37,7 @@ def fitted(folder: Path, template: Path) -> Tokenizer:
 
 def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(tokenizer.json_text)
-    named = {"bos_token": "<s>", "eos_token": "</s>", **tokenizer.named}
+    named = {**tokenizer.named, "bos_token": "<s>", "eos_token": "</s>"}
     wanted = dict.fromkeys([*literals(source), *named.values()])
     new = [text for text in wanted if backend.token_to_id(text) is None]
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in new])

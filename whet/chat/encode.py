@@ -142,16 +142,18 @@ def encode_prompt(
     tools: list[dict[str, Any]] | None = None,
     documents: list[dict[str, Any]] | None = None,
     switch: dict[str, Any] | None = None,
+    go_on: bool = True,
 ) -> list[int]:
     """The ids that ask for the next reply: what stands before its trained span in training.
 
-    A last assistant message is gone on with. `switch` are template variables for this prompt alone,
-    as found in `Certificate.switches`. Raises Refused if the template does not render the messages.
+    A last assistant message is gone on with, unless `go_on` is False: then a further one is asked
+    for. `switch` are template variables for this prompt alone, as found in `Certificate.switches`.
+    Raises Refused if the template does not render the messages.
     """
     if isinstance(messages, list):
         messages = read_prompt(messages, tools=tools, documents=documents)
     encoder = encoder_for(tokenizer, options or EncodeOptions())
-    draft = prompt_draft(encoder.reader(messages), switch)
+    draft = prompt_draft(encoder.reader(messages), switch, go_on)
     try:
         return [int(i) for i in encoder.aligner.locate(draft).ids]
     except Unclear as error:

@@ -323,13 +323,13 @@ def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Dr
     return made[::-1], certificate
 
 
-def prompt_draft(reader: Reader, switch: dict[str, Any] | None) -> Draft:
+def prompt_draft(reader: Reader, switch: dict[str, Any] | None, go_on: bool) -> Draft:
     """The text that asks for the next reply, with the earlier replies' borders marked.
 
-    If the last message is the assistant's, the model shall go on with it: nothing closes it.
+    If the last message is the assistant's and the model is to go on with it, nothing closes it.
     """
     messages = reader.messages
-    begun = messages[-1]["role"] == "assistant"
+    begun = go_on and messages[-1]["role"] == "assistant"
     count = len(messages) - begun
     try:
         text = reader.render(count, prompt=True, switch=switch)

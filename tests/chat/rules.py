@@ -1,0 +1,159 @@
+"""The rules of docs/chat_templates.md, checked from outside: transformers renders and tokenises."""
+
+import re
+from typing import Any
+
+import numpy as np
+import transformers
+
+from whet.chat.dialect import Dialect
+from whet.chat.encode import Encoded, EncodeOptions, Example, Span, encode_chat, encode_prompt
+from whet.chat.messages import Conversation, read_conversation
+from whet.chat.tokenizer import Tokenizer
+
+
+class Oracle:
+    """transformers' own tokenizer around the same tokens and template."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.theirs = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend, **tokenizer.named
+        )
+        self.theirs.chat_template = tokenizer.template.source
+
+    def text(self, messages: list, tools: Any, prompt: bool, **variables: Any) -> str:
+        return self.theirs.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=prompt, tokenize=False, **variables
+        )
+
+    def ids(self, messages: list, tools: Any, prompt: bool, **variables: Any) -> list[int]:
+        return self.theirs.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=prompt,
+            tokenize=True,
+            return_dict=False,
+            **variables,
+        )
+
+
+def check(
+    messages: list[dict[str, Any]],
+    tools: Any,
+    tokenizer: Tokenizer,
+    oracle: Oracle,
+    options: EncodeOptions | None = None,
+) -> Encoded:
+    """Encode a conversation and hold all rules against the oracle. Raises Refused."""
+    conversation = read_conversation(messages, tools=tools)
+    encoded = encode_chat(conversation, tokenizer, options)
+    read = conversation.messages
+    shaped = Dialect(tokenizer).form(read).shape(read)
+    assert encoded.examples
+    trained = sorted(turn for example in encoded.examples for turn in example.turns)
+    wanted = [i for i, message in enumerate(read) if message["role"] == "assistant"]
+    left_out = [number - 1 for number in encoded.certificate.untrained_turns]
+    if (options or EncodeOptions()).train_on == "last":
+        wanted = wanted[-1:]
+    assert sorted(trained + left_out) == wanted, "each turn is trained exactly once"
+    for example in encoded.examples:
+        same_ids(example, encoded, shaped, tools, oracle)
+        for span in example.spans:
+            own_words(example, span, encoded, shaped, tools, tokenizer, oracle)
+            same_context(example, span, encoded, read, shaped, tools, tokenizer, oracle, options)
+        mask = np.zeros(len(example.ids), np.float32)
+        for span in example.spans:
+            mask[span.start : span.end] = span.weight
+        assert np.array_equal(mask, example.loss_mask)
+    no_smuggled(encoded, read, tools, tokenizer, options)
+    return encoded
+
+
+def same_ids(example: Example, encoded: Encoded, shaped: list, tools: Any, oracle: Oracle) -> None:
+    """Rule 1."""
+    if not encoded.certificate.same_ids:
+        return
+    last = example.turns[-1]
+    switch = encoded.certificate.switches.get(last + 1, {})
+    possible = []
+    for count in {len(shaped), last + 1}:
+        try:
+            possible.append(oracle.ids(shaped[:count], tools, False, **switch))
+        except Exception:
+            assert count != last + 1, "a template that refuses cannot have been used"
+    assert list(example.ids) in possible
+
+
+def own_words(
+    example: Example,
+    span: Span,
+    encoded: Encoded,
+    shaped: list,
+    tools: Any,
+    tokenizer: Tokenizer,
+    oracle: Oracle,
+) -> None:
+    """Rule 2."""
+    ids = [int(i) for i in example.ids[span.start : span.end]]
+    assert ids[-1] in tokenizer.stop_ids, "the stop token is trained"
+    assert ids[-1] not in ids[:-1], "nothing behind the first stop token is trained"
+    switch = encoded.certificate.switches.get(span.message + 1, {})
+    whole = oracle.text(shaped[: span.message + 1], tools, False, **switch)
+    words = blankless(tokenizer.decode(ids, skip_special=False))
+    if encoded.certificate.composed:
+        assert words in blankless(whole)
+    elif encoded.certificate.closed:
+        stop = blankless(tokenizer.decode(ids[-1:], skip_special=False))
+        assert blankless(whole).endswith(words.removesuffix(stop))
+    else:
+        prompt = oracle.text(shaped[: span.message], tools, True, **switch)
+        assert whole.startswith(prompt)
+        assert blankless(whole[len(prompt) :]).startswith(words)
+
+
+def same_context(
+    example: Example,
+    span: Span,
+    encoded: Encoded,
+    read: list,
+    shaped: list,
+    tools: Any,
+    tokenizer: Tokenizer,
+    oracle: Oracle,
+    options: EncodeOptions | None,
+) -> None:
+    """Rules 3 and 4."""
+    before = [int(i) for i in example.ids[: span.start]]
+    switch = encoded.certificate.switches.get(span.message + 1, {})
+    asked = Conversation(read[: span.message], tools)
+    prompt = encode_prompt(asked, tokenizer, options, switch=switch, go_on=False)
+    assert before == prompt
+    if not encoded.certificate.split_tokens and not encoded.certificate.escaped:
+        assert before == oracle.ids(shaped[: span.message], tools, True, **switch)
+
+
+def no_smuggled(
+    encoded: Encoded,
+    read: list,
+    tools: Any,
+    tokenizer: Tokenizer,
+    options: EncodeOptions | None,
+) -> None:
+    """Rule 5: as many control tokens as in the same conversation without any in its texts."""
+    if not encoded.certificate.escaped:
+        return
+    control = sorted(tokenizer.control, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, control)))
+    harmless = [{**m, "content": pattern.sub("x", m.get("content", ""))} for m in read]
+    other = encode_chat(read_conversation(harmless, tools=tools), tokenizer, options)
+    for mine, theirs in zip(encoded.examples, other.examples, strict=True):
+        assert steering(mine, tokenizer) == steering(theirs, tokenizer)
+
+
+def steering(example: Example, tokenizer: Tokenizer) -> list[int]:
+    return [int(i) for i in example.ids if int(i) in tokenizer.special_ids]
+
+
+def blankless(text: str) -> str:
+    """Without blanks: SentencePiece tokenizers put them where a stretch begins."""
+    return re.sub(r"\s+", "", text)
