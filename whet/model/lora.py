@@ -2,9 +2,9 @@
 
 y = W x + s B A x, with A (r, inputs) random and B (outputs, r) zero at first, so that training
 starts from the base (Hu et al. 2021). s = alpha / r, or with rsLoRA alpha / sqrt(r), which keeps
-the step's size when r grows (Kalajdzievski 2023). DoRA trains the length of each row of W + s B A apart
-from its direction (Liu et al. 2024). The adapter's numbers are float32, the base may be bfloat16 or
-4-bit.
+the step's size when r grows (Kalajdzievski 2023). DoRA trains the length of each row of W + s B A
+apart from its direction (Liu et al. 2024). The adapter's numbers are float32, the base may be
+bfloat16 or 4-bit.
 """
 
 import math

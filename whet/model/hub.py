@@ -1,0 +1,96 @@
+"""Models by name: from this machine, or from the Hugging Face Hub through huggingface_hub.
+
+Its own variables hold: `HF_HOME` (cache), `HF_HUB_OFFLINE=1` (no network), `HF_TOKEN` (private and
+gated models), `HF_ENDPOINT` (a mirror). Interrupted downloads go on where they stopped. Only
+safetensors are fetched, never pickles.
+"""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from whet.errors import UserError
+
+_WANTED = [
+    *(
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model*.safetensors.index.json",
+    ),
+    *("adapter_config.json", "adapter_model.safetensors", "whet.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("*.tiktoken", "chat_template*", "additional_chat_templates/*"),
+]
+_UNWANTED = ["*/*.safetensors", "*/*.json", "*/tokenizer*", "*.bin", "*.pt", "*.pth"]
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def find_model(name: str | Path, revision: str | None = None, quiet: bool = False) -> Path:
+    """The directory or file of the model `name`: a path, or `owner/model` on the Hub.
+
+    A path that exists wins. `revision` is a branch, tag or commit of the Hub. Raises UserError, one
+    line, for what is neither, for an unknown, private or gated model, and when there is no network
+    or no space.
+    """
+    path = Path(name)
+    if path.exists():
+        if revision is not None:
+            raise UserError(f"--revision {revision}: {name} is a path; only Hub models have one")
+        return path
+    if not _NAME.fullmatch(str(name)):
+        raise UserError(
+            f"{name}: there is no such path, and it is not a Hub name such as owner/model"
+        )
+    return Path(_download(str(name), revision, quiet))
+
+
+def _download(name: str, revision: str | None, quiet: bool) -> str:
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+    from huggingface_hub.utils import disable_progress_bars
+
+    if quiet:
+        disable_progress_bars()
+    where = f"{name}@{revision}" if revision else name
+    try:
+        return hub.snapshot_download(
+            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{where}: its owners ask for consent: accept the terms on the model's page, "
+            "then log in (hf auth login, or HF_TOKEN)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name}: has no revision {revision}; see its page for branches") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"{where}: no such model on the Hub, and no such path; if it is private, log in "
+            "(hf auth login, or HF_TOKEN)"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if hub.constants.HF_HUB_OFFLINE else "the Hub did not answer"
+        raise UserError(
+            f"{where}: not (wholly) in the cache, and {why}; connect once to download it, or give "
+            "a path"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
+            raise UserError(
+                f"{where}: no space in the cache {cache}; free some, or set HF_HOME to another disk"
+            ) from None
+        raise _broken_off(where, error) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
+            raise _broken_off(where, error) from None
+        raise
+
+
+def _broken_off(where: str, error: Exception) -> UserError:
+    reason = str(error).split("\n")[0][:200] or type(error).__name__
+    return UserError(
+        f"{where}: the download broke off ({reason}); run the command again, it goes on from there"
+    )
