@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
@@ -31,10 +32,12 @@ from whet.errors import UserError
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
+from whet.model.lora import LoRA
+from whet.model.recompute import Recompute
+from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.loop import Stage, Sums
-from whet.train.saving import ModelWriter
 from whet.train.session import run_stage, total_steps
 from whet.train.settings import TrainSettings
 
@@ -51,6 +54,26 @@ class Config(TrainSettings):
     """Packed file to evaluate on."""
     tokenizer: Path | None = None
     """Tokenizer directory; by default --model's own."""
+    chat_template: str | None = None
+    """chatml, plain or a file, for a base without chat tokens; the data must be made with it, too."""
+    train: str = "all"
+    """What is trained: all, or re:EXPRESSION on parameter names, such as 're:layers[.]1[.]'."""
+    lora_rank: int | None = None
+    """Train a LoRA adapter of this rank instead of the model."""
+    lora_alpha: float = 32.0
+    """Scale of the adapter: alpha / rank."""
+    lora_targets: str = "all-linear"
+    """all-linear, or some of q,k,v,o,gate,up,down."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapter."""
+    lora_rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    lora_dora: bool = False
+    """DoRA: train the lengths of the rows apart from their directions."""
+    lora_4bit: bool = False
+    """QLoRA: hold the frozen base in 4 bits; on CUDA."""
+    recompute: Recompute = "none"
+    """Make activations again in the backward pass, not keep them: less memory, more work."""
     gsm8k_dev: Path | None = None
     """GSM8K-like problems to answer at each evaluation."""
     gsm8k_limit: int = 100
@@ -62,13 +85,32 @@ def build(config: Config, ranks: Ranks) -> Stage:
     store = PackedStore(config.data)
     dev = PackedStore(config.dev) if config.dev else None
     gsm8k = load_gsm8k(config.gsm8k_dev, config.gsm8k_limit) if config.gsm8k_dev else []
-    model = load_backbone_from_ckpt(config.model, quiet=config.quiet or not ranks.first)
-    tokenizer = find_tokenizer(config)
+    lora = lora_of(config)
+    # A frozen base needs no float32 copy: it is only multiplied, in bf16.
+    halved = lora is not None and config.precision == "bf16"
+    model = load_backbone_from_ckpt(
+        config.model,
+        dtype=torch.bfloat16 if halved else torch.float32,
+        quiet=config.quiet or not ranks.first,
+    )
+    model.recompute = config.recompute
+    tokenizer, new_rows = find_tokenizer(config), list[int]()
+    if config.chat_template is not None and tokenizer is not None:
+        tokenizer, new_rows = add_tokens(model, tokenizer, config.chat_template)
     found = misfits(model, tokenizer, store, "--data")
     found += misfits(model, tokenizer, dev, "--dev") if dev else []
     if gsm8k and tokenizer is None:
         found.append(f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR")
     problems(found)
+    choose_trained(
+        model,
+        train=config.train,
+        lora=lora,
+        new_rows=new_rows,
+        four_bits=config.lora_4bit,
+        device=ranks.device,
+        seed=config.seed,
+    )
     stage = make_stage(
         config,
         ranks,
@@ -77,7 +119,8 @@ def build(config: Config, ranks: Ranks) -> Stage:
         store,
         dev,
         lineage=lineage(config, store),
-        problems=gsm8k,
+        lora=lora,
+        questions=gsm8k,
     )
     base = ("model", f"{config.model}: {describe(model)}")
     return replace(stage, header=[base, *stage.header[1:]])
@@ -92,11 +135,12 @@ def make_stage(
     dev: PackedStore | None,
     *,
     lineage: dict[str, Any],
-    problems: Sequence[Problem] = (),
+    lora: LoRA | None = None,
+    questions: Sequence[Problem] = (),
 ) -> Stage:
     """The stage of a loaded model and opened data; pretraining is this stage on plain text.
 
-    `problems` are answered at each evaluation.
+    `questions` are answered at each evaluation.
     """
     n_rows = min(len(store), config.overfit_rows or len(store))
     steps = steps_per_epoch(n_rows, config.batch_size)
@@ -120,9 +164,9 @@ def make_stage(
         ),
         loss_fn=token_loss,
         evaluate=Evaluator(
-            dev, tokenizer, config.micro_batch_size, problems=problems, n_samples=config.samples
+            dev, tokenizer, config.micro_batch_size, problems=questions, n_samples=config.samples
         ),
-        save_model=ModelWriter(tokenizer, lineage, config.out_ckpt),
+        save_model=ModelWriter(tokenizer, lineage, config.out_ckpt, lora),
         header=[
             ("model", describe(model)),
             ("data", f"{store.path}: {size}, {steps:,} steps an epoch"),
@@ -160,6 +204,20 @@ def batches_of_step(
     )
     count = micro_batch_count(len(whole), ranks.size, micro_batch_size)
     return micro_batches(share, micro_batch_size, count)
+
+
+def lora_of(config: Config) -> LoRA | None:
+    """The adapter's settings, or None if the model itself is trained."""
+    if config.lora_rank is None:
+        return None
+    return LoRA(
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_targets,
+        config.lora_dropout,
+        config.lora_rslora,
+        config.lora_dora,
+    )
 
 
 def find_tokenizer(config: Config) -> Tokenizer | None:

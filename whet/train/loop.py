@@ -97,7 +97,7 @@ def train(
     applied and `--on_spike` says stop, or the third in a row.
     """
     facts, seen, asked = run.facts, list[ledger.Seen](), 0
-    dtype = torch.bfloat16 if settings.precision == "bf16" else None
+    dtype = dtype_of(settings)
 
     def save(wait: bool) -> None:
         _write_ledger(seen, stage.store, run, ranks)
@@ -125,7 +125,7 @@ def train(
             )
             seen += result.seen
             asked = result.stop
-            _apply(result, stage, settings, optimizers, run, ranks)
+            apply_step(result, stage, settings, optimizers, run, ranks)
             _log_step(result, time.monotonic() - started, settings, stage, run, bar)
             facts.step += 1
             if facts.step % LEDGER_EVERY == 0:
@@ -174,7 +174,7 @@ def forward_backward(
     )
 
 
-def _apply(
+def apply_step(
     result: StepResult,
     stage: Stage,
     settings: TrainSettings,
@@ -217,6 +217,11 @@ def lr_of(settings: TrainSettings, step: int, total_steps: int) -> float:
         warmup=settings.warmup,
         final=settings.final_lr,
     )
+
+
+def dtype_of(settings: TrainSettings) -> torch.dtype | None:
+    """The dtype of autocast; None leaves everything in float32."""
+    return torch.bfloat16 if settings.precision == "bf16" else None
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

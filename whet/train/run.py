@@ -1,6 +1,7 @@
 """The run folder: what a run writes while it trains, and how a continued run finds its place.
 
     config.toml     the resolved flags
+    run.json        command and versions
     metrics.jsonl   one line a step and one an evaluation; only what a repetition would give again
     timing.jsonl    seconds, tokens/s and memory of each step
     samples.jsonl   replies generated at each evaluation
@@ -18,7 +19,6 @@ import copy
 import json
 import os
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class RunFolder:
         if self.ranks.first and not self.quiet:
             say(text)
 
-    def open(self, save_config: Callable[[Path], None]) -> None:
+    def open(self) -> None:
         """Make the folder fit `facts`: cut what was written after that step."""
         if not self.ranks.first:
             return
@@ -108,7 +108,6 @@ class RunFolder:
         for path in (self.path / "incidents").glob("step_*.json"):
             if int(path.stem[5:]) > self.facts.step:
                 path.unlink()
-        save_config(self.path / "config.toml")
 
     def append(self, name: str, record: bytes | dict[str, Any]) -> None:
         """Add a record to one of the `APPENDED` files."""

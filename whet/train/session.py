@@ -8,11 +8,14 @@ import hashlib
 import json
 import math
 import os
+import platform
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from whet.config import problems, read_toml, save
 from whet.data.store import PackedStore
@@ -65,25 +68,18 @@ def _train(
             layer.compile()
     model = distributed.spread(model, ranks, shard=config.shard, bf16=config.precision == "bf16")
     stage = dataclasses.replace(stage, model=model)
-    inner = distributed.unwrap(model)
     with distributed.told_once(ranks):
-        names = [name for name, p in inner.named_parameters() if p.requires_grad]
-        lr_groups = optim.parse_lr_groups(config.lr_groups, names)
-        optimizers = optim.make_optimizers(
-            config.optimizer,
-            optim.parameter_groups(inner, config.weight_decay, lr_groups),
-            beta1=config.beta1,
-            beta2=config.beta2,
-            device=ranks.device,
-        )
+        optimizers = make_optimizers(model, config, ranks)
     data = fingerprint(stage.store)
     run.facts = Facts(data=data)
     if start is not None:
         run.facts = state.load_state(start, model, optimizers, ranks)
         _check_same_data(run.facts.data, data, stage.store)
     with distributed.told_once(ranks):
-        run.open(lambda path: save(config, path))
+        run.open()
         if ranks.first:
+            save(config, run.path / "config.toml")
+            state.write_json(run.path / "run.json", about(command))
             values = {key: str(value) for key, value in dataclasses.asdict(config).items()}
             run.curves = open_curves(run.path, run.facts.step, config.wandb_project, values)
     _tell_header(config, command, stage, run, ranks)
@@ -98,6 +94,22 @@ def _train(
     finally:
         run.finish_saving()
         run.curves.close()
+
+
+def make_optimizers(
+    model: nn.Module, config: TrainSettings, ranks: Ranks
+) -> list[torch.optim.Optimizer]:
+    """The optimizer(s) of the trained parameters, by the run's settings."""
+    inner = distributed.unwrap(model)
+    names = [name for name, p in inner.named_parameters() if p.requires_grad]
+    lr_groups = optim.parse_lr_groups(config.lr_groups, names)
+    return optim.make_optimizers(
+        config.optimizer,
+        optim.parameter_groups(inner, config.weight_decay, lr_groups),
+        beta1=config.beta1,
+        beta2=config.beta2,
+        device=ranks.device,
+    )
 
 
 def resolve(config: C, ranks: Ranks) -> C:
@@ -138,6 +150,16 @@ def check_settings(config: TrainSettings) -> None:
         if not 0 <= getattr(config, name) <= 1:
             found.append(f"--{name} {getattr(config, name)}: expected a number from 0 to 1")
     problems(found)
+
+
+def about(command: str) -> dict[str, str]:
+    """What else made the numbers of a run: the command and the versions."""
+    return {
+        "command": command,
+        "whet": version("whet"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def continues(config: TrainSettings) -> bool:

@@ -1,0 +1,98 @@
+"""`whet replay RUN --step N`: run one step of a run again and look at it, changing nothing.
+
+Takes the newest valid state before the step, trains up to it in memory, and prints the step's loss,
+gradient norm and documents. Since data, dropout and schedule are functions of the step, it is the
+same step; on a CPU to the last bit.
+"""
+
+import dataclasses
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whet.config import read_toml
+from whet.errors import UserError
+from whet.progress import say, track
+from whet.stages import pretrain, sft
+from whet.train import incidents, ledger, state
+from whet.train.distributed import Ranks, start_ranks
+from whet.train.loop import Stage, apply_step, dtype_of, forward_backward
+from whet.train.run import RunFolder
+from whet.train.session import make_optimizers
+from whet.train.settings import TrainSettings
+from whet.train.signals import Stop
+from whet.train.state import Facts
+
+STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain}
+
+
+@dataclass
+class Config:
+    """Run one step of a run again and tell what it did."""
+
+    run: Path
+    """The run folder."""
+    step: int
+    """The step, counted from 1 as in metrics.jsonl."""
+    json: bool = False
+    """Print the record as JSON."""
+
+
+def main(config: Config) -> int:
+    """`whet replay`."""
+    settings, module = run_settings(config.run)
+    if config.step < 1:
+        raise UserError(f"--step {config.step}: steps are counted from 1")
+    with start_ranks(settings.device) as ranks:
+        stage: Stage = module.build(settings, ranks)
+        stage.model.to(ranks.device)
+        if config.step > stage.total_steps:
+            raise UserError(f"--step {config.step}: the run has {stage.total_steps} steps")
+        record = replay(stage, settings, config.run, config.step, ranks)
+    if config.json:
+        say(json.dumps(record))
+        return 0
+    say(f"step {record['step']}: {record['reason']}")
+    say(f"train_loss {record['train_loss']}  grad_norm {record['grad_norm']}")
+    for document in sorted(record["documents"], key=lambda d: str(d["loss"]), reverse=True):
+        place = f"{document['file']}:{document['line']}"
+        say(f"{place}  trained {document['trained']}  loss {document['loss']}")
+    return 0
+
+
+def run_settings(run: Path) -> tuple[TrainSettings, Any]:
+    """The settings that a run was started with, and the module of its stage."""
+    try:
+        command = json.loads((run / "run.json").read_text(encoding="utf-8"))["command"]
+        module = STAGES[command]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run}: is not the folder of a run ({error})") from None
+    settings = module.Config(**read_toml(module.Config, run / "config.toml"))
+    return dataclasses.replace(settings, out=run, resume=True, quiet=True), module
+
+
+def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: Ranks) -> dict:
+    """The record of step `step`, as an incident would have it."""
+    optimizers = make_optimizers(stage.model, settings, ranks)
+    start, passed_over = state.newest_valid(run / "state", at_most=step - 1)
+    for line in passed_over:
+        say(f"warning: {line}")
+    facts = state.load_state(start, stage.model, optimizers, ranks) if start else Facts()
+    dtype, stop = dtype_of(settings), Stop(grace_s=0.0)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = RunFolder(Path(scratch), ranks, facts, quiet=True)
+        with track("Replaying", step - 1 - facts.step, "steps") as bar:
+            while True:
+                micros = stage.batches(facts.step)
+                result = forward_backward(stage, facts.step, micros, settings, ranks, stop, dtype)
+                if facts.step == step - 1:
+                    break
+                apply_step(result, stage, settings, optimizers, folder, ranks)
+                facts.step += 1
+                bar.advance()
+    norm = float(result.norm)
+    reason = incidents.judge(result.loss, norm, facts, settings.clip) or "an ordinary step"
+    documents = ledger.describe(ledger.records_of(result.seen, stage.store), stage.store)
+    return incidents.record(step, reason, result.loss, norm, documents, run)

@@ -1,0 +1,80 @@
+"""What of a base model is trained, and how it is saved: all of it, a part, or an adapter."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from whet.chat.tokenizer import Tokenizer, add_chat_tokens
+from whet.errors import UserError
+from whet.model.adapter import save_adapter
+from whet.model.checkpoint import save_model, save_pt
+from whet.model.decoder import Transformer
+from whet.model.embedding import grow_embedding
+from whet.model.freeze import select_trainable
+from whet.model.lora import LoRA, apply_lora, quantize_base
+from whet.train.distributed import is_first, unwrap, whole_weights
+
+
+def add_tokens(
+    model: Transformer, tokenizer: Tokenizer, chat_template: str
+) -> tuple[Tokenizer, list[int]]:
+    """Give tokenizer and model the control tokens of a template that the base does not know.
+
+    Returns the new tokenizer and the ids whose rows are new.
+    """
+    tokenizer, added = add_chat_tokens(tokenizer, chat_template)
+    grow_embedding(model, tokenizer.vocab_size)
+    ids = [tokenizer.backend.token_to_id(token) for token in added]
+    return tokenizer, [i for i in ids if i is not None]
+
+
+def choose_trained(
+    model: Transformer,
+    *,
+    train: str,
+    lora: LoRA | None,
+    new_rows: list[int],
+    four_bits: bool,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Freeze what is not trained; with `lora` everything but its adapters and the new rows."""
+    if lora is None:
+        if four_bits:
+            raise UserError("--lora_4bit: needs an adapter to train; add --lora_rank 16")
+        select_trainable(model, train)
+        return
+    if train != "all":
+        raise UserError("--train and --lora_rank exclude each other: LoRA freezes the base")
+    if four_bits:
+        quantize_base(model, device)
+    apply_lora(model, lora, new_rows, seed)
+
+
+@dataclass(frozen=True)
+class ModelWriter:
+    """Writes the trained model, or its adapter, with its lineage; and the `.pt` if asked for."""
+
+    tokenizer: Tokenizer | None
+    lineage: dict[str, Any] = field(default_factory=dict)
+    out_ckpt: Path | None = None
+    lora: LoRA | None = None
+
+    def __call__(self, model: nn.Module, directory: Path, metrics: dict[str, float]) -> None:
+        """All ranks call it: a sharded model is gathered first. Only rank 0 writes."""
+        state = whole_weights(model)
+        if not is_first():
+            return
+        whole: Any = unwrap(model)
+        lineage = {**self.lineage, "metrics": metrics}
+        if self.lora is not None:
+            base = str(self.lineage["base"])
+            save_adapter(whole, directory, self.lora, base, self.tokenizer, lineage, state=state)
+            return
+        save_model(whole, directory, self.tokenizer, lineage, state=state)
+        if self.out_ckpt is not None and directory.name != "best":
+            step, stage = int(metrics.get("step", 0)), self.lineage["stage"]
+            save_pt(whole, self.out_ckpt, stage, step, metrics, state=state)
