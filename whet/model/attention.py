@@ -13,11 +13,13 @@ Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M pac
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from whet.model import kernels
 
 
 class KVCache(Protocol):
@@ -54,8 +56,12 @@ class AttentionPlan:
     """(M,) length of the document, with the tokens that are not computed."""
     sizes: list[int]
     """How many of the M tokens each document has, in order."""
+    ends: Tensor
+    """(documents + 1,) int32: 0, then where each document ends among the M tokens."""
+    longest: int
     trained: Tensor | None
     """(S,) which of the M tokens have a target that counts; None if nothing is known of targets."""
+    flex_masks: dict[int | None, Any] = field(default_factory=dict)
 
     @property
     def trained_index(self) -> Tensor:
@@ -73,6 +79,15 @@ class AttentionPlan:
             x = x.new_zeros(shape.numel(), x.shape[-1]).index_put((self.index,), x)
         return x.view(*shape, -1)
 
+    def to(self, device: torch.device) -> "AttentionPlan":
+        """The plan on another device: made on the CPU, it costs the GPU no wait."""
+
+        def moved(t: Tensor | None) -> Any:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        tensors = ("index", "positions", "lengths", "trained", "ends")
+        return replace(self, **{name: moved(getattr(self, name)) for name in tensors})
+
     def at(self, positions: Tensor) -> "AttentionPlan":
         """The same plan with the caller's `positions` (B, T)."""
         return replace(self, positions=self.pack(positions))
@@ -89,7 +104,15 @@ class AttentionPlan:
         softcap: float | None = None,
     ) -> Tensor:
         """Causal attention within each document; returns (M, N, H)."""
-        return attend_by_document(q, k, v, self.sizes, scale=scale, window=window, softcap=softcap)
+        if q.device.type != "cuda" or q.dtype == torch.float32:
+            return kernels.documents(
+                q, k, v, self.sizes, scale=scale, window=window, softcap=softcap
+            )
+        if softcap is None and q.shape[-1] <= 256:
+            return kernels.varlen(q, k, v, self.ends, self.longest, scale=scale, window=window)
+        if window not in self.flex_masks:
+            self.flex_masks[window] = kernels.flex_mask(self.ends, len(q), window)
+        return kernels.flex(q, k, v, self.flex_masks[window], scale=scale, softcap=softcap)
 
 
 @dataclass
@@ -128,7 +151,7 @@ class CachedPlan:
         shape = (*self.new_positions.shape, -1, q.shape[-1])
         keys, values = self.cache.write(layer, k.view(shape), v.view(shape), self.new_positions)
         mask = self._mask(keys.shape[1], window)
-        y = _sdpa(q.view(shape), keys, values, mask=mask, scale=scale, softcap=softcap)
+        y = kernels.sdpa(q.view(shape), keys, values, mask=mask, scale=scale, softcap=softcap)
         return y.flatten(0, 1)
 
     def _mask(self, slots: int, window: int | None) -> Tensor:
@@ -180,92 +203,13 @@ def plan_documents(
     index = kept.nonzero().flatten()
     if weight is not None:
         trained = (weight.flatten()[index] != 0).nonzero().flatten()
+    sizes = used[used > 0]
     return AttentionPlan(
         index=None if len(index) == rows * length else index,
         positions=(index - start[document[index]]),
         lengths=full[document[index]],
-        sizes=used[used > 0].tolist(),
+        sizes=sizes.tolist(),
+        ends=F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32),
+        longest=int(sizes.max()),
         trained=trained,
     )
-
-
-def attend_by_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: list[int],
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """One call of SDPA per document; returns (M, N, H).
-
-    `split`, because its gradient is one concatenation: that of a slice is a matrix of zeros each.
-    """
-    masks: dict[int, Tensor] = {}
-    outputs = []
-    for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
-        length = len(parts[0])
-        mask = None
-        if softcap is not None or (window is not None and window < length):
-            if length not in masks:
-                masks[length] = causal_mask(length, window, q.device)
-            mask = masks[length]
-        one = (t[None] for t in parts)
-        outputs.append(_sdpa(*one, mask=mask, scale=scale, softcap=softcap)[0])
-    return torch.cat(outputs)
-
-
-def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(T, T), True where the row's token sees the column's."""
-    place = torch.arange(length, device=device)
-    behind = place[:, None] - place
-    return (behind >= 0) & (behind < (window or length))
-
-
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """The definition, with a full (T, T) mask per row: what the fast paths are tested against.
-
-    q (B, T, N, H), k and v (B, T, K, H), segments (B, T) -> (B, T, N, H); padding gives 0.
-    """
-    groups = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, :, None]
-    seen = (same & causal_mask(q.shape[1], window, q.device))[:, None]
-    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bnts,bsnh->btnh", probabilities, v)
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
-    """q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H). `mask` None is causal, T = S.
-
-    torch's SDPA has no soft cap; with one the scores are made in full.
-    """
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if softcap is None:
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
-        return y.transpose(1, 2)
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
-    assert mask is not None
-    probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    return (probabilities.to(v.dtype) @ v).transpose(1, 2)

@@ -1,0 +1,137 @@
+"""The decoder's own behaviour: entry, cache, recomputation, initial values."""
+
+import itertools
+
+import pytest
+import torch
+
+from whet.model.config import llama
+from whet.model.decoder import TokenLoss, Transformer, init_weights
+
+
+def model(seed=0, **changes):
+    config = llama(50, 16, 2, 4, n_kv_heads=2, mlp_width=24, max_positions=32, **changes)
+    decoder = Transformer(config)
+    init_weights(decoder, seed)
+    return decoder
+
+
+def batch(rows=2, length=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(50, (rows, length), generator=generator)
+    weight = torch.rand(rows, length, generator=generator) * (torch.arange(length) % 3 > 0)
+    weight[:, -1] = 0.0
+    return tokens, tokens.roll(-1, 1), weight
+
+
+class ListCache:
+    """The plainest cache that keeps the contract of `KVCache`."""
+
+    def __init__(self, rows, slots):
+        self.kept = {}
+        self.rows, self.slots = rows, slots
+
+    def write(self, layer, k, v, positions):
+        if layer not in self.kept:
+            shape = (self.rows, self.slots, *k.shape[2:])
+            self.kept[layer] = [k.new_zeros(shape), v.new_zeros(shape)]
+        for store, new in zip(self.kept[layer], (k, v), strict=True):
+            for row, t in itertools.product(range(k.shape[0]), range(k.shape[1])):
+                store[row, positions[row, t]] = new[row, t]
+        return self.kept[layer][0].clone(), self.kept[layer][1].clone()
+
+
+def test_decoding_by_cache_equals_reading_all_at_once():
+    """Prompts of 3 and 5 tokens, padded on the right, then four steps."""
+    decoder = model()
+    tokens, _, _ = batch(length=9)
+    lengths = torch.tensor([3, 5])
+    cache = ListCache(2, 12)
+    prompt = tokens[:, :5].clone()
+    prompt[0, 3:] = 49  # padding
+    logits = decoder(prompt, cache=cache, logits_at=lengths[:, None] - 1)
+    whole = decoder(tokens)
+    rows = torch.arange(2)
+    assert torch.allclose(logits[:, 0], whole[rows, lengths - 1], atol=1e-5)
+    for _ in range(4):
+        step = tokens[rows, lengths][:, None]
+        logits = decoder(step, lengths[:, None], cache=cache)
+        assert torch.allclose(logits[:, 0], whole[rows, lengths], atol=1e-5)
+        lengths = lengths + 1
+
+
+def test_logits_at_picks_places():
+    decoder = model()
+    tokens, _, _ = batch()
+    at = torch.tensor([[0, 5], [11, 2]])
+    whole = decoder(tokens)
+    picked = decoder(tokens, logits_at=at)
+    assert torch.allclose(picked[0], whole[0, at[0]], atol=1e-6)
+    assert torch.allclose(picked[1], whole[1, at[1]], atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_gradient(recompute):
+    decoder = model()
+    tokens, targets, weight = batch()
+    parameters = list(decoder.parameters())
+    kept = decoder(tokens, targets=targets, weight=weight)
+    expected = torch.autograd.grad(kept.loss, parameters)
+    decoder.recompute = recompute
+    again = decoder(tokens, targets=targets, weight=weight)
+    for mine, other in zip(torch.autograd.grad(again.loss, parameters), expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def saved_bytes(decoder):
+    """Bytes that the backward pass of one step holds on to."""
+    held = {}
+
+    def keep(t):
+        held[t.data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    tokens, targets, weight = batch(rows=4, length=32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        decoder(tokens, targets=targets, weight=weight)
+    return sum(held.values())
+
+
+def test_recomputation_saves_memory():
+    decoder = model()
+    none = saved_bytes(decoder)
+    decoder.recompute = "full"
+    assert saved_bytes(decoder) < 0.7 * none
+
+
+def test_a_result_names_its_parts():
+    tokens, targets, weight = batch()
+    result = model()(tokens, targets=targets, weight=weight)
+    assert isinstance(result, TokenLoss)
+    assert result.nll.shape == tokens.shape
+    assert torch.equal(result.nll != 0, weight != 0)
+    assert torch.allclose(result.loss, (result.nll * weight).sum(), rtol=1e-5)
+
+
+def test_initial_values_follow_the_table():
+    decoder = Transformer(llama(400, 64, 8, 4, tied=False))
+    init_weights(decoder, 1)
+    std = {name: float(p.detach().std()) for name, p in decoder.named_parameters()}
+    assert std["embed.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["head.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["layers.3.attn.q.weight"] == pytest.approx(0.02, rel=0.05)
+    assert std["layers.3.mlp.down.weight"] == pytest.approx(0.02 / 4, rel=0.05)
+    assert std["layers.3.attn.o.weight"] == pytest.approx(0.02 / 4, rel=0.05)
+    assert torch.equal(decoder.norm.weight, torch.ones(64))
+
+
+def test_initial_values_depend_on_the_seed_alone():
+    one, same, other = model(seed=3), model(seed=3), model(seed=4)
+    assert torch.equal(one.embed.weight, same.embed.weight)
+    assert not torch.equal(one.embed.weight, other.embed.weight)
+
+
+def test_a_new_model_starts_at_the_loss_of_guessing():
+    tokens, targets, weight = batch(rows=8, length=32)
+    result = model()(tokens, targets=targets, weight=weight)
+    assert float(result.loss / weight.sum()) == pytest.approx(3.912, abs=0.05)  # ln 50

@@ -1,0 +1,204 @@
+"""The definition against float64 by hand; the fused loss against the definition."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whet.model.loss import chunk_tokens, linear_cross_entropy, sft_loss
+
+
+def random_logits(rows=2, length=7, vocab=11, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, length, vocab, generator=generator, requires_grad=True)
+    return logits, torch.randint(vocab, (rows, length), generator=generator)
+
+
+def plain_formula(logits, tokens, mask):
+    """sft_loss in Python's own float64, token by token."""
+    total = weight = 0.0
+    for row in range(tokens.shape[0]):
+        for t in range(1, tokens.shape[1]):
+            scores = logits[row, t - 1].double().tolist()
+            normaliser = math.log(math.fsum(math.exp(s) for s in scores))
+            total += float(mask[row, t]) * (normaliser - scores[tokens[row, t]])
+            weight += float(mask[row, t])
+    return total / weight if weight else 0.0
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]), min_size=14, max_size=14), st.integers(0, 9)
+)
+@settings(max_examples=30, deadline=None)
+def test_sft_loss_is_the_plain_formula(weights, seed):
+    logits, tokens = random_logits(seed=seed)
+    mask = torch.tensor(weights).view(2, 7)
+    assert float(sft_loss(logits, tokens, mask)) == pytest.approx(
+        plain_formula(logits, tokens, mask), rel=1e-5
+    )
+
+
+def test_the_first_token_is_never_a_target():
+    logits, tokens = random_logits()
+    mask = torch.zeros(2, 7)
+    mask[:, 0] = 1.0
+    assert float(sft_loss(logits, tokens, mask)) == 0.0
+
+
+def test_nothing_trained_is_zero_with_a_gradient_of_zero():
+    logits, tokens = random_logits()
+    loss = sft_loss(logits, tokens, torch.zeros(2, 7))
+    loss.backward()
+    assert float(loss) == 0.0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_an_infinite_loss_outside_the_mask_does_not_count():
+    logits, tokens = random_logits()
+    with torch.no_grad():
+        logits[0, 2, tokens[0, 3]] = -torch.inf
+    mask = torch.ones(2, 7)
+    mask[0, 3] = 0.0
+    assert sft_loss(logits, tokens, mask).isfinite()
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    logits, tokens = random_logits()
+    mask = torch.ones(2, 7)
+    half = logits.detach().bfloat16()
+    loss = sft_loss(half, tokens, mask)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(plain_formula(half, tokens, mask), rel=1e-6)
+
+
+def head(tokens=13, width=6, vocab=17, bias=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).to(dtype).requires_grad_()
+    offsets = torch.randn(vocab, generator=generator).to(dtype).requires_grad_() if bias else None
+    targets = torch.randint(vocab, (tokens,), generator=generator)
+    token_weight = torch.rand(tokens, generator=generator)
+    token_weight[::4] = 0.0
+    return hidden, weight, offsets, targets, token_weight
+
+
+def reference(hidden, weight, bias, targets, token_weight, softcap=None, logit_scale=1.0):
+    logits = F.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    nll = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (nll * token_weight).sum(), nll.detach() * (token_weight != 0)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 13])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("softcap", "logit_scale"), [(None, 1.0), (2.0, 1.0), (None, 0.25), (3.0, 2.0)]
+)
+def test_fused_equals_full_logits(chunk, bias, softcap, logit_scale):
+    inputs = head(bias=bias)
+    leaves = [t for t in inputs[:3] if t is not None]
+    expected, expected_nll = reference(*inputs, softcap, logit_scale)
+    hidden, weight, offsets, targets, token_weight = inputs
+    loss, nll = linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        token_weight,
+        bias=offsets,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk=chunk,
+    )
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    assert torch.allclose(nll, expected_nll, atol=1e-5)
+    assert not nll.requires_grad
+    wanted = torch.autograd.grad(expected * 0.3, leaves)
+    for mine, other in zip(torch.autograd.grad(loss * 0.3, leaves), wanted, strict=True):
+        assert torch.allclose(mine, other, atol=1e-5)
+
+
+def test_fused_gradient_agrees_with_finite_differences():
+    hidden, weight, bias, targets, token_weight = head(tokens=4, dtype=torch.float64)
+
+    def loss(h, w, b):
+        return linear_cross_entropy(h, w, targets, token_weight, bias=b, chunk=3)[0]
+
+    # The sum is float32 by contract, hence the wide step and tolerance.
+    assert torch.autograd.gradcheck(
+        loss, (hidden, weight, bias), eps=1e-2, atol=1e-3, rtol=1e-2, nondet_tol=0.0
+    )
+
+
+def test_fused_gives_gradients_only_where_asked():
+    hidden, weight, _, targets, token_weight = head()
+    weight.requires_grad_(False)  # LoRA: the head is frozen
+    linear_cross_entropy(hidden, weight, targets, token_weight)[0].backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_fused_backward_can_be_asked_twice():
+    hidden, weight, _, targets, token_weight = head()
+    loss, _ = linear_cross_entropy(hidden, weight, targets, token_weight)
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_fused_over_nothing_is_zero_with_a_gradient_of_zero():
+    hidden, weight, bias, targets, token_weight = head()
+    none = torch.zeros(0, dtype=torch.long)
+    loss, nll = linear_cross_entropy(
+        hidden[none], weight, targets[none], token_weight[none], bias=bias
+    )
+    loss.backward()
+    assert float(loss) == 0.0
+    assert nll.shape == (0,)
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in (hidden, weight, bias))
+
+
+def test_an_improbable_target_has_a_finite_loss():
+    """exp(-200) is 0 in float32; -ln of it must still be 200."""
+    hidden, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [0.0]])
+    loss, _ = linear_cross_entropy(hidden, weight, torch.tensor([1]), torch.ones(1))
+    assert float(loss) == pytest.approx(200.0)
+
+
+def test_fused_under_autocast_is_near_float32():
+    hidden, weight, bias, targets, token_weight = head(tokens=64, width=32, vocab=50)
+    leaves = (hidden, weight, bias)
+    exact, _ = linear_cross_entropy(hidden, weight, targets, token_weight, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, nll = linear_cross_entropy(hidden, weight, targets, token_weight, bias=bias, chunk=9)
+    assert loss.dtype == nll.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(exact), rel=1e-2)
+    wanted = torch.autograd.grad(exact, leaves)
+    for mine, other in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
+        assert mine.dtype == other.dtype
+        assert (mine - other).norm() <= 2e-2 * other.norm()
+
+
+def test_no_more_logits_than_a_chunk_exist(monkeypatch):
+    """The memory of the head does not grow with the number of tokens."""
+    largest = 0
+    softmax = torch.softmax
+
+    def watch(x, *args, **options):
+        nonlocal largest
+        largest = max(largest, x.numel())
+        return softmax(x, *args, **options)
+
+    monkeypatch.setattr(torch, "softmax", watch)
+    hidden, weight, _, targets, token_weight = head(tokens=40)
+    linear_cross_entropy(hidden, weight, targets, token_weight, chunk=6)
+    assert largest == 6 * 17
+
+
+def test_the_chunk_shrinks_as_the_vocabulary_grows():
+    cpu = torch.device("cpu")
+    assert chunk_tokens(49_152, cpu) * 49_152 * 4 <= 2**26
+    assert chunk_tokens(10**9, cpu) == 64

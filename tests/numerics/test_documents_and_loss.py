@@ -1,0 +1,151 @@
+"""Promises 2, 3 and 7 of docs/numerics.md, held by the whole model."""
+
+import pytest
+import torch
+
+from tests.model import zoo
+from whet.model.config import llama
+from whet.model.decoder import Transformer, init_weights
+from whet.model.loss import sft_loss
+
+CASES = ["gpt2", "llama", "mistral", "gemma2", "smollm3", "phi3-long"]
+
+
+def small_model():
+    model = Transformer(llama(96, 32, 3, 4, n_kv_heads=2, mlp_width=48))
+    init_weights(model, 0)
+    return model
+
+
+def random_tokens(*shape, seed=0):
+    return torch.randint(96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shifted(tokens, loss_mask, segments):
+    """targets and weight as the batch makes them."""
+    targets, weight = tokens.roll(-1, 1), loss_mask.roll(-1, 1).clone()
+    weight[:, -1] = 0.0
+    weight[:, :-1] *= (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    return targets, weight
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+
+
+def assert_same_gradients(found, expected, tolerance=1e-5):
+    for mine, other in zip(found, expected, strict=True):
+        assert (mine - other).norm() <= tolerance * other.norm() + 1e-7
+
+
+# Promise 2: documents of a row do not see each other.
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_documents_equal_documents_alone(case):
+    model = zoo.whet_model(case, zoo.oracle(case))
+    documents = [random_tokens(1, n, seed=n) for n in (20, 1, 9)]
+    tokens = torch.cat((*documents, random_tokens(1, 2)), 1)
+    segments = torch.tensor([[1] * 20 + [2] + [3] * 9 + [0] * 2])
+    mask = (random_tokens(1, 32, seed=5) % 4).float()
+    targets, weight = shifted(tokens, mask, segments)
+
+    packed = model(tokens, segments=segments, targets=targets, weight=weight)
+    alone, start = [], 0
+    for document in documents:
+        part = slice(start, start := start + document.shape[1])
+        alone.append(model(document, targets=targets[:, part], weight=weight[:, part]))
+    assert torch.allclose(packed.nll[:, :30], torch.cat([a.nll for a in alone], 1), atol=1e-5)
+    together = sum(a.loss for a in alone)
+    assert torch.allclose(packed.loss, together, rtol=1e-6)
+    assert_same_gradients(gradients(model, packed.loss), gradients(model, together))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_changing_a_document_moves_no_logit_of_its_neighbours(case):
+    model = zoo.whet_model(case, zoo.oracle(case))
+    segments = torch.tensor([[1] * 7 + [2] * 9 + [3] * 8])
+    tokens = random_tokens(1, 24)
+    changed = tokens.clone()
+    changed[:, 7:16] = (changed[:, 7:16] + 1) % 96
+    before, after = model(tokens, segments=segments), model(changed, segments=segments)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert torch.equal(before[:, 16:], after[:, 16:])
+    assert not torch.equal(before[:, 7:16], after[:, 7:16])
+
+
+def test_a_documents_loss_gives_no_gradient_to_its_neighbours():
+    # Untied, so that the embedding's gradient comes from the tokens read and not from the head.
+    model = Transformer(llama(96, 32, 3, 4, n_kv_heads=2, mlp_width=48, tied=False))
+    init_weights(model, 0)
+    segments = torch.tensor([[1] * 5 + [2] * 7])
+    tokens = torch.arange(12)[None]  # each a row of its own in the embedding
+    targets, weight = torch.full((1, 12), 50), (segments == 2).float()
+    model(tokens, segments=segments, targets=targets, weight=weight).loss.backward()
+    reached = model.embed.weight.grad[:12].abs().sum(1) > 0
+    assert torch.equal(reached, segments[0] == 2)
+
+
+# Promise 3: the fused loss is sft_loss.
+
+
+@pytest.mark.parametrize("case", [*CASES, "gemma3", "granite", "qwen2", "olmo2"])
+@pytest.mark.parametrize("trained", [0.0, 0.3, 1.0])
+def test_fused_loss_equals_sft_loss(case, trained):
+    model = zoo.whet_model(case, zoo.oracle(case))
+    tokens = random_tokens(3, 24)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(3, 24, generator=generator)
+    mask = mask * (torch.rand(3, 24, generator=generator) < trained)
+    mask[1] = 0.0  # a row without a trained token
+    targets, weight = shifted(tokens, mask, torch.ones_like(tokens))
+
+    expected = sft_loss(model(tokens), tokens, mask)
+    result = model(tokens, targets=targets, weight=weight)
+    found = result.loss / (weight.sum() or 1.0)
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert_same_gradients(gradients(model, found), gradients(model, expected), 1e-4)
+
+
+def test_fused_loss_in_bfloat16_is_within_its_bound():
+    """docs/numerics.md: 1 % of the loss, 5 % of each gradient's norm."""
+    model = small_model()
+    tokens = random_tokens(3, 24)
+    targets, weight = shifted(tokens, torch.ones(3, 24), torch.ones_like(tokens))
+    exact = model(tokens, targets=targets, weight=weight).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(tokens, targets=targets, weight=weight).loss
+    assert float(half) == pytest.approx(float(exact), rel=0.01)
+    assert_same_gradients(gradients(model, half), gradients(model, exact), 0.05)
+
+
+# Promise 7: nothing trained neither makes NaN nor dilutes.
+
+
+def test_nothing_trained_gives_zero_and_a_gradient_to_every_parameter():
+    model = small_model()
+    tokens = random_tokens(2, 8)
+    for segments in (torch.ones_like(tokens), torch.zeros_like(tokens)):
+        model.zero_grad()
+        result = model(tokens, segments=segments, targets=tokens, weight=torch.zeros(2, 8))
+        result.loss.backward()
+        assert float(result.loss) == 0.0
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+
+
+def test_a_row_without_trained_tokens_changes_nothing():
+    model = small_model()
+    tokens = random_tokens(3, 10)
+    segments = torch.ones_like(tokens)
+    targets, weight = shifted(tokens, torch.ones(3, 10), segments)
+    weight[1] = 0.0
+    with_it = model(tokens, segments=segments, targets=targets, weight=weight)
+    keep = [0, 2]
+    without = model(
+        tokens[keep], segments=segments[keep], targets=targets[keep], weight=weight[keep]
+    )
+    assert torch.allclose(with_it.loss, without.loss, rtol=1e-6)
+    assert torch.allclose(with_it.nll[keep], without.nll, atol=1e-6)
+    assert_same_gradients(gradients(model, with_it.loss), gradients(model, without.loss))

@@ -1,0 +1,171 @@
+"""The ways to compute attention within documents. All give what `dense_attention` defines.
+
+============  ==========================  ===================================================
+`documents`   CPU; float32 anywhere       one call of torch's SDPA per document
+`varlen`      CUDA, bfloat16 or float16   torch's flash attention over documents end to end
+`flex`        CUDA, with a soft cap       torch's flex attention with a block mask
+============  ==========================  ===================================================
+
+None of them makes a (T, T) mask of a row. Which one runs is decided in `attention.py`.
+
+Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M packed tokens, S slots.
+"""
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def documents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """q (M, N, H), k and v (M, K, H), documents of `lengths` tokens end to end -> (M, N, H).
+
+    `split`, because its gradient is one concatenation: that of a slice is a matrix of zeros each.
+    """
+    masks: dict[int, Tensor] = {}
+    outputs = []
+    for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
+        length = len(parts[0])
+        mask = None
+        if softcap is not None or (window is not None and window < length):
+            if length not in masks:
+                masks[length] = causal_mask(length, window, q.device)
+            mask = masks[length]
+        one = (t[None] for t in parts)
+        outputs.append(sdpa(*one, mask=mask, scale=scale, softcap=softcap)[0])
+    return torch.cat(outputs)
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    longest: int,
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """The same by flash attention. `ends` (documents + 1,) int32: 0, then where each one ends.
+
+    H is at most 256. The signature of torch's function grew from 2.11 to 2.13.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    behind = -1 if window is None else window - 1
+    options: dict[str, Any] = {"scale": scale, "window_size": (behind, 0)}
+    if _takes_enable_gqa():  # before, heads that are shared needed no permission
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@cache
+def _takes_enable_gqa() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: Any, *, scale: float, softcap: float | None
+) -> Tensor:
+    """The same by flex attention, with a `block_mask` of `flex_mask`."""
+
+    def cap(score: Tensor, *_: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    attend = _flex_attention(q.device.type)
+    out = attend(q, k, v, score_mod=cap, block_mask=block_mask, scale=scale, enable_gqa=grouped)
+    return out[0].transpose(0, 1)
+
+
+def flex_mask(ends: Tensor, tokens: int, window: int | None) -> Any:
+    """The block mask of documents with `ends` as in `varlen`, over `tokens` tokens."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    place = torch.arange(tokens, device=ends.device)
+    document = torch.searchsorted(ends, place, right=True)
+
+    def sees(_b: Tensor, _h: Tensor, token: Tensor, other: Tensor) -> Tensor:
+        near = token - other < (window or tokens)
+        return (document[token] == document[other]) & (token >= other) & near
+
+    return create_block_mask(sees, None, None, tokens, tokens, device=str(ends.device))
+
+
+@cache
+def _flex_attention(device: str) -> Any:
+    """Compiled for CUDA; as it is elsewhere, where only tests use it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, T), True where the row's token sees the column's."""
+    place = torch.arange(length, device=device)
+    behind = place[:, None] - place
+    return (behind >= 0) & (behind < (window or length))
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The definition, with a full (T, T) mask per row: what the fast paths are tested against.
+
+    q (B, T, N, H), k and v (B, T, K, H), segments (B, T) -> (B, T, N, H); padding gives 0.
+    """
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, :, None]
+    seen = (same & causal_mask(q.shape[1], window, q.device))[:, None]
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bnts,bsnh->btnh", probabilities, v)
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H). `mask` None is causal, T = S.
+
+    torch's SDPA has no soft cap; with one the scores are made in full.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if softcap is None:
+        grouped = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        return y.transpose(1, 2)
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
+    assert mask is not None
+    probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (probabilities.to(v.dtype) @ v).transpose(1, 2)
