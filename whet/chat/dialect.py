@@ -148,13 +148,20 @@ class Dialect:
 
     @cached_property
     def headers(self) -> frozenset[str]:
-        """Control tokens that begin a turn: what stands before the first message's text."""
+        """Control tokens that begin a turn.
+
+        They stand before the first message's text. What ends a turn may stand there, too, if the
+        template writes a system text of its own first; but that stands behind messages as well.
+        """
         for before in self._openings[::-1]:
+            text = self._tried(self.form(before).shape(before), prompt=True)
             first = before[0]["content"]
-            text = self._tried(self.form(before).shape(before))
-            if first in text:
-                tokens = self._tokens(text.partition(first)[0])
-                return frozenset(token for token in tokens if not self._is_eos(token))
+            if first not in text:
+                continue
+            found = set(self._tokens(text.partition(first)[0]))
+            for word in (first, ASKED):
+                found.difference_update(self._tokens(text.partition(word)[2])[:1])
+            return frozenset(token for token in found if not self._is_eos(token))
         return frozenset()
 
     @cached_property
@@ -215,10 +222,13 @@ class Dialect:
         return [user], [{"role": "system", "content": "Qsystemq"}, user]
 
     def _tried(self, messages: list[Message], tools: Tools = None, **how: Any) -> str:
-        try:
-            return self.render(messages, tools, **how)
-        except TemplateError:
-            return ""
+        """The rendering, with made-up tools if the template cannot do without, or ""."""
+        for attempt in (tools, TOOLS):
+            try:
+                return self.render(messages, attempt, **how)
+            except TemplateError:
+                continue
+        return ""
 
     def _ending(
         self,
@@ -233,8 +243,9 @@ class Dialect:
         to the reply; the stop token is the last control token of that, or the first eos. Where
         stops are `known` already, another one counts only if a new turn begins right behind it.
         """
-        tools = TOOLS if "tool_calls" in reply else None
-        last_word = VALUE if tools else SAID
+        calls = "tool_calls" in reply
+        tools = TOOLS if calls else None
+        last_word = VALUE if calls else SAID
         form = self.form([*before, reply])
         whole, more = form.shape([*before, reply]), form.shape([*before, reply, *follow])
         tail = _behind(self._tried(whole, tools), last_word)
@@ -242,17 +253,14 @@ class Dialect:
         if tail is None:
             return None
         common = _common(tail, middle) if middle is not None else ""
-        # Some templates write a generation prompt whether asked to or not; it begins with a header.
-        asked, unasked = (self._tried(whole[:-1], tools, prompt=p) for p in (True, False))
-        no_stops = self.headers if asked == unasked else frozenset()
         for text in (common, tail):
-            stop, end = self._stop_in(text, known or set(), no_stops)
+            stop, end = self._stop_in(text, known or set())
             if not stop:
                 continue
             new = known is not None and stop not in known and not self._is_eos(stop)
             if new and (middle is None or not self._begins_turn(middle[end:])):
                 return None
-            return Ending(stop, tail[end:], calls=bool(tools))
+            return Ending(stop, tail[end:], calls=calls)
         return self._open_ending(whole, tools, tail, middle, last_word)
 
     def _open_ending(
@@ -269,14 +277,15 @@ class Dialect:
             return None
         # The next turn's header may itself be an eos: GLM stops where it writes <|user|>.
         for text in (middle[: middle.find(NEXT)], _common(middle, asking)):
-            stop, end = self._stop_in(text, set(), self.headers)
+            stop, end = self._stop_in(text, set())
             if len(tail) < end and (self._is_eos(stop) or text in asking):
-                return Ending(stop, "", middle[len(tail) : end], bool(tools))
+                return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
         return None
 
-    def _stop_in(self, text: str, known: set[str], no_stops: frozenset[str]) -> tuple[str, int]:
+    def _stop_in(self, text: str, known: set[str]) -> tuple[str, int]:
         """The stop token in `text` and where it ends; ("", 0) if there is none."""
-        tokens = [token for token in self._tokens(text) if token not in no_stops]
+        # Some templates write a generation prompt whether asked to or not; it begins with a header.
+        tokens = [token for token in self._tokens(text) if token not in self.headers]
         for token in tokens:
             if self._is_eos(token) or token in known:
                 return token, text.find(token) + len(token)
