@@ -20,10 +20,11 @@ from torch import Tensor
 from whet.config import problems
 from whet.errors import UserError
 from whet.model.atomic import write_json, written_aside
-from whet.model.checkpoint import SavesTokenizer, read_json
+from whet.model.checkpoint import SavesTokenizer, load_backbone_from_ckpt, read_json
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.families import place_modules
+from whet.model.hub import find_model
 from whet.model.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
 from whet.model.weights import open_safetensors, read_into
 
@@ -74,6 +75,7 @@ def save_adapter(
     values = dict(model.state_dict() if state is None else state)
     tensors, ranks = _joined_adapters(model, values)
     rows = _trained_rows(model, values, tensors)
+    base = str(Path(base).resolve()) if Path(base).exists() else base
     config = _peft_config(model, lora, base, ranks, rows)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     with written_aside(directory, nbytes) as aside:
@@ -194,6 +196,20 @@ def _target_names(model: Transformer, ranks: Mapping[str, int]) -> list[str]:
         parts = module.split(".")
         names.add(".".join(parts[-2:]) if parts[-1] in other else parts[-1])
     return sorted(names)
+
+
+def open_adapter(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+) -> Transformer:
+    """The base that the adapter in `directory` names, with the adapter on it."""
+    base = find_model(base_of(Path(directory)), quiet=quiet)
+    model = load_backbone_from_ckpt(base, dtype=dtype, device=device, quiet=quiet)
+    load_adapter(model, directory)
+    return model
 
 
 def load_adapter(model: Transformer, directory: str | Path) -> LoRA:

@@ -40,11 +40,20 @@ def load_backbone_from_ckpt(
 ) -> Transformer:
     """Open the model directory or `.pt` file at `path`, its weights cast to `dtype` on `device`.
 
+    An adapter's directory gives its base with the adapter merged into it.
+
     The values go from the file into the parameters, which are made without initial values: the peak
     of memory is the weights and a few megabytes. Raises UserError for what is missing or damaged,
     and if any weight is missing, left over or of another shape than the configuration says.
     """
     path = Path(path)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        from whet.model.adapter import open_adapter  # which opens its base by this function
+        from whet.model.lora import merge_lora
+
+        model = open_adapter(path, dtype=dtype, device=device, quiet=quiet)
+        merge_lora(model)
+        return model
     if path.is_dir():
         config, stored, places = _open_directory(path)
     elif path.is_file():

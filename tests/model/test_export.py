@@ -1,0 +1,127 @@
+"""`whet export`: merged adapters, the three kinds of output, the check of names for llama.cpp."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model import zoo
+from whet.chat.tokenizer import Tokenizer, train_tokenizer
+from whet.cli import main
+from whet.errors import UserError
+from whet.model import export
+from whet.model.adapter import save_adapter
+from whet.model.checkpoint import file_places, load_backbone_from_ckpt, save_model
+from whet.model.config import ModelConfig, llama
+from whet.model.decoder import Transformer, init_weights
+from whet.model.export import check_gguf, is_gguf_name
+from whet.model.lora import LoRA, adapters, apply_lora
+
+TOKENS = torch.arange(5, 25)[None]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["some words, and 12 more words"], 280)
+
+
+@pytest.fixture
+def base(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    model = Transformer(llama(300, 32, 2, 4, max_positions=64))
+    init_weights(model, seed=0)
+    save_model(model, tmp_path / "base", tokenizer, {"stage": "sft", "step": 4}, torch.bfloat16)
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapted(base: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """An adapter's directory, and the logits of base and adapter."""
+    lora = LoRA(rank=3, alpha=6.0, dora=True)
+    model = load_backbone_from_ckpt(base)
+    apply_lora(model, lora)
+    with torch.no_grad():
+        for _, layer in adapters(model):
+            layer.b.normal_(0.0, 0.3)
+    save_adapter(model, tmp_path / "adapter", lora, str(base), None, {"step": 9})
+    return tmp_path / "adapter", model(TOKENS)
+
+
+def test_merged_adapters_give_the_same_logits(
+    adapted: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, expected = adapted
+    out = tmp_path / "merged"
+    assert main(["export", str(directory), "--out", str(out)]) == 2
+    assert "--merge makes a whole model" in capsys.readouterr().err
+    assert main(["export", str(directory), "--merge", "--out", str(out), "--dtype", "float32"]) == 0
+    assert torch.allclose(load_backbone_from_ckpt(out)(TOKENS), expected, atol=1e-5)
+    assert torch.allclose(load_backbone_from_ckpt(directory)(TOKENS), expected, atol=1e-5)
+    assert (out / "tokenizer.json").is_file()
+    assert json.loads((out / "whet.json").read_text())["step"] == 9
+    assert main(["export", str(directory), "--merge", "--out", str(tmp_path / "same")]) == 0
+    values = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert values["torch_dtype"] == "bfloat16"
+
+
+def test_a_merge_that_changes_the_logits_is_an_error(
+    adapted: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = export.merge_lora
+
+    def wrong(model: Any) -> None:
+        for _, layer in adapters(model):
+            layer.scale *= 1.01
+        merge(model)
+
+    monkeypatch.setattr(export, "merge_lora", wrong)
+    with pytest.raises(RuntimeError, match="logits differ"):
+        main(["export", str(adapted[0]), "--merge", "--out", str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()
+
+
+def test_one_file_and_back(base: Path, tmp_path: Path) -> None:
+    file, again = tmp_path / "model.pt", tmp_path / "again"
+    assert main(["export", str(base), "--to", "pt", "--out", str(file)]) == 0
+    assert torch.load(file, weights_only=True)["stage"] == "sft"
+    assert main(["export", str(file), "--tokenizer", str(base), "--out", str(again)]) == 0
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (again / name).read_bytes() == (base / name).read_bytes()
+
+
+def test_gguf_ready(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    out = tmp_path / "gguf"
+    assert main(["export", str(base), "--to", "gguf-ready", "--out", str(out)]) == 0
+    assert "convert_hf_to_gguf.py" in capsys.readouterr().out
+    assert (out / "tokenizer.model").read_bytes() == b"pieces"
+
+
+@pytest.mark.parametrize("case", zoo.CASES)
+def test_llama_cpp_knows_the_names_of_every_family(case: str) -> None:
+    names = {place.name for place in file_places(zoo.whet_config(case)).values()}
+    assert [name for name in names if not is_gguf_name(name)] == []
+
+
+def test_what_llama_cpp_does_not_know_is_told(base: Path) -> None:
+    assert not is_gguf_name("model.layers.0.self_attn.qk_proj.weight")
+    assert not is_gguf_name("transformer.h.0.attn.bias")
+    values = json.loads((base / "config.json").read_text())
+    wrong = ModelConfig.from_hf({**values, "architectures": ["LlamaForTokens"]})
+    with pytest.raises(UserError, match="converter expects LlamaForCausalLM"):
+        check_gguf(wrong, base)
+    with pytest.raises(UserError, match=r"needs tokenizer.model or tokenizer.json"):
+        check_gguf(ModelConfig.from_hf(values), base / "empty")
+
+
+def test_mistakes_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*flags: str) -> str:
+        assert main(["export", *flags, "--out", str(tmp_path / "x")]) == 2
+        assert not (tmp_path / "x").exists()
+        return capsys.readouterr().err
+
+    assert "no adapter to merge" in told(str(base), "--merge")
+    assert "no such path" in told(str(tmp_path / "none"))
+    assert main(["export", str(base), "--to", "pt", "--out", str(tmp_path / "m.pt")]) == 0
+    assert "a .pt has no tokenizer" in told(str(tmp_path / "m.pt"))

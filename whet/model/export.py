@@ -1,0 +1,195 @@
+"""`whet export`: write a model for other tools, merge an adapter into its base.
+
+Whatever is written is opened again and compared with the model it was made from. `gguf-ready` is
+the `hf` layout with a check that llama.cpp's `convert_hf_to_gguf.py` knows the architecture and every
+tensor's name; its tables (`gguf-py/gguf/tensor_mapping.py`) are where the names here come from.
+"""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tyro.conf import Positional
+
+from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.config import problems
+from whet.errors import UserError
+from whet.model import adapter
+from whet.model.checkpoint import (
+    OWN_LAYOUT,
+    file_places,
+    load_backbone_from_ckpt,
+    read_json,
+    save_model,
+    save_pt,
+)
+from whet.model.config import ModelConfig
+from whet.model.decoder import Transformer
+from whet.model.hub import find_model
+from whet.model.lora import merge_lora
+from whet.progress import say
+
+GGUF_ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+_GGUF_NAME = re.compile(
+    r"model\.embed_tokens\.weight|model\.norm\.weight|lm_head\.weight"
+    r"|model\.layers\.\d+\.(self_attn\.([qkvo]_proj|qkv_proj)|mlp\.(gate|up|down|gate_up)_proj)"
+    r"\.(weight|bias)"
+    r"|model\.layers\.\d+\.(self_attn\.[qk]_norm|(input|post_attention|pre_feedforward|"
+    r"post_feedforward)_layernorm)\.weight"
+    r"|transformer\.(wte|wpe)\.weight|transformer\.ln_f\.(weight|bias)"
+    r"|transformer\.h\.\d+\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)"
+    r"\.(weight|bias)"
+)
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass
+class Config:
+    """Write a model for other tools."""
+
+    run: Positional[str]
+    """Run folder, model directory, adapter, `.pt` file or Hub name."""
+    out: Path
+    """What to write: a directory, or for `--to pt` a file."""
+    to: Literal["hf", "pt", "gguf-ready"] = "hf"
+    """hf: a model directory; pt: one file; gguf-ready: a directory that llama.cpp converts."""
+    merge: bool = False
+    """Fold an adapter into its base; the result is a whole model."""
+    dtype: Literal["same", "bfloat16", "float16", "float32"] = "same"
+    """Precision of the written weights; same: that of the model, of an adapter its base's."""
+    tokenizer: Path | None = None
+    """Tokenizer directory; default: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub name."""
+
+
+def main(config: Config) -> int:
+    """Run `whet export`."""
+    path = find_model(config.run, config.revision)
+    model = _open(path, config)
+    tokenizer = _tokenizer(path, config)
+    dtype = _dtype(model.config, config.dtype)
+    lineage = _lineage(path)
+    if config.to == "pt":
+        stage, step = str(lineage.get("stage", "export")), int(lineage.get("step", 0))
+        save_pt(model.to(dtype), config.out, stage, step, dict(lineage.get("metrics", {})))
+        say(f"{config.out}: one file, read back and equal")
+        return 0
+    if model.config.to_hf()["model_type"] == OWN_LAYOUT:
+        raise UserError(
+            f"{config.run}: no family of transformers computes what this model does "
+            "(learned positions with a bias on the head); --to pt can be written"
+        )
+    if config.to == "gguf-ready":
+        check_gguf(model.config, path if config.tokenizer is None else config.tokenizer)
+    save_model(model, config.out, tokenizer, lineage, dtype)
+    if config.to == "gguf-ready":
+        _copy_sentencepiece(config.tokenizer or path, config.out)
+        say(f"python convert_hf_to_gguf.py {config.out}    # in llama.cpp")
+    say(f"{config.out}: a model directory, read back and equal")
+    return 0
+
+
+def _open(path: Path, config: Config) -> Transformer:
+    if not (path.is_dir() and adapter.is_adapter(path)):
+        if config.merge:
+            raise UserError(f"--merge: {config.run} is a whole model, it has no adapter to merge")
+        return load_backbone_from_ckpt(path)
+    if not config.merge:
+        raise UserError(
+            f"{config.run}: is an adapter of {adapter.base_of(path)}; it can be used as it is, or "
+            "--merge makes a whole model of both"
+        )
+    model = adapter.open_adapter(path)
+    merge_checked(model)
+    return model
+
+
+@torch.no_grad()
+def merge_checked(model: Transformer) -> None:
+    """Merge the adapter of a float32 `model`. Raises RuntimeError if its logits change."""
+    model.eval()
+    length = min(32, model.config.max_positions)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    before = model(tokens)
+    merge_lora(model)
+    difference = float((model(tokens) - before).norm() / before.norm().clamp(min=1e-12))
+    if not difference <= 1e-4:
+        raise RuntimeError(f"merged, the model's logits differ by {difference:.2g} (relative)")
+    say(f"merged: the logits differ by {difference:.1g} (relative) from those of base and adapter")
+
+
+def check_gguf(config: ModelConfig, tokenizer: Path) -> None:
+    """Raise UserError if llama.cpp's converter would not know what is written for `config`."""
+    values = config.to_hf()
+    expected = GGUF_ARCHITECTURES.get(values["model_type"])
+    said = values.get("architectures") or []
+    found = []
+    if expected is None or expected not in said:
+        found.append(
+            f"config.json: architectures is {said}, model_type {values['model_type']!r}; "
+            f"the converter expects {expected or 'one of ' + ', '.join(GGUF_ARCHITECTURES)}"
+        )
+    unknown = [n for n in {p.name for p in file_places(config).values()} if not is_gguf_name(n)]
+    found += [f"{name}: llama.cpp's converter knows no tensor of this name" for name in unknown]
+    if not any((tokenizer / name).is_file() for name in _VOCABULARIES):
+        found.append(f"{tokenizer}: the converter needs {' or '.join(_VOCABULARIES)}")
+    problems(found)
+
+
+def is_gguf_name(name: str) -> bool:
+    """Whether llama.cpp's converter knows a tensor of this name."""
+    return _GGUF_NAME.fullmatch(name) is not None
+
+
+def _copy_sentencepiece(source: Path, directory: Path) -> None:
+    """The converter prefers `tokenizer.model` where a model was made with one."""
+    if (source / "tokenizer.model").is_file():
+        aside = directory / ".tokenizer.model.tmp"
+        shutil.copyfile(source / "tokenizer.model", aside)
+        os.replace(aside, directory / "tokenizer.model")
+
+
+def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
+    """The tokenizer to write; a `.pt` has none."""
+    if config.to == "pt":
+        return None
+    directory = config.tokenizer or path
+    if directory.is_file():
+        raise UserError(
+            f"{config.run}: a .pt has no tokenizer; name its directory: --tokenizer DIR"
+        )
+    if not (directory / "tokenizer.json").is_file() and adapter.is_adapter(path):
+        directory = find_model(adapter.base_of(path))  # PEFT saves none
+    return load_tokenizer(directory)
+
+
+def _dtype(config: ModelConfig, name: str) -> torch.dtype:
+    if name == "same":
+        name = config.hf.get("dtype") or config.hf.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _lineage(path: Path) -> dict[str, Any]:
+    lineage = path / "whet.json"
+    known = read_json(lineage) if path.is_dir() and lineage.is_file() else {}
+    return {**known, "exported_from": str(path)}
