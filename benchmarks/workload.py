@@ -67,8 +67,7 @@ def build(folder: Path, documents: int = 1000) -> None:
 def _write_model(folder: Path, tokenizer: object) -> None:
     from whet.model.checkpoint import save_model
     from whet.model.config import ModelConfig
-    from whet.model.decoder import Transformer
-    from whet.model.weights import init_weights
+    from whet.model.decoder import Transformer, init_weights
 
     model = Transformer(ModelConfig.from_hf(MODEL))
     init_weights(model, seed=0)
