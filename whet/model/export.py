@@ -1,8 +1,8 @@
 """`whet export`: write a model for other tools, merge an adapter into its base.
 
 Whatever is written is opened again and compared with the model it was made from. `gguf-ready` is
-the `hf` layout with a check that llama.cpp's `convert_hf_to_gguf.py` knows the architecture and every
-tensor's name; its tables (`gguf-py/gguf/tensor_mapping.py`) are where the names here come from.
+the `hf` layout with a check that llama.cpp's `convert_hf_to_gguf.py` knows the architecture and
+every tensor's name; its tables (`gguf-py/gguf/tensor_mapping.py`) are where the names here come from.
 """
 
 import os
