@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from whet.config import read_toml
 from whet.errors import UserError
 from whet.progress import say, track
@@ -32,7 +34,7 @@ STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain}
 class Config:
     """Run one step of a run again and tell what it did."""
 
-    run: Path
+    run: Positional[Path]
     """The run folder."""
     step: int
     """The step, counted from 1 as in metrics.jsonl."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tyro.conf import Positional
 
 from whet.data.batches import Batch
 from whet.data.store import PackedStore
@@ -99,7 +100,7 @@ def source_name(sources: Sequence, index: int) -> str:
 class Config:
     """Look up what a run trained on, and when."""
 
-    run: Path
+    run: Positional[Path]
     """The run folder."""
     step: int | None = None
     """List the documents of this step (counted from 0)."""

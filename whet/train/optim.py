@@ -120,7 +120,7 @@ def make_optimizers(
             ) from None
         return [AdamW8bit(groups, lr=0.0, betas=betas)]
     for_muon = [group for group in groups if kind == "muon" and group["for_muon"]]
-    rest = [group for group in groups if group not in for_muon]
+    rest = [group for group in groups if not (kind == "muon" and group["for_muon"])]
     optimizers: list[torch.optim.Optimizer] = []
     if for_muon:
         # "match_rms_adamw" scales the update so that AdamW's learning rate and decay fit Muon.

@@ -1,0 +1,184 @@
+"""whet sft from the command line: what it refuses, what it writes, and that it learns."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from tests import tiny
+from tests.numerics.test_layouts import command
+from whet.cli import main
+from whet.data.store import PackedStore, StoreWriter
+from whet.model.checkpoint import load_backbone_from_ckpt
+from whet.train.evaluation import Evaluator
+from whet.train.loop import Evaluation
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    tiny.model_directory(folder / "base")
+    tiny.packed_file(folder / "train.h5", n_rows=12)
+    tiny.packed_file(folder / "dev.h5", n_rows=5, seed=1)
+    return folder
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_overfits_eight_rows(world, tmp_path):
+    """The mechanics check: from about ln V to under 0.1 within 300 steps."""
+    flags = {"overfit_rows": 8, "batch_size": 8, "micro_batch_size": 8, "epochs": 120, "lr": 2e-2}
+    flags |= {"max_steps": 120, "clip": 1.0, "eval_every": 0, "schedule": "constant"}
+    tiny.model_directory(tmp_path / "base", width=64)
+    out = tmp_path / "out"
+    assert main(command(world, out, model=tmp_path / "base", weight_decay=0, **flags)) == 0
+    losses = [line["train_loss"] for line in metrics(out) if "train_loss" in line]
+    assert losses[0] == pytest.approx(np.log(300), rel=0.1)
+    assert min(losses) < 0.1
+    rows = np.concatenate([np.frombuffer((out / "ledger.bin").read_bytes(), "<u4")[1::4]])
+    first_eight = PackedStore(world / "train.h5").document_ids(np.arange(8))
+    assert set(rows) <= set(first_eight), "no other row is trained"
+
+
+def test_out_ckpt_and_lineage(world, tmp_path):
+    out, single = tmp_path / "out", tmp_path / "single.pt"
+    assert main(command(world, out, out_ckpt=single)) == 0
+    content = torch.load(single, weights_only=True)
+    assert content["stage"] == "sft"
+    assert content["step"] == 6
+    whole, again = (load_backbone_from_ckpt(path) for path in (out, single))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    lineage = json.loads((out / "whet.json").read_text())
+    assert lineage["base"] == str(world / "base")
+    assert lineage["metrics"]["dev_loss"] > 0
+
+
+def test_the_best_model_is_kept(world, tmp_path, monkeypatch):
+    dev_losses = iter([5.0, 4.0, 3.0, 6.0, 2.9, 7.0, 8.0])
+
+    def measured(self, model, ranks, stop):
+        return Evaluation({"dev_loss": next(dev_losses)})
+
+    monkeypatch.setattr(Evaluator, "__call__", measured)
+    out = tmp_path / "out"
+    assert main(command(world, out, eval_every=1)) == 0
+    steps = {name: json.loads((out / name / "whet.json").read_text()) for name in ("best", ".")}
+    assert steps["best"]["metrics"]["dev_loss"] == 2.9
+    assert steps["."]["metrics"]["dev_loss"] == 8.0
+    best, last = (load_backbone_from_ckpt(out / name) for name in ("best", "."))
+    assert not torch.equal(best.embed.weight, last.embed.weight)
+
+
+def test_all_problems_are_told_at_once(world, tmp_path, capsys):
+    with StoreWriter(
+        tmp_path / "foreign.h5",
+        1,
+        64,
+        attrs={"tokenizer_hash": "0" * 64, "vocab_size": 999},
+    ) as store:
+        ones = np.ones((1, 64), np.int32)
+        store.write_rows(ones, ones, ones)
+    words = command(world, tmp_path / "out", data=tmp_path / "foreign.h5")
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "another tokenizer" in told
+    assert "999 ids" in told
+    assert "rows of 64 tokens, but the model has 32 positions" in told
+    assert told.count("whet: error:") == 3
+    assert not (tmp_path / "out").exists(), "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"lr": -1}, "--lr -1.0: expected a number above 0"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"data": "nowhere.h5"}, "nowhere.h5"),
+        ({"lr_groups": "re:nothing=2"}, "matches none of the trained parameters"),
+        ({"train": "re:nothing"}, "--train re:nothing: matches no parameter"),
+        ({"optimizer": "adamw8bit"}, "needs a CUDA device"),
+        ({"lora_4bit": True}, "add --lora_rank"),
+        ({"gsm8k_dev": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_bad_flags(world, tmp_path, capsys, flags, told):
+    assert main(command(world, tmp_path / "out", **flags)) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "Traceback" not in error
+
+
+def test_nothing_trained_is_refused(world, tmp_path, capsys):
+    tiny.packed_file(tmp_path / "empty.h5", n_rows=2, empty_rows=(0, 1))
+    assert main(command(world, tmp_path / "out", data=tmp_path / "empty.h5")) == 2
+    assert "no token of it is trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [{"lora_dora": True}, {"lora_rslora": True, "lora_dropout": 0.1}])
+def test_lora_trains_the_adapter_alone(world, tmp_path, flags):
+    out = tmp_path / "out"
+    assert main(command(world, out, lora_rank=2, lora_targets="q,v", **flags)) == 0
+    assert (out / "adapter_model.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert any(np.abs(value).max() > 0 for name, value in adapter.items() if "lora_B" in name)
+    assert not any("up_proj" in name for name in adapter)
+
+
+def test_train_pattern_freezes_the_rest(world, tmp_path):
+    out = tmp_path / "out"
+    assert main(command(world, out, train="re:mlp[.]")) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (world / "base", out))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert len(changed) == 6, "gate, up and down of two layers"
+    assert all("mlp." in name for name in changed)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_loss_falls(world, tmp_path, optimizer, schedule):
+    out = tmp_path / "out"
+    flags = {"optimizer": optimizer, "schedule": schedule, "lr": 5e-3, "overfit_rows": 4}
+    assert main(command(world, out, max_steps=8, eval_every=0, **flags)) == 0
+    losses = [line["train_loss"] for line in metrics(out) if "train_loss" in line]
+    assert losses[-1] < losses[0] - 0.02
+
+
+def test_bf16_stays_close(world, tmp_path):
+    """Autocast changes the loss by its rounding only: three decimal digits."""
+    outs = {precision: tmp_path / precision for precision in ("float32", "bf16")}
+    for precision, out in outs.items():
+        assert main(command(world, out, precision=precision, max_steps=2)) == 0
+    exact, rounded = (metrics(out) for out in outs.values())
+    for line, other in zip(exact, rounded, strict=True):
+        for key in ("train_loss", "dev_loss"):
+            assert other.get(key, 0) == pytest.approx(line.get(key, 0), rel=5e-3)
+    saved = load_file(outs["bf16"] / "model.safetensors")
+    assert all(value.dtype == np.float32 for value in saved.values()), "float32 master weights"
+
+
+def test_samples_show_prompt_reply_and_what_was_expected(world, tmp_path):
+    assert main(command(world, tmp_path / "out", samples=2, max_steps=1)) == 0
+    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 4, "two at the start, two at the end"
+    assert set(json.loads(lines[0])) == {"step", "prompt", "reply", "expected"}
+
+
+def test_script_has_the_walk_through_as_defaults():
+    import importlib.util
+
+    path = Path(__file__).resolve().parents[2] / "scripts" / "train_sft.py"
+    spec = importlib.util.spec_from_file_location("train_sft", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    words = script.with_defaults(["--lr", "1e-5", "--out=elsewhere"])
+    assert words[words.index("--data") + 1] == "data/sft_packed.h5"
+    assert "--out" not in words
+    assert words[-2:] == ["1e-5", "--out=elsewhere"]

@@ -1,0 +1,113 @@
+"""Steps that are not applied: what is a spike, what is recorded, what is replayed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.numerics.test_layouts import command
+from whet.cli import main
+from whet.stages import sft
+from whet.train.incidents import FACTOR, NEEDED, judge, remember
+from whet.train.loop import Sums
+from whet.train.state import Facts
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("incidents")
+    tiny.model_directory(folder / "base")
+    tiny.packed_file(folder / "train.h5", n_rows=8)
+    tiny.packed_file(folder / "dev.h5", n_rows=3, seed=1)
+    return folder
+
+
+def test_judge():
+    facts = Facts()
+    assert "nan" in judge(float("nan"), 1.0, facts, 1.0)
+    assert "inf" in judge(1.0, float("inf"), facts, 1.0)
+    for _ in range(NEEDED - 1):
+        remember(1.0, facts)
+    assert judge(1.0, 1e9, facts, 1.0) is None, "too few norms make no range"
+    remember(2.0, facts)
+    assert judge(1.0, 2.0 * FACTOR, facts, 1.0) is None
+    assert "9 were at most" not in judge(1.0, 2.0 * FACTOR + 0.1, facts, 1.0)
+    assert judge(1.0, 2.0 * FACTOR + 0.1, facts, 100.0) is None, "clipping would not touch it"
+
+
+def spoiled(real, steps, value):
+    """The loss function, but in these steps one row's losses are `value` times as large."""
+    calls = iter(range(10_000))
+
+    def loss_fn(model, batch):
+        found = real(model, batch)
+        if next(calls) in steps:
+            return Sums(found.loss * value, found.nll * value)
+        return found
+
+    return loss_fn
+
+
+def run(world, out, monkeypatch, steps, value, **flags):
+    monkeypatch.setattr(sft, "token_loss", spoiled(sft.token_loss, steps, value))
+    flags = {
+        "epochs": 20,
+        "max_steps": 24,
+        "micro_batch_size": 4,
+        "save_every": 4,
+        "clip": 1.0,
+    } | flags
+    return main(command(world, out, **flags))
+
+
+def test_a_spike_is_skipped_and_recorded(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        assert run(world, out, patch, {20}, 1000.0) == 0
+    records = sorted((out / "incidents").iterdir())
+    assert [path.name for path in records] == ["step_00000021.json"]
+    record = json.loads(records[0].read_text())
+    assert record["reason"].startswith("the gradient norm is")
+    assert all(d["file"] in ("data/a.jsonl", "data/b.jsonl") for d in record["documents"])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    skipped = [line["step"] for line in lines if line.get("skipped")]
+    assert skipped == [21]
+    assert (out / "state" / "step_00000020").exists(), "what the replay starts from is kept"
+
+
+def test_replay_gives_the_same_step(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(world, out, max_steps=10, epochs=10, save_every=4, keep=1)) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for step in (3, 9):  # before the one state that is kept, and after it
+        capsys.readouterr()
+        assert main(["replay", str(out), "--step", str(step), "--json"]) == 0
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        logged = next(line for line in lines if line["step"] == step and "train_loss" in line)
+        assert record["train_loss"] == logged["train_loss"]
+        assert record["grad_norm"] == logged["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "flags", "at"),
+    [({2}, {"on_spike": "stop"}, 3), ({4, 5, 6}, {}, 7)],
+)
+def test_stop(world, tmp_path, monkeypatch, capsys, steps, flags, at):
+    """A NaN ends the run at once if so wanted, else the third in a row does."""
+    out = tmp_path / "out"
+    assert run(world, out, monkeypatch, steps, float("nan"), **flags) == 2
+    told = capsys.readouterr().err
+    assert f"stopped at step {at}" in told
+    assert f"step_{at:08d}.json" in told
+    record = json.loads((out / "incidents" / f"step_{at:08d}.json").read_text())
+    assert record["train_loss"] == "nan"
+    assert record["replay"] == f"whet replay {out} --step {at}"
+
+
+def test_two_in_a_row_do_not_stop(world, tmp_path, monkeypatch):
+    assert run(world, tmp_path / "out", monkeypatch, {4, 5, 8, 9}, float("nan")) == 0
+    from safetensors.numpy import load_file
+
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(np.isfinite(value).all() for value in weights.values())

@@ -1,0 +1,108 @@
+"""Schedules as pure functions; parameter groups; optimizers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from whet.errors import UserError
+from whet.model.config import llama
+from whet.model.decoder import Transformer
+from whet.train.optim import (
+    create_state,
+    lr_at,
+    make_optimizers,
+    matches,
+    parameter_groups,
+    parse_lr_groups,
+    set_lr,
+)
+
+SCHEDULES = ["cosine", "linear", "constant", "wsd"]
+
+
+@given(
+    st.integers(1, 500),
+    st.sampled_from(SCHEDULES),
+    st.floats(0, 0.5) | st.integers(1, 50),
+    st.floats(0, 1),
+)
+def test_schedule_laws(total, schedule, warmup, final):
+    """Never above the peak, never 0 before the end, up in the warm-up, never up after it."""
+    rates = [
+        lr_at(step, total, peak=2.0, schedule=schedule, warmup=warmup, final=final)
+        for step in range(total)
+    ]
+    assert all(0 <= rate <= 2.0 + 1e-12 for rate in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("cosine", 0.1), ("linear", 0.1), ("wsd", 0.1)])
+def test_schedule_values(schedule, end):
+    rates = [lr_at(s, 101, peak=1.0, schedule=schedule, warmup=10, final=end) for s in range(101)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert rates[10] == 1.0
+    assert rates[100] == pytest.approx(end)
+    middle = {"cosine": 0.55, "linear": 0.55, "wsd": 1.0}[schedule]
+    assert rates[55] == pytest.approx(middle)
+
+
+def test_decay_spares_norms_biases_and_embeddings():
+    config = llama(50, 16, 2, 2, tied=False)
+    model = Transformer(config)
+    groups = parameter_groups(model, 0.1)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    expected = {n for n, _ in model.named_parameters() if "norm" not in n and "embed" not in n}
+    assert names == expected
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_muon_takes_the_matrices_of_the_layers():
+    model = Transformer(llama(50, 16, 2, 2, tied=False))
+    groups = parameter_groups(model, 0.1)
+    muon, adamw = make_optimizers("muon", groups, beta1=0.9, beta2=0.95, device=torch.device("cpu"))
+    assert isinstance(muon, torch.optim.Muon)
+    ours = {id(p) for group in muon.param_groups for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in ours}
+    assert names == {n for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}
+    assert len(adamw.param_groups) == 2
+
+
+def test_lr_groups():
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "up": nn.Linear(4, 4, bias=False)})
+    chosen = parse_lr_groups(["embed*=0.5"], ["embed.weight", "up.weight"])
+    groups = parameter_groups(model, 0.0, chosen)
+    optimizers = make_optimizers("adamw", groups, beta1=0.9, beta2=0.95, device=torch.device("cpu"))
+    set_lr(optimizers, 0.2)
+    rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
+    assert rates[id(model["embed"].weight)] == pytest.approx(0.1)
+    assert rates[id(model["up"].weight)] == pytest.approx(0.2)
+    for text in ("embed", "=2", "re:(=2", "other=1"):
+        with pytest.raises(UserError, match="lr_groups"):
+            parse_lr_groups([text], ["embed.weight"])
+
+
+def test_patterns():
+    assert matches("re:q$", "layers.0.attn.q")
+    assert not matches("q", "layers.0.attn.q")
+    assert matches("layers.*.q", "layers.0.attn.q")
+
+
+def test_create_state_changes_no_weight():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    before = [p.clone() for p in model.parameters()]
+    groups = parameter_groups(model, 0.5)
+    for kind in ("adamw", "muon"):
+        optimizers = make_optimizers(
+            kind, groups, beta1=0.9, beta2=0.95, device=torch.device("cpu")
+        )
+        create_state(optimizers)
+        assert sum(len(optimizer.state) for optimizer in optimizers) == 2
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+        assert parameter.grad is None
