@@ -311,6 +311,9 @@ def test_conversations_are_no_text(folder, tmp_path):
     data = write(tmp_path / "a.jsonl", conversations(1))
     with pytest.raises(UserError, match=r"a\.jsonl:1: is a conversation; pretraining reads"):
         prepare_text([data], load_tokenizer(folder), 50, str(tmp_path / "t.h5"), quiet=True)
+    data = write(tmp_path / "b.jsonl", [None, [1], {"ids": "x", "mask": 1}])
+    with pytest.raises(UserError, match="of 3 lines 3 cannot be read"):
+        prepare_text([data], load_tokenizer(folder), 50, str(tmp_path / "t.h5"), quiet=True)
 
 
 def test_nothing_left_to_train_on(folder, tmp_path):
@@ -388,3 +391,17 @@ def test_real_files_of_all_formats(shared_data, tmp_path):
     check_account(store, accounts)
     filled = totals(accounts).trained + totals(accounts).context
     assert filled / (len(store) * 1024) > 0.995
+
+
+def test_a_part_of_one_text_is_held_out(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(200)))
+    options = {"dev_out": str(tmp_path / "dev.h5"), "dev_fraction": 0.1, "quiet": True}
+    prepare_text([str(path)], load_tokenizer(folder), 50, str(tmp_path / "t.h5"), **options)
+    train, dev = PackedStore(tmp_path / "t.h5"), PackedStore(tmp_path / "dev.h5")
+    parts = [{int(part) for part in store.documents["part"]} for store in (train, dev)]
+    assert not parts[0] & parts[1]
+    n = len(parts[0] | parts[1])
+    assert parts[0] | parts[1] == set(range(n))
+    assert len(parts[1]) == round(0.1 * n)

@@ -144,7 +144,8 @@ def test_text_pieces_are_the_whole_text(tmp_path, monkeypatch, text):
     path.write_text(text)
     pieces = [unit.content for unit in read_units(str(path))]
     assert "".join(piece["text"] for piece in pieces) == text
-    assert [piece["last"] for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    goes_on = [piece[reader.GOES_ON] for piece in pieces]
+    assert goes_on == [True] * (len(pieces) - 1) + [False]
     assert all(piece["text"].strip() for piece in pieces)
 
 

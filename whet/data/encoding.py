@@ -5,9 +5,10 @@ conversations in little memory. A loss mask is kept as its runs of equal weight.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from whet.chat.formats import IDS_KEYS, Datum, to_example
 from whet.chat.messages import Conversation, RawText, Tokenised
 from whet.chat.tokenizer import Tokenizer
 from whet.data.decontaminate import Evaluations
-from whet.data.reader import Block, Unit, parse
+from whet.data.reader import GOES_ON, Block, Unit, parse
 from whet.errors import UserError
 
 CONVERSATION = np.dtype(
@@ -41,6 +42,17 @@ EXAMPLE = np.dtype(
 )
 RUN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
 """Tokens start..end of an example, which all have the loss weight `weight`, not 0."""
+
+Pieces = list[tuple[np.ndarray, np.ndarray]]
+"""(ids, loss mask) of examples that stay together."""
+
+
+class Entry(NamedTuple):
+    """A row of the table of conversations before it is one."""
+
+    datum: Datum
+    pieces: Pieces
+    first_part: int  # the number of pieces[0] among the examples of the datum
 
 
 @dataclass
@@ -80,19 +92,16 @@ class BlockEncoder:
             except UserError as error:
                 refusals.append(Refusal("datum", str(error), path, unit.line))
         results = encode_many(data, self.tokenizer, self.options)
-        kept: list[tuple[Datum, list[tuple[np.ndarray, np.ndarray]]]] = []
+        kept: list[Entry] = []
         notes: Counter[str] = Counter()
         for datum, result in zip(data, results, strict=True):
             if isinstance(result, Refusal):
                 refusals.append(result)
                 continue
-            kept.append((datum, self._pieces(datum, result)))
+            kept += self._entries(datum, result)
             _count(notes, result)
-        conversations = np.zeros(len(kept), CONVERSATION)
-        conversations["source"] = block.source
-        for entry, (datum, pieces) in zip(conversations, kept, strict=True):
-            self._describe(entry, datum, pieces)
-        examples, runs, tokens = _flatten([pieces for _, pieces in kept])
+        conversations = self._describe(block.source, kept)
+        examples, runs, tokens = _flatten(kept)
         refusals.sort(key=lambda refusal: refusal.line)
         lines, size = len(block.units), block.size
         return EncodedBlock(
@@ -109,9 +118,9 @@ class BlockEncoder:
             if isinstance(datum, Tokenised) and not any(datum.mask[1:]):
                 raise UserError(f"{datum.where}: its mask trains no token behind the first")
             return datum
-        ids_key = next((key for key in IDS_KEYS if record.get(key)), None)
-        if ids_key and isinstance(record[ids_key], list):
-            record = {"ids": record[ids_key], "mask": [1] * len(record[ids_key])}
+        for key in IDS_KEYS if isinstance(record, Mapping) else ():
+            if isinstance(record.get(key), list):
+                record = {"ids": record[key], "mask": [1] * len(record[key])}
         datum = to_example(record, self.format, path, unit.line)
         if isinstance(datum, Conversation):
             raise UserError(
@@ -120,35 +129,47 @@ class BlockEncoder:
             )
         return datum
 
-    def _pieces(self, datum: Datum, encoded: Encoded) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, mask) of each example. Raw text of more than a row is cut, no token of it lost."""
+    def _entries(self, datum: Datum, encoded: Encoded) -> list[Entry]:
+        """The examples of a conversation together. Text is cut into rows, no token of it lost, and
+        each row is an entry of its own: a part of a long text can be held out for dev."""
         examples = [(example.ids, example.loss_mask) for example in encoded.examples]
         if not isinstance(datum, RawText) and not self.text_only:
-            return examples
+            return [Entry(datum, examples, 0)]
         ((ids, mask),) = examples
-        goes_on = not datum.extra.get("last", True)  # a piece of a file
-        if goes_on and self.tokenizer.eos_id is not None:
+        if datum.extra.get(GOES_ON) and self.tokenizer.eos_id is not None:
             ids, mask = ids[:-1], mask[:-1]
-        starts = range(0, len(ids), self.context_length)
-        return [
-            (ids[i : i + self.context_length], mask[i : i + self.context_length]) for i in starts
-        ]
+        cuts = [slice(i, i + self.context_length) for i in range(0, len(ids), self.context_length)]
+        return [Entry(datum, [(ids[cut], mask[cut])], part) for part, cut in enumerate(cuts)]
 
-    def _describe(
-        self, entry: np.void, datum: Datum, pieces: list[tuple[np.ndarray, np.ndarray]]
-    ) -> None:
-        entry["line"] = datum.line
-        digest = blake2b(digest_size=16)
-        for ids, mask in pieces:
-            digest.update(ids.tobytes())
-            digest.update(mask.tobytes())
-        entry["digest"] = np.frombuffer(digest.digest(), "<u8")
-        entry["opening"] = _opening(datum) or entry["digest"][0]
-        entry["question"] = -1
+    def _describe(self, source: int, kept: Sequence[Entry]) -> np.ndarray:
+        """The table of conversations, column by column: far faster than entry by entry."""
+        table = np.zeros(len(kept), CONVERSATION)
+        table["source"] = source
+        table["line"] = [entry.datum.line for entry in kept]
+        digests = b"".join(_digest(entry.pieces) for entry in kept)
+        table["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
+        openings = np.array([_opening(entry.datum) for entry in kept], np.uint64)
+        table["opening"] = np.where(openings == 0, table["digest"][:, 0], openings)
+        table["question"] = -1
         if self.evaluations:
-            if isinstance(datum, Tokenised):
-                datum = RawText(self.tokenizer.decode(datum.ids))
-            entry["question"] = self.evaluations.match(datum)
+            found = {id(entry.datum): entry.datum for entry in kept}  # a text has many entries
+            question = {key: self._question(datum) for key, datum in found.items()}
+            table["question"] = [question[id(entry.datum)] for entry in kept]
+        return table
+
+    def _question(self, datum: Datum) -> int:
+        """The number of the evaluation question that `datum` shares, -1 if none."""
+        if isinstance(datum, Tokenised):
+            datum = RawText(self.tokenizer.decode(datum.ids))
+        return self.evaluations.match(datum) if self.evaluations else -1
+
+
+def _digest(pieces: Pieces) -> bytes:
+    digest = blake2b(digest_size=16)
+    for ids, mask in pieces:
+        digest.update(ids.data)
+        digest.update(mask.data)
+    return digest.digest()
 
 
 def _opening(datum: Datum) -> int:
@@ -163,20 +184,17 @@ def _opening(datum: Datum) -> int:
     return 0
 
 
-def _flatten(
-    conversations: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Examples, runs and tokens of the (ids, mask) pieces of many conversations.
+def _flatten(kept: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Examples, runs and tokens of many conversations.
 
     The mask of an example's first token is dropped: nothing stands before it to predict it from.
     """
-    flat = [piece for pieces in conversations for piece in pieces]
+    flat = [piece for entry in kept for piece in entry.pieces]
     examples = np.zeros(len(flat), EXAMPLE)
     if not flat:
         return examples, np.zeros(0, RUN), np.zeros(0, np.int32)
-    parts = [len(pieces) for pieces in conversations]
-    examples["conversation"] = np.repeat(np.arange(len(parts)), parts)
-    examples["part"] = np.concatenate([np.arange(n) for n in parts])
+    examples["conversation"] = np.repeat(np.arange(len(kept)), [len(e.pieces) for e in kept])
+    examples["part"] = [e.first_part + i for e in kept for i in range(len(e.pieces))]
     examples["length"] = [len(ids) for ids, _ in flat]
     starts = np.cumsum(examples["length"]) - examples["length"]
     examples["offset"] = starts

@@ -19,9 +19,9 @@ from whet.errors import UserError
 BLOCK_BYTES = 1 << 18
 """Text handed to a worker at once: some 60,000 tokens, a tenth of a second of work."""
 PIECE_CHARS = 1 << 18  # a long .txt document is encoded in pieces of about this size
+GOES_ON = "whet: the text goes on"  # a field that no data file has
 COMPRESSED = (".gz", ".zst")
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
-UNLIKELY_NESTING = 200
 
 
 @dataclass(frozen=True)
@@ -241,27 +241,27 @@ def _skip_blank(text: str, position: int, in_array: bool) -> int:
 def _text_units(path: str, file: IO[str]) -> Iterator[Unit]:
     """A text file is one document; a long one comes in pieces that end at line ends.
 
-    `piece` of a unit counts from 0; `last` says whether the document ends with it.
+    All but the last are marked with GOES_ON.
     """
-    line, number, carried = 1, 0, ""
+    line, carried = 1, ""
     while True:
         more = file.read(PIECE_CHARS)
+        goes_on = len(more) == PIECE_CHARS
         text = carried + more
         end = len(text.rstrip())
         cut = text.rfind("\n", 0, end) + 1
         if cut == 0 and end > 16 * PIECE_CHARS:
             cut = end - 1  # a document without line ends
-        if more and not text[:cut].strip():  # no piece is blank, the last one neither
+        if goes_on and not text[:cut].strip():  # no piece is blank, the last one neither
             carried = text
             continue
-        cut = cut if more else len(text)
+        cut = cut if goes_on else len(text)
         piece, carried = text[:cut], text[cut:]
         if not piece.strip():
             raise UserError(f"{path}: is empty")
-        yield Unit(line, {"text": piece, "piece": number, "last": not more})
-        if not more:
+        yield Unit(line, {"text": piece, GOES_ON: goes_on})
+        if not goes_on:
             return
-        number += 1
         line += piece.count("\n")
 
 
