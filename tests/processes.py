@@ -6,6 +6,7 @@ It is no fork of pytest itself, since torch refuses to fork once it has run a ba
 
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 import time
@@ -25,12 +26,16 @@ def start(
     size: int = 1,
     ports: Sequence[int] = (),
     environment: dict[str, str] | None = None,
+    file_limit: int | None = None,
 ) -> multiprocessing.Process:
-    """Start a process that runs `whet` commands one after the other and ends with the last code."""
+    """Start a process that runs `whet` commands one after the other and ends with the last code.
+
+    It may write no file longer than `file_limit` bytes: what a full disk is to a program.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server inherits it
     CONTEXT.set_forkserver_preload(PRELOAD)
     lists = [list(map(str, words)) for words in commands]
-    arguments = (lists, str(log), rank, size, list(ports), environment or {})
+    arguments = (lists, str(log), rank, size, list(ports), environment or {}, file_limit)
     process = CONTEXT.Process(target=_run, args=arguments, daemon=True)
     process.start()
     return process
@@ -43,6 +48,7 @@ def _run(
     size: int,
     ports: list[int],
     environment: dict[str, str],
+    file_limit: int | None,
 ) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -55,6 +61,9 @@ def _run(
 
     torch.set_num_threads(1)
     os.environ.update(environment)
+    if file_limit is not None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, hard))
     code = 0
     for i, words in enumerate(commands):
         if size > 1:

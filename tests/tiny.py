@@ -11,7 +11,7 @@ from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 
 T = 24
-WORDS = "one two three four five six seven eight nine ten and is the sum of plus".split()
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "sum", "of", "plus")
 
 
 def tokenizer() -> Tokenizer:

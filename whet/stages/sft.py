@@ -55,7 +55,7 @@ class Config(TrainSettings):
     tokenizer: Path | None = None
     """Tokenizer directory; by default --model's own."""
     chat_template: str | None = None
-    """chatml, plain or a file, for a base without chat tokens; the data must be made with it, too."""
+    """chatml, plain or a file, for a base without chat tokens; the data must be made with it."""
     train: str = "all"
     """What is trained: all, or re:EXPRESSION on parameter names, such as 're:layers[.]1[.]'."""
     lora_rank: int | None = None
