@@ -19,8 +19,8 @@ from torch import Tensor
 
 from whet.config import problems
 from whet.errors import UserError
-from whet.model.atomic import write_json, written_aside
-from whet.model.checkpoint import SavesTokenizer, load_backbone_from_ckpt, read_json
+from whet.model.atomic import read_json, write_json, written_aside
+from whet.model.checkpoint import SavesTokenizer, load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.families import place_modules

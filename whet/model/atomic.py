@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON."""
 
 import errno
 import json
@@ -13,6 +13,19 @@ from safetensors import SafetensorError
 
 from whet.errors import UserError
 from whet.model.weights import INDEX
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`. Raises UserError if it is missing or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

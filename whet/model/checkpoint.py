@@ -4,13 +4,11 @@ Nothing is forgiven in silence: a weight that is missing, left over or misshaped
 is saved is opened again and compared with what was meant to be saved, before it takes its name.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -18,16 +16,24 @@ from torch.overrides import TorchFunctionMode
 from whet.config import problems
 from whet.errors import UserError
 from whet.model import families, legacy
-from whet.model.atomic import on_full_disk, sync, write_json, written_aside
+from whet.model.atomic import on_full_disk, read_json, sync, write_json, written_aside
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.weights import INDEX, SINGLE, Stored, in_memory, open_directory, open_pt, read_into
+from whet.model.hf_config import FAMILIES
+from whet.model.weights import (
+    PROGRESS_FROM_BYTES,
+    Stored,
+    in_memory,
+    open_directory,
+    open_pt,
+    read_into,
+    write_directory,
+)
 from whet.progress import track
 
 OWN_LAYOUT = "whet"
 """The `model_type` of what no family of transformers computes; weights have Whet's own names."""
 _SHOWN = 5
-_PROGRESS_FROM_BYTES = 2_000_000_000
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -40,13 +46,14 @@ def load_backbone_from_ckpt(
 ) -> Transformer:
     """Open the model directory or `.pt` file at `path`, its weights cast to `dtype` on `device`.
 
-    An adapter's directory gives its base with the adapter merged into it.
+    An adapter's directory gives its base with the adapter merged into it; an architecture that is
+    not Whet's own a `ForeignModel`, which has the same forward.
 
     The values go from the file into the parameters, which are made without initial values: the peak
     of memory is the weights and a few megabytes. Raises UserError for what is missing or damaged,
     and if any weight is missing, left over or of another shape than the configuration says.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         from whet.model.adapter import open_adapter  # which opens its base by this function
         from whet.model.lora import merge_lora
@@ -54,13 +61,23 @@ def load_backbone_from_ckpt(
         model = open_adapter(path, dtype=dtype, device=device, quiet=quiet)
         merge_lora(model)
         return model
+    if _is_foreign(path):
+        from whet.model.foreign import load_foreign
+
+        return cast(Transformer, load_foreign(path, dtype=dtype, device=device, quiet=quiet))
     if path.is_dir():
         config, stored, places = _open_directory(path)
     elif path.is_file():
         config, stored, places = _open_pt(path)
     else:
         raise UserError(f"{path}: expected a model directory or a .pt file; there is no such path")
-    return _fill_model(config, stored, places, path, dtype, torch.device(device), quiet)
+    return _fill_model(config, stored, places, path, dtype, device, quiet)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a model directory is of an architecture that is not Whet's own."""
+    file = path / "config.json"
+    return file.is_file() and read_json(file).get("model_type") not in FAMILIES
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -85,19 +102,6 @@ class _NoInitialValues(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the JSON file `path`. Raises UserError if it is missing or not an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _read_directory_config(directory: Path) -> ModelConfig:
@@ -185,7 +189,7 @@ def _fill_model(
     model = model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     total = sum(entry.nbytes for entry in stored.values())
-    quiet = quiet or total < _PROGRESS_FROM_BYTES
+    quiet = quiet or total < PROGRESS_FROM_BYTES
     with track(f"Opening {path}", total / 1e9, "GB", quiet=quiet) as progress:
         for file_name, parts in grouped.items():
             source = stored.pop(file_name)  # what was read is let go
@@ -301,9 +305,15 @@ def save_model(
     if tokenizer is not None:
         check_vocabulary(model.config, tokenizer, directory)
     with written_aside(directory, _nbytes(state, dtype)) as aside:
-        _write_weights(model.config, state, aside, dtype, shard_bytes)
+        if isinstance(model, Transformer):
+            _write_weights(model.config, state, aside, dtype, shard_bytes)
+        else:
+            from whet.model.foreign import write_foreign
+
+            write_foreign(model, state, aside, dtype, shard_bytes)
         _write_configs(model.config, tokenizer, lineage, aside, dtype or _dtype_of(state))
-        verify_saved(aside, model.config, state, dtype)
+        if isinstance(model, Transformer):
+            verify_saved(aside, model.config, state, dtype)
 
 
 def save_pt(
@@ -378,7 +388,7 @@ def _plain_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[s
 
 
 def _dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
-    return state["embed.weight"].dtype
+    return next(iter(state.values())).dtype
 
 
 def _nbytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
@@ -394,48 +404,15 @@ def _write_weights(
 ) -> None:
     grouped = families.by_family_name(file_places(config))
     sizes = {
-        name: sum(state[part].numel() * (dtype or state[part].dtype).itemsize for part in parts)
+        name: _nbytes({part: state[part] for part in parts}, dtype)
         for name, parts in grouped.items()
     }
-    shards = _plan_shards(sizes, shard_bytes)
-    total = sum(sizes.values())
-    weight_map: dict[str, str] = {}
-    with track("Saving", total / 1e9, "GB", quiet=total < _PROGRESS_FROM_BYTES) as progress:
-        for number, names in enumerate(shards, 1):
-            file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            if len(shards) == 1:
-                file_name = SINGLE
-            tensors = {
-                name: families.join(grouped[name], state).to("cpu", dtype).contiguous()
-                for name in names
-            }
-            safetensors.torch.save_file(tensors, directory / file_name, metadata={"format": "pt"})
-            os.chmod(directory / file_name, 0o666 & ~_umask())  # the library writes 0600
-            weight_map |= dict.fromkeys(names, file_name)
-            progress.advance(sum(sizes[name] for name in names) / 1e9)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(directory / INDEX, index)
-
-
-def _umask() -> int:
-    """The mask that new files get; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut before the shard would grow past `shard_bytes`."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+    write_directory(
+        directory,
+        sizes,
+        lambda name: families.join(grouped[name], state).to("cpu", dtype).contiguous(),
+        shard_bytes,
+    )
 
 
 def _write_configs(

@@ -2,7 +2,7 @@
 
 Whatever is written is opened again and compared with the model it was made from. `gguf-ready` is
 the `hf` layout with a check that llama.cpp's `convert_hf_to_gguf.py` knows the architecture and
-every tensor's name; its tables (`gguf-py/gguf/tensor_mapping.py`) are where the names here come from.
+every name of a tensor; its tables (`gguf-py/gguf/tensor_mapping.py`) gave the names here.
 """
 
 import os
@@ -19,11 +19,11 @@ from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
 from whet.model import adapter
+from whet.model.atomic import read_json
 from whet.model.checkpoint import (
     OWN_LAYOUT,
     file_places,
     load_backbone_from_ckpt,
-    read_json,
     save_model,
     save_pt,
 )

@@ -101,6 +101,8 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
             f"--lora_targets {lora.targets}: unknown {', '.join(unknown)}; "
             f"expected all-linear, or some of {','.join(LINEARS)}"
         )
+    if not linears(model):
+        raise UserError("LoRA needs one of Whet's own families; this architecture is trained whole")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, base in linears(model).items():

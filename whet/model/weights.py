@@ -1,4 +1,4 @@
-"""Weight files: safetensors read straight into a model's own memory, and `.pt` without pickles.
+"""Weight files: safetensors straight into a model's own memory and back, `.pt` without pickles.
 
 A safetensors file is eight bytes with the header's length, a JSON header `{name: {dtype, shape,
 data_offsets}}`, and the values (https://github.com/huggingface/safetensors#format). Reading it by
@@ -8,18 +8,24 @@ copy: a memory map would count the whole file against the memory of the process 
 
 import json
 import math
+import os
 import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from whet.errors import UserError
+from whet.progress import track
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PROGRESS_FROM_BYTES = 2_000_000_000
+"""Smaller models are open before a bar could be read."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -232,3 +238,49 @@ def _fill(file: BinaryIO, tensor: Tensor, stored: Stored) -> None:
         if not n:
             raise _damaged(Path(file.name), f"it ends inside the values at byte {stored.offset:,}")
         buffer = buffer[n:]
+
+
+def write_directory(
+    directory: Path,
+    sizes: Mapping[str, int],
+    make: Callable[[str], Tensor],
+    shard_bytes: int,
+) -> None:
+    """Write the tensors `make(name)`, of `sizes` bytes, as one safetensors file or as shards.
+
+    One shard at a time is in memory; a new one begins before the present would pass `shard_bytes`.
+    """
+    shards = _plan_shards(sizes, shard_bytes)
+    total = sum(sizes.values())
+    weight_map: dict[str, str] = {}
+    with track("Saving", total / 1e9, "GB", quiet=total < PROGRESS_FROM_BYTES) as progress:
+        for number, names in enumerate(shards, 1):
+            file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = directory / (SINGLE if len(shards) == 1 else file_name)
+            tensors = {name: make(name) for name in names}
+            safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+            os.chmod(file, 0o666 & ~_umask())  # the library writes 0600
+            weight_map |= dict.fromkeys(names, file.name)
+            progress.advance(sum(sizes[name] for name in names) / 1e9)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _umask() -> int:
+    """The mask that new files get; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,164 @@
+"""Other architectures through transformers: documents kept apart, the loss, generation, files."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model import zoo
+from whet.errors import UserError
+from whet.generate.engine import generate
+from whet.model.checkpoint import load_backbone_from_ckpt, save_model
+from whet.model.foreign import ForeignModel
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {k: v for k, v in zoo.SMALL.items() if k != "num_key_value_heads"}
+CASES = {
+    # case: (model_type, settings, how its documents are kept apart)
+    "gpt_neox": ("gpt_neox", SMALL, "positions"),
+    "cohere": ("cohere", {**zoo.SMALL, "logit_scale": 0.25}, "positions"),
+    "stablelm": ("stablelm", zoo.SMALL, "positions"),
+    "mamba": (
+        "mamba",
+        {**SMALL, "state_size": 4, "conv_kernel": 3, "time_step_rank": 4},
+        "alone",
+    ),
+    "bloom": ("bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "alone"),
+}
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+@cache
+def original(case: str) -> Any:
+    kind, settings, _ = CASES[case]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("foreign")
+
+    def directory(case: str) -> Path:
+        if not (root / case).exists():
+            original(case).save_pretrained(root / case)
+        return root / case
+
+    return directory
+
+
+def documents() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 96, (1, n), generator=generator) for n in (11, 1, 8)]
+
+
+def packed() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows: three documents and padding; one document."""
+    row = torch.cat([*documents(), torch.zeros(1, 4, dtype=torch.long)], dim=1)
+    segments = torch.tensor([[1] * 11 + [2] + [3] * 8 + [0] * 4, [1] * 24])
+    return torch.cat([row, row.flip(1)]), segments
+
+
+@each_case
+def test_packed_documents_have_the_logits_they_have_alone(
+    case: str, saved: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_backbone_from_ckpt(saved(case))
+    assert isinstance(model, ForeignModel)
+    assert model.way == CASES[case][2]
+    assert ("one document a row" in capsys.readouterr().out) == (model.way == "alone")
+    tokens, segments = packed()
+    with torch.no_grad():
+        logits = model(tokens, segments=segments)
+        expected = torch.cat([original(case)(part).logits for part in documents()], dim=1)
+        assert torch.allclose(logits[:1, :20], expected, atol=1e-4)
+        assert torch.allclose(logits[1:], original(case)(tokens[1:]).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["mask", "alone"])
+def test_every_way_gives_the_same(way: str, saved: Callable[[str], Path]) -> None:
+    model = load_backbone_from_ckpt(saved("gpt_neox"), quiet=True)
+    tokens, segments = packed()
+    with torch.no_grad():
+        expected = model(tokens, segments=segments)
+        model.way = way
+        assert torch.allclose(model(tokens, segments=segments), expected, atol=1e-4)
+
+
+@each_case
+def test_loss_and_gradients_equal_the_plain_ones(case: str, saved: Callable[[str], Path]) -> None:
+    model = load_backbone_from_ckpt(saved(case), quiet=True)
+    tokens, segments = packed()
+    weight = torch.zeros(tokens.shape)
+    weight[0, 3:10], weight[0, 13:18] = 0.5, 2.0
+    targets = tokens.roll(-1, dims=1)
+    result = model(tokens, segments=segments, targets=targets, weight=weight)
+    result.loss.backward()
+    found = {name: p.grad for name, p in model.inner.named_parameters()}
+
+    theirs = original(case)
+    theirs.zero_grad()
+    logits = torch.cat([theirs(part).logits for part in documents()], dim=1)[0]
+    nll = torch.nn.functional.cross_entropy(logits, targets[0, :20], reduction="none")
+    loss = (nll * weight[0, :20]).sum()
+    loss.backward()
+    assert torch.allclose(result.loss, loss, rtol=1e-4)
+    assert torch.allclose(result.nll[0, 3:10], nll[3:10], atol=1e-4)
+    for name, parameter in theirs.named_parameters():
+        difference = (found[name] - parameter.grad).norm()
+        assert difference <= 1e-3 * parameter.grad.norm() + 1e-6, name
+
+    nothing = model(tokens, segments=segments, targets=targets, weight=torch.zeros(tokens.shape))
+    assert nothing.loss.item() == 0.0
+    nothing.loss.backward()
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "mamba"])
+def test_greedy_text_equals_token_for_token(case: str, saved: Callable[[str], Path]) -> None:
+    model = load_backbone_from_ckpt(saved(case), quiet=True)
+    prompts = [part[0].tolist() for part in documents()]
+    replies = generate(model, prompts, max_new_tokens=8, stop_ids=(1,), batch_size=2)
+    for prompt, reply in zip(prompts, replies, strict=True):
+        expected = original(case).generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=1
+        )
+        assert reply == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "cohere"])
+def test_saved_models_open_again(case: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    model = load_backbone_from_ckpt(saved(case), quiet=True)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    save_model(model, tmp_path / "out", None, {"base": case})
+    again = load_backbone_from_ckpt(tmp_path / "out", quiet=True)
+    tokens, _ = packed()
+    with torch.no_grad():
+        assert torch.equal(again(tokens), model(tokens))
+
+
+def test_missing_weights_and_unknown_types_are_told(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(saved("gpt_neox") / "model.safetensors")
+    name = next(name for name in tensors if "dense" in name)
+    (tmp_path / "config.json").write_bytes((saved("gpt_neox") / "config.json").read_bytes())
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="missing_keys"):
+        load_backbone_from_ckpt(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
+    with pytest.raises(UserError, match="mamba9"):
+        load_backbone_from_ckpt(tmp_path)

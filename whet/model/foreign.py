@@ -1,0 +1,285 @@
+"""Any other architecture through transformers, behind the same forward as Whet's own decoder.
+
+How documents of a packed row are kept apart differs between architectures, and some (recurrent
+ones) can't. So it is tried on the instance, when it is opened: with a row of two documents, the
+second must have the hidden states that it has alone, whatever stands in the first. The ways, in
+this order: positions that restart (transformers makes the mask from them), a mask of our own, and
+otherwise one document a row. In the same way it is tried how logits follow from hidden states, so
+that the loss can be formed at trained positions only.
+
+Shape letters: B batch, T tokens, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from whet.errors import UserError
+from whet.model.attention import KVCache
+from whet.model.decoder import TokenLoss
+from whet.model.loss import linear_cross_entropy
+from whet.progress import say
+
+Way = Literal["positions", "mask", "alone"]
+SAYING = {
+    "positions": "documents are packed; restarting positions keep them apart",
+    "mask": "documents are packed; a mask keeps them apart",
+    "alone": "it can't keep packed documents apart, so it runs one document a row",
+}
+
+
+@dataclass(frozen=True)
+class ForeignConfig:
+    """What the rest of Whet asks a model's configuration for."""
+
+    vocab_size: int
+    width: int
+    max_positions: int
+    n_layers: int
+    hf: dict[str, Any]
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of `config.json`."""
+        return dict(self.hf)
+
+
+class ForeignModel(nn.Module):
+    """A causal language model of transformers with Whet's forward."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        values = inner.config.get_text_config().to_dict()
+        self.config = ForeignConfig(
+            vocab_size=inner.get_input_embeddings().weight.shape[0],
+            width=inner.get_input_embeddings().weight.shape[1],
+            max_positions=values.get("max_position_embeddings") or 1 << 20,
+            n_layers=values.get("num_hidden_layers") or 0,
+            hf=inner.config.to_dict(),
+        )
+        self.recompute = "none"
+        self.logit_scale, self.softcap = _head(inner)
+        self.way: Way = _way(self)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        weight: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_at: Tensor | None = None,
+        plan: Any = None,
+    ) -> Tensor | TokenLoss:
+        """As `Transformer.forward`. `plan` is not used.
+
+        `cache` holds the tokens themselves and each step computes them all again: right for every
+        architecture, and slow for long replies.
+        """
+        if cache is not None:
+            return self._with_cache(tokens, positions, cache, logits_at)
+        if segments is None:
+            segments = torch.ones_like(tokens)
+        hidden = self._hidden(tokens, segments)
+        if targets is None:
+            return self._logits(hidden, logits_at)
+        assert weight is not None, "targets need weights"
+        where = weight.flatten().nonzero()[:, 0]
+        head = self.inner.get_output_embeddings()
+        loss, nll = linear_cross_entropy(
+            hidden.flatten(0, 1)[where],
+            head.weight,
+            targets.flatten()[where],
+            weight.flatten()[where],
+            bias=getattr(head, "bias", None),
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+        )
+        return TokenLoss(
+            loss, weight.new_zeros(weight.numel()).index_put((where,), nll).view_as(weight)
+        )
+
+    def _hidden(self, tokens: Tensor, segments: Tensor) -> Tensor:
+        """tokens (B, T) -> hidden states (B, T, D), each document as if it were alone."""
+        one_each = bool((segments == segments[:, :1]).all())
+        if one_each:
+            return self._run(tokens)
+        if self.way == "alone":
+            return self._one_document_a_row(tokens, segments)
+        restarted = _restarted(segments)
+        if self.way == "positions":
+            return self._run(tokens, position_ids=restarted)
+        T = tokens.shape[1]
+        same = segments[:, :, None] == segments[:, None, :]
+        seen = same & torch.ones(T, T, dtype=torch.bool, device=tokens.device).tril()
+        return self._run(tokens, position_ids=restarted, attention_mask=seen[:, None])
+
+    def _run(self, tokens: Tensor, **how: Tensor) -> Tensor:
+        return self.inner.base_model(tokens, use_cache=False, **how).last_hidden_state
+
+    def _one_document_a_row(self, tokens: Tensor, segments: Tensor) -> Tensor:
+        begins = segments != segments.roll(1, dims=1)
+        begins[:, 0] = True
+        document = begins.flatten().cumsum(0) - 1
+        place = _restarted(segments).flatten()
+        rows = tokens.new_zeros(int(document[-1]) + 1, int(place.max()) + 1)
+        rows[document, place] = tokens.flatten()
+        return self._run(rows)[document, place].view(*tokens.shape, -1)
+
+    def _logits(self, hidden: Tensor, logits_at: Tensor | None) -> Tensor:
+        if logits_at is not None:
+            hidden = hidden.gather(1, logits_at[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        return _from_hidden(self.inner, hidden, self.logit_scale, self.softcap)
+
+    def _with_cache(
+        self, tokens: Tensor, positions: Tensor | None, cache: KVCache, logits_at: Tensor | None
+    ) -> Tensor:
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        stored = tokens[:, :, None, None]
+        seen = cache.write(0, stored, stored, positions)[0][:, :, 0, 0]
+        hidden = self._run(seen)
+        if seen.shape[1] != tokens.shape[1]:
+            hidden = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        return self._logits(hidden, logits_at)
+
+
+def load_foreign(
+    directory: Path, *, dtype: torch.dtype, device: torch.device, quiet: bool = False
+) -> ForeignModel:
+    """Open a model directory by transformers' own class. Neither pickles nor foreign code are run.
+
+    Raises UserError without transformers, for an architecture it does not know, and if weights are
+    missing, left over or misshaped.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            f"{directory}: this architecture is not Whet's own; pip install whet[transformers] "
+            "opens it through transformers"
+        ) from None
+    try:
+        opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise UserError(f"{directory}: transformers can't open it: {reason}") from None
+    inner, info = opened
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(key):
+            some = ", ".join(str(name) for name in sorted(info[key], key=str)[:5])
+            raise UserError(f"{directory}: weights do not fit the configuration: {key}: {some}")
+    model = ForeignModel(inner.to(device))
+    if not quiet:
+        say(f"{directory}: {type(inner).__name__} of transformers; {SAYING[model.way]}")
+    return model
+
+
+@torch.no_grad()
+def write_foreign(
+    model: ForeignModel,
+    state: dict[str, Tensor],
+    directory: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+) -> None:
+    """Write weights and config by transformers, and open them again.
+
+    `state` has the names of `model`. Raises RuntimeError if what is read back differs.
+    """
+    values = {
+        name.removeprefix("inner."): value.to("cpu", dtype if value.is_floating_point() else None)
+        for name, value in state.items()
+    }
+    model.inner.save_pretrained(directory, state_dict=dict(values), max_shard_size=shard_bytes)
+    own = next(iter(values.values())).dtype
+    again = load_foreign(directory, dtype=own, device=torch.device("cpu"), quiet=True)
+    for name, value in again.inner.state_dict().items():
+        if not torch.equal(values[name], value):
+            raise RuntimeError(f"{directory}: {name} was saved, but read back it differs")
+
+
+def _restarted(segments: Tensor) -> Tensor:
+    """Positions (B, T) that count from 0 at each change of `segments` (B, T)."""
+    at = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = segments != segments.roll(1, dims=1)
+    begins[:, 0] = True
+    return at - (at * begins).cummax(dim=1).values
+
+
+def _from_hidden(inner: Any, hidden: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = inner.get_output_embeddings()(hidden) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _probe_tokens(model: Any, n: int, seed: int) -> Tensor:
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(embedding.shape[0], (1, n), generator=generator).to(embedding.device)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding in the model's precision."""
+    allowed = 1e-4 if found.dtype == torch.float32 else 0.05
+    return float((found - expected).float().norm()) <= allowed * float(expected.float().norm())
+
+
+@torch.no_grad()
+def _head(inner: Any) -> tuple[float, float | None]:
+    """(scale, softcap) by which the model's logits follow from its last hidden states."""
+    tokens = _probe_tokens(inner, 8, seed=1)
+    training = inner.training
+    inner.eval()
+    expected = inner(tokens, use_cache=False).logits
+    hidden = inner.base_model(tokens, use_cache=False).last_hidden_state
+    inner.train(training)
+    config = inner.config.get_text_config()
+    scales = {1.0, float(getattr(config, "logit_scale", None) or 1.0)}
+    scales |= {1.0 / float(getattr(config, "logits_scaling", None) or 1.0)}
+    for scale in sorted(scales):
+        for cap in {None, getattr(config, "final_logit_softcapping", None)}:
+            if _close(_from_hidden(inner, hidden, scale, cap), expected):
+                return scale, cap
+    raise UserError(
+        f"{type(inner).__name__}: its logits are not its head's product with the last hidden "
+        "state; Whet can't form the loss of this architecture"
+    )
+
+
+@torch.no_grad()
+def _way(model: ForeignModel) -> Way:
+    """The first way that keeps two documents of one row apart on this very model."""
+    a, other = _probe_tokens(model.inner, 7, seed=2), _probe_tokens(model.inner, 7, seed=3)
+    b = _probe_tokens(model.inner, 9, seed=4)
+    segments = torch.tensor([[1] * 7 + [2] * 9], device=a.device)
+    windowed = getattr(model.inner.config.get_text_config(), "sliding_window", None)
+    training = model.training
+    model.eval()
+    expected = torch.cat([model._run(a), model._run(b)], dim=1)
+    ways: tuple[Way, ...] = ("positions", "mask")
+    for way in ways:
+        if way == "mask" and windowed:
+            continue  # a mask of our own would replace the window's
+        model.way = way
+        try:
+            found = model._hidden(torch.cat([a, b], dim=1), segments)
+            moved = model._hidden(torch.cat([other, b], dim=1), segments)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            continue  # the architecture takes no such argument
+        if _close(found, expected) and _close(moved[:, 7:], expected[:, 7:]):
+            model.train(training)
+            return way
+    model.train(training)
+    return "alone"
