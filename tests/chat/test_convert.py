@@ -1,0 +1,127 @@
+"""SentencePiece and tiktoken files against the libraries that they belong to."""
+
+import base64
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from whet.chat.convert import TIKTOKEN, convert, find_convertible
+from whet.errors import UserError
+
+TEXTS = [
+    "Hello world",
+    " Hello,  world!\n\n\tx = 12345 + 6.78;",
+    "don't WE'LL I'd  've  naïve Führer – 日本語テキスト 한국어 🦙.cpp",
+    "    indented\r\n   lines  \n ",
+    "\u200bzero\xa0width é e\u0301 ﬁ ½ ① ４２",
+    "",
+    "a",
+    " ",
+    "1 22 333 4444 55555",
+]
+
+
+@cache
+def backend(file: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(convert(file).json_text)
+
+
+def ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", ["sentencepiece/mistral_v3.model", "tinyllama/tokenizer.model"])
+def test_sentencepiece_files_give_sentencepieces_ids(shared_data: Path, name: str) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = shared_data / "tokenizers" / name
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    found = backend(file)
+    prose = (shared_data / "text" / "tinyshakespeare.txt").read_text()[:20_000]
+    for text in [*TEXTS, prose]:
+        assert ids(found, text) == oracle.encode(text)
+        assert found.decode(oracle.encode(text)) == oracle.decode(oracle.encode(text))
+    assert found.get_vocab_size() == oracle.vocab_size()
+    assert convert(file).named == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def test_the_files_that_others_converted_agree(shared_data: Path) -> None:
+    folder = shared_data / "tokenizers" / "tinyllama"
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    found = backend(folder / "tokenizer.model")
+    assert found.get_vocab() == theirs.get_vocab()
+    for text in [*TEXTS, "a</s> b<s>c"]:
+        assert ids(found, text) == ids(theirs, text)
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_trained_sentencepiece_models(tmp_path: Path, model_type: str, plain: bool) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = "the shop sells three apples and two pears, she pays 12 coins\n"
+    (tmp_path / "text").write_text(text * 20 + "who counts what remains of them?\n" * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type=model_type,
+        vocab_size=310,
+        byte_fallback=True,
+        add_dummy_prefix=plain,
+        remove_extra_whitespaces=not plain,
+        normalization_rule_name="identity" if plain else "nmt_nfkc",
+        user_defined_symbols=["<sep>"],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    file = find_convertible(tmp_path)
+    assert file == tmp_path / "tokenizer.model"
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    found = backend(file)
+    texts = ["the three pears", " she  counts what\tthem", "ﬁve 日 shops", "apples<sep>remains"]
+    for text in texts[: 3 if plain else 4]:
+        assert ids(found, text) == oracle.encode(text), text
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base"])
+def test_tiktoken_files_give_tiktokens_ids(shared_data: Path, name: str) -> None:
+    tiktoken = pytest.importorskip("tiktoken")
+    file = shared_data / "tokenizers" / "tiktoken" / f"{name}.tiktoken"
+    lines = file.read_bytes().splitlines()
+    ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines}
+    vocabulary = TIKTOKEN[len(ranks)]
+    oracle = tiktoken.Encoding(
+        name,
+        pat_str=vocabulary.pattern,
+        mergeable_ranks=ranks,
+        special_tokens=vocabulary.special,
+    )
+    found = backend(file)
+    prose = (shared_data / "text" / "tinyshakespeare.txt").read_text()[:20_000]
+    for text in [*TEXTS, prose, "a<|endoftext|>b"]:
+        assert ids(found, text) == oracle.encode(text, allowed_special="all")
+        assert found.decode(ids(found, text), skip_special_tokens=False) == text
+
+
+def test_r50k_is_gpt2(shared_data: Path) -> None:
+    folder = shared_data / "tokenizers"
+    found = backend(folder / "tiktoken" / "r50k_base.tiktoken")
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "gpt2" / "tokenizer.json"))
+    assert found.get_vocab() == theirs.get_vocab()
+    for text in TEXTS:
+        assert ids(found, text) == ids(theirs, text)
+
+
+def test_other_files_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"IQ== 0\nIg== 1\n")
+    with pytest.raises(UserError, match="a tiktoken file of 2 ranks"):
+        convert(file)
+    file.write_bytes(b"IQ== 0\nIg== x\n")
+    with pytest.raises(UserError, match=r"tokenizer.model:2: expected a base64 token"):
+        convert(file)
+    for content in (b"", b"hello", b"\xff" * 50):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="neither a SentencePiece model nor a tiktoken file"):
+            convert(file)
+    assert find_convertible(tmp_path / "none") is None

@@ -1,0 +1,246 @@
+"""SentencePiece and tiktoken files -> the text of a `tokenizer.json`.
+
+A SentencePiece `tokenizer.model` holds pieces with scores (unigram or BPE) and how it normalises.
+A tiktoken file holds only byte strings with ranks; how text is split before that stands in the
+program that uses it, and is known here for the published vocabularies by their size. Needs
+`pip install whet[convert]` for SentencePiece; tiktoken files need nothing.
+
+The converted tokenizer gives the ids of the original library, which is the oracle in the tests.
+"""
+
+import base64
+import binascii
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from whet.errors import UserError
+
+SPACE = "▁"  # stands for a space in SentencePiece's pieces
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _BLANKS
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _BLANKS
+)
+_LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"]
+_LLAMA3 += ["<|reserved_special_token_1|>", "<|finetune_right_pad_id|>"]
+_LLAMA3 += ["<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"]
+_LLAMA3 += ["<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
+_LLAMA3 += [f"<|reserved_special_token_{i}|>" for i in range(3, 248)]
+
+
+class Vocabulary(NamedTuple):
+    """What a tiktoken file does not say."""
+
+    name: str
+    pattern: str
+    special: dict[str, int]
+
+
+TIKTOKEN = {
+    # ranks in the file: the vocabulary it is
+    50_256: Vocabulary("r50k_base", _GPT2, {"<|endoftext|>": 50_256}),
+    100_256: Vocabulary(
+        "cl100k_base",
+        _WORDS % "{1,3}",
+        {
+            "<|endoftext|>": 100_257,
+            "<|fim_prefix|>": 100_258,
+            "<|fim_middle|>": 100_259,
+            "<|fim_suffix|>": 100_260,
+            "<|endofprompt|>": 100_276,
+        },
+    ),
+    128_000: Vocabulary(
+        "llama3", _WORDS % "{1,3}", {text: 128_000 + i for i, text in enumerate(_LLAMA3)}
+    ),
+    151_643: Vocabulary(
+        "qwen",
+        _WORDS % "",
+        {"<|endoftext|>": 151_643, "<|im_start|>": 151_644, "<|im_end|>": 151_645},
+    ),
+    199_998: Vocabulary(
+        "o200k_base", _O200K, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}
+    ),
+}
+
+
+class Converted(NamedTuple):
+    """The text of a tokenizer.json, and the special tokens by name, such as eos_token."""
+
+    json_text: str
+    named: dict[str, str]
+
+
+def find_convertible(folder: Path) -> Path | None:
+    """The file in `folder` that `convert` takes, if there is one."""
+    found = [folder / "tokenizer.model", *sorted(folder.glob("*.tiktoken"))]
+    found += sorted(folder.glob("*.model"))
+    return next((file for file in found if file.is_file()), None)
+
+
+def convert(file: Path) -> Converted:
+    """Convert a SentencePiece model or a tiktoken file. Raises UserError if it is neither."""
+    content = file.read_bytes()
+    if _looks_like_tiktoken(content):
+        return _convert_tiktoken(file, content)
+    return _convert_sentencepiece(file, content)
+
+
+def _looks_like_tiktoken(content: bytes) -> bool:
+    first, _, rank = content[:200].split(b"\n")[0].partition(b" ")
+    try:
+        return rank.strip().isdigit() and bool(base64.b64decode(first, validate=True))
+    except binascii.Error:
+        return False
+
+
+def _convert_tiktoken(file: Path, content: bytes) -> Converted:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        token, _, rank = line.partition(b" ")
+        try:
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{file}:{number}: expected a base64 token and its rank") from None
+    vocabulary = TIKTOKEN.get(len(ranks))
+    if vocabulary is None:
+        known = ", ".join(f"{v.name} ({n})" for n, v in TIKTOKEN.items())
+        raise UserError(
+            f"{file}: a tiktoken file of {len(ranks)} ranks; how it splits text does not stand in "
+            f"it and is known for {known} only; give a tokenizer.json"
+        )
+    letters = _byte_letters()
+    vocab = {"".join(letters[b] for b in token): rank for token, rank in ranks.items()}
+    merges = [tuple("".join(letters[b] for b in half) for half in pair) for pair in _merges(ranks)]
+    model = models.BPE({**vocab, **vocabulary.special}, merges, ignore_merges=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(vocabulary.pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in vocabulary.special])
+    names = list(vocabulary.special)
+    named = {"eos_token": "<|endoftext|>"}
+    if vocabulary.name == "llama3":
+        named = {"bos_token": names[0], "eos_token": names[1]}
+    return Converted(backend.to_str(), named)
+
+
+def _byte_letters() -> dict[int, str]:
+    """The printable letter that byte-level BPE writes for each byte (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair each token is merged from: what BPE with the lower ranks alone makes of it."""
+    pairs = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) == 1:
+            continue
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: _rank(ranks, parts, i, rank))
+            if _rank(ranks, parts, best, rank) == rank:
+                break
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _rank(ranks: dict[bytes, int], parts: list[bytes], i: int, limit: int) -> int:
+    return min(ranks.get(parts[i] + parts[i + 1], limit), limit)
+
+
+def _convert_sentencepiece(file: Path, content: bytes) -> Converted:
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise UserError(
+            f"{file}: a SentencePiece model needs to be converted: pip install whet[convert]"
+        ) from None
+    protocol: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    proto = protocol.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except Exception:  # protobuf's own DecodeError
+        raise UserError(f"{file}: neither a SentencePiece model nor a tiktoken file") from None
+    if not proto.pieces:
+        raise UserError(f"{file}: neither a SentencePiece model nor a tiktoken file")
+    kinds = protocol.ModelProto.SentencePiece
+    trainer, normal = proto.trainer_spec, proto.normalizer_spec
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    model: models.Model
+    if trainer.model_type == 1:
+        model = models.Unigram(pieces, trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    elif trainer.model_type == 2:
+        vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+        unk = trainer.unk_piece if trainer.unk_piece in vocab else None
+        model = models.BPE(
+            vocab,
+            _score_merges(pieces, vocab),
+            unk_token=unk,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    else:
+        raise UserError(
+            f"{file}: SentencePiece model of type {trainer.model_type}; expected 1 or 2"
+        )
+    backend = tokenizers.Tokenizer(model)
+    steps: list[Any] = []
+    if normal.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(normal.precompiled_charsmap))
+    if normal.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps += [normalizers.Prepend(SPACE)] if normal.add_dummy_prefix else []
+    steps += [normalizers.Replace(" ", SPACE)]
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if normal.add_dummy_prefix else [])
+    )
+    for piece in proto.pieces:
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
+            backend.add_special_tokens([AddedToken(piece.piece, normalized=False)])
+        elif piece.type == kinds.USER_DEFINED:
+            backend.add_tokens([AddedToken(piece.piece, normalized=False)])
+    named = {"bos_token": trainer.bos_piece, "eos_token": trainer.eos_piece}
+    named["unk_token"] = trainer.unk_piece
+    known = {piece for piece, _ in pieces}
+    return Converted(backend.to_str(), {k: v for k, v in named.items() if v in known})
+
+
+def _score_merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, those of the best score first."""
+    found = []
+    for piece, score in pieces:
+        halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        known = [(left, right) for left, right in halves if left in vocab and right in vocab]
+        known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        found += [(score, pair) for pair in known]
+    return [pair for _, pair in sorted(found, key=lambda item: -item[0])]
+
+
+def write_converted(file: Path, directory: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` for `file` into `directory`."""
+    converted = convert(file)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(converted.json_text, encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **converted.named}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
