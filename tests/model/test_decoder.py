@@ -4,9 +4,13 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import CheckpointPolicy
 
+from whet.model.attention import plan_documents
 from whet.model.config import llama
 from whet.model.decoder import TokenLoss, Transformer, init_weights
+from whet.model.recompute import keep_products
 
 
 def model(seed=0, **changes):
@@ -102,6 +106,42 @@ def test_recomputation_saves_memory():
     none = saved_bytes(decoder)
     decoder.recompute = "full"
     assert saved_bytes(decoder) < 0.7 * none
+
+
+def test_selective_recomputation_keeps_products_and_attention():
+    kept = set()
+
+    def watch(context, op, *args, **options):
+        policy = keep_products(context, op, *args, **options)
+        if policy == CheckpointPolicy.MUST_SAVE:
+            kept.add(op.name().split("::")[1].split(".")[0])
+        return policy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("whet.model.recompute.keep_products", watch)
+        decoder = model()
+        decoder.recompute = "selective"
+        tokens, targets, weight = batch()
+        decoder(tokens, targets=targets, weight=weight).loss.backward()
+    assert kept == {"mm", "_scaled_dot_product_flash_attention_for_cpu"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_are_not_compiled_again_for_each_batch():
+    """As on a GPU, but without one: the fake kernels of the meta device know shapes only."""
+    counter = CompileCounter()
+    config = llama(50, 32, 3, 4, n_kv_heads=2)
+    with torch.device("meta"):
+        decoder = Transformer(config).to(torch.bfloat16)
+    for layer in decoder.layers:
+        layer.compile(backend=counter, fullgraph=True)
+    for lengths in ([5, 7, 9], [4, 4], [30, 2, 2, 1], [11] * 5):
+        numbers = [i + 1 for i, n in enumerate(lengths) for _ in range(n)]
+        segments = torch.tensor([numbers])
+        plan = plan_documents(segments.shape, segments.device, segments)
+        logits = decoder(segments.to("meta"), plan=plan.to(torch.device("meta")))
+        logits.sum().backward()
+    assert counter.frame_count <= 2  # once for the first batch, once for any length
 
 
 def test_a_result_names_its_parts():

@@ -18,8 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether torch wants to be told that heads are shared; 2.11 takes them without a word."""
 
 
+@torch.compiler.disable  # compiled, it would be made anew for each batch's lengths
 def documents(
     q: Tensor,
     k: Tensor,
@@ -62,22 +67,13 @@ def varlen(
 
     H is at most 256. The signature of torch's function grew from 2.11 to 2.13.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     behind = -1 if window is None else window - 1
     options: dict[str, Any] = {"scale": scale, "window_size": (behind, 0)}
-    if _takes_enable_gqa():  # before, heads that are shared needed no permission
+    if ASKS_FOR_GQA:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out
-
-
-@cache
-def _takes_enable_gqa() -> bool:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def flex(

@@ -38,11 +38,12 @@ def run_layer(layer: Callable[..., Tensor], recompute: Recompute, *args: Any) ->
         return layer(*args)
     if recompute == "full":
         return checkpoint(layer, *args, use_reentrant=False)
-    contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+    contexts = partial(create_selective_checkpoint_contexts, keep_products)
     return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts)
 
 
-def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of `selective`: products and attention stay, the rest is made again."""
     name = op.name().split("::")[-1]
     expensive = any(part in name for part in EXPENSIVE)
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
