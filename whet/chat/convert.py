@@ -119,9 +119,10 @@ def _convert_tiktoken(file: Path, content: bytes) -> Converted:
             f"it and is known for {known} only; give a tokenizer.json"
         )
     letters = _byte_letters()
-    vocab = {"".join(letters[b] for b in token): rank for token, rank in ranks.items()}
-    merges = [tuple("".join(letters[b] for b in half) for half in pair) for pair in _merges(ranks)]
-    model = models.BPE({**vocab, **vocabulary.special}, merges, ignore_merges=True)
+    written = {token: "".join(letters[b] for b in token) for token in ranks}
+    merges = [(written[left], written[right]) for left, right in _merges(ranks)]
+    vocab = {written[token]: rank for token, rank in ranks.items()} | vocabulary.special
+    model = models.BPE(vocab, merges, ignore_merges=True)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
