@@ -30,8 +30,10 @@ from whet.data.batches import (
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.gsm8k import Problem, load_gsm8k
+from whet.model.adapter import is_adapter
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
+from whet.model.hub import find_model
 from whet.model.lora import LoRA
 from whet.model.recompute import Recompute
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
@@ -46,8 +48,10 @@ from whet.train.settings import TrainSettings
 class Config(TrainSettings):
     """Fine-tune a base model on packed rows."""
 
-    model: Path
-    """Model directory or `.pt` file to start from."""
+    model: str
+    """Model to start from: a directory, a `.pt` file, or OWNER/NAME on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
     data: Path
     """Packed file to train on, made by `whet prepare`."""
     dev: Path | None = None
@@ -88,13 +92,19 @@ def build(config: Config, ranks: Ranks) -> Stage:
     lora = lora_of(config)
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
     halved = lora is not None and config.precision == "bf16"
+    path = find_model(config.model, config.revision, quiet=config.quiet or not ranks.first)
+    if is_adapter(path):
+        raise UserError(
+            f"--model {config.model}: is an adapter; merge it first: whet export {config.model} "
+            "--merge --out DIR"
+        )
     model = load_backbone_from_ckpt(
-        config.model,
+        path,
         dtype=torch.bfloat16 if halved else torch.float32,
         quiet=config.quiet or not ranks.first,
     )
     model.recompute = config.recompute
-    tokenizer, new_rows = find_tokenizer(config), list[int]()
+    tokenizer, new_rows = find_tokenizer(config.tokenizer, path), list[int]()
     if config.chat_template is not None and tokenizer is not None:
         tokenizer, new_rows = add_tokens(model, tokenizer, config.chat_template)
     found = misfits(model, tokenizer, store, "--data")
@@ -220,11 +230,11 @@ def lora_of(config: Config) -> LoRA | None:
     )
 
 
-def find_tokenizer(config: Config) -> Tokenizer | None:
+def find_tokenizer(directory: Path | None, model: Path) -> Tokenizer | None:
     """--tokenizer's, or the model directory's own; a `.pt` has none."""
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
-    return load_tokenizer(config.model) if config.model.is_dir() else None
+    if directory is not None:
+        return load_tokenizer(directory)
+    return load_tokenizer(model) if model.is_dir() else None
 
 
 def misfits(
@@ -266,7 +276,8 @@ def lineage(config: Config, store: PackedStore) -> dict:
     attrs = store.attrs
     return {
         "stage": "sft",
-        "base": str(config.model),
+        "base": config.model,
+        "revision": config.revision,
         "data": str(config.data),
         "tokenizer_hash": attrs.get("tokenizer_hash"),
         "template_hash": attrs.get("template_hash"),

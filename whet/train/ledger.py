@@ -103,7 +103,7 @@ class Config:
     run: Positional[Path]
     """The run folder."""
     step: int | None = None
-    """List the documents of this step (counted from 0)."""
+    """List the documents of this step, counted from 1 as in metrics.jsonl."""
     document: str | None = None
     """List the steps that saw this document, as FILE:LINE; the file's end of name is enough."""
 
@@ -116,10 +116,10 @@ def main(config: Config) -> int:
     if config.step is not None:
         wanted = records[records["step"] == config.step]
         if len(wanted) == 0:
-            last = int(records["step"][-1]) if len(records) else -1
+            last = int(records["step"][-1]) if len(records) else 0
             raise UserError(
-                f"--step {config.step}: the ledger of {config.run} has steps 0 to {last}"
-                if last >= 0
+                f"--step {config.step}: the ledger of {config.run} has steps 1 to {last}"
+                if last
                 else f"--step {config.step}: the ledger of {config.run} is empty"
             )
         for found in sorted(describe(wanted, store), key=lambda d: -d["loss"]):

@@ -118,6 +118,7 @@ def train(
             if settings.save_every and (at_end or _due(facts.step, settings.save_every)):
                 save(wait=at_end or not settings.save_async)
             if at_end:
+                _write_ledger(seen, stage.store, run, ranks)
                 return 0
             started = time.monotonic()
             result = forward_backward(

@@ -1,0 +1,65 @@
+"""whet pretrain: text to a model directory; refusals; a kill while it prepares."""
+
+import json
+
+import pytest
+
+from whet.chat.tokenizer import load_tokenizer
+from whet.cli import main
+from whet.model.checkpoint import load_backbone_from_ckpt
+
+STORY = "A shop has {} apples. Anna buys {} of them. Now there are {} left.\n"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "stories.jsonl"
+    rows = [{"text": STORY.format(n, n // 2, n - n // 2)} for n in range(2, 202)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(text, out, **flags):
+    values = {"data": text, "out": out, "width": 32, "layers": 2, "heads": 2, "vocab_size": 300}
+    values |= {"context_length": 64, "max_steps": 6, "batch_size": 4, "samples": 1}
+    words = ["pretrain", "--quiet"]
+    for key, value in (values | flags).items():
+        words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return words
+
+
+def test_makes_a_model_that_learns(text, tmp_path):
+    out = tmp_path / "base"
+    assert main(command(text, out, max_steps=30, dev_fraction=0.1, lr=1e-2)) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    dev = [line["dev_loss"] for line in lines if "dev_loss" in line]
+    assert dev[-1] < dev[0] - 1
+    model, tokenizer = load_backbone_from_ckpt(out), load_tokenizer(out)
+    assert model.config.vocab_size == tokenizer.vocab_size <= 300
+    assert model.config.max_positions == 64
+    assert json.loads((out / "whet.json").read_text())["stage"] == "pretrain"
+    sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"].startswith("A shop")
+
+
+def test_resume_prepares_nothing_again(text, tmp_path, monkeypatch):
+    out = tmp_path / "base"
+    assert main(command(text, out)) == 0
+    before = (out / "packed.h5").stat().st_mtime_ns
+    assert main([*command(text, out), "--resume"]) == 0
+    assert (out / "packed.h5").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"width": 30, "heads": 4}, "--width 30: must be a multiple of 2 x --heads 4"),
+        ({"kv_heads": 3}, "--kv_heads 3: must divide"),
+        ({"layers": 0}, "--layers 0"),
+        ({"tokenizer": "nowhere"}, "nowhere"),
+        ({"data": "nowhere.txt"}, "nowhere.txt"),
+    ],
+)
+def test_bad_flags(text, tmp_path, capsys, flags, told):
+    assert main(command(text, tmp_path / "base", **flags)) == 2
+    assert told in capsys.readouterr().err
