@@ -23,6 +23,7 @@ ORDER = {
     "train": 6,
     "stages": 7,
     "report": 8,  # stands aside: nothing imports it
+    "doctor": 8,  # stands aside: nothing imports it
     "demo": 8,  # stands aside: nothing imports it
     "cli": 9,
     "__main__": 10,

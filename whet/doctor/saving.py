@@ -1,0 +1,98 @@
+"""What is saved is what was there: opened again by Whet, and by transformers."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whet.doctor.finding import Finding, judge, skipped, worse
+from whet.doctor.subject import Subject
+from whet.model import families
+from whet.model.checkpoint import OWN_LAYOUT, load_backbone_from_ckpt, save_pt
+from whet.model.decoder import Transformer
+
+EXPORT_BOUND = 1e-4
+"""Relative norm of the difference of logits: another code that rounds otherwise."""
+
+
+def saved_equals_loaded(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
+    """Save -> load -> the same logits, to the last bit."""
+    model = subject.model.cpu()
+    expected = logits(model, subject)
+    tell("model directory")
+    directory = subject.saved_model()
+    yield _same(directory.is_dir() and load(directory), expected, subject, "model directory")
+    tell(".pt file")
+    path = subject.scratch / "model.pt"
+    save_pt(model, path, "doctor", 0, {})
+    yield _same(load(path), expected, subject, ".pt file")
+    path.unlink()
+
+
+def load(path: Any) -> Transformer:
+    """Open what was saved."""
+    return load_backbone_from_ckpt(path, quiet=True)
+
+
+def _same(again: Any, expected: list[Tensor], subject: Subject, what: str) -> Finding:
+    found = logits(again, subject)
+    pairs = zip(found, expected, strict=True)
+    worst = reduce(worse, (float((a - b).abs().max()) for a, b in pairs))
+    return judge("saved and loaded: the same logits", worst, 0.0, what)
+
+
+@torch.no_grad()
+def logits(model: Any, subject: Subject) -> list[Tensor]:
+    """(n, V) float32 of the first documents, each alone."""
+    found = []
+    for document in subject.documents[:4]:
+        out = model(torch.from_numpy(document.ids)[None])
+        found.append(getattr(out, "logits", out)[0].float())
+    return found
+
+
+def export_agrees(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
+    """transformers opens the saved directory and computes and tokenises the same."""
+    opens, same_ids = "transformers computes the same logits", "transformers tokenises the same"
+    why = _no_transformers(subject)
+    if why:
+        yield skipped(opens, why)
+        yield skipped(same_ids, why)
+        return
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    directory, version = str(subject.saved_model()), f"transformers {transformers.__version__}"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+    found = logits(theirs.float().eval(), subject)
+    del theirs
+    expected = logits(subject.model.cpu(), subject)
+    pairs = list(zip(found, expected, strict=True))
+    worst = math.sqrt(sum(float((a - b).norm()) ** 2 for a, b in pairs))
+    worst /= math.sqrt(sum(float(b.norm()) ** 2 for _, b in pairs)) or 1.0
+    yield judge(opens, worst, EXPORT_BOUND, version)
+    if subject.tokenizer is None:
+        yield skipped(same_ids, "the model has no tokenizer")
+        return
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    texts = [subject.tokenizer.decode(d.ids, skip_special=False) for d in subject.documents]
+    different = sum(
+        tokenizer.encode(text, add_special_tokens=False) != subject.tokenizer.encode(text)
+        for text in texts
+    )
+    yield judge(same_ids, different, 0, f"{len(texts)} texts, {version}")
+
+
+def _no_transformers(subject: Subject) -> str:
+    """Why transformers cannot be asked, or nothing."""
+    if families.model_type(subject.model.config) == OWN_LAYOUT:
+        return "no family of transformers computes this model"
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return "transformers is not installed; Whet's own reader is compared above"
+    return ""

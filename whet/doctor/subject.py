@@ -1,0 +1,239 @@
+"""What is examined: the user's model, a few rows made of his own documents, his machine.
+
+Documents are cut to a few dozen tokens around the place where their training begins, so that a
+check costs seconds whatever the file's context length: no claim depends on the length.
+
+Shape letters: B rows, T tokens, n tokens of a document.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whet.chat.certificate import Refusal
+from whet.chat.encode import EncodeOptions, encode_many
+from whet.chat.formats import Datum, to_example
+from whet.chat.tokenizer import Tokenizer
+from whet.data.batches import Batch, make_batch
+from whet.data.reader import parse, read_units
+from whet.data.store import PackedStore, Rows, StoreWriter, row_weights
+from whet.errors import UserError
+from whet.model.checkpoint import empty_model, save_model
+from whet.model.decoder import Transformer
+
+ROWS = 5
+"""With batches of 4 rows the last one has a single row: a rank of two then has none."""
+DOCUMENTS_PER_ROW = 3
+SCANNED_ROWS = 256  # of the packed file, evenly spread
+SCANNED_CONVERSATIONS = 200
+LARGE = 200_000_000
+"""Parameters above which the checks that run processes take the first two layers only."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """ids (n,) int64 and loss_mask (n,) float32, not shifted."""
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in which precision the checks of numbers run."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype | None
+    """Of autocast; None is float32."""
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self.dtype or torch.float32
+
+
+@dataclass
+class Subject:
+    """What the checks are given."""
+
+    model: Transformer
+    tokenizer: Tokenizer | None
+    store: PackedStore | None
+    data: list[Datum]
+    """The first conversations of --conversations."""
+    options: EncodeOptions
+    rows: list[list[Document]]
+    """What the packed rows are made of; the last row is left untrained on purpose."""
+    row_tokens: int
+    settings: list[Setting]
+    scratch: Path
+    """A folder for what the checks write."""
+
+    @property
+    def documents(self) -> list[Document]:
+        return [document for row in self.rows for document in row]
+
+    @property
+    def trained(self) -> list[Document]:
+        """The documents in which some token is a trained target."""
+        return [document for document in self.documents if document.loss_mask[1:].any()]
+
+    def arrays(self) -> Rows:
+        """The packed rows, each array (B, T)."""
+        shape = (len(self.rows), self.row_tokens)
+        read = Rows(
+            np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+        )
+        for i, row in enumerate(self.rows):
+            start = 0
+            for number, document in enumerate(row, 1):
+                here = slice(start, start + len(document.ids))
+                read.tokens[i, here] = document.ids
+                read.loss_mask[i, here] = document.loss_mask
+                read.segment_ids[i, here] = number
+                start = here.stop
+        return read
+
+    def batch(self) -> Batch:
+        """The packed rows as the batch of one step."""
+        read = self.arrays()
+        total = float(row_weights(read.loss_mask, read.segment_ids).sum())
+        return make_batch(read, np.arange(len(self.rows)), total=total)
+
+    def packed_file(self) -> Path:
+        """The packed rows as a file."""
+        path = self.scratch / "rows.h5"
+        if not path.exists():
+            read = self.arrays()
+            with StoreWriter(path, len(self.rows), self.row_tokens, weighted=True) as writer:
+                writer.write_rows(*read)
+        return path
+
+    def saved_model(self) -> Path:
+        """The model as a directory that Whet has saved."""
+        path = self.scratch / "model"
+        if not path.exists():
+            save_model(self.model.cpu(), path, self.tokenizer, {"stage": "doctor"})
+        return path
+
+    def small_model(self) -> tuple[Path, str]:
+        """What the checks that run processes train: a directory, and a note if it is a part."""
+        if sum(p.numel() for p in self.model.parameters()) <= LARGE:
+            return self.saved_model(), ""
+        path = self.scratch / "small"
+        if not path.exists():
+            small = first_layers(self.model, 2)
+            save_model(small.cpu(), path, None, {"stage": "doctor"})
+        return path, "on the first 2 layers of the model"
+
+
+def alone(document: Document, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A document without packing: tokens, targets (1, n - 1) int64, weight (1, n - 1) float32.
+
+    Shifted here by hand: what the batch does is among what is examined.
+    """
+    ids = torch.from_numpy(document.ids).to(device)[None]
+    weight = torch.from_numpy(document.loss_mask).to(device)[None, 1:]
+    return ids[:, :-1], ids[:, 1:], weight
+
+
+def first_layers(model: Transformer, n: int) -> Transformer:
+    """The model of the first `n` layers, which shares the weights of `model`."""
+    config, hf = model.config, dict(model.config.hf)
+    hf |= {key: n for key in ("num_hidden_layers", "n_layer") if key in hf}
+    if isinstance(hf.get("layer_types"), list):
+        hf["layer_types"] = hf["layer_types"][:n]
+    shorter = empty_model(
+        dataclasses.replace(
+            config, n_layers=n, ropes=config.ropes[:n], windows=config.windows[:n], hf=hf
+        )
+    )
+    kept = shorter.state_dict().keys()
+    state = {name: value for name, value in model.state_dict().items() if name in kept}
+    shorter.load_state_dict(state, assign=True)
+    return shorter.requires_grad_()
+
+
+def read_conversations(path: Path, format: str | None) -> list[Datum]:
+    """The first conversations of a data file; raises UserError for the first that is none."""
+    data: list[Datum] = []
+    for unit in read_units(str(path)):
+        if len(data) == SCANNED_CONVERSATIONS:
+            break
+        try:
+            data.append(to_example(parse(unit), format, str(path), unit.line))
+        except UserError as error:
+            where = f"{path}:{unit.line}: "
+            raise UserError(where + str(error).removeprefix(where)) from None
+    if not data:
+        raise UserError(f"--conversations {path}: holds nothing")
+    return data
+
+
+def sample_rows(
+    vocab_size: int,
+    row_tokens: int,
+    store: PackedStore | None,
+    data: Sequence[Datum],
+    tokenizer: Tokenizer | None,
+    options: EncodeOptions,
+) -> list[list[Document]]:
+    """Rows of documents from the packed file, else of the conversations, else of random ids."""
+    longest = row_tokens // DOCUMENTS_PER_ROW
+    if store is not None:
+        found = list(_stored(store))
+    elif data and tokenizer is not None:
+        results = encode_many(data, tokenizer, dataclasses.replace(options, uncertain="drop"))
+        found = [
+            Document(example.ids.astype(np.int64), example.loss_mask)
+            for result in results
+            if not isinstance(result, Refusal)
+            for example in result.examples
+        ]
+    else:
+        found = list(_random(vocab_size, longest))
+    cut = [_cut(document, longest) for document in found if len(document.ids) > 1]
+    cut = [document for document in cut if document.loss_mask[1:].any()]
+    if not cut:
+        raise UserError("the data hold no document with a trained token: nothing to examine")
+    wanted = ROWS * DOCUMENTS_PER_ROW
+    # Evenly spread over what was found; few documents are used more than once.
+    chosen = [cut[i * len(cut) // wanted] for i in range(wanted)]
+    rows = [chosen[i::ROWS] for i in range(ROWS)]
+    rows[-1] = [Document(d.ids, np.zeros_like(d.loss_mask)) for d in rows[-1]]
+    return rows
+
+
+def _stored(store: PackedStore) -> Iterator[Document]:
+    wanted = np.unique(np.linspace(0, len(store) - 1, SCANNED_ROWS).astype(np.int64))
+    for i in wanted:
+        read = store.rows([i])
+        segments = read.segment_ids[0]
+        borders = [0, *(np.flatnonzero(np.diff(segments)) + 1), len(segments)]
+        for start, end in itertools.pairwise(borders):
+            if segments[start]:
+                ids = read.tokens[0, start:end].astype(np.int64)
+                yield Document(ids, read.loss_mask[0, start:end].copy())
+
+
+def _random(vocab_size: int, longest: int) -> Iterator[Document]:
+    rng = np.random.default_rng(0)
+    for _ in range(ROWS * DOCUMENTS_PER_ROW):
+        n = int(rng.integers(longest // 2, longest + 1))
+        mask = (np.arange(n) >= n // 2).astype(np.float32)
+        yield Document(rng.integers(0, vocab_size, n), mask)
+
+
+def _cut(document: Document, longest: int) -> Document:
+    """At most `longest` tokens around the place where the training begins."""
+    trained = np.flatnonzero(document.loss_mask)
+    middle = int(trained[0]) if len(trained) else 0
+    start = max(0, min(middle - longest // 2, len(document.ids) - longest))
+    here = slice(start, start + longest)
+    return Document(document.ids[here], document.loss_mask[here].astype(np.float32))

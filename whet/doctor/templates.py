@@ -1,0 +1,94 @@
+"""The template on the user's own conversations, and whether the packed file fits the model."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from whet.chat.certificate import Refusal
+from whet.chat.encode import Encoded, EncodeOptions, encode_many, encode_prompt
+from whet.chat.messages import Conversation
+from whet.chat.tokenizer import Tokenizer
+from whet.data.store import row_weights
+from whet.doctor.finding import Finding, failed, judge, skipped, worse
+from whet.doctor.subject import Subject
+from whet.stages.sft import misfits
+
+COUNTED_ROWS = 4096
+
+
+def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
+    """What is trained follows the prompt that `whet chat` gives, and ends with a stop token."""
+    faithful = "every reply is trained behind its own prompt"
+    stops = "every trained reply ends with a stop token"
+    tokenizer = subject.tokenizer
+    talks = [datum for datum in subject.data if isinstance(datum, Conversation)]
+    if tokenizer is None or not talks:
+        why = (
+            "the model has no tokenizer" if talks else "no conversations; give --conversations FILE"
+        )
+        yield skipped(faithful, why)
+        yield skipped(stops, why)
+        return
+    options = replace(subject.options, uncertain="drop")
+    results = encode_many(talks, tokenizer, options)
+    kinds = Counter(result.kind for result in results if isinstance(result, Refusal))
+    told = f"of {len(talks)} conversations"
+    if kinds:
+        told += ", refused: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    if kinds.total() == len(talks):
+        yield failed(faithful, f"{told}: nothing can be trained")
+        return
+    wrong_prompts = wrong_stops = 0
+    for talk, result in zip(talks, results, strict=True):
+        if isinstance(result, Encoded):
+            wrong_prompts += _wrong_prompts(talk, result, tokenizer, options)
+            wrong_stops += sum(
+                int(example.ids[span.end - 1]) not in tokenizer.stop_ids
+                for example in result.examples
+                for span in example.spans
+            )
+    yield judge(faithful, wrong_prompts, 0, told)
+    yield judge(stops, wrong_stops, 0, told)
+
+
+def _wrong_prompts(
+    talk: Conversation, encoded: Encoded, tokenizer: Tokenizer, options: EncodeOptions
+) -> int:
+    """Trained spans that follow something else than the prompt that asks for them."""
+    wrong = 0
+    for example in encoded.examples:
+        for span in example.spans:
+            asked = replace(
+                talk, messages=talk.messages[: span.message], weights=talk.weights[: span.message]
+            )
+            switch = encoded.certificate.switches.get(span.message + 1, {})
+            prompt = encode_prompt(asked, tokenizer, options, switch=switch, go_on=False)
+            wrong += prompt != example.ids[: span.start].tolist()
+    return wrong
+
+
+def data_fit(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
+    """The packed file was made for this model, and counts its trained tokens rightly."""
+    store = subject.store
+    fits, counts = (
+        "the packed file was made for this model",
+        "the file's trained-token counts are true",
+    )
+    if store is None:
+        yield skipped(fits, "no packed file; give --data FILE.h5")
+        yield skipped(counts, "no packed file")
+        return
+    found = misfits(subject.model, subject.tokenizer, store, "--data")
+    of_file = store.attrs.get("template_hash")
+    if subject.tokenizer and of_file not in (None, subject.tokenizer.template.hash):
+        found.append("its chat template is not the one that the model directory has")
+    yield failed(fits, "; ".join(found)) if found else judge(fits, 0, 0)
+    rows = np.unique(np.linspace(0, len(store) - 1, COUNTED_ROWS).astype(np.int64))
+    worst = 0.0
+    for part in np.array_split(rows, -(-len(rows) // 64)):
+        read = store.rows(part)
+        expected = row_weights(read.loss_mask, read.segment_ids)
+        worst = worse(worst, float(np.abs(store.loss_tokens[part] - expected).max()))
+    yield judge(counts, worst, 1e-3, f"{len(rows):,} of {len(store):,} rows")
