@@ -1,12 +1,11 @@
 """The decoder's own behaviour: entry, cache, recomputation, initial values."""
 
-import itertools
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import CheckpointPolicy
 
+from tests.model.list_cache import ListCache
 from whet.model.attention import plan_documents
 from whet.model.config import llama
 from whet.model.decoder import TokenLoss, Transformer, init_weights
@@ -26,23 +25,6 @@ def batch(rows=2, length=12, seed=0):
     weight = torch.rand(rows, length, generator=generator) * (torch.arange(length) % 3 > 0)
     weight[:, -1] = 0.0
     return tokens, tokens.roll(-1, 1), weight
-
-
-class ListCache:
-    """The plainest cache that keeps the contract of `KVCache`."""
-
-    def __init__(self, rows, slots):
-        self.kept = {}
-        self.rows, self.slots = rows, slots
-
-    def write(self, layer, k, v, positions):
-        if layer not in self.kept:
-            shape = (self.rows, self.slots, *k.shape[2:])
-            self.kept[layer] = [k.new_zeros(shape), v.new_zeros(shape)]
-        for store, new in zip(self.kept[layer], (k, v), strict=True):
-            for row, t in itertools.product(range(k.shape[0]), range(k.shape[1])):
-                store[row, positions[row, t]] = new[row, t]
-        return self.kept[layer][0].clone(), self.kept[layer][1].clone()
 
 
 def test_decoding_by_cache_equals_reading_all_at_once():

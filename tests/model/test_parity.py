@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.model import zoo
+from tests.model.list_cache import ListCache
 
 LENGTHS = (23, 1, 14, 9)  # documents of one packed row; 23 is beyond each case's window and stretch
 
@@ -53,3 +54,20 @@ def test_logits_and_gradients_equal_the_oracles(case):
     assert torch.allclose(result.loss, loss, rtol=1e-5)
     for name, mine, other in zoo.gradient_pairs(ours, theirs):
         assert (mine - other).norm() <= 1e-3 * other.norm() + 1e-7, name
+
+
+@torch.no_grad()
+def test_decoding_by_cache_equals_the_oracle(case):
+    """Prompts of 9 and 4 tokens in one batch, then 8 tokens each: past windows, below stretches."""
+    theirs = zoo.oracle(case)
+    ours = zoo.whet_model(case, theirs)
+    tokens = torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(2))
+    lengths = torch.tensor([9, 4])
+    rows = torch.arange(2)
+    expected = theirs(tokens[:, :16]).logits  # 16: the shortest text after which a case stretches
+    cache = ListCache(2, 24)
+    logits = ours(tokens[:, :9], cache=cache, logits_at=lengths[:, None] - 1)
+    for _ in range(8):
+        assert torch.allclose(logits[:, 0], expected[rows, lengths - 1], atol=1e-4)
+        logits = ours(tokens[rows, lengths][:, None], lengths[:, None], cache=cache)
+        lengths = lengths + 1
