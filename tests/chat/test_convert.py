@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from whet.chat.convert import TIKTOKEN, convert, find_convertible
+from whet.chat.tokenizer import load_tokenizer
 from whet.errors import UserError
 
 TEXTS = [
@@ -110,6 +111,14 @@ def test_r50k_is_gpt2(shared_data: Path) -> None:
     assert found.get_vocab() == theirs.get_vocab()
     for text in TEXTS:
         assert ids(found, text) == ids(theirs, text)
+
+
+def test_load_tokenizer_converts_what_it_finds(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "tokenizers" / "tinyllama"
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    found, theirs = load_tokenizer(tmp_path), load_tokenizer(folder)
+    assert (found.eos_id, found.bos_id) == (theirs.eos_id, theirs.bos_id) == (2, 1)
+    assert found.encode("Hello world") == theirs.encode("Hello world")
 
 
 def test_other_files_are_told(tmp_path: Path) -> None:

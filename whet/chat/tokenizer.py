@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from whet.chat import dialect
+from whet.chat.convert import convert, find_convertible
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
 
@@ -36,14 +37,14 @@ class Tokenizer:
     templates see as variables (bos_token, eos_token, ...), `config` the tokenizer_config.json.
     """
 
-    backend: tokenizers.Tokenizer
-    json_text: str
+    backend: tokenizers.Tokenizer = field(repr=False)
+    json_text: str = field(repr=False)
     named: dict[str, str]
     template: ChatTemplate
     tool_template: ChatTemplate | None = None  # used instead of `template` when there are tools
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
     further_eos_ids: tuple[int, ...] = ()  # of generation_config.json
-    memo: dict[str, Any] = field(default_factory=dict)  # the encoders that `encode` made
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)  # encoders, made once
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`; control tokens in it are recognised, none is added."""
@@ -155,22 +156,25 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     """The tokenizer of the directory `path`.
 
     `chat_template` is None (the directory's own, else Whet's plain one), `plain`, `chatml` or the
-    path of a file.
+    path of a file. Without a tokenizer.json a SentencePiece or tiktoken file is converted.
     Raises UserError if a file is missing or broken.
     """
     folder = Path(path)
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+    file, given = folder / "tokenizer.json", dict[str, str]()
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+    elif (other := find_convertible(folder)) is not None:
+        text, given = convert(other)
+    else:
         what = "is no directory" if not folder.is_dir() else "holds no tokenizer.json"
         raise UserError(f"{folder} {what}; expected a model or tokenizer directory")
-    text = file.read_text(encoding="utf-8")
     config = _read_json(folder / "tokenizer_config.json")
     further = _eos_ids(folder)
     try:
         backend = _backend(text)
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{file} is no tokenizer.json: {error}") from None
-    named = _named_tokens(folder, config, backend, further)
+    named = {**given, **_named_tokens(folder, config, backend, further)}
     if chat_template is None:
         template, tool_template = _own_templates(folder, config)
     else:
