@@ -1,0 +1,135 @@
+"""`whet prepare` against the tokenizer's own raw rate and against the way TRL prepares.
+
+    python -m benchmarks.bench_prepare --data gsm8k/train.jsonl --tokenizer DIR --repeat 8 \\
+        --trl_python .bench/trl/bin/python
+
+Same conversations, same tokenizer, same number of cores. The sides take turns, so a slow minute of
+the machine meets all of them:
+
+- raw: `encode_batch` of the conversations' rendered texts, with as many threads as cores: no JSON,
+  no template, no mask, nothing written;
+- whet: the whole command, from the start of the processes to the packed file, certificate included;
+- trl: `datasets.map` over `apply_chat_template` with a tagged template (peers/trl_prepare.py),
+  without its packing and without writing; the start of its processes included.
+
+Printed is one JSON line: tokens/s of each as median over the rounds, and the two ratios.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from whet.chat.formats import Datum, to_example
+from whet.chat.messages import Conversation
+from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.data.account import totals
+from whet.data.prepare import Config, prepare
+from whet.data.reader import parse, read_units
+
+PEER = Path(__file__).with_name("peers") / "trl_prepare.py"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="conversations in any format")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="directory, with ChatML tokens"
+    )
+    parser.add_argument("--repeat", type=int, default=8, help="copies of the data, made different")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--trl_python", help="Python with requirements-trl.txt: runs the peer, too")
+    parser.add_argument("--out", type=Path, help="append the JSON line to this file")
+    args = parser.parse_args()
+    os.environ["RAYON_NUM_THREADS"] = str(args.cores)  # the tokenizer's own threads
+    sides = {"raw": raw, "whet": whet}
+    if args.trl_python:
+        sides["trl"] = partial(trl, python=args.trl_python)
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.jsonl"
+        copies(args.data, data, args.repeat)
+        for _ in range(args.rounds):
+            for side, run in sides.items():
+                tokens, seconds = run(data, args.tokenizer, args.cores)
+                rates[side].append(tokens / seconds)
+    median = {side: statistics.median(found) for side, found in rates.items()}
+    line = {
+        "benchmark": "prepare",
+        "data": f"{args.data.name} x {args.repeat}",
+        "tokenizer": args.tokenizer.name,
+        "cores": args.cores,
+        "rounds": args.rounds,
+        "tokens_per_second": {side: round(rate) for side, rate in median.items()},
+        "whet_over_raw": round(median["whet"] / median["raw"], 3),
+        "machine": platform.processor() or platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if "trl" in median:
+        line["whet_over_trl"] = round(median["whet"] / median["trl"], 2)
+    print(json.dumps(line))
+    if args.out:
+        with args.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def copies(source: Path, target: Path, repeat: int) -> None:
+    """The conversations of `source`, `repeat` times, none the same as another."""
+    with target.open("w") as file:
+        for copy in range(repeat):
+            for unit in read_units(str(source)):
+                datum = to_example(parse(unit), None, str(source), unit.line)
+                if not isinstance(datum, Conversation):
+                    raise SystemExit(f"{datum.where}: is no conversation")
+                messages = [dict(message) for message in datum.messages]
+                messages[0]["content"] = f"({copy}) {messages[0]['content']}"
+                file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def raw(data: Path, directory: Path, cores: int) -> tuple[int, float]:
+    """The tokenizer alone on the rendered texts, as many at a time as its threads like."""
+    tokenizer = load_tokenizer(directory)
+    texts = [rendered(to_example(parse(unit)), tokenizer) for unit in read_units(str(data))]
+    started = time.perf_counter()
+    tokens = 0
+    for i in range(0, len(texts), 1024):
+        batch = tokenizer.backend.encode_batch(texts[i : i + 1024], add_special_tokens=False)
+        tokens += sum(map(len, batch))
+    return tokens, time.perf_counter() - started
+
+
+def rendered(datum: Datum, tokenizer: Tokenizer) -> str:
+    assert isinstance(datum, Conversation)
+    return tokenizer.template.render(datum.messages)
+
+
+def trl(data: Path, directory: Path, cores: int, python: str) -> tuple[int, float]:
+    command = [python, str(PEER), str(data), str(directory), str(cores)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    return found["tokens"], found["seconds"]
+
+
+def whet(data: Path, directory: Path, cores: int) -> tuple[int, float]:
+    started = time.perf_counter()
+    accounts = prepare(
+        Config(
+            data=(str(data),),
+            tokenizer=str(directory),
+            out=str(data.with_name("packed.h5")),
+            workers=cores,
+        ),
+        quiet=True,
+    )
+    return totals(accounts).tokens, time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
