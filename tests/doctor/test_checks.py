@@ -1,0 +1,238 @@
+"""Each check notices what it is for: the thing is broken on purpose, and the row must say fail."""
+
+import json
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from whet.data import batches
+from whet.data.store import PackedStore
+from whet.doctor import generating, numbers, saving, templates
+from whet.doctor.command import examine
+from whet.doctor.finding import judge, worse
+from whet.generate.cache import Cache
+from whet.model import decoder, kernels
+from whet.stages import sft
+
+PACKED = {"packed equals separate: loss", "packed equals separate: gradient"}
+LEAK = "changing a document moves no logit of another"
+FUSED = {"fused loss equals sft_loss: value", "fused loss equals sft_loss: gradient"}
+NOTHING = "where nothing is trained, loss and gradient are 0"
+LAYOUT = {
+    "a step's loss does not depend on the layout",
+    "a step's gradient does not depend on the layout",
+}
+TEMPLATE = {
+    "every reply is trained behind its own prompt",
+    "every trained reply ends with a stop token",
+}
+FILE = {"the packed file was made for this model", "the file's trained-token counts are true"}
+SAVED = "saved and loaded: the same logits"
+EXPORT = {"transformers computes the same logits", "transformers tokenises the same"}
+CACHE = "the cache chooses the tokens that no cache would"
+ALL = {*PACKED, LEAK, *FUSED, NOTHING, *LAYOUT, *TEMPLATE, *FILE, SAVED, *EXPORT, CACHE}
+
+
+def found(subject, checks) -> dict[str, str]:
+    """Claim -> verdict; a claim with several rows passes if all of them do."""
+    verdicts: dict[str, str] = {}
+    for row in examine(subject, checks):
+        if verdicts.get(row["claim"]) != "fail":
+            verdicts[row["claim"]] = row["verdict"]
+    return verdicts
+
+
+def failing(subject, *functions) -> set[str]:
+    checks = [(function.__name__, function) for function in functions]
+    verdicts = found(subject, checks)
+    return {claim for claim, verdict in verdicts.items() if verdict == "fail"}
+
+
+def leaking(monkeypatch) -> None:
+    """Attention over the whole row, as packing without isolation does it."""
+    plan = decoder.plan_documents
+
+    def leaky(shape, device, segments=None, weight=None):
+        whole = None if segments is None else (segments != 0).long()
+        return plan(shape, device, whole, weight)
+
+    monkeypatch.setattr(decoder, "plan_documents", leaky)
+
+
+def test_attention_that_leaks(subject, monkeypatch):
+    leaking(monkeypatch)
+    assert failing(subject, numbers.packed_equals_alone) == {*PACKED, LEAK}
+
+
+def test_attention_that_leaks_a_little(subject, monkeypatch):
+    """One part in a million of the row's mean: no loss shows it, the logits do."""
+    documents = kernels.documents
+
+    def leaky(q, k, v, lengths, **rest):
+        return documents(q, k, v, lengths, **rest) + 1e-6 * v.mean(0).repeat_interleave(
+            q.shape[1] // v.shape[1], 0
+        )
+
+    monkeypatch.setattr(kernels, "documents", leaky)
+    assert failing(subject, numbers.packed_equals_alone) == {LEAK}
+
+
+def test_positions_that_do_not_count(subject, monkeypatch):
+    monkeypatch.setattr(batches, "positions_of", np.zeros_like)
+    subject.model.layers.apply(sharpen)
+    assert failing(subject, numbers.packed_equals_alone) == PACKED
+
+
+@pytest.mark.parametrize("by", [1.001, float("nan")])
+def test_fused_loss_that_is_wrong(subject, monkeypatch, by):
+    fused = decoder.linear_cross_entropy
+
+    def wrong(*args, **rest):
+        loss, nll = fused(*args, **rest)
+        return loss * by, nll
+
+    monkeypatch.setattr(decoder, "linear_cross_entropy", wrong)
+    assert failing(subject, numbers.fused_equals_plain) >= FUSED
+
+
+def test_gradient_alone_that_is_wrong(subject, monkeypatch):
+    fused = decoder.linear_cross_entropy
+
+    def wrong(hidden, *args, **rest):
+        loss, nll = fused(hidden, *args, **rest)
+        return loss + 0.01 * (hidden - hidden.detach()).sum(), nll
+
+    monkeypatch.setattr(decoder, "linear_cross_entropy", wrong)
+    failed = failing(subject, numbers.fused_equals_plain)
+    assert "fused loss equals sft_loss: gradient" in failed
+    assert "fused loss equals sft_loss: value" not in failed
+
+
+def test_no_gradient_where_nothing_is_trained(subject, monkeypatch):
+    token_loss = sft.token_loss
+
+    def detached(model, batch):
+        found = token_loss(model, batch)
+        if batch.weight.any():
+            return found
+        return replace(found, loss=model.embed.weight.sum() * 0)
+
+    monkeypatch.setattr(sft, "token_loss", detached)
+    assert failing(subject, numbers.fused_equals_plain) == {NOTHING}
+
+
+def test_mean_of_micro_batch_means(subject, monkeypatch):
+    """The classical mistake: each micro-batch is divided by its own weight."""
+    cut = sft.micro_batches
+
+    def means(batch, size, count=None):
+        micros = cut(batch, size, count)
+        return [replace(m, total=max(float(m.weight.sum()), 1.0) * len(micros)) for m in micros]
+
+    monkeypatch.setattr(sft, "micro_batches", means)
+    assert failing(subject, numbers.micro_batches_agree) == LAYOUT
+
+
+def test_a_lost_micro_batch(subject, monkeypatch):
+    cut = sft.micro_batches
+    monkeypatch.setattr(sft, "micro_batches", lambda *args: cut(*args)[:1])
+    assert failing(subject, numbers.micro_batches_agree) == LAYOUT
+
+
+def test_a_weight_that_changes_on_the_way(subject, monkeypatch):
+    load = saving.load
+
+    def nearly(path):
+        model = load(path)
+        with torch.no_grad():
+            model.layers[1].mlp.up.weight[0, 0] += 1e-4
+        return model
+
+    monkeypatch.setattr(saving, "load", nearly)
+    assert failing(subject, saving.saved_equals_loaded) == {SAVED}
+
+
+def test_an_export_that_others_read_otherwise(subject):
+    path = subject.saved_model() / "config.json"
+    config = json.loads(path.read_text())
+    config["rms_norm_eps"] = 1e-2
+    path.write_text(json.dumps(config))
+    assert failing(subject, saving.export_agrees) == {"transformers computes the same logits"}
+
+
+def test_a_tokenizer_that_others_read_otherwise(subject):
+    path = subject.saved_model() / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "3"}
+    path.write_text(json.dumps(content))
+    assert failing(subject, saving.export_agrees) == {"transformers tokenises the same"}
+
+
+def test_export_without_a_family(subject):
+    subject.model.config = replace(subject.model.config, head_bias=False, norm="layer", hf={})
+    verdicts = found(subject, [("export", saving.export_agrees)])
+    assert set(verdicts.values()) == {"skipped"}
+
+
+def test_a_cache_that_forgets(subject, monkeypatch):
+    write = Cache.write
+
+    def forgetful(self, layer, k, v, positions):
+        keys, values = write(self, layer, k, v, positions)
+        return keys, values * (torch.arange(keys.shape[1])[:, None, None] != 1)
+
+    monkeypatch.setattr(Cache, "write", forgetful)
+    subject.model.layers.apply(sharpen)
+    assert failing(subject, generating.cache_equals_none) == {CACHE}
+
+
+def sharpen(module) -> None:
+    """Larger weights than the initial ones: attention then decides something."""
+    if isinstance(module, torch.nn.Linear):
+        with torch.no_grad():
+            module.weight.mul_(10)
+
+
+def test_a_prompt_of_another_kind(subject, monkeypatch):
+    monkeypatch.setattr(templates, "encode_prompt", lambda *args, **rest: [1, 2, 3])
+    assert failing(subject, templates.certificate) == {
+        "every reply is trained behind its own prompt"
+    }
+
+
+def test_a_reply_without_its_end(subject, monkeypatch):
+    encode = templates.encode_many
+
+    def endless(*args):
+        results = encode(*args)
+        for result in results:
+            for i, example in enumerate(result.examples):
+                spans = tuple(replace(span, end=span.end - 1) for span in example.spans)
+                result.examples[i] = replace(example, spans=spans)
+        return results
+
+    monkeypatch.setattr(templates, "encode_many", endless)
+    assert failing(subject, templates.certificate) == {"every trained reply ends with a stop token"}
+
+
+def test_a_file_of_another_model(subject, ward, tmp_path):
+    path = tmp_path / "other.h5"
+    path.write_bytes((ward / "train.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        file.attrs["tokenizer_hash"] = "0" * 64
+        file["loss_tokens"][3] += 1
+    subject.store = PackedStore(path)
+    assert failing(subject, templates.data_fit) == FILE
+
+
+def test_nan_is_never_a_pass():
+    nan = float("nan")
+    assert judge("x", nan, 1.0).verdict == "fail"
+    for a, b in ((nan, 1.0), (1.0, nan)):
+        assert worse(a, b) != worse(a, b)
+    assert worse(1.0, 2.0) == worse(2.0, 1.0) == 2.0
+    assert numbers.relative(0.0, 0.0) == 0.0
+    assert numbers.relative(1.0, 0.0) == float("inf")
