@@ -55,7 +55,11 @@ def start_ranks(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Rank
         return
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, timeout=timeout)
+    # torchrun keeps its store over restarts. Without a name of their own, ranks that were started
+    # again would read the addresses of dead ones there, and wait for them.
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt_{restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         background = dist.new_group(backend="gloo", timeout=timeout)
         yield Ranks(dist.get_rank(), size, place, background)
@@ -63,9 +67,9 @@ def start_ranks(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Rank
         dist.destroy_process_group()
 
 
-def was_restarted() -> bool:
-    """Whether torchrun started this process again after a rank had died (`--max_restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def restarts() -> int:
+    """How often torchrun started the ranks again after one had died (`--max_restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def spread(model: nn.Module, ranks: Ranks, *, shard: bool, bf16: bool) -> nn.Module:

@@ -164,7 +164,7 @@ def about(command: str) -> dict[str, str]:
 
 def continues(config: TrainSettings) -> bool:
     """Whether this process takes up an earlier one's run: by flag, or restarted by torchrun."""
-    return config.resume or distributed.was_restarted()
+    return config.resume or distributed.restarts() > 0
 
 
 def find_start(config: TrainSettings, command: str) -> Path | None:
