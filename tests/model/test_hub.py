@@ -168,6 +168,6 @@ def test_paths_win_and_have_no_revision(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_model("org/tiny") == Path("org/tiny")
     with pytest.raises(UserError, match="--revision v1: org/tiny is a path"):
         find_model("org/tiny", "v1")
-    for name in ("./org/none", "none", "a/b/c", "/a", "../a/b"):
+    for name in ("org/slip", "./org/none", "none", "a/b/c", "/a", "../a/b"):
         with pytest.raises(UserError, match="no such path"):
             find_model(name)

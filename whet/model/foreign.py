@@ -60,9 +60,22 @@ class ForeignModel(nn.Module):
             n_layers=values.get("num_hidden_layers") or 0,
             hf=inner.config.to_dict(),
         )
-        self.recompute = "none"
         self.logit_scale, self.softcap = _head(inner)
         self.way: Way = _way(self)
+
+    @property
+    def recompute(self) -> str:
+        """Which activations are made again in the backward pass: `none`, or all: `full`."""
+        return "full" if self.inner.is_gradient_checkpointing else "none"
+
+    @recompute.setter
+    def recompute(self, which: str) -> None:
+        if which == "none":
+            return
+        try:
+            self.inner.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError:
+            raise UserError(f"--recompute {which}: {type(self.inner).__name__} can't") from None
 
     def forward(
         self,

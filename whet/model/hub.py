@@ -39,7 +39,8 @@ def find_model(name: str | Path, revision: str | None = None, quiet: bool = Fals
         if revision is not None:
             raise UserError(f"--revision {revision}: {name} is a path; only Hub models have one")
         return path
-    if not _NAME.fullmatch(str(name)):
+    local = len(path.parts) == 2 and path.parent.is_dir()  # runs/sft beside other runs: a slip
+    if local or not _NAME.fullmatch(str(name)):
         raise UserError(
             f"{name}: there is no such path, and it is not a Hub name such as owner/model"
         )
