@@ -57,7 +57,7 @@ def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers and nesting without end
         raise UserError(f"--config {path}: not valid TOML: {error}") from None
     hints = typing.get_type_hints(config_class)
     names = {field.name for field in dataclasses.fields(config_class)}
