@@ -1,10 +1,12 @@
 """The rules of docs/chat_templates.md, checked from outside: transformers renders and tokenises."""
 
 import re
+import unicodedata
 from typing import Any
 
 import numpy as np
 import transformers
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from whet.chat.dialect import Dialect
 from whet.chat.encode import Encoded, EncodeOptions, Example, Span, encode_chat, encode_prompt
@@ -22,11 +24,17 @@ class Oracle:
         self.theirs.chat_template = tokenizer.template.source
 
     def text(self, messages: list, tools: Any, prompt: bool, **variables: Any) -> str:
-        return self.theirs.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=prompt, tokenize=False, **variables
-        )
+        named = {**self.theirs.special_tokens_map, **variables}
+        template = self.theirs.chat_template
+        # Not through apply_chat_template: this drops `content: None`, which some templates ask for.
+        return render_jinja_template(
+            [messages], tools, chat_template=template, add_generation_prompt=prompt, **named
+        )[0][0]
 
     def ids(self, messages: list, tools: Any, prompt: bool, **variables: Any) -> list[int]:
+        if any(value is None for message in messages for value in message.values()):
+            text = self.text(messages, tools, prompt, **variables)
+            return self.theirs(text, add_special_tokens=False).input_ids
         return self.theirs.apply_chat_template(
             messages,
             tools=tools,
@@ -155,5 +163,5 @@ def steering(example: Example, tokenizer: Tokenizer) -> list[int]:
 
 
 def blankless(text: str) -> str:
-    """Without blanks: SentencePiece tokenizers put them where a stretch begins."""
-    return re.sub(r"\s+", "", text)
+    """Without blanks, which some tokenizers put where a stretch begins, and composed."""
+    return unicodedata.normalize("NFC", re.sub(r"\s+", "", text))

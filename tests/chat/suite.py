@@ -41,7 +41,7 @@ def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
     wanted = dict.fromkeys([*literals(source), *named.values()])
     new = [text for text in wanted if backend.token_to_id(text) is None]
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in new])
-    return Tokenizer(backend, "", named, ChatTemplate(source))
+    return Tokenizer(backend, backend.to_str(), named, ChatTemplate(source))
 
 
 def call(number: int = 1, arguments: Any = None) -> dict[str, Any]:

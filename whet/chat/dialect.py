@@ -125,7 +125,10 @@ class Dialect:
                     inner = text[text.rfind(ASKED) :]
                     if FUNCTION in inner and _printed_once(inner):
                         return form
-        return self._find_form(False, calls) if system else Form()
+        if system:
+            return self._find_form(False, calls)
+        # A template without calls should show that by leaving them out, not by missing a content.
+        return Form(missing="empty" if calls else "absent")
 
     @cached_property
     def endings(self) -> tuple[Ending, ...]:

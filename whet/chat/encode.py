@@ -16,7 +16,8 @@ from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.dialect import Dialect
 from whet.chat.escape import pattern_of
 from whet.chat.messages import Conversation, RawText, Tokenised, read_conversation, read_prompt
-from whet.chat.spans import Draft, Reader, drafts, prompt_draft
+from whet.chat.reader import Reader
+from whet.chat.spans import Draft, drafts, prompt_draft
 from whet.chat.tokenizer import Tokenizer
 from whet.chat.tokens import Aligner, Located, Unclear
 from whet.errors import UserError

@@ -168,9 +168,6 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
         raise UserError(f"{at} ({role}): only an assistant message can hold tool_calls")
     elif "content" not in read:
         raise UserError(f'{at} ({role}): has no content; an empty text is written as ""')
-    read.setdefault(
-        "content", ""
-    )  # templates read message.content without asking whether it is there
     for key in ("name", "tool_call_id"):
         if key in read and not isinstance(read[key], str):
             raise UserError(f"{at} ({role}): {key} must be a text, got {shown(read[key])}")

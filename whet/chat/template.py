@@ -25,6 +25,7 @@ from whet.errors import UserError
 
 STEPS = 2_000_000  # loop rounds and macro calls in one rendering; long conversations take thousands
 LENGTH = 50_000_000  # characters of one rendering or of a text within it
+MACRO_STEPS = 20  # a macro call takes about as long as so many rounds of an empty loop
 SUMS = (nodes.Add, nodes.Concat)
 
 
@@ -37,8 +38,8 @@ class _Budget:
     steps: int = STEPS
 
     @jinja2.pass_context  # or else jinja would take it for a constant
-    def count(self, context: Any, nothing: None) -> None:
-        self.steps -= 1
+    def count(self, context: Any, steps: int) -> None:
+        self.steps -= steps
         if self.steps < 0:
             raise TemplateError(
                 f"the chat template loops more than {STEPS:,} times for one conversation"
@@ -142,6 +143,8 @@ class ChatTemplate:
             )
             self.compared = _compared_constants(tree)
             self._template = environment.from_string(_counted(tree))
+            # A plain dict: each rendering copies it, and a ChainMap is slow to copy.
+            self._template.globals = dict(self._template.globals)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}: line {error.lineno}: {error.message}") from None
 
@@ -190,20 +193,24 @@ def _counted(tree: nodes.Template) -> nodes.Template:
     repeated: list[nodes.For | nodes.Macro] = [*tree.find_all(nodes.For)]
     repeated += tree.find_all(nodes.Macro)
     for body_of in repeated:
+        steps = 1 if isinstance(body_of, nodes.For) else MACRO_STEPS
         # A filter, since the sandbox checks each call of a function, which costs more than the loop
-        count = nodes.Filter(nodes.Const(None), "_count", [], [], None, None)
+        count = nodes.Filter(nodes.Const(steps), "_count", [], [], None, None)
         body_of.body.insert(0, nodes.ExprStmt(count).set_lineno(body_of.lineno))
     _measure_sums(tree)
     return tree
 
 
 def _measure_sums(node: nodes.Node) -> None:
-    """Wrap the outermost + and ~ of each expression: a chain is measured once, at its end."""
+    """Wrap the outermost + and ~ of each expression: a chain is measured once, at its end.
+
+    One that is put out at once is left alone: it cannot grow any further.
+    """
 
     def measured(child: Any) -> Any:
         if isinstance(child, nodes.Node):
             _measure_sums(child)
-        if not isinstance(child, SUMS) or isinstance(node, SUMS):
+        if not isinstance(child, SUMS) or isinstance(node, (*SUMS, nodes.Output)):
             return child
         return nodes.Filter(child, "_within_length", [], [], None, None).set_lineno(child.lineno)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from whet.chat.spans import Draft, Mark
+from whet.chat.reader import Mark
+from whet.chat.spans import Draft
 from whet.chat.tokenizer import Tokenizer
 
 MAX_HEADERS = 64  # stretches that are remembered; a template has one or two
@@ -43,7 +44,7 @@ class _Header:
     text: str  # both, as written
     token: str
     token_id: int
-    ids: np.ndarray  # of the stretch
+    ids: list[int]  # of the stretch
     swallows: bool  # the token takes in blanks behind it, and nothing of the stretch is left
 
 
@@ -87,7 +88,7 @@ class Aligner:
             if at is None or stop_id is None:
                 return None
             start = at + 1 + len(header.ids)
-            if not np.array_equal(ids[at + 1 : start], header.ids):
+            if id_list[at + 1 : start] != header.ids:
                 return None
             stop = self._place(draft.text, ids, places, mark.stop, stop_id, mark.end)
             if stop is None or stop < start:
@@ -132,8 +133,7 @@ class Aligner:
                 token_id = self.tokenizer.added[token]
                 swallows = self.tokenizer.backend.get_added_tokens_decoder()[token_id].rstrip
                 swallows = swallows and not stretch.strip()
-                array = np.array(ids, np.int32)
-                self.headers.append(_Header(text, token, token_id, array, swallows))
+                self.headers.append(_Header(text, token, token_id, ids, swallows))
 
     def behind(self, token: str | None, text: str) -> list[int]:
         """The ids of `text` where it follows the added token `token`, or begins everything."""

@@ -1,0 +1,327 @@
+"""encode_chat and its kin: the rules on chosen cases, and as laws on random conversations."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.chat import rules, suite
+from tests.chat.suite import said, system, user
+from whet.chat.certificate import Refusal, Refused
+from whet.chat.encode import EncodeOptions, encode_chat, encode_many, encode_prompt
+from whet.chat.messages import Conversation, RawText, Tokenised, read_conversation
+from whet.chat.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from whet.errors import UserError
+
+TALK = [user("Hi"), said("Hello!"), user("Bye"), said("Good bye.")]
+
+REWRITES = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif -%}
+{{ m.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}"""
+
+OPENS_THINKING = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if think is not defined or think == 'yes' %}<think>
+{% endif %}{% endif -%}"""
+
+
+@pytest.fixture(scope="module")
+def plain() -> Tokenizer:
+    """A small byte-level tokenizer with the plain template."""
+    texts = ["Hello there, how are you? I am fine. The sum of 12 and 30 is 42.\n\n"] * 20
+    return train_tokenizer(texts, 400)
+
+
+@pytest.fixture(scope="module")
+def chatml(plain: Tokenizer) -> Tokenizer:
+    source = Path("whet/chat/chatml.jinja").read_text(encoding="utf-8")
+    return suite.with_template(plain, source)
+
+
+def words(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> list[str]:
+    encoded = encode_chat(messages, tokenizer, EncodeOptions(**options))
+    return [
+        tokenizer.decode(example.ids[span.start : span.end], skip_special=False)
+        for example in encoded.examples
+        for span in example.spans
+    ]
+
+
+def test_the_words_and_their_stop_are_trained_and_nothing_else(chatml: Tokenizer) -> None:
+    encoded = encode_chat(TALK, chatml)
+    trained = chatml.decode(encoded.ids[encoded.loss_mask > 0], skip_special=False)
+    assert trained == "Hello!<|im_end|>Good bye.<|im_end|>"
+    assert encoded.ids.dtype == np.int32
+    assert encoded.loss_mask.dtype == np.float32
+    assert encoded.certificate.same_ids
+
+
+def test_plain_template_trains_the_eos(plain: Tokenizer) -> None:
+    assert words(plain, TALK) == ["Hello!<|endoftext|>", "Good bye.<|endoftext|>"]
+    assert plain.stop_ids == (plain.eos_id,)
+
+
+def test_weights_reach_the_mask_as_they_stand(chatml: Tokenizer) -> None:
+    talk = [user("a"), said("one", weight=0), user("b"), said("two", weight=0.25)]
+    talk += [user("c"), said("three", weight=-1.5)]
+    encoded = encode_chat(talk, chatml)
+    assert [(s.message, s.weight) for s in encoded.examples[0].spans] == [(3, 0.25), (5, -1.5)]
+    assert set(np.unique(encoded.loss_mask)) == {0.0, 0.25, -1.5}
+
+
+def test_train_on_last(chatml: Tokenizer) -> None:
+    assert words(chatml, TALK, train_on="last") == ["Good bye.<|im_end|>"]
+
+
+def test_nothing_trained_is_refused(chatml: Tokenizer) -> None:
+    with pytest.raises(Refused, match="weight 0") as caught:
+        encode_chat([user("a"), said("b", weight=0)], chatml)
+    assert caught.value.refusal.kind == "nothing_trained"
+
+
+@pytest.mark.parametrize("way", ["split", "last", "error"])
+def test_rewritten_turns(chatml: Tokenizer, way: str) -> None:
+    tokenizer = suite.with_template(chatml, REWRITES)
+    talk = [user("a"), said("one", reasoning_content="hm"), user("b"), said("two")]
+    options = EncodeOptions(rewritten_turns=way)  # type: ignore[arg-type]
+    if way == "error":
+        with pytest.raises(Refused, match=r"message 2 .*--rewritten_turns"):
+            encode_chat(talk, tokenizer, options)
+        return
+    encoded = encode_chat(talk, tokenizer, options)
+    found = [tokenizer.decode(e.ids[e.loss_mask > 0], skip_special=False) for e in encoded.examples]
+    if way == "split":
+        assert found == ["<think>hm</think>one<|im_end|>", "two<|im_end|>"]
+    else:
+        assert found == ["two<|im_end|>"]
+        assert encoded.certificate.untrained_turns == (2,)
+    assert encoded.certificate.rewritten
+
+
+def test_a_switch_is_found_by_itself_and_told(chatml: Tokenizer) -> None:
+    tokenizer = suite.with_template(chatml, OPENS_THINKING)
+    encoded = encode_chat([user("a"), said("one")], tokenizer)
+    assert encoded.certificate.switches == {2: {"think": False}}
+    assert tokenizer.decode(encoded.ids[encoded.loss_mask > 0], False) == "one<|im_end|>"
+
+
+def test_no_true_generation_prompt_is_refused_with_the_ways_out(chatml: Tokenizer) -> None:
+    tokenizer = suite.with_template(chatml, OPENS_THINKING)
+    options = EncodeOptions(template_kwargs={"think": "yes"})
+    talk = read_conversation([user("a"), said("one")], source="f.jsonl", line=7)
+    with pytest.raises(Refused, match=r"f.jsonl:7: message 2 \(assistant\).*--template_kwargs"):
+        encode_chat(talk, tokenizer, options)
+
+
+def test_straddling_token_is_split_and_counted(chatml: Tokenizer) -> None:
+    talk = [user("a"), said("\n\nHello")]
+    encoded = encode_chat(talk, chatml)
+    start = encoded.examples[0].spans[0].start
+    assert list(encoded.ids[:start]) == chatml.encode(
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert chatml.decode(encoded.ids[start:], False) == "\n\nHello<|im_end|>\n"
+
+
+def test_smuggled_control_tokens(chatml: Tokenizer) -> None:
+    talk = [user("say <|im_end|>"), said("<|im_end|> it is")]
+    encoded = encode_chat(talk, chatml)
+    assert encoded.certificate.escaped == 2
+    assert list(encoded.ids).count(chatml.control["<|im_end|>"]) == 2
+    assert words(chatml, talk) == ["<|im_end|> it is<|im_end|>"]
+    with pytest.raises(Refused, match="--special_in_content"):
+        encode_chat(talk, chatml, EncodeOptions(special_in_content="error"))
+    allowed = [user("say <|im_end|>"), said("it is")]
+    raw = encode_chat(allowed, chatml, EncodeOptions(special_in_content="allow"))
+    assert list(raw.ids).count(chatml.control["<|im_end|>"]) == 3
+
+
+def test_template_that_acts_upon_a_control_token_in_the_text_is_refused(chatml: Tokenizer) -> None:
+    source = chatml.template.source.replace(
+        "{{- message.content or '' }}", "{{- message.content.split('<|im_end|>')[-1] }}"
+    )
+    with pytest.raises(Refused, match="acts upon"):
+        encode_chat([user("a<|im_end|>b"), said("c")], suite.with_template(chatml, source))
+
+
+def test_template_without_end_is_refused(chatml: Tokenizer) -> None:
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(Refused, match=r"never learn to stop.*--chat_template plain") as caught:
+        encode_chat(TALK, suite.with_template(chatml, source))
+    assert caught.value.refusal.kind == "no_stop"
+    assert caught.value.refusal.turn == 2
+
+
+def test_template_that_drops_thinking_or_calls_is_refused(chatml: Tokenizer) -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = suite.with_template(chatml, source)
+    with pytest.raises(Refused, match="reasoning_content"):
+        encode_chat([user("a"), said("b", reasoning_content="hm")], tokenizer)
+    with pytest.raises(Refused, match="get_weather"):
+        encode_chat([user("a"), said("b", tool_calls=[suite.call()])], tokenizer)
+
+
+def test_date_is_fixed(chatml: Tokenizer) -> None:
+    source = "{{ strftime_now('%d %B %Y') }}" + chatml.template.source
+    tokenizer = suite.with_template(chatml, source)
+    encoded = encode_chat(TALK, tokenizer, EncodeOptions(date="2024-02-29"))
+    assert tokenizer.decode(encoded.ids).startswith("29 February 2024")
+    assert encoded.certificate.today == "2024-02-29"
+    with pytest.raises(UserError, match="--date"):
+        encode_chat(TALK, tokenizer, EncodeOptions(date="29.2.2024"))
+
+
+def test_raw_text_and_tokenised(chatml: Tokenizer) -> None:
+    raw = encode_many([RawText("Hello <|im_end|>")], chatml)[0]
+    assert not isinstance(raw, Refusal)
+    assert raw.certificate.escaped == 1
+    assert chatml.control["<|im_end|>"] not in raw.ids
+    assert raw.ids[-1] == chatml.eos_id
+    assert raw.loss_mask.all()
+    made = encode_many([Tokenised([1, 2, 3], [0, 0.5, 1])], chatml)[0]
+    assert not isinstance(made, Refusal)
+    assert list(made.loss_mask) == [0, 0.5, 1]
+    drop = EncodeOptions(uncertain="drop")
+    broken = [Tokenised([1], [1, 1], "f", 3), Tokenised([10**6], [1], "f", 4), RawText("")]
+    for datum, reason in zip(broken, ("1 ids and 2", "id 1000000 is not", "empty"), strict=True):
+        refusal = encode_many([datum], chatml, drop)[0]
+        assert isinstance(refusal, Refusal)
+        assert reason in refusal.message
+
+
+def test_encode_many_equals_encode_chat(chatml: Tokenizer) -> None:
+    talks = [read_conversation(m, tools=tools) for _, m, tools in suite.everything()]
+    talks.append(read_conversation([user("a"), said("b", weight=0)], source="x", line=9))
+    drop = EncodeOptions(uncertain="drop")
+    for talk, many in zip(talks, encode_many(talks, chatml, drop), strict=True):
+        if isinstance(many, Refusal):
+            with pytest.raises(Refused) as caught:
+                encode_chat(talk, chatml, drop)
+            assert caught.value.refusal == many
+            continue
+        one = encode_chat(talk, chatml, drop)
+        assert many.certificate == one.certificate
+        for mine, theirs in zip(one.examples, many.examples, strict=True):
+            assert np.array_equal(mine.ids, theirs.ids)
+            assert mine.spans == theirs.spans
+    with pytest.raises(Refused, match="x:9"):
+        encode_many(talks, chatml)
+
+
+def test_quick_way_equals_careful_way(chatml: Tokenizer) -> None:
+    """The remembered headers prove the same borders as character offsets do."""
+    talks = [read_conversation(m, tools=tools) for _, m, tools in suite.everything()]
+    fresh = suite.with_template(chatml, chatml.template.source)
+    careful = [
+        encode_chat(talk, suite.with_template(fresh, fresh.template.source)) for talk in talks
+    ]
+    for talk in talks * 2:  # the second time everything is remembered
+        encode_chat(talk, fresh)
+    for talk, expected in zip(talks, careful, strict=True):
+        found = encode_chat(talk, fresh)
+        assert [e.spans for e in found.examples] == [e.spans for e in expected.examples]
+        assert [list(e.ids) for e in found.examples] == [list(e.ids) for e in expected.examples]
+
+
+def test_prompt_goes_on_with_a_begun_reply(chatml: Tokenizer) -> None:
+    prompt = encode_prompt([user("a"), said("It is")], chatml)
+    assert chatml.decode(prompt, False).endswith("<|im_start|>assistant\nIt is")
+    further = encode_prompt([user("a"), said("It is")], chatml, go_on=False)
+    assert chatml.decode(further, False).endswith("It is<|im_end|>\n<|im_start|>assistant\n")
+
+
+TEXT = st.text(
+    st.sampled_from("ab1 \n\t.,'<|>_/[]{}ß‘’é\u0301\u200d👍🏽中שa"), max_size=12
+) | st.sampled_from(
+    [
+        "<|im_end|>",
+        "</s>",
+        "<|im_start|>assistant\n",
+        "[INST]",
+        "<think>",
+        "</think>",
+        " a",
+        "\n\nb",
+    ]
+)
+MESSAGES = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3)
+TEMPLATES = ("qwen-qwen3-0.6b", "mistral_v1", "llama4", "phi_4", "gemma3n", "vllm-chatml")
+# phi3's tokens swallow blanks, tinyllama's texts begin with one: the hard ones.
+LAW_TOKENIZERS = ("minimind", "tinyllama", "phi3")
+
+
+@pytest.fixture(scope="module")
+def pairs(shared_data: Path) -> list[tuple[Tokenizer, rules.Oracle]]:
+    made = []
+    for name in LAW_TOKENIZERS:
+        for template in TEMPLATES:
+            path = shared_data / "chat_templates" / f"{template}.jinja"
+            tokenizer = suite.fitted(shared_data / "tokenizers" / name, path)
+            made.append((tokenizer, rules.Oracle(tokenizer)))
+    return made
+
+
+def hold_the_rules(pairs: Any, which: int, turns: Any, first: str | None, last: bool) -> None:
+    tokenizer, oracle = pairs[which]
+    messages = [] if first is None else [system(first)]
+    for asked, answered in turns:
+        messages += [user(asked), said(answered)]
+    options = EncodeOptions(train_on="last" if last else "all")
+    kind = None
+    try:
+        rules.check(messages, None, tokenizer, oracle, options)
+    except Refused as refused:
+        kind = refused.refusal.kind
+    assert kind in (None, "special", "dropped", "template", "not_a_prefix")
+
+
+LAW = given(
+    which=st.integers(0, len(TEMPLATES) * len(LAW_TOKENIZERS) - 1),
+    turns=MESSAGES,
+    first=st.none() | TEXT,
+    last=st.booleans(),
+)
+QUIET = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+
+
+@settings(max_examples=250, **QUIET)
+@LAW
+def test_rules_hold(pairs: Any, which: int, turns: Any, first: str | None, last: bool) -> None:
+    hold_the_rules(pairs, which, turns, first, last)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, **QUIET)
+@LAW
+def test_rules_hold_long(pairs: Any, which: int, turns: Any, first: Any, last: bool) -> None:
+    hold_the_rules(pairs, which, turns, first, last)
+
+
+def test_chatml_and_plain_with_real_tokenizers(shared_data: Path) -> None:
+    for name, template in (("gpt2", "plain"), ("qwen2", None), ("tinyllama", "plain")):
+        tokenizer = load_tokenizer(shared_data / "tokenizers" / name, template)
+        oracle = rules.Oracle(tokenizer)
+        for group in (suite.TEXT_ONLY, suite.SMUGGLED):
+            for messages in group.values():
+                rules.check(messages, None, tokenizer, oracle)
+
+
+def test_conversation_may_hold_context_after_the_last_reply(chatml: Tokenizer) -> None:
+    encoded = encode_chat(Conversation([*TALK, user("still there?")]), chatml)
+    assert chatml.decode(encoded.ids, False).endswith("still there?<|im_end|>\n")

@@ -1,0 +1,284 @@
+"""One conversation as one template renders it: for each reply its prompt and its words.
+
+For each assistant turn i two renderings are compared: the prompt that asks for it,
+`messages[:i]` with the generation prompt, and the conversation up to it, `messages[:i + 1]`. The
+first must be the beginning of the second; the words are what the second adds, up to the end of the
+stop token.
+
+Some templates render the context of a reply otherwise once the reply stands behind it (a system
+text that is written before the last user message only). Then the words are those behind the same
+end of the context, and stand behind the prompt as it is at inference.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from whet.chat.certificate import Refusal, Refused
+from whet.chat.dialect import Dialect, Ending
+from whet.chat.escape import Escapes, holds
+from whet.chat.messages import Conversation, Message
+from whet.chat.template import TemplateError
+
+BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
+WAYS_OUT = (
+    "give the reply a reasoning_content, or set the template's switch with --template_kwargs, "
+    "or take another template with --chat_template"
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The words of message `message` are characters start..end of a text; `stop` ends them.
+
+    A mark with weight 0 trains nothing: it only says where a prompt ended, since a token that
+    straddles this border would not stand there at inference.
+    """
+
+    message: int
+    start: int
+    end: int
+    stop: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What was found out about one assistant turn."""
+
+    index: int
+    prompt: str
+    whole: str  # the rendering with this turn as the last; begins with `prompt`
+    end: int  # of the words; beyond `whole` if the template leaves the turn open
+    ending: Ending
+    switch: dict[str, Any] | None
+    composed: bool = False  # `whole` is the prompt and the words behind it, not one rendering
+
+    @property
+    def said(self) -> str:
+        """The rendering up to the end of the stop token."""
+        return (self.whole + self.ending.close)[: self.end]
+
+    def mark(self, weight: float) -> Mark:
+        return Mark(self.index, len(self.prompt), self.end, self.ending.stop, weight)
+
+
+class Reader:
+    """One conversation as one dialect renders it."""
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        dialect: Dialect,
+        pattern: re.Pattern[str] | None,
+        special: str,
+    ) -> None:
+        self.conversation = conversation
+        self.dialect = dialect
+        self.messages = dialect.form(conversation.messages).shape(conversation.messages)
+        self.tools = conversation.tools
+        self.documents = conversation.documents
+        self.escapes: Escapes | None = None
+        if pattern and special != "allow":
+            self._escape(pattern, special)
+
+    def _escape(self, pattern: re.Pattern[str], special: str) -> None:
+        content = (self.messages, self.tools, self.documents)
+        if not _any_text_holds(self.messages, pattern) and not holds(content[1:], pattern):
+            return
+        if special == "error":
+            raise self.refused(
+                "special", "a text holds a control token, and --special_in_content is error"
+            )
+        self._raw = content
+        escapes = Escapes(pattern, taken=repr(content))
+        self.messages, self.tools, self.documents = (escapes.hide(part) for part in content)
+        self.escapes = escapes
+
+    @property
+    def hidden(self) -> dict[str, str]:
+        return self.escapes.strings if self.escapes else {}
+
+    def render(self, count: int, prompt: bool = False, switch: dict[str, Any] | None = None) -> str:
+        """The first `count` messages."""
+        return self._render(self.messages[:count], prompt, switch)
+
+    def _render(
+        self, messages: list[Message], prompt: bool, switch: dict[str, Any] | None = None
+    ) -> str:
+        return self.dialect.render(messages, self.tools, self.documents, prompt, switch)
+
+    def check_escapes(self, text: str, count: int, prompt: bool, switch: Any) -> None:
+        """Show that the template treats the private-use characters as it treats what they hide."""
+        if not self.escapes:
+            return
+        messages, tools, documents = self._raw
+        plain = self.dialect.render(messages[:count], tools, documents, prompt, switch)
+        if self.escapes.restore(text) != plain:
+            found = ", ".join(sorted(set(self.hidden.values())))
+            raise self.refused(
+                "special",
+                f"the template acts upon {found} in a text, so these cannot be told apart from its "
+                "own control tokens; --special_in_content allow takes them for control tokens",
+            )
+
+    def turn(self, index: int) -> Turn:
+        """The assistant turn `index`, under the first switch with a true generation prompt."""
+        try:
+            whole = self.render(index + 1)
+            prompt = self.render(index, prompt=True)
+        except TemplateError as error:
+            raise self.refused("template", str(error), index) from None
+        if whole.startswith(prompt):
+            return self._with_ending(index, prompt, whole, None)
+        for switch in self.dialect.switches:
+            try:
+                other_whole = self.render(index + 1, switch=switch)
+                other_prompt = self.render(index, prompt=True, switch=switch)
+            except TemplateError:
+                continue
+            if other_whole.startswith(other_prompt):
+                return self._with_ending(index, other_prompt, other_whole, switch)
+        words = self._words_behind_border(index, prompt, whole)
+        if words is None:
+            raise self._no_prefix(index, prompt, whole)
+        return self._with_ending(index, prompt, prompt + words, None, composed=True)
+
+    def _words_behind_border(self, index: int, prompt: str, whole: str) -> str | None:
+        """What stands in `whole` behind the end of the context and the generation prompt.
+
+        A border put at the end of the last message before the reply shows where that is. None if
+        the generation prompt does not stand there, too, or the border changes anything else.
+        """
+        content = self.messages[index - 1].get("content") if index else None
+        if not isinstance(content, str) or not content.strip() or BORDER in whole:
+            return None
+        end = len(content.rstrip())
+        marked = {**self.messages[index - 1], "content": content[:end] + BORDER + content[end:]}
+        before = [*self.messages[: index - 1], marked]
+        try:
+            asking = self._render(before, True)
+            answered = self._render([*before, self.messages[index]], False)
+        except TemplateError:
+            return None
+        if asking.replace(BORDER, "", 1) != prompt or answered.replace(BORDER, "", 1) != whole:
+            return None
+        _, found, expected = asking.partition(BORDER)
+        tail = answered.partition(BORDER)[2]
+        return tail[len(expected) :] if found and tail.startswith(expected) else None
+
+    def _with_ending(
+        self,
+        index: int,
+        prompt: str,
+        whole: str,
+        switch: dict[str, Any] | None,
+        composed: bool = False,
+    ) -> Turn:
+        calls = "tool_calls" in self.messages[index]
+        found = self.dialect.ending_of(whole, len(prompt), calls)
+        if not found:
+            raise self._no_stop(index, whole[len(prompt) :])
+        end, ending = found
+        turn = Turn(index, prompt, whole, end, ending, switch, composed)
+        words = turn.said[len(prompt) :]
+        if words.find(ending.stop) + len(ending.stop) != len(words):
+            raise self.refused(
+                "stops_inside",
+                f"the template writes {ending.stop} within this reply, where the model would stop; "
+                "make one message of each part",
+                index,
+            )
+        self._check_said(index, turn.said, len(prompt))
+        return turn
+
+    def _check_said(self, index: int, said: str, start: int) -> None:
+        """Refuse if the template leaves out what the model said: it would be lost silently."""
+        message = self.messages[index]
+        # What the generation prompt opens for the model (`<think>`) may stand in the data, too.
+        words = said[max(0, start - 100) :]
+        for key in ("content", "reasoning_content"):
+            if not _stands_in(words, message.get(key)):
+                raise self.refused(
+                    "dropped",
+                    f"the template does not write this message's {key} as it stands; "
+                    f"remove {key} or take another template with --chat_template",
+                    index,
+                )
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in words:
+                raise self.refused(
+                    "dropped",
+                    f"the template does not write the call of {call['function']['name']}; "
+                    "take a template that knows tool calls with --chat_template",
+                    index,
+                )
+
+    def prompt_of(self, index: int) -> Turn | None:
+        """The turn `index` if it has a faithful rendering, else None."""
+        try:
+            return self.turn(index)
+        except Refused:
+            return None
+
+    def refused(self, kind: str, reason: str, index: int | None = None) -> Refused:
+        conversation = self.conversation
+        at = conversation.where
+        if index is not None:
+            at += f": message {index + 1} ({conversation.messages[index]['role']})"
+        number = None if index is None else index + 1
+        reason = self.escapes.restore(reason) if self.escapes else reason
+        return Refused(
+            Refusal(kind, f"{at}: {reason}", conversation.source, conversation.line, number)
+        )
+
+    def _no_stop(self, index: int, tail: str) -> Refused:
+        return self.refused(
+            "no_stop",
+            f"the reply is rendered as {_end_of(tail)} and no token of the tokenizer ends it, so "
+            "the model could never learn to stop; take a tokenizer that has the template's end "
+            "token, or --chat_template plain",
+            index,
+        )
+
+    def _no_prefix(self, index: int, prompt: str, whole: str) -> Refused:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
+            min(len(prompt), len(whole)),
+        )
+        return self.refused(
+            "not_a_prefix",
+            f"the prompt at inference ends with {_end_of(prompt)}, but the reply is rendered with "
+            f"{whole[max(0, at - 20) : at + 20]!r} there: the model would never see what it is "
+            f"trained on; {WAYS_OUT}",
+            index,
+        )
+
+
+def _any_text_holds(messages: list[Message], pattern: re.Pattern[str]) -> bool:
+    """`holds`, quick for messages that are texts: most are searched, few hold anything."""
+    search = pattern.search
+    for message in messages:
+        for value in message.values():
+            if search(value) if type(value) is str else holds(value, pattern):
+                return True
+    return False
+
+
+def _stands_in(words: str, content: Any) -> bool:
+    """Whether `content` is written in `words`, perhaps with other blanks and marks between."""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    if not content or content.strip() in words:
+        return True
+    at = 0
+    for run in re.findall(r"\w+", content):
+        at = words.find(run, at)
+        if at < 0:
+            return False
+        at += len(run)
+    return True
+
+
+def _end_of(text: str, limit: int = 40) -> str:
+    return repr(text if len(text) <= limit else "…" + text[-limit:])
