@@ -21,6 +21,7 @@ from tests.processes import free_port, start, wait
 from whet.cli import main
 from whet.data.batches import global_batch_rows
 from whet.data.store import PackedStore
+from whet.stages import sft
 from whet.stages.sft import batches_of_step
 from whet.train.distributed import Ranks
 
@@ -107,6 +108,34 @@ def test_resume_is_needed_and_ends_at_once_when_done(world, alone, tmp_path, cap
     assert "--resume" in told
     assert main([*words, "--resume"]) == 0
     assert digest(world / "alone") == alone[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"lora_rank": 2, "lora_dropout": 0.3}, {"optimizer": "muon"}],
+    ids=["dropout", "muon"],
+)
+def test_random_state_and_every_optimizer(world, tmp_path, monkeypatch, flags):
+    """A run that dies in its 15th step, by an error of its own, and is taken up again."""
+    flags = RUN | {"max_steps": 24} | flags
+
+    calls, real = iter(range(30)), sft.token_loss
+
+    def dying(model, batch):
+        next(calls)  # two micro-batches a step; the 31st call raises StopIteration
+        return real(model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "token_loss", dying)
+        with pytest.raises(StopIteration):
+            main(command(world, tmp_path / "out", **flags))
+    assert main([*command(world, tmp_path / "out", **flags), "--resume"]) == 0
+    assert main(command(world, tmp_path / "alone", **flags)) == 0
+    for name in ("metrics.jsonl", "ledger.bin", "samples.jsonl"):
+        one, other = ((tmp_path / run / name).read_bytes() for run in ("out", "alone"))
+        assert one == other, name
+    weights = [next((tmp_path / run).glob("*model.safetensors")) for run in ("out", "alone")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_other_number_of_ranks(world, tmp_path):
