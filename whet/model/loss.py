@@ -68,12 +68,13 @@ def linear_cross_entropy(
 
 
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """How many tokens' float32 logits exist at a time: 64 MiB of them, 256 on a GPU.
+    """How many tokens' float32 logits exist at a time: up to 64 MiB of them, 256 on a GPU.
 
-    Fewer make the matrix products slow, more bring nothing (measured in docs/performance.md).
+    A multiple of 128, at least 128: fewer or odd numbers make the matrix products slow, more bring
+    nothing (docs/numerics.md has the measurement).
     """
     size = 2**28 if device.type == "cuda" else 2**26
-    return max(64, size // (4 * vocab_size))
+    return max(1, size // (4 * vocab_size) // 128) * 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
