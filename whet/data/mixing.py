@@ -117,6 +117,8 @@ def hold_out(openings: np.ndarray, usable: np.ndarray, fraction: float, seed: in
         if n + sizes[group] <= wanted:
             taken[group] = True
             n += sizes[group]
+        if n == wanted:
+            break
     if n == 0 or n == len(members):
         raise UserError(
             f"--dev_fraction {fraction:g} of {len(members)} conversations that open with "

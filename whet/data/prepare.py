@@ -21,7 +21,7 @@ import numpy as np
 
 from whet.chat.encode import EncodeOptions
 from whet.chat.formats import FORMATS
-from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.chat.tokenizer import Tokenizer, add_chat_tokens, load_tokenizer
 from whet.config import problems
 from whet.data.account import SourceAccount, count, table, totals
 from whet.data.decontaminate import Evaluations, read_evaluations
@@ -33,6 +33,7 @@ from whet.data.reader import Source, parse_source, read_blocks
 from whet.data.spool import Spool
 from whet.data.writing import Encoded, write_packed
 from whet.errors import UserError
+from whet.hub import find_model
 from whet.progress import say, track
 
 SMALL_BYTES = 4 << 20
@@ -45,7 +46,7 @@ class Config:
     """Files (.jsonl, .json, .parquet, .txt, each also .gz or .zst) or hub data sets
     NAME[@CONFIG][#SPLIT]. FILE:WEIGHT uses its conversations WEIGHT times (0.5: a random half)."""
     tokenizer: str = ""
-    """Directory with the tokenizer.json of the model that is to be trained."""
+    """Model or tokenizer directory, or Hub name, of the model that is to be trained."""
     out: str = "data/sft_packed.h5"
     """The packed file that is written."""
     context_length: int = 1024
@@ -99,7 +100,12 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
     Raises UserError, with nothing written, for bad flags, files or lines.
     """
     _check(config)
-    tokenizer = load_tokenizer(config.tokenizer, config.chat_template)
+    tokenizer = load_tokenizer(find_model(config.tokenizer, quiet=quiet, weights=False))
+    if config.chat_template:
+        tokenizer, added = add_chat_tokens(tokenizer, config.chat_template)
+        if added and not quiet:
+            say(f"added to the vocabulary: {', '.join(added)}; give whet sft the same")
+            say(f"--chat_template {config.chat_template}, so that the model gets their embeddings")
     evaluations = read_evaluations(config.decontaminate) if config.decontaminate else None
     return _prepare(config, tokenizer, evaluations, quiet=quiet)
 

@@ -64,9 +64,10 @@ def write_packed(
         for first in range(0, n_rows, ROWS_AT_ONCE):
             n = min(ROWS_AT_ONCE, n_rows - first)
             begin, end = np.searchsorted(rows, (first, first + n))
-            blank = _blank(n, context_length, pad_id)
-            _fill(blank, encoded, which[begin:end], documents[begin:end], first)
-            writer.write_rows(*blank)
+            own = documents[begin:end].copy()
+            own["row"] -= first
+            shape = (n, context_length)
+            writer.write_rows(*_rows(encoded, which[begin:end], own, shape, pad_id))
             progress.advance(n)
         writer.write_documents(documents)
         writer.write_texts("refusals", refusals)
@@ -89,32 +90,38 @@ def _documents(
     return documents
 
 
-def _blank(n: int, context_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, loss mask and segments of `n` rows of padding."""
-    shape = (n, context_length)
-    tokens = np.full(shape, pad_id, np.int32)
-    return tokens, np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+def _rows(
+    encoded: Encoded, which: np.ndarray, documents: np.ndarray, shape: tuple[int, int], pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, loss mask and segments (B, T) of rows that hold the examples `which`.
 
-
-def _fill(
-    rows: tuple[np.ndarray, np.ndarray, np.ndarray],
-    encoded: Encoded,
-    which: np.ndarray,
-    documents: np.ndarray,
-    first_row: int,
-) -> None:
-    """Put the examples `which` to where `documents` says; `first_row` is the number of rows[0]."""
-    tokens, mask, segments = rows
+    `documents` are their entries in the table, with `row` counted from the first of these rows.
+    All documents are placed at once: one by one, this would be the slowest part of preparing.
+    """
+    tokens = np.full(shape, pad_id, np.int32).ravel()
+    mask = np.zeros(tokens.shape, np.float32)
+    segments = np.zeros(tokens.shape, np.int32)
+    begin = documents["row"] * shape[1] + documents["start"]
+    length = documents["length"].astype(np.int64)
     examples = encoded.examples[which]
-    segment, last_row = 0, -1
-    for example, document in zip(examples.tolist(), documents.tolist(), strict=True):
-        _, _, offset, _, first_run, n_runs = example
-        number, start, length = document[:3]
-        row = number - first_row
-        segment = segment + 1 if row == last_row else 1
-        last_row = row
-        tokens[row, start : start + length] = encoded.spool.tokens(offset, length)
-        segments[row, start : start + length] = segment
-        for begin, end, weight in encoded.runs[first_run : first_run + n_runs].tolist():
-            if end <= length:
-                mask[row, start + begin : start + end] = weight
+
+    places = _ranges(begin, length)
+    pairs = zip(examples["offset"].tolist(), length.tolist(), strict=True)
+    tokens[places] = np.concatenate([encoded.spool.tokens(offset, n) for offset, n in pairs])
+    first_of_row = np.searchsorted(documents["row"], documents["row"])
+    segments[places] = np.repeat(np.arange(len(which)) - first_of_row + 1, length)
+
+    n_runs = examples["n_runs"].astype(np.int64)
+    runs = encoded.runs[_ranges(examples["first_run"], n_runs)]
+    owner = np.repeat(np.arange(len(which)), n_runs)
+    inside = runs["end"] <= length[owner]  # not cut off by --overlong truncate
+    runs, owner = runs[inside], owner[inside]
+    trained = (runs["end"] - runs["start"]).astype(np.int64)
+    mask[_ranges(begin[owner] + runs["start"], trained)] = np.repeat(runs["weight"], trained)
+    return tokens.reshape(shape), mask.reshape(shape), segments.reshape(shape)
+
+
+def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The numbers begin[0], begin[0] + 1, … (length[0] of them), then those of begin[1], …"""
+    first = np.cumsum(length) - length
+    return np.repeat(begin - first, length) + np.arange(int(length.sum()))
