@@ -130,3 +130,22 @@ def test_own_terms_with_an_unknown_field_are_refused():
     written = llama(300, 64, 2, 4).to_hf() | {"model_type": "whet"}
     with pytest.raises(UserError, match="hidden_size"):
         ModelConfig.from_hf(written)
+
+
+def test_keys_that_files_of_the_hub_carry_are_known():
+    """As in SmolLM2 and SmolLM3, which say more than they use."""
+    js = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"q": 1}}
+    assert ModelConfig.from_hf({**LLAMA, **js}) == ModelConfig.from_hf(LLAMA)
+    smol = {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 4, "rope_theta": None}
+    unused = {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": None}
+    config = ModelConfig.from_hf({**smol, **unused})
+    assert [rope is None for rope in config.ropes] == [False, False, False, True]
+    assert config.ropes[0].theta == 2_000_000.0
+    assert config.windows == ()
+
+
+def test_a_window_that_no_layer_uses_is_no_window():
+    qwen = {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}
+    assert ModelConfig.from_hf({**qwen, "max_window_layers": 3}).windows == ()
+    assert ModelConfig.from_hf({**qwen, "max_window_layers": 2}).windows == (None, None, 64)
+    assert ModelConfig.from_hf({**qwen, "use_sliding_window": False}).windows == ()

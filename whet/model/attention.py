@@ -23,8 +23,7 @@ from whet.model import kernels
 
 
 class KVCache(Protocol):
-    """What the decoder asks of a cache of keys and values. `whet/generate/cache.py` has the real
-    one.
+    """What the decoder asks of a cache; `whet/generate/cache.py` has the real one.
 
     Slot p of row b holds the key and value of the token at position p of sequence b, so that
     sequences of different lengths need no padding on the left and no mask is stored: a token at
@@ -132,9 +131,8 @@ class CachedPlan:
     @property
     def lengths(self) -> Tensor:
         """(M,) length of each token's sequence so far."""
-        return (
-            (self.new_positions.amax(1, keepdim=True) + 1).expand_as(self.new_positions).flatten()
-        )
+        longest = self.new_positions.amax(1, keepdim=True) + 1
+        return longest.expand_as(self.new_positions).flatten()
 
     def attend(
         self,
@@ -180,34 +178,30 @@ def plan_documents(
     in which nothing is trained still runs through every layer (and every collective of FSDP2).
     """
     rows, length = shape
+    place = torch.arange(rows * length, device=device)
     if segments is None:
         segments = torch.ones(rows, length, dtype=torch.long, device=device)
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    document = begins.flatten().cumsum(0) - 1  # (B * T), padding has numbers of its own
+    document = begins.flatten().cumsum(0) - 1  # of each place; stretches of padding count, too
     start = begins.flatten().nonzero().flatten()
-    end = torch.cat((start[1:], start.new_tensor([rows * length])))
-    full = end - start
-    is_text = segments.flatten()[start] != 0
-    used = full * is_text
-    trained = None
+    full = torch.diff(start, append=start.new_tensor([rows * length]))
+    used = full
     if weight is not None:
-        counts = weight.flatten() != 0
-        place = torch.arange(rows * length, device=device)
-        last = torch.where(counts, place + 1, 0)
-        used = torch.zeros_like(start).scatter_reduce(0, document, last, "amax") - start
-        used = used.clamp(min=0) * is_text
+        after_trained = torch.where(weight.flatten() != 0, place + 1, 0)
+        last = torch.zeros_like(start).scatter_reduce(0, document, after_trained, "amax")
+        used = (last - start).clamp(min=0)
+    used = used * (segments.flatten()[start] != 0)
     if not bool(used.any()):
         used[0] = 1
-    kept = torch.arange(rows * length, device=device) - start[document] < used[document]
-    index = kept.nonzero().flatten()
-    if weight is not None:
-        trained = (weight.flatten()[index] != 0).nonzero().flatten()
+    index = (place - start[document] < used[document]).nonzero().flatten()
+    document = document[index]
     sizes = used[used > 0]
+    trained = None if weight is None else weight.flatten()[index].nonzero().flatten()
     return AttentionPlan(
         index=None if len(index) == rows * length else index,
-        positions=(index - start[document[index]]),
-        lengths=full[document[index]],
+        positions=index - start[document],
+        lengths=full[document],
         sizes=sizes.tolist(),
         ends=F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32),
         longest=int(sizes.max()),

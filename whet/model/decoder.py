@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents
-from whet.model.config import ModelConfig, Rope
-from whet.model.loss import linear_cross_entropy
+from whet.model.config import ModelConfig
+from whet.model.loss import linear_cross_entropy, product_type
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
 
@@ -47,7 +47,11 @@ class TokenLoss(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square and multiplies by (offset + weight); computed in float32."""
+    """Divides by the root mean square and multiplies by (offset + weight); computed in float32.
+
+    Under autocast it gives the type of the products that follow: each of them would otherwise keep
+    a converted copy of its own for the backward pass.
+    """
 
     def __init__(self, width: int, eps: float, offset: float) -> None:
         super().__init__()
@@ -57,7 +61,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.float() + self.offset if self.offset else self.weight.float()
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        y = F.rms_norm(x.float(), weight.shape, weight, self.eps)
+        return y.to(product_type(x))
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
@@ -139,8 +144,7 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
 
     def forward(self, x: Tensor, rotary: Rotary, plan: Plan, keep: Tensor | None = None) -> Tensor:
-        """`x` (M, D) -> (M, D). With `keep`, only those rows: the others are seen, not computed
-        on."""
+        """`x` (M, D) -> (M, D), or with `keep` only those rows; they see the others as ever."""
         y = self.attn(self.attn_norm(x) if self.pre_norm else x, rotary, plan, keep)
         y = self.attn_post_norm(y) if self.post_norm else y
         x = (x if keep is None else x[keep]) + self._scaled(y)
@@ -239,8 +243,9 @@ class Transformer(nn.Module):
         """x (B, T, D) -> logits (B, T, V), or (B, J, V) at `logits_at` (B, J)."""
         if logits_at is not None:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
-        logits = F.linear(x, self.head_weight, self.head_bias) * self.config.logit_scale
-        cap = self.config.logit_softcap
+        logits = F.linear(x, self.head_weight, self.head_bias)
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _loss(self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan) -> TokenLoss:

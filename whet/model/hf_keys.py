@@ -6,6 +6,8 @@ from whet.config import problems
 from whet.errors import UserError
 
 HARMLESS = """
+    is_llama_config transformers.js_config unsloth_fixed unsloth_version neftune_noise_alpha
+    max_sequence_length model_max_length seq_length _attn_implementation_autoset
     architectures auto_map model_type transformers_version _name_or_path name_or_path _commit_hash
     torch_dtype dtype use_cache cache_implementation attn_implementation _attn_implementation
     _attn_implementation_internal use_return_dict return_dict output_attentions output_hidden_states

@@ -41,11 +41,13 @@ def read_layers(
         (sliding if slide else full) if turn else None
         for turn, slide in zip(turns, slides, strict=True)
     )
-    window = keys.take("sliding_window") if any(slides) else None
-    if keys.defaults.get("windows") in ("upper", "no rope") and not keys.take("use_sliding_window"):
+    rule, window = keys.defaults.get("windows"), None
+    if rule is not None or any(slides):
+        window = keys.take("sliding_window", keys.take("sliding_window_size"))
+    if rule in ("upper", "no rope") and not keys.take("use_sliding_window"):
         window = None
-        keys.take("sliding_window")
-    return ropes, () if window is None else tuple(window if slide else None for slide in slides)
+    windows = tuple(window if slide else None for slide in slides)
+    return ropes, windows if any(windows) else ()
 
 
 def _turning_layers(keys: Keys, n_layers: int) -> list[bool]:
@@ -62,7 +64,7 @@ def _sliding_layers(keys: Keys, turns: list[bool]) -> list[bool]:
     """Which layers have a sliding window, if the model uses one."""
     rule, layers = keys.defaults.get("windows"), range(len(turns))
     pattern = keys.take("_sliding_window_pattern", keys.take("sliding_window_pattern"))
-    first = keys.take("max_window_layers", 28) if rule == "upper" else 0
+    first = keys.take("max_window_layers", 28) if rule in ("upper", "no rope") else 0
     types = keys.take("layer_types")
     if types is not None:
         known = ("full_attention", "sliding_attention")
@@ -81,9 +83,9 @@ def _sliding_layers(keys: Keys, turns: list[bool]) -> list[bool]:
 
 def _ropes(keys: Keys, head_size: int, max_positions: int) -> tuple[Rope, Rope]:
     """Rotary positions of full and of sliding layers; they differ in Gemma 3."""
-    theta = keys.take("rope_theta", 10_000.0)
+    theta = keys.take("rope_theta") or keys.defaults.get("rope_theta", 10_000.0)
     local_theta = keys.take("rope_local_base_freq")
-    fraction = keys.take("partial_rotary_factor", 1.0)
+    fraction = keys.take("partial_rotary_factor") or 1.0
     original = keys.take("original_max_position_embeddings")
     scaling, parameters = keys.take("rope_scaling"), keys.take("rope_parameters")
     by_type = parameters or {}

@@ -67,6 +67,13 @@ def linear_cross_entropy(
     return loss, nll
 
 
+def product_type(x: Tensor) -> torch.dtype:
+    """The type in which a linear layer would multiply `x` here: autocast's, or its own."""
+    device = x.device.type
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """How many tokens' float32 logits exist at a time: up to 64 MiB of them, 256 on a GPU.
 
@@ -97,11 +104,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logit_scale: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        device = hidden.device.type
-        dtype = (
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        )
-        with torch.autocast(device, enabled=False):
+        dtype = product_type(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
             token_weight = token_weight.float()
             factor = (token_weight * logit_scale)[:, None]
