@@ -12,7 +12,8 @@ the machine meets all of them:
 - trl: `datasets.map` over `apply_chat_template` with a tagged template (peers/trl_prepare.py),
   without its packing and without writing; the start of its processes included.
 
-Printed is one JSON line: tokens/s of each as median over the rounds, and the two ratios.
+Printed is one JSON line: tokens/s of each as median over the rounds, and the two ratios; the same
+by processor seconds, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from whet.chat.formats import Datum, to_example
 from whet.chat.messages import Conversation
@@ -52,15 +54,15 @@ def main() -> None:
     sides = {"raw": raw, "whet": whet}
     if args.trl_python:
         sides["trl"] = partial(trl, python=args.trl_python)
-    rates: dict[str, list[float]] = {side: [] for side in sides}
+    found: dict[str, list[Measured]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.jsonl"
         copies(args.data, data, args.repeat)
         for _ in range(args.rounds):
             for side, run in sides.items():
-                tokens, seconds = run(data, args.tokenizer, args.cores)
-                rates[side].append(tokens / seconds)
-    median = {side: statistics.median(found) for side, found in rates.items()}
+                found[side].append(run(data, args.tokenizer, args.cores))
+    median = {s: statistics.median(m.tokens / m.seconds for m in found[s]) for s in sides}
+    by_cpu = {s: statistics.median(m.tokens / m.cpu for m in found[s]) for s in sides}
     line = {
         "benchmark": "prepare",
         "data": f"{args.data.name} x {args.repeat}",
@@ -68,12 +70,15 @@ def main() -> None:
         "cores": args.cores,
         "rounds": args.rounds,
         "tokens_per_second": {side: round(rate) for side, rate in median.items()},
+        "tokens_per_cpu_second": {side: round(rate) for side, rate in by_cpu.items()},
         "whet_over_raw": round(median["whet"] / median["raw"], 3),
+        "whet_over_raw_by_cpu": round(by_cpu["whet"] / by_cpu["raw"], 3),
         "machine": platform.processor() or platform.machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
     if "trl" in median:
         line["whet_over_trl"] = round(median["whet"] / median["trl"], 2)
+        line["whet_over_trl_by_cpu"] = round(by_cpu["whet"] / by_cpu["trl"], 2)
     print(json.dumps(line))
     if args.out:
         with args.out.open("a") as file:
@@ -93,16 +98,27 @@ def copies(source: Path, target: Path, repeat: int) -> None:
                 file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def raw(data: Path, directory: Path, cores: int) -> tuple[int, float]:
+class Measured(NamedTuple):
+    tokens: int
+    seconds: float
+    cpu: float  # processor seconds of all processes
+
+
+def cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def raw(data: Path, directory: Path, cores: int) -> Measured:
     """The tokenizer alone on the rendered texts, as many at a time as its threads like."""
     tokenizer = load_tokenizer(directory)
     texts = [rendered(to_example(parse(unit)), tokenizer) for unit in read_units(str(data))]
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), cpu_seconds()
     tokens = 0
     for i in range(0, len(texts), 1024):
         batch = tokenizer.backend.encode_batch(texts[i : i + 1024], add_special_tokens=False)
         tokens += sum(map(len, batch))
-    return tokens, time.perf_counter() - started
+    return Measured(tokens, time.perf_counter() - started, cpu_seconds() - busy)
 
 
 def rendered(datum: Datum, tokenizer: Tokenizer) -> str:
@@ -110,15 +126,15 @@ def rendered(datum: Datum, tokenizer: Tokenizer) -> str:
     return tokenizer.template.render(datum.messages)
 
 
-def trl(data: Path, directory: Path, cores: int, python: str) -> tuple[int, float]:
+def trl(data: Path, directory: Path, cores: int, python: str) -> Measured:
     command = [python, str(PEER), str(data), str(directory), str(cores)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(result.stdout.splitlines()[-1])
-    return found["tokens"], found["seconds"]
+    return Measured(found["tokens"], found["seconds"], found["cpu"])
 
 
-def whet(data: Path, directory: Path, cores: int) -> tuple[int, float]:
-    started = time.perf_counter()
+def whet(data: Path, directory: Path, cores: int) -> Measured:
+    started, busy = time.perf_counter(), cpu_seconds()
     accounts = prepare(
         Config(
             data=(str(data),),
@@ -128,7 +144,8 @@ def whet(data: Path, directory: Path, cores: int) -> tuple[int, float]:
         ),
         quiet=True,
     )
-    return totals(accounts).tokens, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return Measured(totals(accounts).tokens, seconds, cpu_seconds() - busy)
 
 
 if __name__ == "__main__":

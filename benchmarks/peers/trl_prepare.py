@@ -7,6 +7,7 @@ DATA.jsonl holds `messages`. The template is ChatML with the generation tags tha
 """
 
 import json
+import os
 import sys
 import time
 
@@ -39,11 +40,17 @@ def main() -> None:
 
     with open(data) as file:
         dataset = Dataset.from_list([json.loads(line) for line in file])
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), cpu_seconds()
     made = dataset.map(tokenise, num_proc=processes, remove_columns=dataset.column_names)
     seconds = time.perf_counter() - started
     tokens = sum(map(len, made["input_ids"]))
-    print(json.dumps({"tokens": tokens, "seconds": seconds}))
+    print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu": cpu_seconds() - busy}))
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of those that it has ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":
