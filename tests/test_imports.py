@@ -15,6 +15,7 @@ ORDER = {
     "errors": 0,
     "config": 0,
     "progress": 0,
+    "hub": 0,
     "chat": 1,
     "data": 2,
     "model": 3,

@@ -33,8 +33,8 @@ from whet.doctor.subject import (
     sample_rows,
 )
 from whet.errors import UserError
+from whet.hub import find_model
 from whet.model.checkpoint import load_backbone_from_ckpt
-from whet.model.hub import find_model
 from whet.progress import say, track
 from whet.train.session import multiplies_bf16
 

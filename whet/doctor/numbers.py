@@ -207,7 +207,7 @@ def _step_half(subject: Subject, micro: int, setting: Setting) -> float:
     """Forward and backward pass of a step as `whet sft` takes it."""
     store = PackedStore(subject.packed_file())
     settings = sft.Config(
-        model=subject.scratch,
+        model=str(subject.scratch),
         data=store.path,
         out=subject.scratch,
         batch_size=len(subject.rows),

@@ -13,7 +13,7 @@ from whet.chat.tokenizer import Tokenizer
 from whet.data.store import row_weights
 from whet.doctor.finding import Finding, failed, judge, skipped, worse
 from whet.doctor.subject import Subject
-from whet.stages.sft import misfits
+from whet.evaluate.dev import misfits
 
 COUNTED_ROWS = 4096
 

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from whet.config import problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
-from whet.evaluate.dev import dev_loss, misfit
+from whet.evaluate.dev import dev_loss, misfits
 from whet.evaluate.gsm8k import gsm8k_accuracy, load_gsm8k, write_samples
 from whet.generate.opened import Device, Opened, Precision, open_model
 from whet.progress import say
@@ -109,7 +109,7 @@ def _check(config: Config) -> None:
 
 def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[str, Any]:
     model, tokenizer = opened
-    problems(misfit(store, model, tokenizer))
+    problems(misfits(model, tokenizer, store, "--dev"))
     device = next(model.parameters()).device
     found = dev_loss(
         model,

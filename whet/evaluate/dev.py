@@ -89,25 +89,29 @@ def dev_loss(
     )
 
 
-def misfit(store: PackedStore, model: Transformer, tokenizer: Tokenizer) -> list[str]:
-    """Why `store` does not belong to this model, a line for each reason; empty if it does."""
-    found = []
-    made_with = store.attrs.get("tokenizer_hash")
-    if made_with not in (None, tokenizer.hash):
+def misfits(
+    model: Transformer, tokenizer: Tokenizer | None, store: PackedStore, flag: str
+) -> list[str]:
+    """Why a packed file, given by `flag`, does not fit this model: a line for each reason."""
+    found, config, attrs = [], model.config, store.attrs
+    if tokenizer and attrs.get("tokenizer_hash") not in (None, tokenizer.hash):
+        template = (attrs.get("settings") or {}).get("chat_template")
         found.append(
-            f"{store.path}: was made with another tokenizer ({made_with[:12]}) than the model's "
-            f"({tokenizer.hash[:12]}); prepare it again with --tokenizer on the model's directory"
+            f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "
+            "prepare` again with --tokenizer on the model's directory"
+            + (f", or, as there, add --chat_template {template}" if template else "")
         )
-    ids = store.attrs.get("vocab_size", 0)
-    if ids > model.config.vocab_size:
+    needed = attrs.get("vocab_size", 0)
+    if needed > config.vocab_size:
         found.append(
-            f"{store.path}: was made with a tokenizer of {ids:,} ids, the model has "
-            f"{model.config.vocab_size:,}; prepare it again with the model's tokenizer"
+            f"{flag} {store.path}: its tokenizer has {needed:,} ids, the model's embedding "
+            f"{config.vocab_size:,} rows; prepare it with the model's own tokenizer"
         )
-    if store.context_length > model.config.max_positions:
+    if config.max_positions and store.context_length > config.max_positions:
         found.append(
-            f"{store.path}: has rows of {store.context_length:,} tokens, the model "
-            f"{model.config.max_positions:,} positions; prepare it with a shorter --context_length"
+            f"{flag} {store.path}: rows of {store.context_length:,} tokens, but the model has "
+            f"{config.max_positions:,} positions; prepare with --context_length "
+            f"{config.max_positions} or less"
         )
     return found
 

@@ -7,6 +7,7 @@ import torch
 
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.errors import UserError
+from whet.hub import find_model
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 
@@ -27,17 +28,13 @@ def open_model(
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> Opened:
-    """The model of a run folder, a model directory or a `.pt` file.
+    """The model of a run folder, a model directory, a `.pt` file or a Hub name.
 
     `tokenizer` is a directory, by default the model's own. `device` auto is CUDA if there is any;
     `precision` auto is bf16 on CUDA. Raises UserError for what cannot be opened, and for a
     tokenizer with more ids than the model has.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such model; expected a run folder, model directory or .pt file"
-        )
+    path = find_model(path)
     if tokenizer is None and path.is_file():
         raise UserError(f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer")
     found = load_tokenizer(tokenizer or path)  # first: it is quickly done, and often what is wrong

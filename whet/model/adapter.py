@@ -24,7 +24,7 @@ from whet.model.checkpoint import SavesTokenizer, load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.families import place_modules
-from whet.model.hub import find_model
+from whet.hub import find_model
 from whet.model.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
 from whet.model.weights import open_safetensors, read_into
 

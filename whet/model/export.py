@@ -29,7 +29,7 @@ from whet.model.checkpoint import (
 )
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.hub import find_model
+from whet.hub import find_model
 from whet.model.lora import merge_lora
 from whet.progress import say
 

@@ -29,11 +29,12 @@ from whet.data.batches import (
 )
 from whet.data.store import PackedStore
 from whet.errors import UserError
+from whet.evaluate.dev import misfits
 from whet.evaluate.gsm8k import Problem, load_gsm8k
+from whet.hub import find_model
 from whet.model.adapter import is_adapter
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
-from whet.model.hub import find_model
 from whet.model.lora import LoRA
 from whet.model.recompute import Recompute
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
@@ -235,31 +236,6 @@ def find_tokenizer(directory: Path | None, model: Path) -> Tokenizer | None:
     if directory is not None:
         return load_tokenizer(directory)
     return load_tokenizer(model) if model.is_dir() else None
-
-
-def misfits(
-    model: Transformer, tokenizer: Tokenizer | None, store: PackedStore, flag: str
-) -> list[str]:
-    """Why a packed file cannot be used with this model, a line for each reason."""
-    found, config, attrs = [], model.config, store.attrs
-    if tokenizer and attrs.get("tokenizer_hash") not in (None, tokenizer.hash):
-        found.append(
-            f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "
-            "prepare` again with --tokenizer on the model's directory"
-        )
-    needed = attrs.get("vocab_size", 0)
-    if needed > config.vocab_size:
-        found.append(
-            f"{flag} {store.path}: its tokenizer has {needed:,} ids, the model's embedding "
-            f"{config.vocab_size:,} rows; prepare it with the model's own tokenizer"
-        )
-    if config.max_positions and store.context_length > config.max_positions:
-        found.append(
-            f"{flag} {store.path}: rows of {store.context_length:,} tokens, but the model has "
-            f"{config.max_positions:,} positions; prepare with --context_length "
-            f"{config.max_positions} or less"
-        )
-    return found
 
 
 def describe(model: Transformer) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from whet.errors import UserError
-from whet.model.hub import find_model
+from whet.hub import find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -107,7 +107,7 @@ def find(stub: StubHub, home: Path, *names: str, **environment: str) -> str:
     code = """if True:
         import sys
         from whet.errors import UserError
-        from whet.model.hub import find_model
+        from whet.hub import find_model
         try:
             print("FOUND", find_model(*sys.argv[1:]))
         except UserError as error:

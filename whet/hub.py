@@ -27,12 +27,14 @@ _UNWANTED = ["*/*.safetensors", "*/*.json", "*/tokenizer*", "*.bin", "*.pt", "*.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def find_model(name: str | Path, revision: str | None = None, quiet: bool = False) -> Path:
+def find_model(
+    name: str | Path, revision: str | None = None, quiet: bool = False, weights: bool = True
+) -> Path:
     """The directory or file of the model `name`: a path, or `owner/model` on the Hub.
 
-    A path that exists wins. `revision` is a branch, tag or commit of the Hub. Raises UserError, one
-    line, for what is neither, for an unknown, private or gated model, and when there is no network
-    or no space.
+    A path that exists wins. `revision` is a branch, tag or commit of the Hub. Without `weights`
+    only configuration and tokenizer are fetched. Raises UserError, one line, for what is neither,
+    for an unknown, private or gated model, and when there is no network or no space.
     """
     path = Path(name)
     if path.exists():
@@ -44,10 +46,10 @@ def find_model(name: str | Path, revision: str | None = None, quiet: bool = Fals
         raise UserError(
             f"{name}: there is no such path, and it is not a Hub name such as owner/model"
         )
-    return Path(_download(str(name), revision, quiet))
+    return Path(_download(str(name), revision, quiet, weights))
 
 
-def _download(name: str, revision: str | None, quiet: bool) -> str:
+def _download(name: str, revision: str | None, quiet: bool, weights: bool) -> str:
     import huggingface_hub as hub
     from huggingface_hub import errors
     from huggingface_hub.utils import disable_progress_bars
@@ -56,8 +58,9 @@ def _download(name: str, revision: str | None, quiet: bool) -> str:
         disable_progress_bars()
     where = f"{name}@{revision}" if revision else name
     try:
+        unwanted = _UNWANTED if weights else [*_UNWANTED, "*.safetensors"]
         return hub.snapshot_download(
-            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=unwanted
         )
     except errors.GatedRepoError:
         raise UserError(
