@@ -108,6 +108,26 @@ def test_ranks(world, reference, tmp_path, size):
         assert_same(tmp_path / name, reference)
 
 
+@pytest.mark.parametrize(
+    ("flags", "atol"),
+    [
+        ({"lora_rank": 2, "lora_dora": True}, WEIGHT_ATOL),
+        ({"optimizer": "muon"}, 2e-4),  # its iteration runs in bf16; steps are 1e-3 x 0.8
+    ],
+    ids=["lora", "muon"],
+)
+def test_sharded_adapters_and_muon(world, tmp_path, flags, atol):
+    layouts = {"ddp": {}, "fsdp": {"shard": True}}
+    commands = [command(world, tmp_path / name, **flags, **more) for name, more in layouts.items()]
+    assert run_ranks(commands, size=2, folder=tmp_path) == [0, 0]
+    assert main(command(world, tmp_path / "one", **flags)) == 0
+    expected = load_file(next((tmp_path / "one").glob("*model.safetensors")))
+    for name in layouts:
+        found = load_file(next((tmp_path / name).glob("*model.safetensors")))
+        for key, value in expected.items():
+            np.testing.assert_allclose(found[key], value, atol=atol, rtol=0, err_msg=key)
+
+
 def unpack(packed: Path, path: Path) -> int:
     """Write the documents of `packed` one to a row; returns their number."""
     store = PackedStore(packed)

@@ -85,7 +85,10 @@ def _train(
     _tell_header(config, command, stage, run, ranks)
     try:
         with stop_on_signals(config.grace_seconds) as stop:
-            ended_by = train(stage, config, optimizers, ranks, run, stop)
+            try:
+                ended_by = train(stage, config, optimizers, ranks, run, stop)
+            except torch.OutOfMemoryError as error:
+                raise UserError(out_of_memory(config, ranks)) from error
         run.finish_saving()
         if ended_by:
             run.say(f"stopped at step {run.facts.step}, saved; add --resume to go on")
@@ -217,6 +220,23 @@ def _check_same_data(before: str, now: str, store: PackedStore) -> None:
             f"{store.path}: is not the file that this run started with (other rows or settings); "
             "restore it, or start a new run with another --out"
         )
+
+
+def out_of_memory(config: TrainSettings, ranks: Ranks) -> str:
+    """What to change when the device has no room for a step; the numbers stay the same."""
+    micro, ways = config.micro_batch_size or 1, []
+    if micro > 1:
+        ways.append(f"--micro_batch_size {micro // 2}")
+    if getattr(config, "recompute", "full") != "full":
+        ways.append("--recompute full")
+    if ranks.size > 1 and not config.shard:
+        ways.append("--shard")
+    if not ways:
+        ways = ["more GPUs with --shard", "--optimizer adamw8bit", "--lora_rank 16"]
+    return (
+        f"--micro_batch_size {micro}: {ranks.device} is out of memory; add {' or '.join(ways)} "
+        "(and --resume to go on from the last save)"
+    )
 
 
 def total_steps(config: TrainSettings, steps_per_epoch: int) -> int:

@@ -1,0 +1,59 @@
+"""A training command around its loop: flags of a continued run, changed data, no memory left."""
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.numerics.test_layouts import command
+from whet.cli import main
+from whet.stages import sft
+from whet.train.state import saved_states
+
+
+@pytest.fixture
+def world(tmp_path):
+    tiny.model_directory(tmp_path / "base")
+    tiny.packed_file(tmp_path / "train.h5", n_rows=8)
+    tiny.packed_file(tmp_path / "dev.h5", n_rows=3, seed=1)
+    assert main(command(tmp_path, tmp_path / "out", save_every=2)) == 0
+    return tmp_path
+
+
+def test_a_continued_run_has_its_own_flags(world, capsys):
+    words = command(world, world / "out", save_every=2, lr=5e-4, seed=3)
+    assert main([*words, "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert "--lr 0.0005: the run in" in told
+    assert "--seed 3" in told
+    assert f"--config {world / 'out' / 'config.toml'} --resume" in told
+    free = command(world, world / "out", save_every=5, keep=1, micro_batch_size=1)
+    assert main([*free, "--resume"]) == 0
+
+
+def test_its_saved_configuration_is_enough(world):
+    config = world / "out" / "config.toml"
+    assert main(["sft", "--config", str(config), "--resume"]) == 0
+
+
+def test_other_data_under_the_same_name_is_refused(world, capsys):
+    tiny.packed_file(world / "train.h5", n_rows=8, seed=7)
+    assert main([*command(world, world / "out", save_every=2), "--resume"]) == 2
+    assert "is not the file that this run started with" in capsys.readouterr().err
+
+
+def test_a_damaged_state_is_named_and_the_one_before_is_used(world, capsys):
+    newest = saved_states(world / "out" / "state")[-1]
+    (newest / "facts.json").write_text("{}")
+    assert main([*command(world, world / "out", save_every=2), "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert f"warning: {newest}: facts.json has 2 bytes instead of" in told
+
+
+def test_out_of_memory_says_what_to_change(world, monkeypatch, capsys):
+    def full(model, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sft, "token_loss", full)
+    assert main(command(world, world / "other", micro_batch_size=4)) == 2
+    told = capsys.readouterr().err
+    assert "--micro_batch_size 2 or --recompute full" in told
