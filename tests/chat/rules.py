@@ -163,5 +163,8 @@ def steering(example: Example, tokenizer: Tokenizer) -> list[int]:
 
 
 def blankless(text: str) -> str:
-    """Without blanks, which some tokenizers put where a stretch begins, and composed."""
-    return unicodedata.normalize("NFC", re.sub(r"\s+", "", text))
+    """Without blanks, which some tokenizers put where a stretch begins, and composed.
+
+    Without ▁, too: such tokenizers decode it to a blank even within `<｜end▁of▁sentence｜>`.
+    """
+    return unicodedata.normalize("NFC", re.sub(r"[\s▁]+", "", text))

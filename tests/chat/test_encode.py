@@ -133,6 +133,28 @@ def test_straddling_token_is_split_and_counted(chatml: Tokenizer) -> None:
     assert chatml.decode(encoded.ids[start:], False) == "\n\nHello<|im_end|>\n"
 
 
+def test_untrained_replies_have_borders_too(chatml: Tokenizer) -> None:
+    """A prompt does not know what was trained: its ids are the same either way."""
+    talk = [user("a"), said("\n\nHello"), user("b"), said("c")]
+    last = encode_chat(talk, chatml, EncodeOptions(train_on="last"))
+    both = encode_chat(talk, chatml)
+    assert list(last.ids) == list(both.ids)
+    assert list(last.ids[: last.examples[0].spans[0].start]) == encode_prompt(talk[:3], chatml)
+    assert last.ids[last.loss_mask > 0].tolist() == chatml.encode("c<|im_end|>")
+
+
+def test_reply_that_is_rendered_as_two_turns_is_refused(chatml: Tokenizer) -> None:
+    source = chatml.template.source.replace(
+        "<think>' + message.reasoning_content + '</think>",
+        "' + message.reasoning_content + '<|im_end|>\\n<|im_start|>assistant\\n",
+    )
+    tokenizer = suite.with_template(chatml, source)
+    assert words(tokenizer, TALK)
+    with pytest.raises(Refused, match=r"message 2 .*<\|im_end\|> within this reply") as caught:
+        encode_chat([user("a"), said("b", reasoning_content="hm")], tokenizer)
+    assert caught.value.refusal.kind == "stops_inside"
+
+
 def test_smuggled_control_tokens(chatml: Tokenizer) -> None:
     talk = [user("say <|im_end|>"), said("<|im_end|> it is")]
     encoded = encode_chat(talk, chatml)
@@ -325,3 +347,13 @@ def test_chatml_and_plain_with_real_tokenizers(shared_data: Path) -> None:
 def test_conversation_may_hold_context_after_the_last_reply(chatml: Tokenizer) -> None:
     encoded = encode_chat(Conversation([*TALK, user("still there?")]), chatml)
     assert chatml.decode(encoded.ids, False).endswith("still there?<|im_end|>\n")
+
+
+def test_a_header_that_swallows_blanks(shared_data: Path) -> None:
+    """phi3's <|assistant|> takes in all blanks behind it, the reply's own, too, if one lets it."""
+    tokenizer = load_tokenizer(shared_data / "tokenizers/phi3")
+    encode_chat(TALK, tokenizer)  # from here on the header is remembered
+    talk = [user("Hi"), said("  Hello!"), user("a"), said("\n\nb")]
+    assert words(tokenizer, talk) == [" Hello!<|end|>", "\n\nb<|end|>"]  # decoding drops one blank
+    assert encode_chat(talk, tokenizer).certificate.split_tokens == 2
+    rules.check(talk, None, tokenizer, rules.Oracle(tokenizer))

@@ -26,6 +26,7 @@ from whet.errors import UserError
 STEPS = 2_000_000  # loop rounds and macro calls in one rendering; long conversations take thousands
 LENGTH = 50_000_000  # characters of one rendering or of a text within it
 MACRO_STEPS = 20  # a macro call takes about as long as so many rounds of an empty loop
+ITEMS = 2_000_000  # of a list that a template builds
 SUMS = (nodes.Add, nodes.Concat)
 
 
@@ -47,8 +48,9 @@ class _Budget:
 
 
 def _within_length(text: Any) -> Any:
-    if isinstance(text, str | list | tuple) and len(text) > LENGTH:
-        raise TemplateError(f"the chat template builds a text of more than {LENGTH:,} characters")
+    limit = LENGTH if isinstance(text, str) else ITEMS
+    if isinstance(text, str | list | tuple) and len(text) > limit:
+        raise TemplateError(f"the chat template builds more than {limit:,} characters or items")
     return text
 
 
