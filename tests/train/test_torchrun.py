@@ -58,6 +58,7 @@ def assert_equal_weights(one: Path, other: Path) -> None:
         np.testing.assert_allclose(weights[name], value, atol=1e-4, rtol=0, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds ranks through /proc")
 def test_a_killed_rank_brings_the_run_back(world, tmp_path):
     """--max_restarts: the run goes on from its last save and ends as if nothing had happened."""
