@@ -1,6 +1,7 @@
 """`whet prepare` from files to rows, against encode_chat, line by line."""
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -90,6 +91,9 @@ def check_account(store, accounts):
         assert a.examples == len(own)
     rows = store.rows(range(len(store)))
     assert totals(accounts).trained == (rows.loss_mask != 0).sum()
+    for row, segments in enumerate(rows.segment_ids):
+        numbers = [s for s, _ in itertools.groupby(segments.tolist()) if s]
+        assert numbers == list(range(1, len(store.documents_of([row])) + 1))
     filled = (rows.segment_ids > 0).sum()
     assert totals(accounts).trained + totals(accounts).context == filled
     assert store.attrs["account"]["total"]["tokens"] == totals(accounts).tokens
@@ -218,6 +222,17 @@ def test_dev_and_training_share_no_conversation_and_no_opening(folder, tmp_path)
     assert not openings[0] & openings[1]
     assert dev.texts("refusals") == []
     assert dev.attrs["account"]["total"]["trained"] == dev.loss_tokens.sum()
+
+
+def test_dev_conversations_are_not_copied(folder, tmp_path):
+    data = write(tmp_path / "a.jsonl", conversations(50)) + ":3"
+    options = {"dev_out": str(tmp_path / "dev.h5"), "dev_fraction": 0.2, "context_length": 256}
+    store, accounts = run(folder, tmp_path, [data], **options)
+    copies = [
+        [len(v) for v in documents(s).values()] for s in (store, PackedStore(tmp_path / "dev.h5"))
+    ]
+    assert copies == [[3] * 40, [1] * 10]
+    check_account(store, accounts)
 
 
 def lines_of(path, numbers):

@@ -62,6 +62,11 @@ def test_loss_tokens_is_the_weight_that_the_loss_sees(tmp_path):
     assert write(tmp_path / "a.h5", (tokens, mask, segments)).loss_tokens.tolist() == expected
 
 
+def test_padding_has_no_weight_whatever_its_mask():
+    segments = np.array([[1, 1, 0, 0], [0, 0, 0, 0]])
+    assert shifted_weight(np.ones((2, 4)), segments).tolist() == [[1, 0, 0, 0], [0] * 4]
+
+
 def test_fractional_weights_are_kept(tmp_path):
     tokens, mask, segments = example_rows()
     mask = mask * np.float32(0.3)
