@@ -72,7 +72,7 @@ def test_the_command_exits_with_2_and_no_traceback(broken, capsys):
     ("change", "told"),
     [
         ({"tokenizer": ""}, "--tokenizer: name the directory"),
-        ({"tokenizer": "absent"}, "absent is no directory"),
+        ({"tokenizer": "absent"}, "absent: there is no such path"),
         ({"context_length": 1}, "--context_length 1: must be at least 2"),
         ({"dev_fraction": 0.1}, "--dev_out and --dev_fraction belong together"),
         ({"dev_fraction": 1.5, "dev_out": "d.h5"}, "--dev_fraction 1.5: must be"),
