@@ -158,10 +158,19 @@ def test_packed_equals_unpacked(world, tmp_path):
 
 def test_a_step_without_trained_tokens_changes_nothing(world, tmp_path):
     """Batches of one row: the steps of rows 1 and 4 have nothing to train, and no NaN follows."""
-    flags = {"batch_size": 1, "max_steps": 7, "eval_every": 0}
+    flags = {"batch_size": 1, "max_steps": 7, "eval_every": 0, "schedule": "constant"}
     assert main(command(world, tmp_path / "out", **flags)) == 0
     metrics, weights = numbers(tmp_path / "out")
     steps = [line for line in metrics if "train_loss" in line]
     assert sorted(line["trained_tokens"] for line in steps)[:2] == [0, 0]
     assert all(line["train_loss"] == 0 for line in steps if line["trained_tokens"] == 0)
     assert all(np.isfinite(value).all() for value in weights.values())
+    last = max(line["step"] for line in steps if line["trained_tokens"] == 0)
+    assert last > 1, "momentum exists by then, and would move the weights"
+    around = {}
+    for end in (last - 1, last):
+        out = tmp_path / f"to_{end}"
+        assert main(command(world, out, **flags | {"max_steps": end})) == 0
+        around[end] = numbers(out)[1]
+    for name, value in around[last].items():
+        np.testing.assert_array_equal(value, around[last - 1][name])
