@@ -5,13 +5,13 @@ fits none is refused with the fields it has: nothing is guessed.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from whet.chat.messages import (
+    LARGEST_WEIGHT,
     Conversation,
     RawText,
     Tokenised,
@@ -335,12 +335,12 @@ def _tokenised(record: Record, at: Origin) -> Tokenised:
         raise at.error(f"{ids_key} has {len(ids)} entries, {mask_key} {len(mask)}")
     wrong = next((i for i in ids if not isinstance(i, int) or not 0 <= i < 2**31), None)
     if wrong is not None:
-        raise at.error(f"{ids_key} must hold token ids, got {wrong}")
+        raise at.error(f"{ids_key} must hold token ids, got {shown(wrong)}")
     if mask_key == "labels":
         mask = _mask_of_labels(ids, mask, at)
-    wrong = next((m for m in mask if not math.isfinite(m)), None)
+    wrong = next((m for m in mask if not abs(m) <= LARGEST_WEIGHT), None)
     if wrong is not None:
-        raise at.error(f"{mask_key} must hold finite weights, got {wrong}")
+        raise at.error(f"{mask_key} must hold finite weights, got {shown(wrong)}")
     extra = _rest(record, ids_key, mask_key)
     return Tokenised(ids, [float(m) for m in mask], at.source, at.line, extra)
 

@@ -5,7 +5,6 @@ file, line and turn. Below it everything may trust that a conversation is well f
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ REASONING_KEYS = (
     "reasoning",
     "thinking",
 )  # three names of one thing
+LARGEST_WEIGHT = 1e30  # float32 holds it; JSON can hold any number
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
 
@@ -179,8 +179,8 @@ def _read_weight(weight: Any, role: str, at: str) -> float | None:
         return None
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise UserError(f"{at} ({role}): weight must be a number, got {shown(weight)}")
-    if not math.isfinite(weight):
-        raise UserError(f"{at} ({role}): weight must be finite, got {weight}")
+    if not abs(weight) <= LARGEST_WEIGHT:
+        raise UserError(f"{at} ({role}): weight must be finite, got {shown(weight)}")
     if role != "assistant" and weight != 0:
         raise UserError(
             f"{at} ({role}): weight {weight:g} would train words that are not the model's; "
@@ -255,7 +255,7 @@ def _read_tool_call(call: Any, at: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{at}: arguments are not JSON ({error}): {shown(arguments)}") from None
     if arguments is None:
         arguments = {}
@@ -274,7 +274,7 @@ def _read_list_of_objects(value: Any, name: str, where: str) -> list[dict[str, A
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: {name} is a text that is not JSON ({error})") from None
         return _read_list_of_objects(value, name, where)
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
