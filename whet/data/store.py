@@ -8,7 +8,8 @@ under the file's own name. `PackedStore` reads it, and any HDF5 file that has `t
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -169,8 +170,9 @@ class PackedStore:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
             raise UserError(f"{path}: is not a readable HDF5 file ({error})") from None
-        self.attrs: dict[str, Any] = {k: _attribute(v) for k, v in self._file.attrs.items()}
-        self._check()
+        with self._undamaged():
+            self.attrs: dict[str, Any] = {k: _attribute(v) for k, v in self._file.attrs.items()}
+            self._check()
         self._tokens: h5py.Dataset = self._file["tokens"]
         self._mask: h5py.Dataset = self._file["loss_mask"]
         self._segments: h5py.Dataset | None = self._file.get("segment_ids")
@@ -190,7 +192,8 @@ class PackedStore:
     def loss_tokens(self) -> np.ndarray:
         """(N,) float64: the summed weight of each row, after the shift of `shifted_weight`."""
         if "loss_tokens" in self._file:
-            return np.asarray(self._file["loss_tokens"][...], np.float64)
+            with self._undamaged():
+                return np.asarray(self._file["loss_tokens"][...], np.float64)
         starts = range(0, len(self), SCAN_ROWS)
         parts = [self._read(slice(i, i + SCAN_ROWS)) for i in starts]
         return np.concatenate([row_weights(rows.loss_mask, rows.segment_ids) for rows in parts])
@@ -200,7 +203,11 @@ class PackedStore:
         """The documents table, dtype `DOCUMENT`, by row and start; empty if the file has none."""
         if "documents" not in self._file:
             return np.zeros(0, DOCUMENT)
-        return np.asarray(self._file["documents"][...], DOCUMENT)
+        with self._undamaged():
+            table = self._file["documents"]
+            if table.ndim != 1 or table.dtype.names != DOCUMENT.names:
+                raise ValueError("documents is not the table of docs/file_format.md")
+            return np.asarray(table[...], DOCUMENT)
 
     def document_ids(self, rows: np.ndarray) -> np.ndarray:
         """The numbers, in `documents`, of the documents of `rows`, row after row."""
@@ -215,7 +222,10 @@ class PackedStore:
 
     def texts(self, name: str) -> list[str]:
         """A dataset of texts (`refusals`: a JSON object each); empty if the file has none."""
-        return list(self._file[name].asstr()[...]) if name in self._file else []
+        if name not in self._file:
+            return []
+        with self._undamaged():
+            return list(self._file[name].asstr()[...])
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> Rows:
         """The rows with these numbers, in this order; a number may occur more than once."""
@@ -236,11 +246,24 @@ class PackedStore:
         return read
 
     def _read(self, rows: slice) -> Rows:
-        tokens = np.asarray(self._tokens[rows], np.int32)
-        mask = np.asarray(self._mask[rows], np.float32)
-        if self._segments is None:
-            return Rows(tokens, mask, np.ones(tokens.shape, np.int32))
-        return Rows(tokens, mask, np.asarray(self._segments[rows], np.int32))
+        with self._undamaged():
+            tokens = np.asarray(self._tokens[rows], np.int32)
+            mask = np.asarray(self._mask[rows], np.float32)
+            if self._segments is None:
+                return Rows(tokens, mask, np.ones(tokens.shape, np.int32))
+            return Rows(tokens, mask, np.asarray(self._segments[rows], np.int32))
+
+    @contextmanager
+    def _undamaged(self) -> Iterator[None]:
+        """Whatever the HDF5 library raises while it reads, the file is what is wrong."""
+        try:
+            yield
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{self.path}: is damaged or not a packed file ({reason}); copy it again, or "
+                "prepare it again with `whet prepare`"
+            ) from None
 
     def _check(self) -> None:
         """Refuse what later code would misread."""
@@ -250,6 +273,7 @@ class PackedStore:
                 f"{self.path}: has format version {version}, this Whet reads {FORMAT_VERSION}; "
                 "prepare it again with `whet prepare`"
             )
+        self._check_inside()
         shapes = {}
         for name, kinds in (("tokens", "iu"), ("loss_mask", "biuf"), ("segment_ids", "iu")):
             data = self._file.get(name)
@@ -269,6 +293,22 @@ class PackedStore:
             raise UserError(f"{self.path}: holds no rows (shape {shapes['tokens']})")
         if "loss_tokens" in self._file and self._file["loss_tokens"].shape != shapes["tokens"][:1]:
             raise UserError(f"{self.path}: loss_tokens must have one number for each row")
+
+    def _check_inside(self) -> None:
+        """Refuse links, and data that lie in other files: a file from a stranger must not read
+        what else is on this machine."""
+        for name in self._file:
+            data = self._file.get(name) if self._is_hard(name) else None
+            if data is None or (
+                isinstance(data, h5py.Dataset) and (data.external or data.is_virtual)
+            ):
+                raise UserError(
+                    f"{self.path}: {name!r} leads out of its place in the file; refused: do not "
+                    "use this file unless you know where it comes from"
+                )
+
+    def _is_hard(self, name: str) -> bool:
+        return isinstance(self._file.get(name, getlink=True), h5py.HardLink)
 
 
 def _attribute(value: Any) -> Any:
