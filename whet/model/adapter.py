@@ -19,12 +19,12 @@ from torch import Tensor
 
 from whet.config import problems
 from whet.errors import UserError
+from whet.hub import find_model
 from whet.model.atomic import read_json, write_json, written_aside
 from whet.model.checkpoint import SavesTokenizer, load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.families import place_modules
-from whet.hub import find_model
 from whet.model.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
 from whet.model.weights import open_safetensors, read_into
 

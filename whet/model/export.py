@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
+from whet.hub import find_model
 from whet.model import adapter
 from whet.model.atomic import read_json
 from whet.model.checkpoint import (
@@ -29,7 +30,6 @@ from whet.model.checkpoint import (
 )
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.hub import find_model
 from whet.model.lora import merge_lora
 from whet.progress import say
 
