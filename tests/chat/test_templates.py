@@ -69,7 +69,7 @@ def test_every_template_with_another_tokenizer(shared_data: Path, tokenizer: str
     for template in templates(shared_data):
         found = outcomes(shared_data / "tokenizers" / tokenizer, template)
         counts.update({outcome: len(names) for outcome, names in found.items()})
-    assert counts["encoded"] > 1800
+    assert counts["encoded"] > 1650
     assert counts["tokens"] == 0
 
 
