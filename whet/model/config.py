@@ -6,6 +6,7 @@
 Shape letters: D width, N heads, K key/value heads, H head size, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -173,7 +174,9 @@ def llama(
     """A new model in the Llama layout: RMSNorm, rotary positions, SwiGLU, grouped key/value heads.
 
     `mlp_width` defaults to 8/3 of the width, rounded up to a multiple of 64: three matrices of that
-    size hold as many numbers as the classical two of 4 x width.
+    size hold as many numbers as the classical two of 4 x width. Initial weights have a standard
+    deviation of sqrt(2 / (5 x width)) (arXiv:1910.05895): 0.02 is right for widths near 1,000 and
+    much too small for tiny models.
     """
     head_size = width // n_heads
     if head_size * n_heads != width or head_size % 2:
@@ -190,4 +193,5 @@ def llama(
         ropes=(Rope(theta, head_size),) * n_layers,
         tied=tied,
         norm_eps=norm_eps,
+        init_std=math.sqrt(2 / (5 * width)),
     )

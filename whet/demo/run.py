@@ -1,0 +1,283 @@
+"""`whet demo`: a tiny base model becomes an assistant, measured before and after.
+
+Every stage is run as the command that is shown: its flags are parsed and its `main` is called, so
+that one can repeat any of them by hand.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whet.config import parse
+from whet.data import prepare
+from whet.demo import world
+from whet.errors import UserError
+from whet.evaluate import command as evaluate
+from whet.evaluate.answers import extract_answer, same_number
+from whet.generate.engine import generate
+from whet.generate.opened import open_model
+from whet.progress import say
+from whet.stages import pretrain, sft
+
+WIDTH = 80  # columns of the terminal
+LONGEST_REPLY = 64  # tokens; an answer has about 40
+
+
+@dataclass
+class Config:
+    """A tiny base model becomes an assistant: data, pretraining, SFT, both measured."""
+
+    out: Path = Path("runs/demo")
+    """Folder to write; an earlier demo in it is replaced when the new one is complete."""
+    seed: int = 0
+    """Of the world, the weights and the order of the data."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo reads and trains: about three minutes on two cores."""
+
+    texts: int = 26_000
+    pairs: int = 4_000
+    test: int = 200
+    width: int = 96
+    layers: int = 3
+    epochs: float = 1.0
+
+
+def main(config: Config) -> int:
+    """Run `whet demo`."""
+    with replacing(config.out):
+        run(config.out, config.seed, Size())
+    return 0
+
+
+def run(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Everything, into `out`; returns what is in its `summary.json`."""
+    started = time.monotonic()
+    _title("1/5  The tiny world", "Stories for the base, questions with answers for SFT.")
+    made = world.make_world(seed, texts=size.texts, pairs=size.pairs, test=size.test)
+    world.write(made, out / "world")
+    world.check(out / "world")
+    _show_world(made)
+    _train(out, seed, size)
+    _title("5/5  Measuring", f"{size.test} new problems for each model, answered greedily.")
+    base, tuned = (_measure(out, name) for name in ("base", "sft"))
+    told, prose = _measure_prose(out / "base", made.test)
+    summary = {
+        "base_accuracy": base["accuracy"],
+        "base_prose_accuracy": prose,
+        "sft_accuracy": tuned["accuracy"],
+        "n": tuned["n"],
+        "base_dev_loss": base["dev_loss"],
+        "sft_dev_loss": tuned["dev_loss"],
+        "seconds": round(time.monotonic() - started, 1),
+        "seed": seed,
+    }
+    _show_result(out, summary, made.test[0], told[0])
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _train(out: Path, seed: int, size: Size) -> None:
+    """Sections 2 to 4: the base, the packed pairs, the assistant."""
+    _title("2/5  Pretraining", "A new model learns to continue the prose; it counts, unasked.")
+    _run(
+        "pretrain",
+        pretrain,
+        data=out / "world/prose.jsonl",
+        out=out / "base",
+        vocab_size=512,
+        width=size.width,
+        layers=size.layers,
+        context_length=256,
+        batch_size=2,
+        lr=3e-3,
+        final_lr=0.02,
+        eval_every=0,
+        save_every=0,
+        samples=0,
+        seed=seed,
+    )
+    _title("3/5  Preparing the pairs", "Only the tokens of the answers will be trained.")
+    _run(
+        "prepare",
+        prepare,
+        data=out / "world/pairs.jsonl",
+        tokenizer=out / "base",
+        context_length=256,
+        out=out / "sft_packed.h5",
+        dev_out=out / "sft_dev_packed.h5",
+        dev_fraction=0.03,
+    )
+    _title("4/5  Fine-tuning (SFT)", "The base learns that a question wants an answer.")
+    _run(
+        "sft",
+        sft,
+        model=out / "base",
+        data=out / "sft_packed.h5",
+        dev=out / "sft_dev_packed.h5",
+        out=out / "sft",
+        lr=1e-3,
+        epochs=size.epochs,
+        batch_size=4,
+        eval_every=0,
+        save_every=0,
+        samples=0,
+        seed=seed,
+    )
+
+
+def _run(command: str, module: Any, *words: Path, **flags: Any) -> None:
+    """Show `whet COMMAND WORDS --FLAGS`, and run it."""
+    argv = [*map(str, words), *(str(part) for f, v in flags.items() for part in (f"--{f}", v))]
+    say(textwrap.indent(_folded([_whet(), command, *argv]), "  ") + "\n")
+    code = module.main(parse(module.Config, argv, command))
+    if code:
+        raise SystemExit(code)
+
+
+def _measure(out: Path, name: str) -> dict[str, Any]:
+    """Accuracy on the test, asked as a chat, and loss on the pairs that were held out for dev."""
+    _run(
+        "eval",
+        evaluate,
+        out / name,
+        gsm8k=out / "world/test.jsonl",
+        dev=out / "sft_dev_packed.h5",
+        max_new_tokens=LONGEST_REPLY,
+        json=out / f"{name}_eval.json",
+        samples=out / f"{name}_answers.jsonl",
+    )
+    say()
+    return json.loads((out / f"{name}_eval.json").read_text(encoding="utf-8"))
+
+
+def _measure_prose(model_path: Path, problems: Sequence[world.Problem]) -> tuple[list[str], float]:
+    """How the model continues the story of each problem, and the share of right numbers.
+
+    Checked as any answer: the last number of what it writes must be the result.
+    """
+    model, tokenizer = open_model(model_path)
+    replies = generate(
+        model,
+        [tokenizer.encode(problem.story) for problem in problems],
+        max_new_tokens=LONGEST_REPLY,
+        stop_ids=tokenizer.stop_ids,
+    )
+    texts = [tokenizer.decode(reply).strip() for reply in replies]
+    right = [
+        same_number(extract_answer(text), str(problem.result))
+        for text, problem in zip(texts, problems, strict=True)
+    ]
+    return texts, sum(right) / len(right)
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[None]:
+    """Make room for a new demo in `out`; an earlier one comes back if the block fails.
+
+    Raises UserError if `out` holds something else.
+    """
+    earlier = out.with_name(f".{out.name}.earlier")
+    if earlier.exists():  # the process that moved it here was killed: `out` is incomplete
+        shutil.rmtree(out, ignore_errors=True)
+    elif out.exists():
+        if any(out.iterdir()) and not (out / "world/prose.jsonl").is_file():
+            raise UserError(f"--out {out}: holds something else than a demo; name another folder")
+        out.rename(earlier)
+    try:
+        yield
+    except BaseException:
+        if earlier.exists():
+            shutil.rmtree(out, ignore_errors=True)
+            earlier.rename(out)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _show_world(made: world.World) -> None:
+    problem = made.pairs[0]
+    say(f"{len(made.prose):,} texts of prose, for instance:")
+    for text in made.prose[:3]:
+        say(_wrapped(text))
+    say(f"\n{len(made.pairs):,} questions with answers, for instance:")
+    say(_wrapped(problem.question))
+    say(_wrapped(problem.answer))
+    say(
+        f"\nand {len(made.test)} test problems. Checked: none of them is told in the prose or asked"
+        "\nin the pairs, and the pairs hold none of the sums and differences they need."
+    )
+
+
+def _show_result(
+    out: Path, summary: Mapping[str, Any], problem: world.Problem, continued: str
+) -> None:
+    """The table, an answer of each model to the same question, and how to go on."""
+    n = summary["n"]
+    asked = [f"{100 * summary[key]:.1f} %" for key in ("base_accuracy", "sft_accuracy")]
+    told = f"{100 * summary['base_prose_accuracy']:.1f} %"
+    losses = [f"{summary[key]:.3f}" for key in ("base_dev_loss", "sft_dev_loss")]
+    _title("Result", f"{summary['seconds']:.0f} seconds, written to {out}/summary.json.")
+    rows = [
+        ("", "base", "after SFT"),
+        (f"{n} new problems, asked as questions: right", *asked),
+        ("the same, as stories to continue: right", told, "–"),
+        ("loss on answers it was not trained on", *losses),
+    ]
+    for label, first, second in rows:
+        say(f"  {label:<48}{first:>12}{second:>14}")
+    say(f"\nQuestion\n{_wrapped(problem.question)}")
+    for label, name in (("The base answers", "base"), ("The fine-tuned model answers", "sft")):
+        say(f"\n{label}\n{_wrapped(_first_answer(out, name))}")
+    say(f"\nThe base, asked in its own way: {problem.story} …\n{_wrapped(continued)}")
+    say("\nSFT taught it to answer. Counting it had learnt before. Chat on:\n")
+    chat = [_whet(), "chat", str(out / "sft")]
+    for words in (chat, [*chat, "--prompt", problem.question]):
+        say(textwrap.indent(_folded(words), "  "))
+
+
+def _first_answer(out: Path, name: str) -> str:
+    with open(out / f"{name}_answers.jsonl", encoding="utf-8") as file:
+        return json.loads(file.readline())["reply"]
+
+
+def _title(title: str, what: str) -> None:
+    say(f"\n{title}\n{'─' * len(title)}\n{what}\n")
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
+def _folded(words: Sequence[str]) -> str:
+    r"""A command line, broken with `\` before flags so that it fits the terminal."""
+    lines, line = [], ""
+    for word in words:
+        quoted = shlex.quote(word)
+        if word.startswith("--") and len(line) > WIDTH - 30:
+            lines.append(line)
+            line = " "
+        line = f"{line} {quoted}" if line else quoted
+    return " \\\n".join([*lines, line])
+
+
+def _whet() -> str:
+    """How the user calls whet: by name where the environment is active, else by its path."""
+    beside = Path(sys.executable).with_name("whet")
+    if shutil.which("whet") == str(beside):
+        return "whet"
+    try:
+        return str(beside.relative_to(Path.cwd()))
+    except ValueError:
+        return str(beside)
