@@ -10,7 +10,6 @@ texts are counted here, and a template over its budget ends in a UserError.
 import hashlib
 import json
 from collections.abc import Sized
-from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any
 
@@ -20,50 +19,63 @@ import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 
+from whet.chat.bounds import (
+    GROWING,
+    GROWING_FILTERS,
+    MACRO_STEPS,
+    Budget,
+    TemplateError,
+    formatted,
+)
 from whet.chat.messages import Message
 from whet.errors import UserError
 
-STEPS = 2_000_000  # loop rounds and macro calls in one rendering; long conversations take thousands
-LENGTH = 50_000_000  # characters of one rendering or of a text within it
-MACRO_STEPS = 20  # a macro call takes about as long as so many rounds of an empty loop
-ITEMS = 2_000_000  # of a list that a template builds
 SUMS = (nodes.Add, nodes.Concat)
-
-
-class TemplateError(UserError):
-    """The template did not render this conversation: its own message, or its own fault."""
-
-
-@dataclass
-class _Budget:
-    steps: int = STEPS
-
-    @jinja2.pass_context  # or else jinja would take it for a constant
-    def count(self, context: Any, steps: int) -> None:
-        self.steps -= steps
-        if self.steps < 0:
-            raise TemplateError(
-                f"the chat template loops more than {STEPS:,} times for one conversation"
-            )
-
-
-def _within_length(text: Any) -> Any:
-    limit = LENGTH if isinstance(text, str) else ITEMS
-    if isinstance(text, str | list | tuple) and len(text) > limit:
-        raise TemplateError(f"the chat template builds more than {limit:,} characters or items")
-    return text
+LITERALS = (nodes.List, nodes.Tuple, nodes.Dict)
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+        )
+        self.budget = budget
+        self.concat = budget.concat  # type: ignore[method-assign]
+        self.globals.pop("lipsum", None)
+        self.globals["dict"] = _Dict()
+        self.filters["tojson"] = _tojson
+        for name in GROWING_FILTERS:
+            self.filters[name] = budget.guard(name, self.filters[name])
+        self.filters["_made"] = budget.made
+        self.filters["_nested"] = budget.nested
+        self.filters["_count"] = budget.count
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        for text, times in ((left, right), (right, left)):
-            if isinstance(text, Sized) and isinstance(times, int) and len(text) * times > LENGTH:
-                raise TemplateError(f"the chat template repeats a text {times:,} times")
-        if operator == "**" and not (abs(left) < 1e6 and abs(right) < 64):
+        if operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, Sized) and isinstance(times, int):
+                    self.budget.spend(len(text) * times)
+        elif operator == "%":
+            formatted(left, [])
+        elif not (abs(left) < 1e6 and abs(right) < 64):
             raise TemplateError(f"the chat template computes {left}**{right}")
         return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        name = getattr(__function, "__name__", "")
+        if name in GROWING:
+            subject = getattr(__function, "__self__", None)
+            __self.budget.before_call(name, subject, args, kwargs)
+        return super().call(__context, __function, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        if getattr(value, "__name__", "") in ("format", "format_map"):
+            formatted(getattr(value, "__self__", None), [])
+        return super().wrap_str_format(value)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -124,19 +136,11 @@ class ChatTemplate:
         self.source = source
         self.name = name
         self.hash = hashlib.sha256(source.encode()).hexdigest()
-        self._budget = _Budget()
+        self._budget = Budget()
         self._now = datetime.now()
-        environment = _Environment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_Generation, jinja2.ext.loopcontrols],
-        )
-        environment.filters["tojson"] = _tojson
-        environment.filters["_within_length"] = _within_length
-        environment.filters["_count"] = self._budget.count
+        environment = _Environment(self._budget)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda format: self._now.strftime(format)
-        environment.globals["dict"] = _Dict()
         try:
             tree = environment.parse(source)
             # A name is undeclared, too, if the template sets it in one branch only.
@@ -147,8 +151,15 @@ class ChatTemplate:
             self._template = environment.from_string(_counted(tree))
             # A plain dict: each rendering copies it, and a ChainMap is slow to copy.
             self._template.globals = dict(self._template.globals)
+            # Blocks and macros join what they print by this name of their module.
+            self._template.root_render_func.__globals__["concat"] = self._budget.concat
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}: line {error.lineno}: {error.message}") from None
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        except Exception as error:  # Python's own limits: nesting, numbers of thousands of digits
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{name}: cannot be compiled: {what}") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, self.name)
@@ -168,7 +179,7 @@ class ChatTemplate:
         `variables` are further template variables: bos_token, eos_token, enable_thinking, …
         Raises TemplateError with the template's own words if it refuses or fails.
         """
-        self._budget.steps = STEPS
+        self._budget.renew()
         self._now = datetime(today.year, today.month, today.day) if today else datetime.now()
         try:
             text = self._template.render(
@@ -187,7 +198,7 @@ class ChatTemplate:
         except Exception as error:  # templates run code of their own; what it raises is its fault
             what = f"{type(error).__name__}: {error}"
             raise TemplateError(f"the chat template fails with {what}") from None
-        return str(_within_length(text))
+        return text
 
 
 def _counted(tree: nodes.Template) -> nodes.Template:
@@ -199,26 +210,40 @@ def _counted(tree: nodes.Template) -> nodes.Template:
         # A filter, since the sandbox checks each call of a function, which costs more than the loop
         count = nodes.Filter(nodes.Const(steps), "_count", [], [], None, None)
         body_of.body.insert(0, nodes.ExprStmt(count).set_lineno(body_of.lineno))
-    _measure_sums(tree)
+    _measure(tree)
     return tree
 
 
-def _measure_sums(node: nodes.Node) -> None:
-    """Wrap the outermost + and ~ of each expression: a chain is measured once, at its end.
+def _measure(node: nodes.Node) -> None:
+    """Wrap what can grow: lists, and the outermost + and ~ of each expression.
 
-    One that is put out at once is left alone: it cannot grow any further.
+    A chain is measured once, at its end. One that is put out at once is left alone: it cannot grow
+    any further.
     """
 
     def measured(child: Any) -> Any:
         if isinstance(child, nodes.Node):
-            _measure_sums(child)
-        if not isinstance(child, SUMS) or isinstance(node, (*SUMS, nodes.Output)):
+            _measure(child)
+        if isinstance(child, LITERALS) and _holds_variables(child) and not _is_target(child):
+            name = "_nested"
+        elif isinstance(child, SUMS) and not isinstance(node, (*SUMS, nodes.Output)):
+            name = "_made"
+        else:
             return child
-        return nodes.Filter(child, "_within_length", [], [], None, None).set_lineno(child.lineno)
+        return nodes.Filter(child, name, [], [], None, None).set_lineno(child.lineno)
 
     for name, value in list(node.iter_fields()):
         many = isinstance(value, list)
         setattr(node, name, [measured(item) for item in value] if many else measured(value))
+
+
+def _holds_variables(literal: nodes.Node) -> bool:
+    return next(literal.find_all((nodes.Name, nodes.NSRef)), None) is not None
+
+
+def _is_target(literal: nodes.Node) -> bool:
+    """`a, b` on the left of `=` or in `for a, b in`: no value."""
+    return getattr(literal, "ctx", "load") != "load"
 
 
 def _compared_constants(tree: nodes.Template) -> dict[str, frozenset[Any]]:

@@ -1,0 +1,195 @@
+"""The template renderer: whatever a stranger's template does, it ends, and within bounds."""
+
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+
+import whet.chat
+from tests.fuzz.harness import counts, damaged, fuzz
+from whet.chat.bounds import LENGTH
+from whet.chat.template import ChatTemplate
+from whet.errors import UserError
+
+TALK = [{"role": "user", "content": "one\ntwo"}, {"role": "assistant", "content": "three"}]
+SECONDS = 60  # for one template; a few on a quiet machine
+MEMORY = 2_000_000_000
+
+DOUBLED = "{%% set ns = namespace(a='xxxx') %%}{%% for i in range(99) %%}%s{%% endfor %%}"
+NESTED = "{%% set ns = namespace(a=[1]) %%}{%% for i in range(99) %%}%s{%% endfor %%}{{ ns.a%s }}"
+BOMBS = [
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%*d' % (1000000000, 1) }}",
+    "{{ '%1000000000d'|format(1) }}",
+    "{{ '{:1000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 1000000000) }}",
+    "{{ '{a:1000000000}'.format_map({'a': 1}) }}",
+    "{{ 'a'|center(1000000000) }}",
+    "{{ 'x'.ljust(1000000000) }}",
+    "{{ 'x'.zfill(1000000000) }}",
+    "{{ '\t'.expandtabs(1000000000) }}",
+    "{{ (1).to_bytes(1000000000, 'big')|length }}",
+    "{{ 'a\n'|indent(1000000000, true) }}",
+    "{{ 'a\n'|indent(width=1000000000, first=true) }}",
+    "{{ ('a\n' * 9999)|indent('x' * 9999) }}",
+    "{{ ('a' * 1000000)|replace('a', 'b' * 10000) }}",
+    "{{ ('a' * 1000000).replace('a', 'b' * 10000) }}",
+    "{{ ('a' * 1000000).translate({97: 'x' * 10000}) }}",
+    "{{ ('a' * 100000).join(['b'] * 100000) }}",
+    "{{ (['b' * 1000000] * 100000)|join }}",
+    "{{ range(100000)|join('a' * 100000) }}",
+    "{{ range(100000)|map('center', 40000000)|join }}",
+    "{{ range(100000)|map('center', 40000000)|list|length }}",
+    "{{ ('a' * 10000)|wordwrap(1, true, 'x' * 1000000) }}",
+    "{{ [1]|slice(100000000)|list }}",
+    "{{ [1]|batch(1000000000, 0)|list }}",
+    "{{ [1]|tojson(indent=1000000000) }}",
+    "{{ 1.5|round(1000000000, 'ceil') }}",
+    "{{ lipsum(n=1000000) }}",
+    "{{ 'a' * 10000000000 }}",
+    "{{ 9 ** 9 ** 9 }}",
+    "{% set a = 'a' * 40000000 %}{% for i in range(99999) %}{{ a }}{% endfor %}",
+    "{% set a = 'a' * 40000000 %}{% set b %}{% for i in range(999) %}{{ a }}{% endfor %}"
+    "{% endset %}",
+    "{% set n = namespace(a=[]) %}{% for i in range(999) %}"
+    "{% set n.a = n.a + ['a' * 40000000] %}{% endfor %}",
+    "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DOUBLED % "{% set ns.a = f(ns.a) %}",
+    DOUBLED % "{% set ns.a = ns.a ~ ns.a %}",
+    DOUBLED % "{% set ns.a = ns.a + ns.a %}",
+    DOUBLED % "{% set ns.a = [ns.a, ns.a]|join %}",
+    DOUBLED % "{% set ns.a %}{{ ns.a }}{{ ns.a }}{% endset %}",
+    NESTED % ("{% set ns.a = [ns.a, ns.a] %}", ""),
+    NESTED % ("{% set ns.a = (ns.a, ns.a) %}", "|tojson"),
+    NESTED % ("{% set ns.a = {'a': ns.a, 'b': ns.a} %}", "|string"),
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "{{ " + "-" * 100_000 + "1 }}",
+    "{{ " + "9" * 5000 + " }}",
+    "{% for a in [1] %}" * 30 + "{% endfor %}" * 30,
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% include 'x' %}",
+    "{% extends messages %}",
+    "{% import 'os' as x %}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.append(1) }}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}",
+    "{{ self.__init__.__globals__ }}",
+]
+
+
+def render(source: str) -> str:
+    return ChatTemplate(source).render(TALK, add_generation_prompt=True)
+
+
+def bounded(source: str, result) -> None:
+    """In a process of its own, where memory and time run out."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    try:
+        result.send(f"rendered {len(render(source))} characters")
+    except UserError as error:
+        result.send("out of memory" if "MemoryError" in str(error) else "refused")
+    except BaseException as error:
+        result.send(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("source", BOMBS, ids=range(len(BOMBS)))
+def test_bombs_are_refused(source):
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=bounded, args=(source, there))
+    process.start()
+    there.close()
+    try:
+        found = here.recv()
+    except EOFError:
+        found = "killed: too long or too large"
+    process.join()
+    assert found == "refused", source
+
+
+OUTPUTS = [
+    "{{ m.content }}",
+    "{{ messages }}",
+    "{% set x = messages[0].content %}",
+    "{% set x = x ~ x %}",
+    "{% set x = [x, x] %}",
+    "{% set ns = namespace(x=[1]) %}",
+    "{% set ns.x = ns.x + ns.x %}",
+    "{% set ns.x = [ns.x, ns.x] %}",
+    "{{ ns.x|tojson(indent=2) }}",
+    "{{ x|replace('o', x)|trim }}",
+    "{{ x.split('o')|join(x) }}",
+    "{{ (x * 99)|center(999) }}",
+    "{{ '%s' % x }}",
+    "{{ '{}'.format(x) }}",
+    "{{ f(x) }}",
+    "{{ f(f(x)) }}",
+    "{% break %}",
+    "{{ raise_exception('no') }}",
+    "{{ strftime_now('%Y') }}",
+    "{{ dict(a=x)|items|list }}",
+    "{{ x[::-1][:3] }}",
+    "{{ 1 // 0 }}",
+    "{% endfor %}",
+    "text",
+]
+BLOCKS = [
+    ("{% for m in messages %}", "{% endfor %}"),
+    ("{% for i in range(9) %}", "{% endfor %}"),
+    ("{% for i in range(60) %}", "{% endfor %}"),
+    ("{% if m.role == 'user' %}", "{% else %}no{% endif %}"),
+    ("{% set x %}", "{% endset %}"),
+    ("{% macro f(a) %}", "{{ a }}{{ a }}{% endmacro %}"),
+    ("{% generation %}", "{% endgeneration %}"),
+    ("{%- filter upper -%}", "{% endfilter %}"),
+    ("{% call f(x) %}", "{% endcall %}"),
+]
+SOURCES = st.recursive(
+    st.sampled_from(OUTPUTS),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4).map("".join),
+        st.tuples(st.sampled_from(BLOCKS), inner).map(lambda t: t[0][0] + t[1] + t[0][1]),
+    ),
+    max_leaves=10,
+)
+
+
+@counts(120, 10_000)
+def test_made_of_fragments(count):
+    slowest = longest = 0.0
+
+    def read(source: str) -> None:
+        nonlocal slowest, longest
+        started = time.process_time()
+        try:
+            longest = max(longest, len(render(source)))
+        finally:
+            slowest = max(slowest, time.process_time() - started)
+
+    tally = fuzz("templates", SOURCES, read, count)
+    print(f"slowest {slowest:.1f} s, longest {longest:,.0f} characters")
+    assert slowest < SECONDS
+    assert longest <= LENGTH
+    assert min(tally["read"], tally["refused"]) > count // 20
+
+
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+@counts(150, 10_000)
+def test_damaged(count, name):
+    whole = Path(whet.chat.__file__).with_name(f"{name}.jinja").read_bytes()
+
+    def read(content: bytes) -> None:
+        render(content.decode("utf-8", "replace"))
+
+    tally = fuzz(f"damaged {name}", damaged(whole), read, count)
+    assert min(tally["read"], tally["refused"]) > 0
+
+
+def test_one_rendering_does_not_spend_the_next_ones_means():
+    template = ChatTemplate("{% for i in range(99999) %}{{ 'ab' ~ i }}{% endfor %}")
+    for _ in range(30):
+        template.render(TALK)
