@@ -85,7 +85,7 @@ def test_a_killed_rank_brings_the_run_back(world, tmp_path):
 def test_a_problem_is_told_once(world, tmp_path):
     words = command(world, tmp_path / "out", data=tmp_path / "nowhere.h5")
     process = torchrun(words, tmp_path / "log")
-    assert process.wait(120) != 0
+    assert process.wait(300) != 0
     told = (tmp_path / "log").read_text()
     assert told.count("whet: error:") == 1
     assert "nowhere.h5" in told
