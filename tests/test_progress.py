@@ -3,7 +3,7 @@
 import pytest
 
 from whet import progress
-from whet.progress import track
+from whet.progress import duration, track
 
 
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -24,3 +24,23 @@ def test_what_is_short_or_quiet_says_nothing(capsys: pytest.CaptureFixture[str])
     with track("Quiet", total=1, quiet=True) as bar:
         bar.advance()
     assert capsys.readouterr().err == ""
+
+
+def test_a_pause_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with track("Training", total=4, unit="steps") as bar:
+        bar.started = 0.0
+        with bar.paused():
+            clock[0] = 1000.0
+        clock[0] += 2.0
+        bar.advance(2)
+        assert bar.line() == "Training: 2 of 4 steps (50 %), 1 steps/s, 2 s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (99, "99 s"), (100, "1:40 min"), (3599, "59:59 min"), (291_043, "80:50 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -42,8 +42,27 @@ class Progress:
             text += unit
         text += f", {rate:,.0f}{unit}/s" if rate >= 100 else f", {rate:.3g}{unit}/s"
         if self.total and 0 < self.done < self.total:
-            text += f", {(self.total - self.done) / rate:.0f} s left"
+            text += f", {duration((self.total - self.done) / rate)} left"
         return f"{text}  {self.note}".rstrip()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block counts neither for the rate nor for what is left."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self.started += time.monotonic() - before
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `7:05 min` or `3:07 h`: as exact as an estimate can be."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02} h"
 
 
 @contextmanager
