@@ -9,7 +9,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LONGEST = 90  # characters, so that a line of the tree fits a window
-ROOMS = ["chat", "data", "model", "generate", "evaluate", "train", "stages", "report", "doctor", "demo"]
+ROOMS = ["chat", "data", "model", "generate", "evaluate", "train", "stages"]
+ROOMS += ["report", "doctor", "demo"]
 
 
 def first_sentence(path: Path) -> str:

@@ -213,8 +213,8 @@ def _show_world(made: world.World) -> None:
     say(_wrapped(problem.question))
     say(_wrapped(problem.answer))
     say(
-        f"\nand {len(made.test)} test problems. Checked: none of them is told in the prose or asked in "
-        "\nthe pairs; the prose states the sums that they need, in other stories."
+        f"\nand {len(made.test)} test problems. Checked: none of them is told in the prose or asked"
+        "\nin the pairs; the prose states the sums that they need, in other stories."
     )
 
 
