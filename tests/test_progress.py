@@ -1,5 +1,8 @@
 """Progress lines say how much is done, how fast and how long it will take."""
 
+import io
+import sys
+
 import pytest
 
 from whet import progress
@@ -44,3 +47,19 @@ def test_a_pause_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_bars_take_turns_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with track("Training", total=2, unit="steps") as bar:
+        bar.advance()
+        with bar.paused(), track("Dev loss", total=1, unit="rows") as inner:
+            inner.advance()
+        bar.advance()
+    words = [screen.getvalue().rfind(word) for word in ("Dev loss", "Training")]
+    assert 0 < words[0] < words[1]

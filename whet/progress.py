@@ -7,7 +7,7 @@ bar that redraws itself fills a log with control characters.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 PLAIN_LINE_EVERY_S = 5.0
@@ -24,6 +24,8 @@ class Progress:
     done: float = 0.0
     note: str = ""
     started: float = field(default_factory=time.monotonic)
+    hidden: Callable[[], AbstractContextManager] = nullcontext
+    """Takes the bar from the terminal while the block runs."""
 
     def advance(self, n: float = 1, note: str = "") -> None:
         """Count `n` more units as done; `note` is shown at the end of the line."""
@@ -47,10 +49,11 @@ class Progress:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time of the block counts neither for the rate nor for what is left."""
+        """The block may show progress of its own, and its time counts not for the rate of this."""
         before = time.monotonic()
         try:
-            yield
+            with self.hidden():
+                yield
         finally:
             self.started += time.monotonic() - before
 
@@ -114,7 +117,20 @@ def _bar(description: str, total: float | None, unit: str) -> Iterator[Progress]
             counts = progress.line().removeprefix(f"{description}: ")
             bar.update(task, completed=progress.done, counts=counts)
 
-        yield Progress(description, total, unit, show)
+        @contextmanager
+        def hidden() -> Iterator[None]:
+            bar.live.transient = True
+            bar.stop()
+            try:
+                yield
+            finally:
+                bar.live.transient = False
+                bar.start()
+
+        progress = Progress(description, total, unit, show, hidden=hidden)
+        yield progress
+        # As in a log: what was short leaves no line.
+        bar.live.transient = time.monotonic() - progress.started < PLAIN_LINE_EVERY_S
 
 
 def say(text: str = "") -> None:
