@@ -28,22 +28,21 @@ def scalar(value: float) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("clip", [0.0, 1.0, 20.0])
 def test_device_and_host_judge_alike(clip):
     rng, facts = random.Random(1), Facts()
     recent = verdict.recent([], CPU)
-    bad_ones = 0
-    for step in range(400):
-        norm = rng.choice([1.0, 1.0, 1.0, 2.0, 5.0, 5.1, 11.0, 40.0, math.inf, math.nan])
-        loss = rng.choice([1.0] * 9 + [math.nan])
+    spikes, norms = 0, [1.0] * 60 + [5.5, 5.5, 30.0, 30.0, math.inf, math.nan]
+    for step in range(600):
+        norm, loss = rng.choice(norms), rng.choice([1.0] * 30 + [math.nan])
         reason = incidents.judge(loss, norm, facts, clip)
         assert bool(recent.judge(scalar(loss), scalar(norm), clip)) == (reason is not None), step
         if reason is None:
             incidents.remember(norm, facts)
-        bad_ones += reason is not None
-        if step % 37 == 0:  # a resume builds it anew from what was saved
+        spikes += reason is not None and "were at most" in reason
+        if step % 97 == 0:  # a resume builds it anew from what was saved
             recent = verdict.recent(facts.recent_norms, CPU)
-    assert 50 < bad_ones < 350
+    assert spikes > 10
 
 
 def some_optimizers(kind: str) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
