@@ -38,6 +38,7 @@ class Batch:
     epoch: int  # from 0
     rows: np.ndarray  # (B,) row numbers in the file, -1 for an empty row
     documents: np.ndarray  # numbers of the documents in the file's table
+    plan: Any = None  # how the model lays the tokens out, if the stage has worked it out on the CPU
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""

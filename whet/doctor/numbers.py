@@ -18,6 +18,7 @@ from whet.doctor.subject import DOCUMENTS_PER_ROW, Document, Setting, Subject, a
 from whet.model.decoder import Transformer
 from whet.model.loss import sft_loss
 from whet.stages import sft
+from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, gradient_norm
 from whet.train.loop import Stage, autocast, forward_backward
 from whet.train.signals import Stop
@@ -216,4 +217,6 @@ def _step_half(subject: Subject, micro: int, setting: Setting) -> float:
     ranks = Ranks(device=setting.device)
     stage: Stage = sft.make_stage(settings, ranks, subject.model, None, store, None, lineage={})
     stop = Stop(grace_s=0.0)
-    return forward_backward(stage, 0, stage.batches(0), settings, ranks, stop, setting.dtype).loss
+    micros = to_device(stage.batches(0), ranks.device)
+    result = forward_backward(stage, 0, micros, settings, ranks, stop, setting.dtype)
+    return float(result.sums[0])

@@ -18,9 +18,10 @@ from whet.config import read_toml
 from whet.errors import UserError
 from whet.progress import say, track
 from whet.stages import pretrain, sft
-from whet.train import incidents, ledger, state
+from whet.train import incidents, ledger, state, verdict
+from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
-from whet.train.loop import Stage, apply_step, dtype_of, forward_backward
+from whet.train.loop import Stage, apply_step, dtype_of, forward_backward, settle_step
 from whet.train.run import RunFolder
 from whet.train.session import make_optimizers
 from whet.train.settings import TrainSettings
@@ -83,18 +84,20 @@ def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: R
         say(f"warning: {line}")
     facts = state.load_state(start, stage.model, optimizers, ranks) if start else Facts()
     dtype, stop = dtype_of(settings), Stop(grace_s=0.0)
+    recent = verdict.recent(facts.recent_norms, ranks.device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = RunFolder(Path(scratch), ranks, facts, quiet=True)
         with track("Replaying", step - 1 - facts.step, "steps") as bar:
             while True:
-                micros = stage.batches(facts.step)
+                micros = to_device(stage.batches(facts.step), ranks.device)
                 result = forward_backward(stage, facts.step, micros, settings, ranks, stop, dtype)
                 if facts.step == step - 1:
                     break
-                apply_step(result, stage, settings, optimizers, folder, ranks)
+                apply_step(result, stage, settings, optimizers, recent)
+                settle_step(result, stage, settings, folder, ranks)
                 facts.step += 1
                 bar.advance()
-    norm = float(result.norm)
-    reason = incidents.judge(result.loss, norm, facts, settings.clip) or "an ordinary step"
+    loss, norm, *_ = result.sums.tolist()
+    reason = incidents.judge(loss, norm, facts, settings.clip) or "an ordinary step"
     documents = ledger.describe(ledger.records_of(result.seen, stage.store), stage.store)
-    return incidents.record(step, reason, result.loss, norm, documents, run)
+    return incidents.record(step, reason, loss, norm, documents, run)

@@ -33,6 +33,7 @@ from whet.evaluate.dev import misfits
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.hub import find_model
 from whet.model.adapter import is_adapter
+from whet.model.attention import plan_documents
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.lora import LoRA
@@ -189,7 +190,12 @@ def make_stage(
 def token_loss(model: nn.Module, batch: Batch) -> Sums:
     """sum(weight x -ln p(target)) of a micro-batch."""
     found = model(
-        batch.tokens, batch.positions, batch.segments, targets=batch.targets, weight=batch.weight
+        batch.tokens,
+        batch.positions,
+        batch.segments,
+        targets=batch.targets,
+        weight=batch.weight,
+        plan=batch.plan,
     )
     return Sums(found.loss, found.nll)
 
@@ -214,7 +220,13 @@ def batches_of_step(
         epoch=step // steps_per_epoch(n_rows, batch_size),
     )
     count = micro_batch_count(len(whole), ranks.size, micro_batch_size)
-    return micro_batches(share, micro_batch_size, count)
+    return [planned(micro) for micro in micro_batches(share, micro_batch_size, count)]
+
+
+def planned(batch: Batch) -> Batch:
+    """The batch with the plan that the model would make of it: here it costs a GPU no wait."""
+    plan = plan_documents(batch.tokens.shape, batch.tokens.device, batch.segments, batch.weight)
+    return replace(batch, plan=plan)
 
 
 def lora_of(config: Config) -> LoRA | None:

@@ -177,6 +177,13 @@ def sum_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
     return total.tolist()
 
 
+def add_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """`values`, on `ranks.device`, summed over the ranks in place, without waiting for a GPU."""
+    if ranks.size > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def gather(value: Any, ranks: Ranks) -> list[Any]:
     """Every rank's `value`, in the order of ranks, on every rank."""
     if ranks.size == 1:

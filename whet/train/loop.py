@@ -7,8 +7,8 @@ micro-batch size, accumulation and ranks change nothing but rounding.
 
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from whet.data.batches import Batch
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.progress import Progress, track
-from whet.train import distributed, incidents, ledger, optim
+from whet.train import distributed, incidents, ledger, optim, verdict
+from whet.train.ahead import Micro, batches_ahead
 from whet.train.distributed import Ranks
 from whet.train.run import RunFolder
 from whet.train.settings import TrainSettings
@@ -70,17 +72,31 @@ class Stage:
     """What to tell before training: (word, line)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepResult:
-    """A step's forward and backward passes, before anything is applied."""
+    """A step's forward and backward passes, queued on the device; nothing is applied yet."""
 
-    loss: float
-    norm: Tensor
-    tokens: int
+    step: int
+    """From 0."""
+    sums: Tensor
+    """(4,) float64 on the device: loss, gradient norm, tokens, ranks that were asked to stop."""
     weight: float
     epoch: int
-    stop: int
     seen: list[ledger.Seen]
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What the CPU reads of a step."""
+
+    loss: float
+    """sum(weight x nll) / sum(weight) over the global batch."""
+    norm: float
+    """Gradient norm over all parameters and ranks."""
+    tokens: int
+    """Of the global batch, without padding."""
+    asked: bool
+    """Whether some rank was asked to stop."""
 
 
 def train(
@@ -95,27 +111,47 @@ def train(
 
     Returns 0, or the number of the signal that ended it. Raises UserError if a step is not to be
     applied and `--on_spike` says stop, or the third in a row.
+
+    On a GPU the numbers of a step are read while the next one runs; all are read before anything
+    is evaluated or saved.
     """
     facts, seen, asked = run.facts, list[ledger.Seen](), 0
-    dtype = dtype_of(settings)
+    dtype, recent = dtype_of(settings), verdict.recent(facts.recent_norms, ranks.device)
+    queued, read_at = deque[tuple[float, StepResult]](), 0.0
+
+    def read(left: int) -> None:
+        """Read and log queued steps until `left` of them are left."""
+        nonlocal asked, read_at
+        while len(queued) > left:
+            started, result = queued.popleft()
+            numbers = settle_step(result, stage, settings, run, ranks)
+            if numbers.asked:
+                asked = stop.number or signal.SIGTERM
+            seen.extend(result.seen)
+            # A queued step begins, for the device, where the one before it ended.
+            started, read_at = max(started, read_at), time.monotonic()
+            _log_step(result, numbers, read_at - started, settings, stage, run, bar)
 
     def save(wait: bool) -> None:
         _write_ledger(seen, stage.store, run, ranks)
         run.save(tensors_of(stage.model, optimizers), wait=wait)
 
     with (
-        _batches_ahead(stage.batches, facts.step, stage.total_steps) as batches,
+        batches_ahead(stage.batches, facts.step, stage.total_steps, ranks.device) as batches,
         _bar(stage, run) as bar,
     ):
         while True:
             at_end = facts.step == stage.total_steps
             to_evaluate = at_end or facts.step == 0 or _due(facts.step, settings.eval_every)
+            to_save = settings.save_every and (at_end or _due(facts.step, settings.save_every))
+            if to_evaluate or to_save or asked:
+                read(left=0)
             if to_evaluate and facts.evaluated < facts.step and not asked:
                 asked = _evaluate(stage, run, stop, ranks, dtype)
             if asked:
                 save(wait=True)
                 return asked
-            if settings.save_every and (at_end or _due(facts.step, settings.save_every)):
+            if to_save:
                 save(wait=at_end or not settings.save_async)
             if at_end:
                 _write_ledger(seen, stage.store, run, ranks)
@@ -124,19 +160,23 @@ def train(
             result = forward_backward(
                 stage, facts.step, next(batches), settings, ranks, stop, dtype
             )
-            seen += result.seen
-            asked = result.stop
-            apply_step(result, stage, settings, optimizers, run, ranks)
-            _log_step(result, time.monotonic() - started, settings, stage, run, bar)
+            apply_step(result, stage, settings, optimizers, recent)
+            queued.append((started, result))
             facts.step += 1
+            read(left=steps_behind(ranks.device))
             if facts.step % LEDGER_EVERY == 0:
                 _write_ledger(seen, stage.store, run, ranks)
+
+
+def steps_behind(device: torch.device) -> int:
+    """How many steps may be queued on the device before the CPU reads their numbers."""
+    return 1 if device.type == "cuda" else 0
 
 
 def forward_backward(
     stage: Stage,
     step: int,
-    micros: Sequence[Batch],
+    micros: Sequence[Micro],
     settings: TrainSettings,
     ranks: Ranks,
     stop: Stop,
@@ -145,32 +185,29 @@ def forward_backward(
     """Add up the gradient of global batch `step` on this rank and over all ranks."""
     model = stage.model.train()
     seed_step(settings.seed, step, ranks.rank)
-    total = micros[0].total
+    total = micros[0].batch.total
     factor = distributed.gradient_factor(model, ranks) / total if total else 0.0
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    asked = stop.number
-    seen, tokens = [], 0
+    asked, seen = float(stop.number != 0), []
     for i, micro in enumerate(micros):
-        segments = int(micro.segments.max()) if micro.segments.numel() else 0
-        tokens += int((micro.segments != 0).sum())
-        batch = micro.to(ranks.device)
         with distributed.sync_gradients(model, now=i == len(micros) - 1):
-            with autocast(ranks.device, dtype):
-                part = stage.loss_fn(model, batch)
-            (part.loss * factor).backward()
+            with record_function("forward"), autocast(ranks.device, dtype):
+                part = stage.loss_fn(model, micro.batch)
+            with record_function("backward"):
+                (part.loss * factor).backward()
         loss += part.loss.detach()
-        seen.append(ledger.see(step + 1, batch, segments, part.nll))
-    norm = distributed.gradient_norm(list(stage.model.parameters()))
+        seen.append(ledger.see(step + 1, micro.batch, micro.segments, part.nll))
+    norm = distributed.gradient_norm(list(stage.model.parameters())).to(loss)
     # One exchange a step: the loss, the tokens, and whether some rank was asked to stop. A signal
     # that comes from here on counts in the next step: all ranks must decide alike.
-    sums = distributed.sum_over_ranks([float(loss), tokens, asked], ranks)
+    tokens = float(sum(micro.tokens for micro in micros))
+    sums = torch.stack([loss, loss.new_full((), tokens), loss.new_full((), asked)])
+    loss, *counts = distributed.add_over_ranks(sums, ranks).unbind()
     return StepResult(
-        loss=sums[0] / total if total else 0.0,
-        norm=norm,
-        tokens=int(sums[1]),
+        step=step,
+        sums=torch.stack([loss / total if total else torch.zeros_like(loss), norm, *counts]),
         weight=total,
-        epoch=micros[0].epoch,
-        stop=asked or (signal.SIGTERM if sums[2] else 0),
+        epoch=micros[0].batch.epoch,
         seen=seen,
     )
 
@@ -180,32 +217,47 @@ def apply_step(
     stage: Stage,
     settings: TrainSettings,
     optimizers: Sequence[torch.optim.Optimizer],
-    run: RunFolder,
-    ranks: Ranks,
+    recent: verdict.Recent,
 ) -> None:
-    """Clip and take the optimizer step, or record why not."""
-    facts, norm = run.facts, float(result.norm)
-    reason = incidents.judge(result.loss, norm, facts, settings.clip)
-    if reason is not None:
-        facts.spikes_in_a_row += 1
-        facts.incident_step = facts.step + 1
-        _record_incident(reason, result, norm, stage, run, ranks)
-        if settings.on_spike == "stop" or facts.spikes_in_a_row >= incidents.IN_A_ROW:
-            run.finish_saving()
-            raise UserError(
-                f"stopped at step {facts.step + 1}: {reason} ({facts.spikes_in_a_row} in a row); "
-                f"its documents and the command that replays it: {run.incident(facts.step + 1)}; "
-                "earlier states are kept"
-            )
-    elif result.weight:  # where nothing is trained, not even weight decay moves the weights
-        if settings.clip:
-            distributed.scale_gradients(list(stage.model.parameters()), result.norm, settings.clip)
-        optim.set_lr(optimizers, lr_of(settings, facts.step, stage.total_steps))
-        for optimizer in optimizers:
-            optimizer.step()
-        incidents.remember(norm, facts)
+    """Clip and take the optimizer step, unless the device finds that it must not be applied."""
+    if result.weight:  # where nothing is trained, not even weight decay moves the weights
+        loss, norm = result.sums[0], result.sums[1]
+        with record_function("optimizer"):
+            bad = recent.judge(loss, norm, settings.clip)
+            if settings.clip:
+                parameters = list(stage.model.parameters())
+                distributed.scale_gradients(parameters, norm.float(), settings.clip)
+            optim.set_lr(optimizers, lr_of(settings, result.step, stage.total_steps))
+            verdict.step_unless(bad, optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+
+
+def settle_step(
+    result: StepResult, stage: Stage, settings: TrainSettings, run: RunFolder, ranks: Ranks
+) -> StepNumbers:
+    """Wait for a step's numbers, and count it or record why it was not applied.
+
+    All ranks call it, step after step. It judges as the device did: both rules are one.
+    """
+    loss, norm, tokens, asked = result.sums.tolist()
+    numbers, facts = StepNumbers(loss, norm, int(tokens), asked != 0), run.facts
+    reason = incidents.judge(loss, norm, facts, settings.clip)
+    if reason is None:
+        if result.weight:
+            incidents.remember(norm, facts)
+        return numbers
+    facts.spikes_in_a_row += 1
+    facts.incident_step = result.step + 1
+    _record_incident(reason, result, numbers, stage, run, ranks)
+    if settings.on_spike == "stop" or facts.spikes_in_a_row >= incidents.IN_A_ROW:
+        run.finish_saving()
+        raise UserError(
+            f"stopped at step {result.step + 1}: {reason} ({facts.spikes_in_a_row} in a row); "
+            f"its documents and the command that replays it: {run.incident(result.step + 1)}; "
+            "earlier states are kept"
+        )
+    return numbers
 
 
 def lr_of(settings: TrainSettings, step: int, total_steps: int) -> float:
@@ -279,6 +331,7 @@ def _save_best(stage: Stage, run: RunFolder, metrics: dict[str, float]) -> None:
 
 def _log_step(
     result: StepResult,
+    numbers: StepNumbers,
     seconds: float,
     settings: TrainSettings,
     stage: Stage,
@@ -286,24 +339,28 @@ def _log_step(
     bar: Progress,
 ) -> None:
     facts = run.facts
-    facts.tokens += result.tokens
+    facts.tokens += numbers.tokens
     facts.seconds += seconds
-    lr = lr_of(settings, facts.step, stage.total_steps)
+    lr = lr_of(settings, result.step, stage.total_steps)
     values = {
         "epoch": result.epoch,
-        "train_loss": result.loss,
+        "train_loss": numbers.loss,
         "lr": lr,
-        "grad_norm": float(result.norm),
+        "grad_norm": numbers.norm,
         "tokens": facts.tokens,
         "trained_tokens": result.weight,
     }
     if facts.spikes_in_a_row:
         values["skipped"] = 1
-    timing = {"seconds": seconds, "tokens_per_s": result.tokens / seconds, "memory_gb": memory_gb()}
+    timing = {
+        "seconds": seconds,
+        "tokens_per_s": numbers.tokens / seconds,
+        "memory_gb": memory_gb(),
+    }
     timing["trained_per_s"] = result.weight / seconds
-    run.metrics(facts.step + 1, values, timing)
+    run.metrics(result.step + 1, values, timing)
     rate = f"{timing['tokens_per_s']:,.0f} tokens/s"
-    bar.advance(1, f"loss {result.loss:.4f}  lr {lr:.2e}  {rate}")
+    bar.advance(1, f"loss {numbers.loss:.4f}  lr {lr:.2e}  {rate}")
 
 
 def memory_gb() -> float:
@@ -316,14 +373,20 @@ def memory_gb() -> float:
 
 
 def _record_incident(
-    reason: str, result: StepResult, norm: float, stage: Stage, run: RunFolder, ranks: Ranks
+    reason: str,
+    result: StepResult,
+    numbers: StepNumbers,
+    stage: Stage,
+    run: RunFolder,
+    ranks: Ranks,
 ) -> None:
     """Tell of a step that is not applied, and write its documents; all ranks call it."""
-    step = run.facts.step + 1
+    step = result.step + 1
     mine = ledger.records_of(result.seen, stage.store)
     records = ledger.in_order(np.concatenate(distributed.gather(mine, ranks)))
     documents = ledger.describe(records, stage.store)
-    run.incident_found(incidents.record(step, reason, result.loss, norm, documents, run.path))
+    record = incidents.record(step, reason, numbers.loss, numbers.norm, documents, run.path)
+    run.incident_found(record)
 
 
 def _write_ledger(
@@ -333,23 +396,6 @@ def _write_ledger(
     parts = distributed.gather(ledger.records_of(seen, store), ranks)
     seen.clear()
     run.append("ledger.bin", ledger.in_order(np.concatenate(parts)).tobytes())
-
-
-@contextmanager
-def _batches_ahead(
-    batches: Callable[[int], list[Batch]], start: int, end: int
-) -> Iterator[Iterator[list[Batch]]]:
-    """Read the next step's batch while this step computes."""
-    with ThreadPoolExecutor(1, "batches") as pool:
-
-        def read() -> Iterator[list[Batch]]:
-            ahead: Future | None = None
-            for step in range(start, end):
-                now = ahead or pool.submit(batches, step)
-                ahead = pool.submit(batches, step + 1) if step + 1 < end else None
-                yield now.result()
-
-        yield read()
 
 
 @contextmanager
