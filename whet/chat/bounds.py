@@ -28,8 +28,8 @@ GROWING_FILTERS: tuple[str, ...] = (
 )
 GROWING_FILTERS += ("tojson", "round", "format", "list")
 STEPS = 2_000_000  # loop rounds and macro calls in one rendering; long conversations take thousands
-LENGTH = 50_000_000  # characters of one rendering or of a text within it
-TOTAL = 1_000_000_000  # characters of all texts within one rendering
+LENGTH = 30_000_000  # characters of one rendering or of a text within it; 1 to 4 bytes each
+TOTAL = 250_000_000  # characters of all texts within one rendering, those thrown away included
 MACRO_STEPS = 20  # a macro call takes about as long as so many rounds of an empty loop
 ITEMS = 2_000_000  # of a list that a template builds
 NESTED = 300_000  # values in the lists of a list: one that doubles would be printed for ever
