@@ -18,7 +18,7 @@ from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.embedding import grow_embedding
 from whet.model.freeze import select_trainable
-from whet.model.lora import LoRA, adapters, apply_lora, merge_lora, quantize_base
+from whet.model.lora import LoRA, adapters, apply_lora, merge_lora
 
 peft = pytest.importorskip("peft")
 
@@ -262,8 +262,6 @@ def test_wrong_settings_are_told() -> None:
         apply_lora(whet_model("llama"), LoRA(targets="q,router"))
     with pytest.raises(UserError, match="at least 1"):
         apply_lora(whet_model("llama"), LoRA(rank=0))
-    with pytest.raises(UserError, match="CUDA device, not cpu"):
-        quantize_base(whet_model("llama"), torch.device("cpu"))
 
 
 def test_parameters_are_chosen_by_pattern() -> None:

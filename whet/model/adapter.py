@@ -121,9 +121,11 @@ def _part(
         values = [state[f"{name}.{kind}"] for kind in ("a", "b", *(["magnitude"] * dora))]
         a, b, *magnitude = [value.detach().to("cpu", torch.float32) for value in values]
         return a, b, magnitude[0] if dora else torch.empty(0)
-    weight = state[f"{name}.weight"].detach().to("cpu", torch.float32)
-    outputs, inputs = weight.shape
-    return torch.zeros(rank, inputs), torch.zeros(outputs, rank), weight.norm(dim=1)
+    base: Any = model.get_submodule(name)
+    lengths = torch.empty(0)
+    if dora:
+        lengths = state[f"{name}.weight"].detach().to("cpu", torch.float32).norm(dim=1)
+    return torch.zeros(rank, base.in_features), torch.zeros(base.out_features, rank), lengths
 
 
 def _family_modules(model: Transformer) -> dict[str, list[str]]:

@@ -30,7 +30,7 @@ class TrainSettings:
     lr_groups: tuple[str, ...] = ()
     """Other learning rates by parameter name, as PATTERN=FACTOR, e.g. 're:^embed=0.1'."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """muon: Muon for the matrices, AdamW for the rest. adamw8bit: 8-bit moments, on CUDA."""
+    """muon: Muon for the matrices, AdamW for the rest. adamw8bit: 8-bit moments."""
     beta1: float = 0.9
     """AdamW's decay of the gradient average (and Muon's AdamW part)."""
     beta2: float = 0.95
