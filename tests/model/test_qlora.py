@@ -128,7 +128,7 @@ def test_part_of_a_joined_matrix_is_saved(tmp_path: Path) -> None:
 def test_dora_is_refused() -> None:
     model = zoo.whet_model("llama", zoo.oracle("llama"))
     quantize_base(model, CPU)
-    with pytest.raises(UserError, match="--lora_dora"):
+    with pytest.raises(UserError, match="DoRA needs the rows"):
         apply_lora(model, LoRA(rank=2, dora=True))
 
 

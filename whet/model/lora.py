@@ -47,6 +47,8 @@ class LoRALinear(nn.Module):
         self, base: nn.Linear, rank: int, scale: float, dropout: float, dora: bool
     ) -> None:
         super().__init__()
+        if dora and type(base) is not nn.Linear:
+            raise UserError("--lora_4bit: DoRA needs the rows of the base; 4-bit ones have none")
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = dropout
@@ -109,8 +111,6 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     for name, base in linears(model).items():
         if name.rpartition(".")[2] not in kinds:
             continue
-        if lora.dora and type(base) is not nn.Linear:
-            raise UserError("--lora_dora: needs the rows of the base weights; 4-bit ones have none")
         layer = LoRALinear(base, lora.rank, lora.scale, lora.dropout, lora.dora)
         bound = 1.0 / math.sqrt(layer.a.shape[1])  # as nn.Linear begins
         values = torch.empty(layer.a.shape).uniform_(-bound, bound, generator=generator)

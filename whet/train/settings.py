@@ -19,6 +19,8 @@ class TrainSettings:
     """Run folder to write: metrics, resume state and, at the end, the model directory."""
     out_ckpt: Path | None = None
     """Also write the final model as one `.pt` file here."""
+    save_dtype: Literal["same", "bfloat16", "float16", "float32"] = "same"
+    """Precision of the written model; same: its base's own. Training itself holds float32."""
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Schedule = "cosine"
@@ -85,6 +87,16 @@ class TrainSettings:
 
 # What may differ between a run and its continuation, because the numbers do not depend on it.
 FREE_ON_RESUME = frozenset(
-    {"resume", "out", "out_ckpt", "micro_batch_size", "keep", "save_every", "save_async", "shard"}
+    {
+        "resume",
+        "out",
+        "out_ckpt",
+        "micro_batch_size",
+        "keep",
+        "save_every",
+        "save_async",
+        "shard",
+        "save_dtype",
+    }
     | {"grace_seconds", "rank_timeout", "device", "compile", "wandb_project", "quiet", "on_spike"}
 )
