@@ -1,6 +1,7 @@
 """whet sft from the command line: what it refuses, what it writes, and that it learns."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,6 @@ def test_all_problems_are_told_at_once(world, tmp_path, capsys):
         ({"data": "nowhere.h5"}, "nowhere.h5"),
         ({"lr_groups": "re:nothing=2"}, "matches none of the trained parameters"),
         ({"train": "re:nothing"}, "--train re:nothing: matches no parameter"),
-        ({"optimizer": "adamw8bit"}, "needs a CUDA device"),
         ({"lora_4bit": True}, "add --lora_rank"),
         ({"gsm8k_dev": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
@@ -113,6 +113,21 @@ def test_bad_flags(world, tmp_path, capsys, flags, told):
     error = capsys.readouterr().err
     assert told in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        ({"optimizer": "adamw8bit"}, "torchao"),
+        ({"lora_rank": 2, "lora_4bit": True}, "bitsandbytes"),
+    ],
+)
+def test_packages_that_are_missing_are_told(world, tmp_path, capsys, monkeypatch, flags, package):
+    for name in ("torchao.optim", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(command(world, tmp_path / "out", **flags)) == 2
+    assert f"{package} is not installed; pip install 'whet[cuda]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_trained_is_refused(world, tmp_path, capsys):

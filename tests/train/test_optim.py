@@ -9,6 +9,8 @@ from torch import nn
 from whet.errors import UserError
 from whet.model.config import llama
 from whet.model.decoder import Transformer
+from whet.train import state
+from whet.train.distributed import Ranks
 from whet.train.optim import (
     create_state,
     lr_at,
@@ -64,7 +66,7 @@ def test_decay_spares_norms_biases_and_embeddings():
 def test_muon_takes_the_matrices_of_the_layers():
     model = Transformer(llama(50, 16, 2, 2, tied=False))
     groups = parameter_groups(model, 0.1)
-    muon, adamw = make_optimizers("muon", groups, beta1=0.9, beta2=0.95, device=torch.device("cpu"))
+    muon, adamw = make_optimizers("muon", groups, beta1=0.9, beta2=0.95)
     assert isinstance(muon, torch.optim.Muon)
     ours = {id(p) for group in muon.param_groups for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in ours}
@@ -76,7 +78,7 @@ def test_lr_groups():
     model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "up": nn.Linear(4, 4, bias=False)})
     chosen = parse_lr_groups(["embed*=0.5"], ["embed.weight", "up.weight"])
     groups = parameter_groups(model, 0.0, chosen)
-    optimizers = make_optimizers("adamw", groups, beta1=0.9, beta2=0.95, device=torch.device("cpu"))
+    optimizers = make_optimizers("adamw", groups, beta1=0.9, beta2=0.95)
     set_lr(optimizers, 0.2)
     rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
     assert rates[id(model["embed"].weight)] == pytest.approx(0.1)
@@ -98,11 +100,64 @@ def test_create_state_changes_no_weight():
     before = [p.clone() for p in model.parameters()]
     groups = parameter_groups(model, 0.5)
     for kind in ("adamw", "muon"):
-        optimizers = make_optimizers(
-            kind, groups, beta1=0.9, beta2=0.95, device=torch.device("cpu")
-        )
+        optimizers = make_optimizers(kind, groups, beta1=0.9, beta2=0.95)
         create_state(optimizers)
         assert sum(len(optimizer.state) for optimizer in optimizers) == 2
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
         assert parameter.grad is None
+
+
+def eight_bit(model):
+    pytest.importorskip("torchao.optim", reason="adamw8bit needs torchao")
+    groups = parameter_groups(model, 0.1, [("*weight", 0.5)])
+    return make_optimizers("adamw8bit", groups, beta1=0.9, beta2=0.95)
+
+
+def take_steps(model, optimizers, steps):
+    # Compiling, which torchao does otherwise, takes a minute on a CPU and gives the same numbers.
+    with torch.compiler.set_stance("force_eager"):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            set_lr(optimizers, 0.01 * (step + 1))
+            for optimizer in optimizers:
+                optimizer.step()
+
+
+def test_adamw8bit_follows_adamw():
+    """The first step is the same; then each moment is rounded to one of 256 values in its block."""
+    torch.manual_seed(0)
+    ours, exact = nn.Linear(64, 128), nn.Linear(64, 128)
+    exact.load_state_dict(ours.state_dict())
+    start = ours.weight.detach().clone()
+    optimizers = eight_bit(ours)
+    groups = parameter_groups(exact, 0.1, [("*weight", 0.5)])
+    reference = make_optimizers("adamw", groups, beta1=0.9, beta2=0.95)
+    for steps, allowed in ((range(1), 1e-6), (range(1, 6), 0.02)):
+        take_steps(ours, optimizers, steps)
+        take_steps(exact, reference, steps)
+        moved = (exact.weight - start).norm()
+        assert (ours.weight - exact.weight).norm() <= allowed * moved
+        assert torch.allclose(ours.bias, exact.bias, atol=1e-6), "too small to be quantised"
+    moments = optimizers[0].state[ours.weight]
+    assert moments["exp_avg"].codes.dtype == torch.uint8
+    assert (ours.weight - exact.weight).norm() > 1e-6 * moved, "quantised at all"
+
+
+def test_adamw8bit_resumes_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    whole, first, second = (nn.Linear(64, 128) for _ in range(3))
+    first.load_state_dict(whole.state_dict())
+    take_steps(whole, eight_bit(whole), range(4))
+    optimizers = eight_bit(first)
+    take_steps(first, optimizers, range(2))
+    tensors = state.tensors_of(first, optimizers)
+    path = state.save_state(tmp_path, tensors, state.Facts(step=2), Ranks())
+    optimizers = eight_bit(second)
+    with torch.compiler.set_stance("force_eager"):
+        state.load_state(path, second, optimizers, Ranks())
+    take_steps(second, optimizers, range(2, 4))
+    assert torch.equal(second.weight, whole.weight)
+    assert torch.equal(second.bias, whole.bias)

@@ -17,9 +17,7 @@ from whet.train.state import Facts
 def made(seed: int = 0, width: int = 4):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(width, 3), nn.LayerNorm(3))
-    optimizers = make_optimizers(
-        "adamw", parameter_groups(model, 0.1), beta1=0.9, beta2=0.95, device=torch.device("cpu")
-    )
+    optimizers = make_optimizers("adamw", parameter_groups(model, 0.1), beta1=0.9, beta2=0.95)
     for optimizer in optimizers:
         model(torch.randn(2, width)).sum().backward()
         optimizer.step()

@@ -9,9 +9,9 @@ New embedding rows are PEFT's `trainable_token_indices`. PEFT itself is the test
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -48,12 +48,19 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
-def base_of(directory: Path) -> str:
-    """The model (path or Hub name) that the adapter in `directory` belongs to."""
-    base = read_json(directory / CONFIG).get("base_model_name_or_path")
+def base_of(directory: Path) -> tuple[str, str | None]:
+    """The model (path or Hub name) that the adapter in `directory` belongs to, and its revision."""
+    values = read_json(directory / CONFIG)
+    base, revision = values.get("base_model_name_or_path"), values.get("revision")
     if not base:
         raise UserError(f"{directory / CONFIG}: names no base_model_name_or_path")
-    return str(base)
+    return str(base), None if revision is None or Path(str(base)).exists() else str(revision)
+
+
+def find_base(directory: Path, *, quiet: bool = False) -> Path:
+    """Where the base of the adapter in `directory` lies; downloaded if need be."""
+    name, revision = base_of(directory)
+    return find_model(name, revision, quiet=quiet)
 
 
 def save_adapter(
@@ -68,15 +75,20 @@ def save_adapter(
 ) -> None:
     """Write the adapter of `model` so that PEFT and Whet open it, whole or not at all.
 
-    `base` is the path or Hub name of the base. `state` are the values if `model` does not hold
-    them itself (FSDP). The file is read back and compared. Raises UserError if the disk is full.
+    `base` is the path or Hub name of the base; a "revision" in `lineage` is the base's. `state` are
+    the values if `model` does not hold them itself (FSDP). The file is read back and compared.
+    Raises UserError if the disk is full.
     """
     directory = Path(directory)
     values = dict(model.state_dict() if state is None else state)
-    tensors, ranks = _joined_adapters(model, values)
+    tensors, sizes = _joined_adapters(model, values, lora.rslora)
     rows = _trained_rows(model, values, tensors)
     base = str(Path(base).resolve()) if Path(base).exists() else base
-    config = _peft_config(model, lora, base, ranks, rows)
+    config = {
+        **_peft_config(model, lora, sizes, rows),
+        "base_model_name_or_path": base,
+        "revision": lineage.get("revision"),
+    }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     with written_aside(directory, nbytes) as aside:
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
@@ -91,13 +103,20 @@ def save_adapter(
         write_json(aside / CONFIG, config)
 
 
+class Size(NamedTuple):
+    """What makes an adapter's scale: alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
+
+    rank: int
+    alpha: float
+
+
 def _joined_adapters(
-    model: Transformer, state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """PEFT's tensors, and {family's module: its rank}."""
+    model: Transformer, state: Mapping[str, Tensor], rslora: bool
+) -> tuple[dict[str, Tensor], dict[str, Size]]:
+    """PEFT's tensors, and {family's module: its size}."""
     adapted = dict(adapters(model))
     tensors: dict[str, Tensor] = {}
-    ranks = {}
+    sizes = {}
     for module, names in _family_modules(model).items():
         chosen = [adapted[name] for name in names if name in adapted]
         if not chosen:
@@ -109,8 +128,10 @@ def _joined_adapters(
         tensors[f"{key}.lora_B.weight"] = torch.block_diag(*[b for _, b, _ in parts])
         if dora:
             tensors[f"{key}.lora_magnitude_vector"] = torch.cat([m for _, _, m in parts])
-        ranks[module] = rank * len(parts)
-    return tensors, ranks
+        whole = rank * len(parts)
+        alpha = chosen[0].scale * (math.sqrt(whole) if rslora else whole)
+        sizes[module] = Size(whole, round(alpha, 9))  # rid of the division's last digit
+    return tensors, sizes
 
 
 def _part(
@@ -121,9 +142,11 @@ def _part(
         values = [state[f"{name}.{kind}"] for kind in ("a", "b", *(["magnitude"] * dora))]
         a, b, *magnitude = [value.detach().to("cpu", torch.float32) for value in values]
         return a, b, magnitude[0] if dora else torch.empty(0)
-    weight = state[f"{name}.weight"].detach().to("cpu", torch.float32)
-    outputs, inputs = weight.shape
-    return torch.zeros(rank, inputs), torch.zeros(outputs, rank), weight.norm(dim=1)
+    base: Any = model.get_submodule(name)
+    lengths = torch.empty(0)
+    if dora:
+        lengths = state[f"{name}.weight"].detach().to("cpu", torch.float32).norm(dim=1)
+    return torch.zeros(rank, base.in_features), torch.zeros(base.out_features, rank), lengths
 
 
 def _family_modules(model: Transformer) -> dict[str, list[str]]:
@@ -152,30 +175,28 @@ def _trained_rows(
 
 
 def _peft_config(
-    model: Transformer, lora: LoRA, base: str, ranks: dict[str, int], rows: dict[str, list[int]]
+    model: Transformer, lora: LoRA, sizes: dict[str, Size], rows: dict[str, list[int]]
 ) -> dict[str, Any]:
     """The contents of `adapter_config.json`; keys that are left out have PEFT's defaults."""
-    targets = _target_names(model, ranks)
-    joined = {
-        target: rank
-        for module, rank in ranks.items()
-        for target in targets
-        if f".{module}".endswith(f".{target}") and rank != lora.rank
-    }
-    alphas = {
-        target: lora.alpha * (math.sqrt(rank / lora.rank) if lora.rslora else rank / lora.rank)
-        for target, rank in joined.items()
-    }
+    targets = _target_names(model, sizes)
+    by_target: dict[str, dict[str, Size]] = {}
+    for module, size in sizes.items():
+        target = next(name for name in targets if f".{module}".endswith(f".{name}"))
+        by_target.setdefault(target, {})[module] = size
+    patterns: dict[str, Size] = {}
+    for target, found in by_target.items():
+        alike = len(set(found.values())) == 1
+        patterns |= {target: next(iter(found.values()))} if alike else found
+    usual = Size(lora.rank, lora.alpha)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": targets,
-        "rank_pattern": joined,
-        "alpha_pattern": alphas,
+        "rank_pattern": {key: s.rank for key, s in patterns.items() if s.rank != usual.rank},
+        "alpha_pattern": {key: s.alpha for key, s in patterns.items() if s.alpha != usual.alpha},
         "use_rslora": lora.rslora,
         "use_dora": lora.dora,
         "bias": "none",
@@ -188,11 +209,12 @@ def _peft_config(
     }
 
 
-def _target_names(model: Transformer, ranks: Mapping[str, int]) -> list[str]:
-    """The shortest ends of module names that PEFT needs to find exactly the modules of `ranks`."""
-    other = {name.rpartition(".")[2] for name in _family_modules(model) if name not in ranks}
+def _target_names(model: Transformer, chosen: Iterable[str]) -> list[str]:
+    """The shortest ends of module names that PEFT needs to find exactly the modules `chosen`."""
+    chosen = set(chosen)
+    other = {name.rpartition(".")[2] for name in _family_modules(model) if name not in chosen}
     names = set()
-    for module in ranks:
+    for module in chosen:
         parts = module.split(".")
         names.add(".".join(parts[-2:]) if parts[-1] in other else parts[-1])
     return sorted(names)
@@ -206,10 +228,24 @@ def open_adapter(
     quiet: bool = False,
 ) -> Transformer:
     """The base that the adapter in `directory` names, with the adapter on it."""
-    base = find_model(base_of(Path(directory)), quiet=quiet)
+    base = find_base(Path(directory), quiet=quiet)
     model = load_backbone_from_ckpt(base, dtype=dtype, device=device, quiet=quiet)
     load_adapter(model, directory)
     return model
+
+
+def continue_adapter(model: Transformer, directory: Path) -> LoRA:
+    """`load_adapter`, for training it further.
+
+    Raises UserError if it holds a whole embedding or head, which Whet would not train.
+    """
+    whole = read_json(directory / CONFIG).get("modules_to_save")
+    if whole:
+        raise UserError(
+            f"{directory}: holds whole matrices ({', '.join(map(str, whole))}) beside its adapter, "
+            f"which can't be trained further; merge it: whet export {directory} --merge --out DIR"
+        )
+    return load_adapter(model, directory)
 
 
 def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
@@ -223,6 +259,8 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
     directory = Path(directory)
     config = read_json(directory / CONFIG)
     _check_kind(config, directory / CONFIG)
+    if not linears(model):
+        raise UserError(f"{directory}: its base is not of Whet's own families; merge it with PEFT")
     tensors = _read_tensors(directory / WEIGHTS)
     grow_embedding(model, _rows_needed(config, tensors, directory), multiple=1)
     model.requires_grad_(False)

@@ -4,6 +4,7 @@ Nothing is forgiven in silence: a weight that is missing, left over or misshaped
 is saved is opened again and compared with what was meant to be saved, before it takes its name.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -183,6 +184,10 @@ def _fill_model(
     device: torch.device,
     quiet: bool,
 ) -> Transformer:
+    embedding = stored.get(places["embed.weight"].name)
+    if embedding is not None and not {"dtype", "torch_dtype"} & set(config.hf):
+        hf = {**config.hf, "torch_dtype": str(embedding.dtype).removeprefix("torch.")}
+        config = dataclasses.replace(config, hf=hf)
     model = empty_model(config)
     grouped = families.by_family_name(places)
     _check(model, grouped, stored, path)
@@ -322,19 +327,20 @@ def save_pt(
     stage: str,
     step: int,
     metrics: dict[str, Any],
+    dtype: torch.dtype | None = None,
     *,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `{model_state_dict, cfg, stage, step, metrics}`, loadable with `weights_only=True`.
 
     The names are Whet's own, `cfg` the fields of ModelConfig. Opened again and compared, like a
-    model directory; raises as `save_model` does.
+    model directory; `dtype`, `state` and what is raised as for `save_model`.
     """
     path = Path(path)
     state = _plain_state(model, state)
     content = {
-        "model_state_dict": dict(state),
-        "cfg": model.config.to_hf(),
+        "model_state_dict": {name: value.to(dtype=dtype) for name, value in state.items()},
+        "cfg": _config_json(model.config, dtype or _dtype_of(state)),
         "stage": stage,
         "step": step,
         "metrics": metrics,
@@ -342,10 +348,10 @@ def save_pt(
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with on_full_disk(path, _nbytes(state, None)):
+        with on_full_disk(path, _nbytes(state, dtype)):
             torch.save(content, aside)
             sync(aside)
-            verify_saved(aside, model.config, state, None)
+            verify_saved(aside, model.config, state, dtype)
             os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -415,6 +421,12 @@ def _write_weights(
     )
 
 
+def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    values = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+    values.pop("dtype", None)
+    return values
+
+
 def _write_configs(
     config: ModelConfig,
     tokenizer: SavesTokenizer | None,
@@ -422,9 +434,7 @@ def _write_configs(
     directory: Path,
     dtype: torch.dtype,
 ) -> None:
-    values = config.to_hf()
-    values["torch_dtype"] = str(dtype).removeprefix("torch.")
-    values.pop("dtype", None)
+    values = _config_json(config, dtype)
     if tokenizer is not None:
         stops = list(tokenizer.stop_ids)
         ids = {

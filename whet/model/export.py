@@ -31,6 +31,7 @@ from whet.model.checkpoint import (
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
 from whet.model.lora import merge_lora
+from whet.model.weights import SaveDtype, saved_as
 from whet.progress import say
 
 GGUF_ARCHITECTURES = {
@@ -72,7 +73,7 @@ class Config:
     """hf: a model directory; pt: one file; gguf-ready: a directory that llama.cpp converts."""
     merge: bool = False
     """Fold an adapter into its base; the result is a whole model."""
-    dtype: Literal["same", "bfloat16", "float16", "float32"] = "same"
+    dtype: SaveDtype = "same"
     """Precision of the written weights; same: that of the model, of an adapter its base's."""
     tokenizer: Path | None = None
     """Tokenizer directory; default: the model's own."""
@@ -85,11 +86,11 @@ def main(config: Config) -> int:
     path = find_model(config.run, config.revision)
     model = _open(path, config)
     tokenizer = _tokenizer(path, config)
-    dtype = _dtype(model.config, config.dtype)
+    dtype = saved_as(config.dtype, model.config.hf)
     lineage = _lineage(path)
     if config.to == "pt":
         stage, step = str(lineage.get("stage", "export")), int(lineage.get("step", 0))
-        save_pt(model.to(dtype), config.out, stage, step, dict(lineage.get("metrics", {})))
+        save_pt(model, config.out, stage, step, dict(lineage.get("metrics", {})), dtype)
         say(f"{config.out}: one file, read back and equal")
         return 0
     if model.config.to_hf()["model_type"] == OWN_LAYOUT:
@@ -114,8 +115,8 @@ def _open(path: Path, config: Config) -> Transformer:
         return load_backbone_from_ckpt(path)
     if not config.merge:
         raise UserError(
-            f"{config.run}: is an adapter of {adapter.base_of(path)}; it can be used as it is, or "
-            "--merge makes a whole model of both"
+            f"{config.run}: is an adapter of {adapter.base_of(path)[0]}; it can be used as it is, "
+            "or --merge makes a whole model of both"
         )
     model = adapter.open_adapter(path)
     merge_checked(model)
@@ -178,15 +179,8 @@ def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
             f"{config.run}: a .pt has no tokenizer; name its directory: --tokenizer DIR"
         )
     if not (directory / "tokenizer.json").is_file() and adapter.is_adapter(path):
-        directory = find_model(adapter.base_of(path))  # PEFT saves none
+        directory = adapter.find_base(path)  # PEFT saves none
     return load_tokenizer(directory)
-
-
-def _dtype(config: ModelConfig, name: str) -> torch.dtype:
-    if name == "same":
-        name = config.hf.get("dtype") or config.hf.get("torch_dtype") or "float32"
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _lineage(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ that the loss can be formed at trained positions only.
 Shape letters: B batch, T tokens, D width, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.errors import UserError
+from whet.model.atomic import read_json
 from whet.model.attention import KVCache
 from whet.model.decoder import TokenLoss
 from whet.model.loss import linear_cross_entropy
@@ -195,6 +196,11 @@ def load_foreign(
             some = ", ".join(str(name) for name in sorted(info[key], key=str)[:5])
             raise UserError(f"{directory}: weights do not fit the configuration: {key}: {some}")
     model = ForeignModel(inner.to(device))
+    # transformers puts the opened precision in its place; saving asks for the file's.
+    said = read_json(directory / "config.json")
+    own = {key: said[key] for key in ("dtype", "torch_dtype") if key in said}
+    hf = {key: value for key, value in model.config.hf.items() if key != "dtype"} | own
+    model.config = replace(model.config, hf=hf)
     if not quiet:
         say(f"{directory}: {type(inner).__name__} of transformers; {SAYING[model.way]}")
     return model

@@ -10,6 +10,7 @@ bfloat16 or 4-bit.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ class LoRALinear(nn.Module):
         self, base: nn.Linear, rank: int, scale: float, dropout: float, dora: bool
     ) -> None:
         super().__init__()
+        if dora and type(base) is not nn.Linear:
+            raise UserError("--lora_4bit: DoRA needs the rows of the base; 4-bit ones have none")
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = dropout
@@ -108,8 +111,6 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     for name, base in linears(model).items():
         if name.rpartition(".")[2] not in kinds:
             continue
-        if lora.dora and type(base) is not nn.Linear:
-            raise UserError("--lora_dora: needs the rows of the base weights; 4-bit ones have none")
         layer = LoRALinear(base, lora.rank, lora.scale, lora.dropout, lora.dora)
         bound = 1.0 / math.sqrt(layer.a.shape[1])  # as nn.Linear begins
         values = torch.empty(layer.a.shape).uniform_(-bound, bound, generator=generator)
@@ -154,29 +155,32 @@ def merge_lora(model: Transformer) -> None:
 
 
 def quantize_base(model: Transformer, device: torch.device) -> None:
-    """Turn the layers' matrices into 4-bit NF4 on a GPU (QLoRA, Dettmers et al. 2023).
+    """Turn the layers' matrices into 4-bit NF4 on `device` (QLoRA, Dettmers et al. 2023).
 
-    Call it before `apply_lora`; only adapters can then be trained. The rest of the model moves to
-    `device` as it is. Raises UserError without a CUDA device or without bitsandbytes.
+    One scale for each 64 numbers, the scales themselves in 8 bits. Products are computed in the
+    precision that the matrices had. Call it before adapters are put on: only these can be trained
+    then. The rest of the model moves to `device` as it is. Raises UserError without bitsandbytes.
     """
-    if device.type != "cuda":
-        raise UserError(f"4-bit base weights (QLoRA) need a CUDA device, not {device.type}")
     try:
         import bitsandbytes as bnb
     except ImportError:
         raise UserError(
-            "4-bit base weights (QLoRA) need bitsandbytes: pip install whet[cuda]"
+            "--lora_4bit: bitsandbytes is not installed; pip install 'whet[cuda]'"
         ) from None
-    for name, linear in linears(model).items():
+    for name in list(linears(model)):  # names only: each matrix is let go when it is packed
+        linear: Any = model.get_submodule(name)
         quantized = bnb.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
-            compute_dtype=torch.bfloat16,
+            compute_dtype=linear.weight.dtype,
             quant_type="nf4",
             device="meta",
         )
-        weight = linear.weight.detach().to("cpu", torch.bfloat16).contiguous()
+        # Its other layout for CPUs with AVX-512 is for inference only: after an evaluation no
+        # gradient would pass any more.
+        quantized.support_avx512bf16_for_cpu = False
+        weight = linear.weight.detach().cpu().contiguous()
         quantized.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         if linear.bias is not None:
             quantized.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)

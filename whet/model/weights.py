@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import safetensors.torch
 import torch
@@ -42,6 +42,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _STAGING_BYTES = 1 << 24
+SaveDtype = Literal["same", "bfloat16", "float16", "float32"]
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -238,6 +239,16 @@ def _fill(file: BinaryIO, tensor: Tensor, stored: Stored) -> None:
         if not n:
             raise _damaged(Path(file.name), f"it ends inside the values at byte {stored.offset:,}")
         buffer = buffer[n:]
+
+
+def saved_as(choice: SaveDtype, hf: Mapping[str, Any]) -> torch.dtype:
+    """The precision to save weights in: that of the `config.json` `hf`, or another one by choice.
+
+    `same` is float32 where the file names none, or one that weights are not kept in.
+    """
+    name = (hf.get("dtype") or hf.get("torch_dtype")) if choice == "same" else choice
+    known = {str(t): t for t in (torch.bfloat16, torch.float16, torch.float32)}
+    return known.get(f"torch.{str(name).removeprefix('torch.')}", torch.float32)
 
 
 def write_directory(

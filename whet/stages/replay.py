@@ -78,7 +78,7 @@ def run_settings(run: Path) -> tuple[TrainSettings, Any]:
 
 def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: Ranks) -> dict:
     """The record of step `step`, as an incident would have it."""
-    optimizers = make_optimizers(stage.model, settings, ranks)
+    optimizers = make_optimizers(stage.model, settings)
     start, passed_over = state.newest_valid(run / "state", at_most=step - 1)
     for line in passed_over:
         say(f"warning: {line}")

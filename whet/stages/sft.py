@@ -7,6 +7,7 @@ everything else. The context is read but not learnt. What changes is less what t
 what it does with it: it answers, in the answer's form, and stops.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,12 +33,13 @@ from whet.errors import UserError
 from whet.evaluate.dev import misfits
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.hub import find_model
-from whet.model.adapter import is_adapter
+from whet.model.adapter import base_of, find_base, is_adapter
 from whet.model.attention import plan_documents
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.lora import LoRA
 from whet.model.recompute import Recompute
+from whet.model.weights import saved_as
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
@@ -51,7 +53,8 @@ class Config(TrainSettings):
     """Fine-tune a base model on packed rows."""
 
     model: str
-    """Model to start from: a directory, a `.pt` file, or OWNER/NAME on the Hugging Face Hub."""
+    """Model to start from: a directory, a `.pt` file, OWNER/NAME on the Hugging Face Hub, or an
+    adapter's directory, to train that adapter further."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     data: Path
@@ -91,38 +94,38 @@ def build(config: Config, ranks: Ranks) -> Stage:
     store = PackedStore(config.data)
     dev = PackedStore(config.dev) if config.dev else None
     gsm8k = load_gsm8k(config.gsm8k_dev, config.gsm8k_limit) if config.gsm8k_dev else []
-    lora = lora_of(config)
+    quiet = config.quiet or not ranks.first
+    path = find_model(config.model, config.revision, quiet=quiet)
+    adapter = path if is_adapter(path) else None
+    base = path if adapter is None else find_base(adapter, quiet=quiet)
+    problems(unfit_flags(config, ranks, adapter))
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
-    halved = lora is not None and config.precision == "bf16"
-    path = find_model(config.model, config.revision, quiet=config.quiet or not ranks.first)
-    if is_adapter(path):
-        raise UserError(
-            f"--model {config.model}: is an adapter; merge it first: whet export {config.model} "
-            "--merge --out DIR"
-        )
+    halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
     model = load_backbone_from_ckpt(
-        path,
-        dtype=torch.bfloat16 if halved else torch.float32,
-        quiet=config.quiet or not ranks.first,
+        base, dtype=torch.bfloat16 if halved else torch.float32, quiet=quiet
     )
     model.recompute = config.recompute
-    tokenizer, new_rows = find_tokenizer(config.tokenizer, path), list[int]()
+    header = [("model", f"{config.model}: {describe(model)}")]
+    tokenizer, new_rows = find_tokenizer(config.tokenizer, path, base), list[int]()
     if config.chat_template is not None and tokenizer is not None:
         tokenizer, new_rows = add_tokens(model, tokenizer, config.chat_template)
-    found = misfits(model, tokenizer, store, "--data")
-    found += misfits(model, tokenizer, dev, "--dev") if dev else []
-    if gsm8k and tokenizer is None:
-        found.append(f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR")
-    problems(found)
-    choose_trained(
+    lora = choose_trained(
         model,
         train=config.train,
-        lora=lora,
+        lora=lora_of(config) if adapter is None else None,
+        adapter=adapter,
         new_rows=new_rows,
         four_bits=config.lora_4bit,
         device=ranks.device,
         seed=config.seed,
     )
+    if lora is not None:
+        header.append(("adapter", told(lora, config.lora_4bit)))
+    found = misfits(model, tokenizer, store, "--data")
+    found += misfits(model, tokenizer, dev, "--dev") if dev else []
+    if gsm8k and tokenizer is None:
+        found.append(f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR")
+    problems(found)
     stage = make_stage(
         config,
         ranks,
@@ -130,12 +133,11 @@ def build(config: Config, ranks: Ranks) -> Stage:
         tokenizer,
         store,
         dev,
-        lineage=lineage(config, store),
+        lineage=lineage(config, store, adapter),
         lora=lora,
         questions=gsm8k,
     )
-    base = ("model", f"{config.model}: {describe(model)}")
-    return replace(stage, header=[base, *stage.header[1:]])
+    return replace(stage, header=[*header, *stage.header[1:]])
 
 
 def make_stage(
@@ -178,7 +180,13 @@ def make_stage(
         evaluate=Evaluator(
             dev, tokenizer, config.micro_batch_size, problems=questions, n_samples=config.samples
         ),
-        save_model=ModelWriter(tokenizer, lineage, config.out_ckpt, lora),
+        save_model=ModelWriter(
+            tokenizer,
+            lineage,
+            config.out_ckpt,
+            lora,
+            saved_as(config.save_dtype, model.config.hf),
+        ),
         header=[
             ("model", describe(model)),
             ("data", f"{store.path}: {size}, {steps:,} steps an epoch"),
@@ -243,10 +251,41 @@ def lora_of(config: Config) -> LoRA | None:
     )
 
 
-def find_tokenizer(directory: Path | None, model: Path) -> Tokenizer | None:
-    """--tokenizer's, or the model directory's own; a `.pt` has none."""
+def unfit_flags(config: Config, ranks: Ranks, adapter: Path | None) -> list[str]:
+    """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
+    found = []
+    if config.lora_4bit and config.shard and ranks.size > 1:
+        found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
+    fields = [f for f in dataclasses.fields(Config) if f.name.startswith("lora_")]
+    given = [f.name for f in fields if getattr(config, f.name) != f.default]
+    given = [name for name in given if name != "lora_4bit"]
+    if adapter is not None:
+        found += [
+            f"--{name}: {adapter} is trained further, with its own settings; leave this out"
+            for name in given
+        ]
+    elif config.lora_rank is None:
+        found += [f"--{name}: there is no adapter; add --lora_rank 16" for name in given]
+    return found
+
+
+def told(lora: LoRA, four_bits: bool) -> str:
+    """The adapter's settings in one line."""
+    kinds = [("rsLoRA", lora.rslora), ("DoRA", lora.dora), ("on a base in 4 bits", four_bits)]
+    words = [f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.targets}"]
+    words += [f"dropout {lora.dropout:g}"] if lora.dropout else []
+    return ", ".join(words + [word for word, used in kinds if used])
+
+
+def find_tokenizer(directory: Path | None, model: Path, base: Path) -> Tokenizer | None:
+    """--tokenizer's, or the model directory's own, of an adapter without one its base's.
+
+    A `.pt` has none.
+    """
     if directory is not None:
         return load_tokenizer(directory)
+    if model != base and not (model / "tokenizer.json").is_file():
+        model = base
     return load_tokenizer(model) if model.is_dir() else None
 
 
@@ -259,13 +298,16 @@ def describe(model: Transformer) -> str:
     )
 
 
-def lineage(config: Config, store: PackedStore) -> dict:
-    """Where the model comes from, for its whet.json."""
+def lineage(config: Config, store: PackedStore, adapter: Path | None) -> dict:
+    """Where the model comes from, for its whet.json; the base of an adapter that goes on is its
+    own."""
     attrs = store.attrs
+    base, revision = base_of(adapter) if adapter else (config.model, config.revision)
     return {
         "stage": "sft",
-        "base": config.model,
-        "revision": config.revision,
+        "base": base,
+        "revision": revision,
+        **({"adapter": str(adapter)} if adapter else {}),
         "data": str(config.data),
         "tokenizer_hash": attrs.get("tokenizer_hash"),
         "template_hash": attrs.get("template_hash"),

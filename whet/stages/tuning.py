@@ -9,7 +9,7 @@ from torch import nn
 
 from whet.chat.tokenizer import Tokenizer, add_chat_tokens
 from whet.errors import UserError
-from whet.model.adapter import save_adapter
+from whet.model.adapter import continue_adapter, save_adapter
 from whet.model.checkpoint import save_model, save_pt
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
@@ -36,22 +36,36 @@ def choose_trained(
     *,
     train: str,
     lora: LoRA | None,
+    adapter: Path | None,
     new_rows: list[int],
     four_bits: bool,
     device: torch.device,
     seed: int,
-) -> None:
-    """Freeze what is not trained; with `lora` everything but its adapters and the new rows."""
-    if lora is None:
+) -> LoRA | None:
+    """Freeze what is not trained; with an adapter everything but it and the new rows.
+
+    `lora` are the settings of a new adapter, `adapter` the directory of one that is trained
+    further. Returns the adapter's settings, or None if the model itself is trained.
+    """
+    if lora is None and adapter is None:
         if four_bits:
             raise UserError("--lora_4bit: needs an adapter to train; add --lora_rank 16")
         select_trainable(model, train)
-        return
+        return None
     if train != "all":
-        raise UserError("--train and --lora_rank exclude each other: LoRA freezes the base")
+        raise UserError("--train and an adapter exclude each other: the base is frozen")
+    if adapter is not None and new_rows:
+        raise UserError(
+            f"{adapter}: an adapter can't be given tokens that it lacks; merge it first: "
+            f"whet export {adapter} --merge --out DIR"
+        )
     if four_bits:
         quantize_base(model, device)
+    if adapter is not None:
+        return continue_adapter(model, adapter)
+    assert lora is not None
     apply_lora(model, lora, new_rows, seed)
+    return lora
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,8 @@ class ModelWriter:
     lineage: dict[str, Any] = field(default_factory=dict)
     out_ckpt: Path | None = None
     lora: LoRA | None = None
+    dtype: torch.dtype | None = None
+    """What the weights are rounded to; None: as they are. An adapter stays in float32."""
 
     def __call__(self, model: nn.Module, directory: Path, metrics: dict[str, float]) -> None:
         """All ranks call it: a sharded model is gathered first. Only rank 0 writes."""
@@ -74,7 +90,7 @@ class ModelWriter:
             base = str(self.lineage["base"])
             save_adapter(whole, directory, self.lora, base, self.tokenizer, lineage, state=state)
             return
-        save_model(whole, directory, self.tokenizer, lineage, state=state)
+        save_model(whole, directory, self.tokenizer, lineage, self.dtype, state=state)
         if self.out_ckpt is not None and directory.name != "best":
             step, stage = int(metrics.get("step", 0)), self.lineage["stage"]
-            save_pt(whole, self.out_ckpt, stage, step, metrics, state=state)
+            save_pt(whole, self.out_ckpt, stage, step, metrics, self.dtype, state=state)

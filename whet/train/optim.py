@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from whet.errors import UserError
 from whet.train.settings import Schedule
@@ -105,13 +106,14 @@ def parameter_groups(
 
 
 def make_optimizers(
-    kind: str, groups: list[dict], *, beta1: float, beta2: float, device: torch.device
+    kind: str, groups: list[dict], *, beta1: float, beta2: float
 ) -> list[torch.optim.Optimizer]:
-    """Build the optimizer(s) for `groups`; `set_lr` gives them their learning rates."""
+    """Build the optimizer(s) for `groups`; `set_lr` gives them their learning rates.
+
+    Raises UserError if `kind` is adamw8bit and torchao is not installed.
+    """
     betas = (beta1, beta2)
     if kind == "adamw8bit":
-        if device.type != "cuda":
-            raise UserError("--optimizer adamw8bit: needs a CUDA device; adamw runs everywhere")
         try:
             from torchao.optim import AdamW8bit
         except ImportError:
@@ -134,7 +136,11 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
     """Give every group its learning rate: `lr` times its own factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+            value = lr * group["lr_factor"]
+            if isinstance(group["lr"], Tensor):  # torchao's, which compiles its step around it
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
 
 def create_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -149,3 +155,14 @@ def create_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def plain_tensors(name: str, value: Tensor) -> dict[str, Tensor]:
+    """`value` as tensors that a file can hold: itself, or the parts of a quantised one by name.
+
+    torchao's 8-bit moments are 8-bit codes, a scale for each block of 256 and a table.
+    """
+    if not is_traceable_wrapper_subclass(value) or hasattr(value, "full_tensor"):
+        return {name: value}
+    parts, _ = value.__tensor_flatten__()
+    return {f"{name}.{part}": getattr(value, part) for part in parts}

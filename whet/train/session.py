@@ -69,7 +69,7 @@ def _train(
     model = distributed.spread(model, ranks, shard=config.shard, bf16=config.precision == "bf16")
     stage = dataclasses.replace(stage, model=model)
     with distributed.told_once(ranks):
-        optimizers = make_optimizers(model, config, ranks)
+        optimizers = make_optimizers(model, config)
     data = fingerprint(stage.store)
     run.facts = Facts(data=data)
     if start is not None:
@@ -99,10 +99,10 @@ def _train(
         run.curves.close()
 
 
-def make_optimizers(
-    model: nn.Module, config: TrainSettings, ranks: Ranks
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: TrainSettings) -> list[torch.optim.Optimizer]:
     """The optimizer(s) of the trained parameters, by the run's settings."""
+    if config.optimizer == "adamw8bit" and distributed.is_sharded(model):
+        raise UserError("--optimizer adamw8bit: its blocks can't be sharded; leave out --shard")
     inner = distributed.unwrap(model)
     names = [name for name, p in inner.named_parameters() if p.requires_grad]
     lr_groups = optim.parse_lr_groups(config.lr_groups, names)
@@ -111,7 +111,6 @@ def make_optimizers(
         optim.parameter_groups(inner, config.weight_decay, lr_groups),
         beta1=config.beta1,
         beta2=config.beta2,
-        device=ranks.device,
     )
 
 

@@ -19,6 +19,8 @@ class TrainSettings:
     """Run folder to write: metrics, resume state and, at the end, the model directory."""
     out_ckpt: Path | None = None
     """Also write the final model as one `.pt` file here."""
+    save_dtype: Literal["same", "bfloat16", "float16", "float32"] = "same"
+    """Precision of the written model; same: its base's own. Training itself holds float32."""
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Schedule = "cosine"
@@ -30,7 +32,7 @@ class TrainSettings:
     lr_groups: tuple[str, ...] = ()
     """Other learning rates by parameter name, as PATTERN=FACTOR, e.g. 're:^embed=0.1'."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """muon: Muon for the matrices, AdamW for the rest. adamw8bit: 8-bit moments, on CUDA."""
+    """muon: Muon for the matrices, AdamW for the rest. adamw8bit: 8-bit moments."""
     beta1: float = 0.9
     """AdamW's decay of the gradient average (and Muon's AdamW part)."""
     beta2: float = 0.95
@@ -85,6 +87,16 @@ class TrainSettings:
 
 # What may differ between a run and its continuation, because the numbers do not depend on it.
 FREE_ON_RESUME = frozenset(
-    {"resume", "out", "out_ckpt", "micro_batch_size", "keep", "save_every", "save_async", "shard"}
+    {
+        "resume",
+        "out",
+        "out_ckpt",
+        "micro_batch_size",
+        "keep",
+        "save_every",
+        "save_async",
+        "shard",
+        "save_dtype",
+    }
     | {"grace_seconds", "rank_timeout", "device", "compile", "wandb_project", "quiet", "on_spike"}
 )

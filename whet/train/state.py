@@ -28,7 +28,7 @@ from torch import nn
 
 from whet.errors import UserError
 from whet.train.distributed import Ranks, unwrap
-from whet.train.optim import create_state
+from whet.train.optim import create_state, plain_tensors
 
 FORMAT_VERSION = 1
 HASH_CHUNK_BYTES = 1 << 22
@@ -70,7 +70,7 @@ def tensors_of(
             for key, value in entries.items():
                 # A step counter has no dimension; the safetensors reader of DCP needs one.
                 value = value.reshape(1) if value.ndim == 0 else value
-                tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+                tensors |= plain_tensors(f"optimizer.{names[id(parameter)]}.{key}", value)
     return tensors
 
 
