@@ -36,7 +36,7 @@ from whet.errors import UserError
 from whet.hub import find_model
 from whet.progress import say, track
 
-SMALL_BYTES = 4 << 20
+SMALL_BYTES = 8 << 20
 """Below this size of all input, starting worker processes takes longer than they save."""
 
 
