@@ -11,6 +11,7 @@ end of the context, and stand behind the prompt as it is at inference.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
@@ -37,7 +38,8 @@ class Mark(NamedTuple):
     weight: float
 
 
-class Turn(NamedTuple):
+@dataclass(slots=True)
+class Turn:
     """What was found out about one assistant turn."""
 
     index: int
@@ -143,14 +145,14 @@ class Reader:
         words = self._words_behind_border(index, prompt, whole)
         if words is not None:
             return self._with_ending(index, prompt, prompt + words, None, composed=True)
-        for switch in (None, *self.dialect.switches):
+        for setting in (None, *self.dialect.switches):
             try:
-                words = self._words_in_place(index, switch)
+                words = self._words_in_place(index, setting)
             except TemplateError:
                 continue
             if words is not None:
-                prompt = self.render(index, prompt=True, switch=switch)
-                return self._with_ending(index, prompt, prompt + words, switch, composed=True)
+                asking = self.render(index, prompt=True, switch=setting)
+                return self._with_ending(index, asking, asking + words, setting, composed=True)
         raise self._no_prefix(index, prompt, whole)
 
     def _words_behind_border(self, index: int, prompt: str, whole: str) -> str | None:
