@@ -116,6 +116,25 @@ def test_a_switch_is_found_by_itself_and_told(chatml: Tokenizer) -> None:
     assert tokenizer.decode(encoded.ids[encoded.loss_mask > 0], False) == "one<|im_end|>"
 
 
+THINKS_ON_DEMAND = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if mode == 'deep' and m.thinking %}<think>{{ m.thinking }}</think>{% endif -%}
+{{ m.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if mode == 'deep' %}<think>{% endif %}{% endif -%}"""
+
+
+def test_a_switch_that_writes_the_thinking_is_found(chatml: Tokenizer) -> None:
+    """Without it the prompt is true, too, but what the model thought would be lost."""
+    tokenizer = suite.with_template(chatml, THINKS_ON_DEMAND)
+    talk = [user("a"), said("one", reasoning_content="hm")]
+    encoded = rules.check(talk, None, tokenizer, rules.Oracle(tokenizer))
+    assert encoded.certificate.switches == {2: {"mode": "deep"}}
+    assert words(tokenizer, talk) == ["hm</think>one<|im_end|>"]
+    assert not encode_chat([user("a"), said("one")], tokenizer).certificate.switches
+
+
 def test_no_true_generation_prompt_is_refused_with_the_ways_out(chatml: Tokenizer) -> None:
     tokenizer = suite.with_template(chatml, OPENS_THINKING)
     options = EncodeOptions(template_kwargs={"think": "yes"})

@@ -132,16 +132,32 @@ class Reader:
         except TemplateError as error:
             advice = self.dialect.advice(error, self.messages[: index + 1], self.tools)
             raise self.refused("template", f"{error}{advice}", index) from None
-        if whole.startswith(prompt):
+        if not whole.startswith(prompt):
+            return self._switched(index) or self._composed(index, prompt, whole)
+        try:
             return self._with_ending(index, prompt, whole, None)
+        except Refused as error:  # thinking, for instance, may be written under a switch alone
+            if error.refusal.kind == "dropped" and (turn := self._switched(index)):
+                return turn
+            raise
+
+    def _switched(self, index: int) -> Turn | None:
+        """The turn under the first switch with a true generation prompt that drops nothing."""
         for switch in self.dialect.switches:
             try:
-                other_whole = self.render(index + 1, switch=switch)
-                other_prompt = self.render(index, prompt=True, switch=switch)
+                whole = self.render(index + 1, switch=switch)
+                prompt = self.render(index, prompt=True, switch=switch)
+                if whole.startswith(prompt):
+                    return self._with_ending(index, prompt, whole, switch)
             except TemplateError:
                 continue
-            if other_whole.startswith(other_prompt):
-                return self._with_ending(index, other_prompt, other_whole, switch)
+            except Refused as error:
+                if error.refusal.kind != "dropped":
+                    raise
+        return None
+
+    def _composed(self, index: int, prompt: str, whole: str) -> Turn:
+        """The turn with its words put behind the prompt, which is no beginning of `whole`."""
         words = self._words_behind_border(index, prompt, whole)
         if words is not None:
             return self._with_ending(index, prompt, prompt + words, None, composed=True)

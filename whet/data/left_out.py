@@ -133,8 +133,13 @@ def fates(encoded: Encoded) -> str:
     return told
 
 
-def notes(encoded: Encoded, accounts: list[SourceAccount]) -> list[str]:
-    """What the user should know besides the account, one line each."""
+def notes(
+    encoded: Encoded, accounts: list[SourceAccount], left_out: list[str], truncate: bool
+) -> list[str]:
+    """What the user should know besides the account, one line each.
+
+    `left_out` are the records of `LeftOut`; `truncate` says whether long examples were cut.
+    """
     lines = [f"{n:,} {what}" for what, n in sorted(encoded.spool.notes.items()) if n]
     kinds: dict[str, int] = {}
     for account in accounts:
@@ -147,8 +152,13 @@ def notes(encoded: Encoded, accounts: list[SourceAccount]) -> list[str]:
             told = TOLD[name]
             if fate == OVERLONG:
                 longest = encoded.examples["length"][encoded.selection.fate == OVERLONG].max()
-                told += f", the longest has {longest:,} tokens; {WAYS_TO_FIT}"
+                ways = "no turn of theirs fits" if truncate else WAYS_TO_FIT
+                told += f", the longest has {longest:,} tokens; {ways}"
             lines.append(f"{n:,} examples left out: {told}")
+            if fate == CONTAMINATED:
+                found = [r for r in map(json.loads, left_out) if r["kind"] == FATES[fate]]
+                lines += [f"  {record['reason']}" for record in found[:SAME]]
+                lines += ["  … (whet inspect shows all)"] if len(found) > SAME else []
     truncated = sum(account.truncated_examples for account in accounts)
     if truncated:
         lines.append(f"{truncated:,} examples end after the last turn that fits into a row")

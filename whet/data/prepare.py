@@ -287,7 +287,7 @@ def _write(
             say(table(accounts))
             say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
     if not quiet:
-        for line in notes(encoded, accounts):
+        for line in notes(encoded, accounts, refusals, config.overlong == "truncate"):
             say(line)
     return accounts
 
