@@ -67,7 +67,7 @@ def check(
     for example in encoded.examples:
         same_ids(example, encoded, shaped, tools, oracle)
         for span in example.spans:
-            own_words(example, span, encoded, shaped, tools, tokenizer, oracle)
+            own_words(example, span, encoded, read, shaped, tools, tokenizer, oracle)
             same_context(example, span, encoded, read, shaped, tools, tokenizer, oracle, options)
         mask = np.zeros(len(example.ids), np.float32)
         for span in example.spans:
@@ -96,6 +96,7 @@ def own_words(
     example: Example,
     span: Span,
     encoded: Encoded,
+    read: list,
     shaped: list,
     tools: Any,
     tokenizer: Tokenizer,
@@ -108,10 +109,11 @@ def own_words(
     switch = encoded.certificate.switches.get(span.message + 1, {})
     whole = oracle.text(shaped[: span.message + 1], tools, False, **switch)
     words = blankless(tokenizer.decode(ids, skip_special=False))
+    stop = blankless(tokenizer.decode(ids[-1:], skip_special=False))
     if encoded.certificate.composed:
-        assert words in blankless(whole)
+        content = blankless(str(read[span.message].get("content") or ""))
+        assert words in blankless(whole + stop) or content.endswith(words.removesuffix(stop))
     elif encoded.certificate.closed:
-        stop = blankless(tokenizer.decode(ids[-1:], skip_special=False))
         assert blankless(whole).endswith(words.removesuffix(stop))
     else:
         prompt = oracle.text(shaped[: span.message], tools, True, **switch)

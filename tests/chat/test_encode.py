@@ -1,5 +1,6 @@
 """encode_chat and its kin: the rules on chosen cases, and as laws on random conversations."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,25 @@ def test_a_switch_is_found_by_itself_and_told(chatml: Tokenizer) -> None:
     assert tokenizer.decode(encoded.ids[encoded.loss_mask > 0], False) == "one<|im_end|>"
 
 
+THINKS_ON_DEMAND = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if mode == 'deep' and m.thinking %}<think>{{ m.thinking }}</think>{% endif -%}
+{{ m.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if mode == 'deep' %}<think>{% endif %}{% endif -%}"""
+
+
+def test_a_switch_that_writes_the_thinking_is_found(chatml: Tokenizer) -> None:
+    """Without it the prompt is true, too, but what the model thought would be lost."""
+    tokenizer = suite.with_template(chatml, THINKS_ON_DEMAND)
+    talk = [user("a"), said("one", reasoning_content="hm")]
+    encoded = rules.check(talk, None, tokenizer, rules.Oracle(tokenizer))
+    assert encoded.certificate.switches == {2: {"mode": "deep"}}
+    assert words(tokenizer, talk) == ["hm</think>one<|im_end|>"]
+    assert not encode_chat([user("a"), said("one")], tokenizer).certificate.switches
+
+
 def test_no_true_generation_prompt_is_refused_with_the_ways_out(chatml: Tokenizer) -> None:
     tokenizer = suite.with_template(chatml, OPENS_THINKING)
     options = EncodeOptions(template_kwargs={"think": "yes"})
@@ -177,11 +197,82 @@ def test_template_that_acts_upon_a_control_token_in_the_text_is_refused(chatml: 
 
 
 def test_template_without_end_is_refused(chatml: Tokenizer) -> None:
-    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}"
     with pytest.raises(Refused, match=r"never learn to stop.*--chat_template plain") as caught:
         encode_chat(TALK, suite.with_template(chatml, source))
     assert caught.value.refusal.kind == "no_stop"
     assert caught.value.refusal.turn == 2
+
+
+NO_STOP = """{%- for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor -%}
+{%- if add_generation_prompt %}assistant:{% endif -%}"""
+
+
+def test_template_that_ends_no_reply_gets_the_eos(chatml: Tokenizer) -> None:
+    """Each engine stops at the eos; what the template writes behind a reply is not the model's."""
+    tokenizer = suite.with_template(chatml, NO_STOP)
+    encoded = rules.check(TALK, None, tokenizer, rules.Oracle(tokenizer))
+    assert encoded.certificate.closed
+    assert words(tokenizer, TALK) == [" Hello!</s>", " Good bye.</s>"]
+    second = tokenizer.decode(encoded.examples[1].ids, False)
+    assert second == "user: Hi\nassistant: Hello!\nuser: Bye\nassistant: Good bye.</s>"
+    assert words(tokenizer, [user("a"), said(" b \n")]) == ["  b \n</s>"]
+
+
+OTHER_BLANKS = """{%- for m in messages %}
+   [{{ m.role }}] {{ m.content }}</s>
+{% endfor -%}
+{%- if add_generation_prompt %}
+  [assistant]
+{% endif -%}"""
+
+
+def test_prompt_with_other_blanks_than_the_reply_has_before_it(chatml: Tokenizer) -> None:
+    """Such files were meant to be stripped. The prompt stays as it is at inference."""
+    tokenizer = suite.with_template(chatml, OTHER_BLANKS)
+    encoded = rules.check(TALK, None, tokenizer, rules.Oracle(tokenizer))
+    assert encoded.certificate.composed
+    assert words(tokenizer, TALK) == ["Hello!</s>", "Good bye.</s>"]
+
+
+CUTS_THINKING = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{{ m.content.split('</think>')[-1] }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+<think>
+{% endif -%}"""
+
+
+def test_reply_that_begins_with_what_the_prompt_opens(chatml: Tokenizer) -> None:
+    """The template cuts thinking off even the last reply, yet asks for it: the data's words are
+    put behind the prompt. Without thinking in the data there is nothing faithful."""
+    tokenizer = suite.with_template(chatml, CUTS_THINKING)
+    talk = [user("a"), said("<think>\nhm\n</think>\n\none"), user("b"), said("<think>\nx</think>2")]
+    encoded = rules.check(talk, None, tokenizer, rules.Oracle(tokenizer))
+    assert encoded.certificate.composed
+    assert words(tokenizer, talk) == ["hm\n</think>\n\none<|im_end|>", "x</think>2<|im_end|>"]
+    second = tokenizer.decode(encoded.examples[1].ids, False)
+    assert "hm" not in second
+    assert "assistant\n\n\none<|im_end|>" in second
+    with pytest.raises(Refused, match=r"a content that begins with '<think>\\n'"):
+        encode_chat([user("a"), said("one")], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "advice"),
+    [
+        ("{{ tools[0].type }}", "needs tools, and this conversation has none"),
+        ("{{ mode + 'x' }}", "--template_kwargs '{\"mode\": ...}'"),
+    ],
+)
+def test_template_that_misses_something_says_what(
+    chatml: Tokenizer, source: str, advice: str
+) -> None:
+    tokenizer = suite.with_template(chatml, source + chatml.template.source)
+    with pytest.raises(Refused, match=re.escape(advice)):
+        encode_chat(TALK, tokenizer)
 
 
 def test_template_that_drops_thinking_or_calls_is_refused(chatml: Tokenizer) -> None:

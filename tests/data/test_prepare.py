@@ -333,7 +333,9 @@ def test_conversations_are_no_text(folder, tmp_path):
 
 def test_nothing_left_to_train_on(folder, tmp_path):
     data = write(tmp_path / "a.jsonl", conversations(3))
-    with pytest.raises(UserError, match="nothing is left to train on: 3 overlong"):
+    with pytest.raises(
+        UserError, match=r"to train on: 3 overlong \(the shortest has \d+ tokens; see"
+    ):
         run(folder, tmp_path, [data], context_length=5)
     with pytest.raises(UserError, match="no conversation was read"):
         run(folder, tmp_path, [write(tmp_path / "empty.jsonl", [])])
@@ -359,6 +361,46 @@ def test_what_the_user_sees(folder, tmp_path, capsys):
     assert total.startswith("total")
     assert "34 examples left out: exact duplicates" in told
     assert "% filled" in told
+
+
+SWITCHED = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if not brief %}<think>{% endif %}{% endif -%}"""
+
+
+def test_what_was_done_and_left_out_is_told(folder, tmp_path, capsys):
+    from whet.cli import main
+
+    records = conversations(9, turns=1)
+    data = write(tmp_path / "a.jsonl", records)
+    template = tmp_path / "t.jinja"
+    template.write_text(SWITCHED)
+    test = write(
+        tmp_path / "test.jsonl", [{"question": r["messages"][0]["content"]} for r in records[:5]]
+    )
+    flags = ["--tokenizer", str(folder), "--out", str(tmp_path / "a.h5"), "--data", data]
+    flags += ["--chat_template", str(template), "--decontaminate", test]
+    assert main(["prepare", *flags]) == 0
+    told = capsys.readouterr().out
+    assert '9 conversations rendered with {"brief": true}: use it as --template_kwargs' in told
+    assert f"5 examples left out: they share a question with an evaluation file\n  {data}:1" in told
+    assert told.count("shares a question with") == 3
+
+
+def test_refusals_of_one_reason_are_told_three_times(folder, tmp_path):
+    lines = ['{"messages": []}'] * 30 + ["{"] * 2
+    data = tmp_path / "a.jsonl"
+    data.write_text("\n".join(lines))
+    with pytest.raises(UserError) as error:
+        run(folder, tmp_path, [str(data)])
+    told = str(error.value).splitlines()
+    assert [line.split(": ")[0] for line in told[:3]] == [f"{data}:{n}" for n in (1, 2, 3)]
+    assert told[3] == "27 further lines are like the last one"
+    assert [line.split(": ")[0] for line in told[4:6]] == [f"{data}:{n}" for n in (31, 32)]
+    assert told[6].startswith("of 32 lines 32 cannot be read")
 
 
 def test_ctrl_c_leaves_no_process_and_no_file(folder, tmp_path):

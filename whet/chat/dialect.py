@@ -6,6 +6,7 @@ token, and which of its switches change the generation prompt.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 ASKED, SAID, THOUGHT, NEXT = "Qaskedq", "Qsaidq", "Qthoughtq", "Qnextq"
 FUNCTION, VALUE = "qcallq", "Qvalueq"
+UNDEFINED = re.compile(r"'(\w+)' is undefined")  # as jinja says it
 KNOWN = {"messages", "tools", "documents", "add_generation_prompt"}
 
 Tools = list[dict[str, Any]] | None
@@ -58,14 +60,19 @@ class Ending:
     """How a reply ends: the stop token's text and what the template writes behind it.
 
     `close` is not empty for a template that leaves the last reply open and closes it only when more
-    follows: the text up to and with the stop token that is missing at the end. `calls` says whether
-    this was seen behind tool calls.
+    follows: the text up to and with the stop token that is missing at the end, put in the place of
+    `after`. `calls` says whether this was seen behind tool calls.
     """
 
     stop: str
     after: str
     close: str = ""
     calls: bool = False
+
+    @cached_property
+    def tail(self) -> str:
+        """What stands behind the last word."""
+        return self.stop + self.after
 
 
 @dataclass
@@ -102,9 +109,11 @@ class Dialect:
 
     def form(self, messages: list[Message]) -> Form:
         """The form for conversations like this one."""
-        roles = frozenset(message["role"] for message in messages)
-        calls = any("tool_calls" in message for message in messages)
-        key = ("system" in roles, calls)
+        system = calls = False
+        for message in messages:  # a loop, as this is asked for every conversation
+            system = system or message["role"] == "system"
+            calls = calls or "tool_calls" in message
+        key = (system, calls)
         if key not in self._forms:
             self._forms[key] = self._find_form(*key)
         return self._forms[key]
@@ -146,6 +155,9 @@ class Dialect:
             for before in self._openings
             for reply in calls
         ]
+        if not any(found):
+            found = [self._unwritten(b, reply, user) for b in self._openings for reply in plain]
+            found += [self._unwritten(b, calls[0], result) for b in self._openings if any(found)]
         unique = dict.fromkeys(ending for ending in found if ending)
         return tuple(sorted(unique, key=lambda e: -len(e.stop + e.after)))
 
@@ -199,17 +211,32 @@ class Dialect:
         `calls` says whether they are tool calls.
         """
         for ending in self.endings:
-            end = len(whole) - len(ending.after)
-            if not ending.close and whole.endswith(ending.stop + ending.after):
+            if not ending.close and whole.endswith(ending.tail):
+                end = len(whole) - len(ending.after)
                 return (end, ending) if end - len(ending.stop) >= start else None
         for ending in self.endings:  # a shape of reply that was not tried, with a known stop
             end = len(whole.rstrip())
             if whole.endswith(ending.stop, start, end) and not ending.close:
                 return end, Ending(ending.stop, whole[end:])
         for ending in self.endings:
-            if ending.close and ending.calls == calls:
-                return len(whole) + len(ending.close), ending
+            end = len(whole) - len(ending.after)
+            fits = ending.calls == calls and whole.endswith(ending.after) and end >= start
+            if ending.close and fits:
+                return end + len(ending.close), ending
         return None
+
+    def advice(self, error: TemplateError, messages: list[Message], tools: Tools) -> str:
+        """What the template lacks if it fails with `error` on `messages`: a variable or tools."""
+        missing = UNDEFINED.search(str(error))
+        if missing and missing[1] in self.template(tools).variables:
+            return f"; set it with --template_kwargs '{{\"{missing[1]}\": ...}}'"
+        if not tools:
+            try:
+                self.render(messages, TOOLS)
+            except TemplateError:
+                return ""
+            return "; it needs tools, and this conversation has none"
+        return ""
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         template = self.tokenizer.template
@@ -284,6 +311,30 @@ class Dialect:
             if len(tail) < end and (self._is_eos(stop) or text in asking):
                 return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
         return None
+
+    def _unwritten(
+        self, before: list[Message], reply: Message, follow: list[Message]
+    ) -> Ending | None:
+        """The ending of a reply in a template that ends none: the eos, at which each engine stops.
+
+        Only blanks may stand behind a last reply, since a text there could be an end marker that
+        this tokenizer does not have as a token. A call goes on to where the next message begins.
+        """
+        eos = self.tokenizer.named.get("eos_token", "")
+        calls = "tool_calls" in reply
+        tools, word = (TOOLS, VALUE) if calls else (None, SAID)
+        form = self.form([*before, reply])
+        tail = _behind(self._tried(form.shape([*before, reply]), tools), word)
+        if tail is None or eos not in self.tokenizer.added:
+            return None
+        written = tail.rstrip()
+        if calls:
+            more = _behind(self._tried(form.shape([*before, reply, *follow]), tools), word)
+            if more is None or not more.startswith(written):
+                return None
+        elif written:
+            return None
+        return Ending(eos, tail[len(written) :], eos, calls)
 
     def _stop_in(self, text: str, known: set[str]) -> tuple[str, int]:
         """The stop token in `text` and where it ends; ("", 0) if there is none."""

@@ -148,6 +148,8 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
     if not isinstance(message, Mapping):
         raise UserError(f"{at}: expected an object with role and content, got {shown(message)}")
     role = message.get("role")
+    if len(message) == 2 and type(message.get("content")) is str and role in ROLES:
+        return dict(message), None  # most messages: nothing is left to judge
     if role not in ROLES:
         known = ", ".join(ROLES)
         what = "has no role" if role is None else f"has the unknown role {shown(role)}"

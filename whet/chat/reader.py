@@ -12,7 +12,7 @@ end of the context, and stand behind the prompt as it is at inference.
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.dialect import Dialect, Ending
@@ -21,14 +21,10 @@ from whet.chat.messages import Conversation, Message
 from whet.chat.template import TemplateError
 
 BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
-WAYS_OUT = (
-    "give the reply a reasoning_content, or set the template's switch with --template_kwargs, "
-    "or take another template with --chat_template"
-)
+STAND_IN = f"Q{BORDER}q"  # a reply in a trial rendering
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """The words of message `message` are characters start..end of a text; `stop` ends them.
 
     A mark with weight 0 trains nothing: it only says where a prompt ended, since a token that
@@ -42,14 +38,14 @@ class Mark:
     weight: float
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Turn:
     """What was found out about one assistant turn."""
 
     index: int
     prompt: str
     whole: str  # the rendering with this turn as the last; begins with `prompt`
-    end: int  # of the words; beyond `whole` if the template leaves the turn open
+    end: int  # of the words in `text`
     ending: Ending
     switch: dict[str, Any] | None
     composed: bool = False  # `whole` is the prompt and the words behind it, not one rendering
@@ -57,7 +53,13 @@ class Turn:
     @property
     def said(self) -> str:
         """The rendering up to the end of the stop token."""
-        return (self.whole + self.ending.close)[: self.end]
+        close = self.ending.close
+        return self.whole[: self.end - len(close)] + close
+
+    @property
+    def text(self) -> str:
+        """The whole rendering; ends with the stop token if the template leaves the turn open."""
+        return self.said if self.ending.close else self.whole
 
     def mark(self, weight: float) -> Mark:
         return Mark(self.index, len(self.prompt), self.end, self.ending.stop, weight)
@@ -128,21 +130,46 @@ class Reader:
             whole = self.render(index + 1)
             prompt = self.render(index, prompt=True)
         except TemplateError as error:
-            raise self.refused("template", str(error), index) from None
-        if whole.startswith(prompt):
+            advice = self.dialect.advice(error, self.messages[: index + 1], self.tools)
+            raise self.refused("template", f"{error}{advice}", index) from None
+        if not whole.startswith(prompt):
+            return self._switched(index) or self._composed(index, prompt, whole)
+        try:
             return self._with_ending(index, prompt, whole, None)
+        except Refused as error:  # thinking, for instance, may be written under a switch alone
+            if error.refusal.kind == "dropped" and (turn := self._switched(index)):
+                return turn
+            raise
+
+    def _switched(self, index: int) -> Turn | None:
+        """The turn under the first switch with a true generation prompt that drops nothing."""
         for switch in self.dialect.switches:
             try:
-                other_whole = self.render(index + 1, switch=switch)
-                other_prompt = self.render(index, prompt=True, switch=switch)
+                whole = self.render(index + 1, switch=switch)
+                prompt = self.render(index, prompt=True, switch=switch)
+                if whole.startswith(prompt):
+                    return self._with_ending(index, prompt, whole, switch)
             except TemplateError:
                 continue
-            if other_whole.startswith(other_prompt):
-                return self._with_ending(index, other_prompt, other_whole, switch)
+            except Refused as error:
+                if error.refusal.kind != "dropped":
+                    raise
+        return None
+
+    def _composed(self, index: int, prompt: str, whole: str) -> Turn:
+        """The turn with its words put behind the prompt, which is no beginning of `whole`."""
         words = self._words_behind_border(index, prompt, whole)
-        if words is None:
-            raise self._no_prefix(index, prompt, whole)
-        return self._with_ending(index, prompt, prompt + words, None, composed=True)
+        if words is not None:
+            return self._with_ending(index, prompt, prompt + words, None, composed=True)
+        for setting in (None, *self.dialect.switches):
+            try:
+                words = self._words_in_place(index, setting)
+            except TemplateError:
+                continue
+            if words is not None:
+                asking = self.render(index, prompt=True, switch=setting)
+                return self._with_ending(index, asking, asking + words, setting, composed=True)
+        raise self._no_prefix(index, prompt, whole)
 
     def _words_behind_border(self, index: int, prompt: str, whole: str) -> str | None:
         """What stands in `whole` behind the end of the context and the generation prompt.
@@ -166,6 +193,47 @@ class Reader:
         _, found, expected = asking.partition(BORDER)
         tail = answered.partition(BORDER)[2]
         return tail[len(expected) :] if found and tail.startswith(expected) else None
+
+    def _words_in_place(self, index: int, switch: dict[str, Any] | None) -> str | None:
+        """The words where the template writes the reply's content, if the prompt leads there.
+
+        The prompt may end with other blanks than the reply is written behind. Or it opens something
+        (`<think>`) with which the content begins, and which the template does not write. None if it
+        is otherwise.
+        """
+        around = self._around_content(index, switch)
+        if around is None:
+            return None
+        head, tail = around
+        content = _text_of(self.messages[index])
+        prompt = self.render(index, prompt=True, switch=switch)
+        if "".join(prompt.split()) == "".join(head.split()):
+            whole = self.render(index + 1, switch=switch)
+            if not whole.startswith(head):
+                return None
+            ends = prompt[len(prompt.rstrip()) :], head[len(head.rstrip()) :]
+            left = ends[1].removeprefix(ends[0]) if ends[1].startswith(ends[0]) else ""
+            return left + whole[len(head) :]
+        opened = prompt[len(head) :]
+        if prompt.startswith(head) and opened.strip() and content.startswith(opened):
+            return content[len(opened) :] + tail
+        return None
+
+    def _around_content(
+        self, index: int, switch: dict[str, Any] | None = None
+    ) -> tuple[str, str] | None:
+        """What the template writes before and behind the content of message `index`."""
+        message = self.messages[index]
+        if "tool_calls" in message or not _text_of(message):
+            return None
+        whole_text = isinstance(message["content"], str)
+        shaped = STAND_IN if whole_text else [{"type": "text", "text": STAND_IN}]
+        replied = [*self.messages[:index], {**message, "content": shaped}]
+        trial = self._render(replied, False, switch)
+        if trial.count(STAND_IN) != 1:
+            return None
+        head, _, tail = trial.partition(STAND_IN)
+        return head, tail
 
     def _with_ending(
         self,
@@ -250,9 +318,34 @@ class Reader:
             "not_a_prefix",
             f"the prompt at inference ends with {_end_of(prompt)}, but the reply is rendered with "
             f"{whole[max(0, at - 20) : at + 20]!r} there: the model would never see what it is "
-            f"trained on; {WAYS_OUT}",
+            f"trained on; {self._way_out(index, prompt)}set the template's switch with "
+            "--template_kwargs, or take another template with --chat_template",
             index,
         )
+
+    def _way_out(self, index: int, prompt: str) -> str:
+        """What the data could hold to fit a prompt that opens something, tried out."""
+        message = self.messages[index]
+        try:
+            thoughtful = {**message, "reasoning_content": STAND_IN, "thinking": STAND_IN}
+            if self._render([*self.messages[:index], thoughtful], False).startswith(prompt):
+                return "give the reply a reasoning_content, "
+            head, _ = self._around_content(index) or ("", "")
+        except TemplateError:
+            return ""
+        opened = prompt.removeprefix(head)
+        held = any(token in opened for token in self.dialect.tokenizer.control)
+        if not head or opened == prompt or not opened.strip() or held:
+            return ""
+        return f"give it a content that begins with {opened!r}, as the model's own words do, "
+
+
+def _text_of(message: Message) -> str:
+    """The content, if it is one text, perhaps as a list of one part; else ""."""
+    content = message.get("content")
+    if isinstance(content, list) and len(content) == 1:
+        content = content[0].get("text")
+    return content if isinstance(content, str) else ""
 
 
 def _any_text_holds(messages: list[Message], pattern: re.Pattern[str]) -> bool:

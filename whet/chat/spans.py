@@ -4,16 +4,14 @@ Turns share one text as long as each one's rendering is the beginning of that te
 template rewrites the past they do not, and get texts of their own (rule 3).
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from whet.chat.certificate import Certificate
 from whet.chat.reader import Mark, Reader, Turn
 from whet.chat.template import TemplateError
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """One example before it is tokenised. Marks are in order and do not overlap.
 
     `hidden` maps the private-use characters in `text` to the control strings they stand for.
@@ -55,20 +53,23 @@ def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Dr
             if index <= last.index and text.startswith(turns[index].said):
                 weight = weights[index] if index in remaining else 0.0
                 marks.append(turns[index].mark(weight))
-        done = {mark.message for mark in marks}
+        done = [mark.message for mark in marks]
         remaining = [index for index in remaining if index not in done]
         made.append(Draft(text, tuple(marks), reader.hidden))
         if remaining and rewritten_turns != "split":
             break
     certificate = Certificate(
         escaped=reader.escapes.count if reader.escapes else 0,
-        closed=any(turns[index].ending.close for index in trained),
-        composed=any(turns[index].composed for index in trained),
         rewritten=len(made) > 1 or bool(remaining),
-        untrained_turns=tuple(index + 1 for index in remaining),
-        switches={i + 1: switch for i in trained if (switch := turns[i].switch)},
+        untrained_turns=tuple([index + 1 for index in remaining]),
         today=str(reader.dialect.today or ""),
     )
+    for index in trained:
+        turn = turns[index]
+        certificate.closed = certificate.closed or bool(turn.ending.close)
+        certificate.composed = certificate.composed or turn.composed
+        if turn.switch:
+            certificate.switches[index + 1] = turn.switch
     if remaining and rewritten_turns == "error":
         raise reader.refused(
             "rewritten",
@@ -123,8 +124,9 @@ def _text(reader: Reader, last: Turn) -> str:
     count = len(reader.messages)
     if last.composed:
         reader.check_escapes(last.prompt, last.index, True, last.switch)
-        reader.check_escapes(reader.render(last.index + 1), last.index + 1, False, None)
-        return last.whole + last.ending.close
+        whole = reader.render(last.index + 1, switch=last.switch)
+        reader.check_escapes(whole, last.index + 1, False, last.switch)
+        return last.text
     if last.index + 1 < count:
         try:
             text = reader.render(count, switch=last.switch)
@@ -134,7 +136,7 @@ def _text(reader: Reader, last: Turn) -> str:
             reader.check_escapes(text, count, False, last.switch)
             return text
     reader.check_escapes(last.whole, last.index + 1, False, last.switch)
-    return last.whole + last.ending.close
+    return last.text
 
 
 def _begun(reader: Reader, count: int, prompt: str, switch: dict[str, Any] | None) -> str:

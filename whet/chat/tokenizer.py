@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,9 @@ class Tokenizer:
         content = json.loads(self.json_text)
         content.pop("truncation", None)
         content.pop("padding", None)
+        model = content.get("model") or {}
+        if isinstance(model.get("vocab"), dict):  # by id: it is in this order, so quickly sorted
+            model["vocab"] = sorted(model["vocab"].items(), key=itemgetter(1))
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

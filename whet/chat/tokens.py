@@ -76,54 +76,30 @@ class Aligner:
 
     def _quick(self, draft: Draft, id_list: list[int]) -> Located | None:
         """The spans through the added tokens around them, or None where that proves nothing."""
-        ids = np.array(id_list, dtype=np.int32)
-        places: dict[str, np.ndarray] = {}
+        places: dict[str, list[int]] = {}
         spans = []
         for mark in draft.marks:
             header = self._header_before(draft.text, mark.start)
             if header is None or (header.swallows and draft.text[mark.start].isspace()):
                 return None
-            at = self._place(draft.text, ids, places, header.token, header.token_id, mark.start)
+            at = _place(draft.text, id_list, places, header.token, header.token_id, mark.start)
             stop_id = self.tokenizer.added.get(mark.stop)
             if at is None or stop_id is None:
                 return None
             start = at + 1 + len(header.ids)
             if id_list[at + 1 : start] != header.ids:
                 return None
-            stop = self._place(draft.text, ids, places, mark.stop, stop_id, mark.end)
+            stop = _place(draft.text, id_list, places, mark.stop, stop_id, mark.end)
             if stop is None or stop < start:
                 return None
             spans.append((start, stop + 1))
-        return Located(ids, spans)
+        return Located(np.array(id_list, np.int32), spans)
 
     def _header_before(self, text: str, end: int) -> _Header | None:
         for header in self.headers:
             if text.startswith(header.text, end - len(header.text)):
                 return header
         return None
-
-    def _place(
-        self,
-        text: str,
-        ids: np.ndarray,
-        places: dict[str, np.ndarray],
-        token: str,
-        token_id: int,
-        before: int,
-    ) -> int | None:
-        """The position in `ids` of the last `token` that stands before character `before`.
-
-        Occurrences in text and ids are in the same order; their numbers being equal pairs them.
-        """
-        found = places.get(token)
-        if found is None:
-            found = places[token] = np.flatnonzero(ids == token_id)
-            if len(found) != text.count(token):
-                return None
-        elif len(found) != text.count(token):
-            return None
-        count = text.count(token, 0, before)
-        return int(found[count - 1]) if count else None
 
     def remember(self, token: str, stretch: str, ids: list[int]) -> None:
         """Keep a stretch behind an added token, so that the quick way can use it."""
@@ -174,6 +150,24 @@ def restored(text: str, hidden: dict[str, str]) -> str:
     for character, string in hidden.items():
         text = text.replace(character, string)
     return text
+
+
+def _place(
+    text: str, ids: list[int], places: dict[str, list[int]], token: str, token_id: int, before: int
+) -> int | None:
+    """The position in `ids` of the last `token` that stands before character `before`.
+
+    Occurrences in text and ids are in the same order; their numbers being equal pairs them.
+    """
+    found = places.get(token)
+    if found is None:
+        found, at = [], -1
+        for _ in range(ids.count(token_id)):
+            found.append(at := ids.index(token_id, at + 1))
+        # An empty list, in which nothing is found, where they cannot be paired.
+        found = places[token] = found if len(found) == text.count(token) else []
+    count = text.count(token, 0, before)
+    return found[count - 1] if 0 < count <= len(found) else None
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """What `whet prepare` leaves out: told to the user, recorded in the file for `whet inspect`."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
 
-from whet.chat.certificate import REASONS
+from whet.chat.certificate import REASONS, Refusal
 from whet.chat.messages import place
 from whet.config import problems
 from whet.data.account import SourceAccount
@@ -17,6 +18,9 @@ from whet.data.writing import Encoded
 
 SHOWN = 20
 """Refused lines that are shown on the screen."""
+SAME = 3
+"""Refused lines of one reason that are shown."""
+NAMES = re.compile(r'\d+|".*"')
 UNREADABLE = "datum"
 """The kind of refusal that --bad_lines is about; --uncertain is about all others."""
 
@@ -35,14 +39,30 @@ def stop_at_refusals(spool: Spool, bad_lines: Policy, uncertain: Policy) -> None
     if not ways:
         return
     fatal = [
-        refusal.message
+        refusal
         for refusal in spool.refusals
         if (bad_lines if refusal.kind == UNREADABLE else uncertain) == "error"
     ]
+    shown = _without_repetition(fatal)
     told = f"of {spool.lines.total():,} lines {' and '.join(ways)}; nothing was written"
-    if len(fatal) > SHOWN:
+    if len(shown) > SHOWN:
         told = f"these are the first {SHOWN}; {told}"
-    problems([*fatal[:SHOWN], told])
+    problems([*shown[:SHOWN], told])
+
+
+def _without_repetition(refusals: list[Refusal]) -> list[str]:
+    """Their messages, at most SAME of those that differ in names and numbers alone."""
+    groups: dict[str, list[str]] = {}
+    for refusal in refusals:
+        reason = refusal.message.removeprefix(f"{refusal.source}:{refusal.line}")
+        reason = refusal.kind if refusal.kind != UNREADABLE else NAMES.sub("", reason)
+        groups.setdefault(reason, []).append(refusal.message)
+    shown = []
+    for messages in groups.values():
+        shown += messages[:SAME]
+        if len(messages) > SAME:
+            shown.append(f"{len(messages) - SAME:,} further lines are like the last one")
+    return shown
 
 
 class LeftOut:
@@ -104,12 +124,22 @@ def _record(source: str, line: int, kind: str, reason: str) -> str:
 
 def fates(encoded: Encoded) -> str:
     """How many examples had which fate, for instance `12 overlong, 3 duplicate`."""
-    counts = np.bincount(encoded.selection.fate, minlength=len(FATES))
-    return ", ".join(f"{n:,} {name}" for name, n in zip(FATES, counts, strict=True) if n)
+    fate = encoded.selection.fate
+    counts = np.bincount(fate, minlength=len(FATES))
+    told = ", ".join(f"{n:,} {name}" for name, n in zip(FATES, counts, strict=True) if n)
+    if counts[OVERLONG]:
+        shortest = encoded.examples["length"][fate == OVERLONG].min()
+        told += f" (the shortest has {shortest:,} tokens; {WAYS_TO_FIT})"
+    return told
 
 
-def notes(encoded: Encoded, accounts: list[SourceAccount]) -> list[str]:
-    """What the user should know besides the account, one line each."""
+def notes(
+    encoded: Encoded, accounts: list[SourceAccount], left_out: list[str], truncate: bool
+) -> list[str]:
+    """What the user should know besides the account, one line each.
+
+    `left_out` are the records of `LeftOut`; `truncate` says whether long examples were cut.
+    """
     lines = [f"{n:,} {what}" for what, n in sorted(encoded.spool.notes.items()) if n]
     kinds: dict[str, int] = {}
     for account in accounts:
@@ -119,13 +149,23 @@ def notes(encoded: Encoded, accounts: list[SourceAccount]) -> list[str]:
     for fate, name in enumerate(FATES):
         n = int((encoded.selection.fate == fate).sum())
         if n and fate != KEPT:
-            lines.append(f"{n:,} examples left out: {TOLD[name]}")
+            told = TOLD[name]
+            if fate == OVERLONG:
+                longest = encoded.examples["length"][encoded.selection.fate == OVERLONG].max()
+                ways = "no turn of theirs fits" if truncate else WAYS_TO_FIT
+                told += f", the longest has {longest:,} tokens; {ways}"
+            lines.append(f"{n:,} examples left out: {told}")
+            if fate == CONTAMINATED:
+                found = [r for r in map(json.loads, left_out) if r["kind"] == FATES[fate]]
+                lines += [f"  {record['reason']}" for record in found[:SAME]]
+                lines += ["  … (whet inspect shows all)"] if len(found) > SAME else []
     truncated = sum(account.truncated_examples for account in accounts)
     if truncated:
         lines.append(f"{truncated:,} examples end after the last turn that fits into a row")
     return lines
 
 
+WAYS_TO_FIT = "see --context_length and --overlong truncate"
 TOLD = {
     "duplicate": "exact duplicates",
     "contaminated": "they share a question with an evaluation file",

@@ -36,7 +36,7 @@ from whet.errors import UserError
 from whet.hub import find_model
 from whet.progress import say, track
 
-SMALL_BYTES = 4 << 20
+SMALL_BYTES = 8 << 20
 """Below this size of all input, starting worker processes takes longer than they save."""
 
 
@@ -287,7 +287,7 @@ def _write(
             say(table(accounts))
             say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
     if not quiet:
-        for line in notes(encoded, accounts):
+        for line in notes(encoded, accounts, refusals, config.overlong == "truncate"):
             say(line)
     return accounts
 

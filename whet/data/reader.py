@@ -108,7 +108,7 @@ def parse(unit: Unit) -> Any:
         return unit.content
     try:
         text = unit.content if isinstance(unit.content, str) else unit.content.decode("utf-8")
-        record = json.loads(text, parse_constant=_no_constant)
+        record = DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is no character
             json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -124,6 +124,9 @@ def parse(unit: Unit) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant)  # json.loads would make one for each line
 
 
 def _size(content: Any) -> int:

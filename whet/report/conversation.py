@@ -106,6 +106,8 @@ def certificate_facts(certificate: Certificate, n_examples: int) -> dict[str, st
         changes.append(f"{certificate.escaped} control tokens in texts encoded as plain text")
     if certificate.closed:
         changes.append("the stop token that the template leaves out put behind the last reply")
+    if certificate.composed:
+        changes.append("a reply put behind its prompt, which the template renders otherwise")
     facts = {
         "ids": "those of the tokenizer and template"
         + (", but for: " + "; ".join(changes) if changes else "")
@@ -116,7 +118,7 @@ def certificate_facts(certificate: Certificate, n_examples: int) -> dict[str, st
     facts["context"] = context
     if certificate.untrained_turns:
         left_out = ", ".join(map(str, certificate.untrained_turns))
-        facts["turns left out"] = f"{left_out}: they have no certain mask"
+        facts["turns left out"] = f"{left_out}, which the template rewrites: --rewritten_turns last"
     for turn, switch in certificate.switches.items():
         told = ", ".join(f"{name}={value!r}" for name, value in switch.items())
         facts[f"switch for turn {turn}"] = told

@@ -104,7 +104,7 @@ def _numbers(sheet: Sheet) -> str:
         "rows": f"{len(sheet.fills):,}",
         "tokens a row": f"{sheet.width:,}",
         "documents": f"{len(sheet.lengths):,}",
-        "of the places filled": f"{100 * filled / places:.1f} %",
+        "of the places filled": f"{100 * filled / places:.2f} %",
         "of the tokens trained": f"{100 * sheet.trained / max(filled, 1):.1f} %",
     }
     if len(sheet.tokens) < len(sheet.fills):

@@ -82,8 +82,8 @@ def header_lines(sheet: Sheet, ink: Ink) -> Iterator[str]:
         for kind, count in sheet.left_out_counts.items():
             yield f"  {count:,}: {kind}"
         yield ""
-        for left in sheet.left_out[:LEFT_OUT_SHOWN]:
-            yield f"  {place(left.source, left.line)}: {left.reason}"
+        told = dict.fromkeys(f"{place(o.source, o.line)}: {o.reason}" for o in sheet.left_out)
+        yield from (f"  {line}" for line in list(told)[:LEFT_OUT_SHOWN])
         if sum(sheet.left_out_counts.values()) > LEFT_OUT_SHOWN:
             yield "  … --html shows more"
 
