@@ -21,13 +21,17 @@ from trl import SFTConfig, SFTTrainer
 class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
+        self.tokens: list[int] = []
         self.losses: list[float] = []
 
     def on_step_begin(self, *_: object, **__: object) -> None:
-        self.started = time.perf_counter()
+        self.started, self.busy = time.perf_counter(), time.process_time()
+        self.tokens.append(0)
 
     def on_step_end(self, *_: object, **__: object) -> None:
         self.seconds.append(time.perf_counter() - self.started)
+        self.cpu_seconds.append(time.process_time() - self.busy)
 
     def on_log(self, args, state, control, logs=None, **_: object) -> None:
         if logs and "loss" in logs:
@@ -40,6 +44,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bf16"], required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--by_row", action="store_true", help="accumulate passes of one row")
     args = parser.parse_args()
 
     lines = (args.work / "examples.jsonl").read_text().splitlines()
@@ -53,7 +58,8 @@ def main() -> None:
         packing=True,
         packing_strategy="bfd",
         completion_only_loss=True,  # with ids given, this is the switch for the column of masks
-        per_device_train_batch_size=args.batch_size,
+        per_device_train_batch_size=1 if args.by_row else args.batch_size,
+        gradient_accumulation_steps=args.batch_size if args.by_row else 1,
         max_steps=args.steps,
         learning_rate=1e-5,
         max_grad_norm=1.0,
@@ -77,11 +83,10 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[clock],
     )
-    tokens: list[int] = []
     step = trainer.training_step
 
     def counted(model, inputs, *rest):  # the documents' tokens that this step really trains on
-        tokens.append(int(inputs["input_ids"].numel()))
+        clock.tokens[-1] += int(inputs["input_ids"].numel())
         return step(model, inputs, *rest)
 
     trainer.training_step = counted
@@ -94,7 +99,8 @@ def main() -> None:
             {
                 "side": "TRL",
                 "seconds": clock.seconds,
-                "tokens": tokens,
+                "cpu_seconds": clock.cpu_seconds,
+                "tokens": clock.tokens,
                 "losses": clock.losses,
                 "peak_gib": peak,
                 "versions": versions,
