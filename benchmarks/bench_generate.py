@@ -5,12 +5,14 @@
 Both sides are Whet's own: `generate`, and `generate_without_cache`, which runs the whole text again
 for each token (the head at its last position only, padding left out: a fair one of its kind). They
 take turns, so a slow minute of the machine meets both. The replies of both are compared.
-Printed is one JSON line a side: new tokens/s as median, minimum and maximum over the rounds.
+Printed is one JSON line a side: new tokens/s as median, minimum and maximum over the rounds; on a
+GPU also how often the host waited for it while `--new` tokens were made.
 """
 
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ def main() -> None:
     replies: dict[str, list[list[int]]] = {}
     for run in sides.values():
         run(4)  # warm-up
+    waits = {side: host_waits(run, args) for side, run in sides.items()}
     for _ in range(args.rounds):
         for side, run in sides.items():
             started, cpu = time.perf_counter(), time.process_time()
@@ -65,6 +68,7 @@ def main() -> None:
     )
     for side in sides:
         line = summary(side, args, [count / each for each in seconds[side]])
+        line["host_waits"] = waits[side]
         line["share_of_equal_tokens"] = round(same / count, 4)
         if side == "no cache":
             times = [b / a for a, b in zip(seconds["cache"], seconds["no cache"], strict=True)]
@@ -72,6 +76,20 @@ def main() -> None:
             by_cpu = statistics.median(busy["no cache"]) / statistics.median(busy["cache"])
             line["cache_is_times_faster_by_cpu"] = round(by_cpu, 2)
         emit(line, args.out)
+
+
+def host_waits(run: Callable[[int], list[list[int]]], args: argparse.Namespace) -> int | None:
+    """How often the host waits for the GPU while it makes `args.new` tokens; None on a CPU."""
+    if args.device == "cpu":
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(args.new)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in caught)
 
 
 def some_prompts(count: int) -> list[list[int]]:
