@@ -5,21 +5,21 @@
 Both sides are Whet's own: `generate`, and `generate_without_cache`, which runs the whole text again
 for each token (the head at its last position only, padding left out: a fair one of its kind). They
 take turns, so a slow minute of the machine meets both. The replies of both are compared.
-Printed is one JSON line a side: new tokens/s as median, minimum and maximum over the rounds.
+Printed is one JSON line a side: new tokens/s as median, minimum and maximum over the rounds; on a
+GPU also how often the host waited for it while `--new` tokens were made.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.lines import emit, origin, spread
 from benchmarks.workload import MODEL
 from whet.generate.engine import generate, generate_without_cache
 from whet.model.config import ModelConfig
@@ -49,14 +49,17 @@ def main() -> None:
 
     sides: dict[str, Callable[[int], list[list[int]]]] = {"cache": cached, "no cache": uncached}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
+    busy: dict[str, list[float]] = {side: [] for side in sides}
     replies: dict[str, list[list[int]]] = {}
     for run in sides.values():
         run(4)  # warm-up
+    waits = {side: host_waits(run, args) for side, run in sides.items()}
     for _ in range(args.rounds):
         for side, run in sides.items():
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             replies[side] = run(args.new)  # ends with a copy to the host
             seconds[side].append(time.perf_counter() - started)
+            busy[side].append(time.process_time() - cpu)
     count = sum(map(len, replies["cache"]))
     same = sum(
         a == b
@@ -65,15 +68,28 @@ def main() -> None:
     )
     for side in sides:
         line = summary(side, args, [count / each for each in seconds[side]])
+        line["host_waits"] = waits[side]
         line["share_of_equal_tokens"] = round(same / count, 4)
         if side == "no cache":
-            medians = {name: statistics.median(values) for name, values in seconds.items()}
-            line["cache_is_times_faster"] = round(medians["no cache"] / medians["cache"], 2)
-        text = json.dumps(line)
-        print(text, flush=True)
-        if args.out:
-            with open(args.out, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            times = [b / a for a, b in zip(seconds["cache"], seconds["no cache"], strict=True)]
+            line |= spread("cache_is_times_faster", times, 2)
+            by_cpu = statistics.median(busy["no cache"]) / statistics.median(busy["cache"])
+            line["cache_is_times_faster_by_cpu"] = round(by_cpu, 2)
+        emit(line, args.out)
+
+
+def host_waits(run: Callable[[int], list[list[int]]], args: argparse.Namespace) -> int | None:
+    """How often the host waits for the GPU while it makes `args.new` tokens; None on a CPU."""
+    if args.device == "cpu":
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(args.new)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(each.message) for each in caught)
 
 
 def some_prompts(count: int) -> list[list[int]]:
@@ -85,22 +101,15 @@ def some_prompts(count: int) -> list[list[int]]:
 
 
 def summary(side: str, args: argparse.Namespace, rates: list[float]) -> dict[str, Any]:
-    cuda = args.device == "cuda"
     return {
         "benchmark": "generate",
         "side": side,
         "new_tokens": args.new,
         "prompts": args.prompts,
-        "tokens_per_s": round(statistics.median(rates), 1),
-        "tokens_per_s_min": round(min(rates), 1),
-        "tokens_per_s_max": round(max(rates), 1),
+        **spread("tokens_per_s", rates),
         "rounds": len(rates),
-        "precision": "bf16" if cuda else "float32",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "machine": torch.cuda.get_device_name()
-        if cuda
-        else f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "date": time.strftime("%Y-%m-%d"),
+        "precision": "bf16" if args.device == "cuda" else "float32",
+        **origin(args.device),
     }
 
 

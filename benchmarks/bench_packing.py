@@ -9,12 +9,12 @@ and the same share for best-fit decreasing.
 
 import argparse
 import bisect
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.lines import emit, origin
 from whet.chat.encode import Encoded, encode_many
 from whet.chat.formats import to_example
 from whet.chat.tokenizer import load_tokenizer
@@ -44,12 +44,9 @@ def main() -> None:
             "filled": round(fill(some, packing, args.context_length), 5),
             "filled_by_best_fit_decreasing": round(best_fit(some, args.context_length), 5),
             "seconds": round(seconds, 2),
-            "date": time.strftime("%Y-%m-%d"),
+            **origin(),
         }
-        print(json.dumps(line), flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        emit(line, args.out)
 
 
 def lengths_of(data: Path, directory: Path, limit: int) -> np.ndarray:

@@ -19,7 +19,6 @@ by processor seconds, which other work on the machine disturbs less.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -28,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.lines import emit, installed, origin
 from whet.chat.formats import Datum, to_example
 from whet.chat.messages import Conversation
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
@@ -73,16 +73,12 @@ def main() -> None:
         "tokens_per_cpu_second": {side: round(rate) for side, rate in by_cpu.items()},
         "whet_over_raw": round(median["whet"] / median["raw"], 3),
         "whet_over_raw_by_cpu": round(by_cpu["whet"] / by_cpu["raw"], 3),
-        "machine": platform.processor() or platform.machine(),
-        "date": time.strftime("%Y-%m-%d"),
+        **origin(versions=installed("tokenizers")),
     }
     if "trl" in median:
         line["whet_over_trl"] = round(median["whet"] / median["trl"], 2)
         line["whet_over_trl_by_cpu"] = round(by_cpu["whet"] / by_cpu["trl"], 2)
-    print(json.dumps(line))
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    emit(line, args.out)
 
 
 def copies(source: Path, target: Path, repeat: int) -> None:

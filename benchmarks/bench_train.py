@@ -3,30 +3,40 @@
     python -m benchmarks.bench_train --precision float32 --rounds 3
 
 Each round runs every side once as a process of its own, so a slow minute of the machine meets all
-of them. A process takes `--steps` optimizer steps of 4 rows of 1,024; the first is not counted.
+of them. A process takes `--steps` optimizer steps of `--rows` rows of 1,024; the first is not
+counted. Sides:
+
+- whet: `whet sft`;
+- plain: a loop as teaching code writes it (peers/plain_train.py);
+- trl: TRL's SFTTrainer, packed, all rows of a step in one forward pass (peers/trl_train.py);
+- trl_by_row: the same with one row a pass and the others accumulated. Without flash attention
+  TRL's attention makes a mask over all tokens of a pass, so this is its faster way on a CPU.
+
 Printed is one JSON line a side: tokens/s (the documents' own tokens, without padding) as median,
-minimum and maximum over all counted steps, and the peak memory of the process; then the ratios.
+minimum and maximum over all counted steps, the same for a second of processor time, which other
+work on the machine disturbs less, and the peak memory of the process; then the ratios.
 """
 
 import argparse
 import itertools
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lines import emit, origin, spread
 from benchmarks.workload import ROW, build
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / ".bench"
-BATCH_ROWS = 4
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -34,7 +44,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--sides", nargs="+", default=["whet", "plain", "trl"])
+    parser.add_argument("--rows", type=int, default=4, help="rows in an optimizer step")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES))
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     args = parser.parse_args()
 
@@ -45,20 +56,19 @@ def main() -> None:
     for number in range(args.rounds):
         for side in args.sides:
             started = time.monotonic()
-            runs[side].append(SIDES[side](work, args.precision, args.steps))
+            runs[side].append(SIDES[side](work, args.precision, args.steps, args.rows))
             took = time.monotonic() - started
             print(f"round {number + 1}: {side} took {took:.0f} s", file=sys.stderr, flush=True)
-    lines = [summary(side, args.precision, runs[side]) for side in args.sides]
-    ours = next((line for line in lines if line["side"] == "whet"), None)
-    for line in lines:
-        if ours and line is not ours:
-            line["whet_is_times_faster"] = round(ours["tokens_per_s"] / line["tokens_per_s"], 2)
+    lines = {side: summary(side, args, runs[side]) for side in args.sides}
+    ours = lines.get("whet")
+    for side, line in lines.items():
+        if ours and side != "whet":
+            times = compared(runs["whet"], runs[side])
+            line |= spread("whet_is_times_faster", times, 2)
+            by_cpu = ours["tokens_per_cpu_s"] / line["tokens_per_cpu_s"]
+            line["whet_is_times_faster_by_cpu"] = round(by_cpu, 2)
             line["whet_needs_share_of_memory"] = round(ours["peak_gb"] / line["peak_gb"], 2)
-        text = json.dumps(line)
-        print(text)
-        if args.out:
-            with open(args.out, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        emit(line, args.out)
 
 
 def prepare(work: Path) -> None:
@@ -66,98 +76,138 @@ def prepare(work: Path) -> None:
     if not (work / "packed.h5").exists():
         words = ["prepare", "--data", "gsm8k.jsonl", "--tokenizer", "model"]
         words += ["--context_length", str(ROW), "--out", "packed.h5"]
-        subprocess.run([sys.executable, "-m", "whet", *words], cwd=work, check=True)
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        command = [sys.executable, "-m", "whet", *words]
+        subprocess.run(command, cwd=work, check=True, env=environment, stdout=sys.stderr)
 
 
-def run_whet(work: Path, precision: str, steps: int) -> dict[str, Any]:
+def run_whet(work: Path, precision: str, steps: int, rows: int) -> dict[str, Any]:
     """`whet sft` itself; its numbers are read from the run folder."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = ["sft", "--model", "model", "--data", "packed.h5", "--out", str(out), "--quiet"]
-        words += ["--precision", precision, "--batch_size", str(BATCH_ROWS), "--lr", "1e-5"]
-        words += ["--micro_batch_size", str(BATCH_ROWS), "--max_steps", str(steps)]
+        words += ["--precision", precision, "--batch_size", str(rows), "--lr", "1e-5"]
+        words += ["--micro_batch_size", str(rows), "--max_steps", str(steps)]
         words += ["--eval_every", "0", "--save_every", "0", "--samples", "0"]
-        peak, _ = run_process([sys.executable, "-m", "whet", *words], work)
+        command = [sys.executable, "-m", "whet", *words]
+        peak, _, marks = run_process(command, work, out / "timing.jsonl")
         timing = read_lines(out / "timing.jsonl")
         metrics = [line for line in read_lines(out / "metrics.jsonl") if "train_loss" in line]
     seen = [0, *(line["tokens"] for line in metrics)]
-    import torch
-
     return {
         "seconds": [line["seconds"] for line in timing],
+        "cpu_seconds": [b - a for a, b in itertools.pairwise([0.0, *marks])],
         "tokens": [b - a for a, b in itertools.pairwise(seen)],
         "losses": [line["train_loss"] for line in metrics],
         "peak_gb": peak,
-        "versions": {"torch": torch.__version__},
+        "versions": {},
     }
 
 
-def run_plain(work: Path, precision: str, steps: int) -> dict[str, Any]:
-    return run_peer(Path(sys.executable), "plain_train.py", work, precision, steps)
+def run_plain(work: Path, precision: str, steps: int, rows: int) -> dict[str, Any]:
+    return run_peer(Path(sys.executable), "plain_train.py", work, precision, steps, rows, [])
 
 
-def run_trl(work: Path, precision: str, steps: int) -> dict[str, Any]:
+def run_trl(work: Path, precision: str, steps: int, rows: int, by_row: bool) -> dict[str, Any]:
     """TRL in an environment of its own, made from pinned versions if there is none."""
     python = BENCH / "trl" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(BENCH / "trl")], check=True)
         pins = REPOSITORY / "benchmarks" / "requirements-trl.txt"
         subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(pins)], check=True)
+    more = ["--by_row"] if by_row else []
     try:
-        return run_peer(python, "trl_train.py", work, precision, steps)
+        return run_peer(python, "trl_train.py", work, precision, steps, rows, more)
     finally:
         shutil.rmtree(work / "trl", ignore_errors=True)
 
 
-def run_peer(python: Path, script: str, work: Path, precision: str, steps: int) -> dict[str, Any]:
+def run_peer(
+    python: Path, script: str, work: Path, precision: str, steps: int, rows: int, more: list[str]
+) -> dict[str, Any]:
     words = [str(python), str(REPOSITORY / "benchmarks" / "peers" / script), "--work", str(work)]
-    words += ["--precision", precision, "--steps", str(steps), "--batch_size", str(BATCH_ROWS)]
-    peak, printed = run_process(words, work)
+    words += ["--precision", precision, "--steps", str(steps), "--batch_size", str(rows), *more]
+    peak, printed, _ = run_process(words, work)
     return {**json.loads(printed.splitlines()[-1]), "peak_gb": peak}
 
 
-def run_process(words: list[str], folder: Path) -> tuple[float, str]:
-    """Run to the end; returns the peak resident memory in GB and what it printed."""
+def run_process(
+    words: list[str], folder: Path, watched: Path | None = None
+) -> tuple[float, str, list[float]]:
+    """Run to the end; returns the peak resident memory in GB, what it printed, and the processor
+    seconds that it had used whenever the file `watched` had become a line longer."""
+    marks: list[float] = []
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
         child = subprocess.Popen(words, cwd=folder, stdout=out, stderr=err, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
+        ended = 0
+        while not ended:
+            used = cpu_seconds(child.pid)
+            lines = watched.read_bytes().count(b"\n") if watched and watched.exists() else 0
+            marks += [used] * (lines - len(marks))
+            ended, status, usage = os.wait4(child.pid, os.WNOHANG if watched else 0)
+            time.sleep(0.02)
         child.returncode = os.waitstatus_to_exitcode(status)
         for stream in (out, err):
             stream.seek(0)
         if child.returncode:
             raise SystemExit(f"{' '.join(words)}\nfailed:\n{err.read()[-3000:]}")
-        return usage.ru_maxrss / 1e6, out.read()
+        return usage.ru_maxrss / 1e6, out.read(), marks
+
+
+def cpu_seconds(process: int) -> float:
+    """Processor time that a process has used so far, all its threads."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def summary(side: str, precision: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One side's numbers over all its processes."""
-    rates = [
-        tokens / seconds
-        for run in runs
-        for tokens, seconds in list(zip(run["tokens"], run["seconds"], strict=True))[1:]
+def rates(run: dict[str, Any], clock: str) -> list[float]:
+    """Tokens a second of the counted steps."""
+    return [n / s for n, s in list(zip(run["tokens"], run[clock], strict=True))[1:]]
+
+
+def compared(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[float]:
+    """How many times faster we were in each round: both ran next to each other."""
+    return [
+        sum(rates(a, "seconds"))
+        / len(rates(a, "seconds"))
+        * len(rates(b, "seconds"))
+        / sum(rates(b, "seconds"))
+        for a, b in zip(ours, theirs, strict=True)
     ]
+
+
+def summary(side: str, args: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One side's numbers over all its processes."""
+    by_clock = {
+        clock: [rate for run in runs for rate in rates(run, clock)]
+        for clock in ("seconds", "cpu_seconds")
+    }
+    peaks = [run["peak_gb"] for run in runs]
     return {
         "benchmark": "train",
         "side": side,
-        "precision": precision,
-        "tokens_per_s": round(statistics.median(rates), 1),
-        "tokens_per_s_min": round(min(rates), 1),
-        "tokens_per_s_max": round(max(rates), 1),
-        "steps_counted": len(rates),
-        "peak_gb": round(statistics.median(run["peak_gb"] for run in runs), 2),
+        "precision": args.precision,
+        "rows": args.rows,
+        **spread("tokens_per_s", by_clock["seconds"]),
+        **spread("tokens_per_cpu_s", by_clock["cpu_seconds"]),
+        "steps_counted": len(by_clock["seconds"]),
+        **spread("peak_gb", peaks, 2),
         "first_loss": round(runs[0]["losses"][0], 4),
-        "versions": {"python": platform.python_version(), **runs[0]["versions"]},
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "date": time.strftime("%Y-%m-%d"),
+        **origin(versions=runs[0]["versions"]),
     }
 
 
-SIDES = {"whet": run_whet, "plain": run_plain, "trl": run_trl}
+SIDES: dict[str, Callable[[Path, str, int, int], dict[str, Any]]] = {
+    "whet": run_whet,
+    "plain": run_plain,
+    "trl": partial(run_trl, by_row=False),
+    "trl_by_row": partial(run_trl, by_row=True),
+}
 
 if __name__ == "__main__":
     main()

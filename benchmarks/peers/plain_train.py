@@ -92,9 +92,9 @@ def main() -> None:
     model = Plain(json.loads((args.work / "model" / "config.json").read_text()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     order = torch.randperm(rows)
-    seconds, tokens, losses = [], [], []
+    seconds, cpu_seconds, tokens, losses = [], [], [], []
     for step in range(args.steps):
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         at = order[step * args.batch_size : (step + 1) * args.batch_size]
         x, m = ids[at], mask[at]
         with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
@@ -107,6 +107,7 @@ def main() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.process_time() - busy)
         tokens.append(x.numel())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
@@ -114,6 +115,7 @@ def main() -> None:
             {
                 "side": "plain loop",
                 "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
                 "tokens": tokens,
                 "losses": losses,
                 "peak_gib": peak,

@@ -1,0 +1,66 @@
+"""What benchmarks print: one JSON line a side, with versions, machine, date, median and spread."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def spread(name: str, values: Sequence[float], digits: int = 1) -> dict[str, float]:
+    """Median, minimum and maximum of `values`, under `name`, `name`_min and `name`_max."""
+    found = {
+        name: statistics.median(values),
+        f"{name}_min": min(values),
+        f"{name}_max": max(values),
+    }
+    return {key: round(value, digits) for key, value in found.items()}
+
+
+def origin(device: str = "cpu", versions: dict[str, str] | None = None) -> dict[str, Any]:
+    """Where a number comes from: versions, machine, threads, date. `versions` adds a peer's own."""
+    cuda = device.startswith("cuda")
+    return {
+        "versions": {"python": platform.python_version(), **installed("torch"), **(versions or {})},
+        "machine": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The versions of those of `packages` that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name() -> str:
+    """Cores and the processor's name."""
+    name = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return f"{os.cpu_count()} cores, {name}"
+
+
+def emit(line: dict[str, Any], out: Path | None) -> None:
+    """Print `line`, and append it to the file `out`."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    if out:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")

@@ -1,0 +1,102 @@
+"""`make bench`: every benchmark that a CPU can run, one after another, in under 20 minutes.
+
+    python -m benchmarks.run                 # all
+    python -m benchmarks.run head generate   # some
+    python -m benchmarks.table FILE          # the result as rows of docs/performance.md
+
+Each benchmark is a command of its own. What they print goes to benchmarks/results/DATE-cpu.json,
+which is written anew after each of them, so that a run that was cut short keeps what it had. A
+benchmark that fails is told and the others go on; the exit code is 1 then.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lines import origin
+from benchmarks.workload import data_folder
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+TRL = REPOSITORY / ".bench" / "trl" / "bin" / "python"  # made by bench_train
+NEEDS_DATA = {"train", "train_bf16", "prepare", "packing"}
+
+
+def commands() -> dict[str, list[str]]:
+    """Name -> words after `python -m benchmarks.`; bf16 in small, as most CPUs only emulate it."""
+    gsm8k = str(data_folder() / "gsm8k" / "train.jsonl")
+    tokenizer = str(data_folder() / "tokenizers" / "qwen2")
+    data = ["--data", gsm8k, "--tokenizer", tokenizer]
+    small = ["--rows", "1", "--steps", "2", "--rounds", "1"]
+    return {
+        "help": ["bench_help"],
+        "head": ["bench_head"],
+        "generate": ["bench_generate", "--rounds", "2"],
+        "train": ["bench_train", "--rounds", "2"],
+        "train_bf16": ["bench_train", "--precision", "bf16", *small],
+        "open": ["bench_open"],
+        "packing": ["bench_packing", *data],
+        "prepare": ["bench_prepare", *data, "--rounds", "2", "--trl_python", str(TRL)],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(commands())}; all if none")
+    parser.add_argument("--out", type=Path, help="file of results instead of DATE-cpu.json")
+    args = parser.parse_args()
+    unknown = set(args.names) - set(commands())
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(commands())}")
+    out = args.out or RESULTS / f"{time.strftime('%Y-%m-%d')}-cpu.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {**origin(), "load_before": os.getloadavg()[0], "rows": []}
+    failed, started = [], time.monotonic()
+    for name, words in commands().items():
+        if args.names and name not in args.names:
+            continue
+        if name in NEEDS_DATA and not data_folder().is_dir():
+            print(f"{name}: left out, {data_folder()} is missing (WHET_SHARED_DATA names it)")
+            failed.append(name)
+            continue
+        row = run(name, words)
+        if row is None:
+            failed.append(name)
+        else:
+            found["rows"].append(row)
+        found["minutes"] = round((time.monotonic() - started) / 60, 1)
+        found["load_after"] = os.getloadavg()[0]
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"{found.get('minutes', 0)} minutes; wrote {out}", file=sys.stderr)
+    if failed:
+        print(f"not measured: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+def run(name: str, words: list[str]) -> dict[str, Any] | None:
+    """One benchmark's lines, or None if it failed."""
+    print(f"{name}: python -m benchmarks.{' '.join(words)}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "lines.jsonl"
+        started = time.monotonic()
+        command = [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:], "--out", str(lines)]
+        done = subprocess.run(command, cwd=REPOSITORY)
+        if done.returncode or not lines.exists():
+            return None
+        texts = lines.read_text(encoding="utf-8").splitlines()
+    return {
+        "name": name,
+        "command": "python -m benchmarks." + " ".join(words).replace(str(data_folder()), "DATA"),
+        "seconds": round(time.monotonic() - started),
+        "lines": [json.loads(text) for text in texts],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
