@@ -77,7 +77,10 @@ def load_backbone_from_ckpt(
 def _is_foreign(path: Path) -> bool:
     """Whether a model directory is of an architecture that is not Whet's own."""
     file = path / "config.json"
-    return file.is_file() and read_json(file).get("model_type") not in FAMILIES
+    if not file.is_file():
+        return False
+    family = read_json(file).get("model_type")
+    return not isinstance(family, str) or family not in FAMILIES
 
 
 def read_config(path: str | Path) -> ModelConfig:

@@ -89,7 +89,7 @@ def open_directory(directory: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
         shard = directory / name
-        if not shard.is_file():
+        if not os.path.isfile(shard):  # which takes impossible names, too
             raise UserError(f"{index}: names the shard {name}, which is missing; download it again")
         for key, stored in open_safetensors(shard).items():
             if key in found:
