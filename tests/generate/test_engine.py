@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from whet.errors import UserError
 from whet.generate import engine
 from whet.generate.engine import Sampling, generate, generate_without_cache, stream
-from whet.model.config import ModelConfig, llama
+from whet.model.config import ModelConfig, Rope, llama
 from whet.model.decoder import Transformer, init_weights
 
 VOCABULARY = 61
@@ -20,11 +20,22 @@ def tiny(**changes) -> ModelConfig:
     return dataclasses.replace(config, init_std=0.3, **changes)  # large weights: varied replies
 
 
+# Beyond 24 tokens all tokens of a text turn otherwise: prompts below and above, replies across.
+LONG = Rope(
+    10_000.0,
+    8,
+    kind="longrope",
+    original_positions=24,
+    short_factors=(1.0, 1.1, 1.3, 1.5),
+    long_factors=(1.0, 3.0, 5.0, 9.0),
+)
+
 CONFIGS = {
     "grouped heads": tiny(),
     "sliding window": tiny(windows=(5, None, 7)),
     "learned positions": tiny(ropes=(), learned_positions=True, norm="layer", gated_mlp=False),
     "layers without rope": tiny(ropes=(None, *tiny().ropes[1:])),
+    "longrope": tiny(ropes=(LONG,) * 3),
     "soft caps": tiny(attention_softcap=3.0, logit_softcap=5.0),
 }
 

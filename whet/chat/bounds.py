@@ -1,13 +1,14 @@
 """What one rendering of a chat template may spend in time and memory.
 
 A template comes from strangers, and jinja's sandbox does not stop it from counting for ever or from
-writing a terabyte. Here every loop round is counted, every text that is made is charged, and what
-could be huge is judged before it is made.
+writing a terabyte. Here every loop round is counted, every text and list that is made is charged,
+what could be huge is judged before it is made, and a clock ends what is slow without growing.
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -17,21 +18,19 @@ from jinja2.utils import _PassArg
 
 from whet.errors import UserError
 
-GROWING_FILTERS: tuple[str, ...] = (
-    "center",
-    "indent",
-    "replace",
-    "join",
-    "wordwrap",
-    "batch",
-    "slice",
+# Filters that hand values on as they are; every other one tells a list as a text, or may do so
+PASSING = re.compile(
+    "attr|batch|count|d|default|dictsort|first|groupby|items|join|last|length|list|map|max|min"
+    "|random|reject|rejectattr|reverse|select|selectattr|slice|sort|sum|unique"
 )
-GROWING_FILTERS += ("tojson", "round", "format", "list")
 STEPS = 2_000_000  # loop rounds and macro calls in one rendering; long conversations take thousands
 LENGTH = 30_000_000  # characters of one rendering or of a text within it; 1 to 4 bytes each
 TOTAL = 250_000_000  # characters of all texts within one rendering, those thrown away included
 MACRO_STEPS = 20  # a macro call takes about as long as so many rounds of an empty loop
-ITEMS = 2_000_000  # of a list that a template builds
+ITEMS = 2_000_000  # of a list that a template builds, or values in one that becomes a text
+PIECE = 50  # bytes that a short text takes besides its characters
+BITS = 20_000  # of a whole number: products and quotients of longer ones take for ever
+SECONDS = 60.0  # of processor time for one rendering; real ones take thousandths
 NESTED = 300_000  # values in the lists of a list: one that doubles would be printed for ever
 PRECISION = 100  # digits behind the point, spaces of an indent
 WIDE = re.compile(r"\d{5,}|[*]|\{[^{}]*\{")  # a width in a format, or one taken from an argument
@@ -47,10 +46,13 @@ class Budget:
 
     steps: int = STEPS
     characters: int = TOTAL
+    began: float = field(default_factory=time.monotonic)
+    began_cpu: float = field(default_factory=time.process_time)
 
     def renew(self) -> None:
         """For the next rendering."""
         self.steps, self.characters = STEPS, TOTAL
+        self.began, self.began_cpu = time.monotonic(), time.process_time()
 
     @jinja2.pass_context  # or else jinja would take it for a constant
     def count(self, context: Any, steps: int) -> None:
@@ -59,6 +61,16 @@ class Budget:
         if self.steps < 0:
             raise TemplateError(
                 f"the chat template loops more than {STEPS:,} times for one conversation"
+            )
+        self.look_at_clock()
+
+    def look_at_clock(self) -> None:
+        """For what is slow without making anything: searching and sorting, again and again."""
+        if time.monotonic() - self.began < SECONDS:  # ten times as quick to ask as the other
+            return
+        if time.process_time() - self.began_cpu > SECONDS:
+            raise TemplateError(
+                f"the chat template takes more than {SECONDS:g} s for one conversation"
             )
 
     def spend(self, length: int) -> None:
@@ -81,7 +93,38 @@ class Budget:
             self.spend(8 * len(value))
             if len(value) > ITEMS:
                 raise TemplateError(f"the chat template builds a list of more than {ITEMS:,} items")
+        elif isinstance(value, int) and value.bit_length() > BITS:
+            raise TemplateError(f"the chat template computes a number of more than {BITS:,} bits")
         return value
+
+    def called(self, value: Any) -> Any:
+        """`value`, what a filter or function has made, charged; the pieces of a text, too."""
+        self.look_at_clock()
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            self.characters -= PIECE * len(value)
+        return self.made(value)
+
+    def told(self, value: Any) -> Any:
+        """`value`, which is about to become a text: judged by what is in it if it is a list."""
+        if isinstance(value, list | tuple | dict):
+            self.spend(self.length_told(value))
+        return value
+
+    def length_told(self, value: Any) -> int:
+        """Characters of `value` as a text, about; what stands in it twice is told twice."""
+        waiting, length, items = [value], 0, 0
+        while waiting:
+            inner = waiting.pop()
+            items += 1
+            if isinstance(inner, str | bytes):
+                length += len(inner)
+            elif isinstance(inner, dict):
+                waiting += [*inner.keys(), *inner.values()]
+            elif isinstance(inner, list | tuple):
+                waiting += inner
+            if items > ITEMS or length > LENGTH:
+                return LENGTH + 1
+        return length + items
 
     def concat(self, parts: Iterable[str]) -> str:
         """What a block or the whole template has printed, judged before it is joined."""
@@ -93,6 +136,16 @@ class Budget:
             kept.append(part)
         self.spend(length)
         return "".join(kept)
+
+    def joining(self, join: Callable[[Iterable[Any]], str]) -> Callable[[Iterable[Any]], str]:
+        """What `~` calls, with its operands judged before."""
+
+        def joined(operands: Iterable[Any]) -> str:
+            operands = tuple(operands)
+            self.spend(self.length_told(operands))
+            return join(operands)
+
+        return joined
 
     def nested(self, value: Any) -> Any:
         """`value`, a list made in the template, if all that is in it can be told in a sane time."""
@@ -134,15 +187,28 @@ class Budget:
             if name == "join" and not isinstance(subject, str) and isinstance(subject, Iterable):
                 subject = list(subject)
                 args = (subject, *args[1:])
+            if not PASSING.fullmatch(name):
+                for value in (*args, *kwargs.values()):
+                    self.told(value)
             self.before_call(name, subject, args[1:], kwargs)
-            first = {
-                _PassArg.context: context,
-                _PassArg.eval_context: context.eval_ctx,
-                _PassArg.environment: context.environment,
-            }
-            return self.made(function(*([first[takes]] if takes else []), *args, **kwargs))
+            if takes is _PassArg.context:
+                args = (context, *args)
+            elif takes is _PassArg.eval_context:
+                args = (context.eval_ctx, *args)
+            elif takes is _PassArg.environment:
+                args = (context.environment, *args)
+            return self.called(function(*args, **kwargs))
 
         return jinja2.pass_context(guarded)
+
+    def before_format(self, form: Any, values: Any) -> None:
+        """Judge `form % values` or `form.format(values)`: each place may take the longest value."""
+        formatted(form, [])
+        if not isinstance(form, str | bytes):
+            return
+        places = form.count("%") + form.count("{") if isinstance(form, str) else form.count(b"%")
+        parts = values if isinstance(values, tuple) else (values,)
+        self.spend(places * max([0, *(self.length_told((part,)) for part in parts)]))
 
 
 def _widest(subject: Any, args: list[Any]) -> int:

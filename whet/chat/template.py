@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sized
 from datetime import date, datetime
+from functools import wraps
 from typing import Any
 
 import jinja2
@@ -19,18 +20,11 @@ import jinja2.meta
 import jinja2.sandbox
 from jinja2 import nodes
 
-from whet.chat.bounds import (
-    GROWING,
-    GROWING_FILTERS,
-    MACRO_STEPS,
-    Budget,
-    TemplateError,
-    formatted,
-)
+from whet.chat.bounds import GROWING, MACRO_STEPS, Budget, TemplateError
 from whet.chat.messages import Message
 from whet.errors import UserError
 
-SUMS = (nodes.Add, nodes.Concat)
+CHAIN = 8  # additions of one expression that are measured together
 LITERALS = (nodes.List, nodes.Tuple, nodes.Dict)
 
 
@@ -42,14 +36,15 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
+            finalize=budget.told,
         )
         self.budget = budget
         self.concat = budget.concat  # type: ignore[method-assign]
         self.globals.pop("lipsum", None)
         self.globals["dict"] = _Dict()
         self.filters["tojson"] = _tojson
-        for name in GROWING_FILTERS:
-            self.filters[name] = budget.guard(name, self.filters[name])
+        for name, function in self.filters.items():
+            self.filters[name] = budget.guard(name, function)
         self.filters["_made"] = budget.made
         self.filters["_nested"] = budget.nested
         self.filters["_count"] = budget.count
@@ -60,22 +55,29 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 if isinstance(text, Sized) and isinstance(times, int):
                     self.budget.spend(len(text) * times)
         elif operator == "%":
-            formatted(left, [])
+            self.budget.before_format(left, right)
         elif not (abs(left) < 1e6 and abs(right) < 64):
             raise TemplateError(f"the chat template computes {left}**{right}")
-        return super().call_binop(context, operator, left, right)
+        return self.budget.made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __function: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         name = getattr(__function, "__name__", "")
         if name in GROWING:
             subject = getattr(__function, "__self__", None)
             __self.budget.before_call(name, subject, args, kwargs)
-        return super().call(__context, __function, *args, **kwargs)
+        return __self.budget.called(super().call(__context, __function, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Any:
-        if getattr(value, "__name__", "") in ("format", "format_map"):
-            formatted(getattr(value, "__self__", None), [])
-        return super().wrap_str_format(value)
+        form = super().wrap_str_format(value)
+        if form is None:
+            return None
+
+        @wraps(form)
+        def judged(*args: Any, **kwargs: Any) -> str:
+            self.budget.before_format(value.__self__, (*args, *kwargs.values()))
+            return form(*args, **kwargs)
+
+        return judged
 
 
 class _Generation(jinja2.ext.Extension):
@@ -140,7 +142,7 @@ class ChatTemplate:
         self._now = datetime.now()
         environment = _Environment(self._budget)
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda format: self._now.strftime(format)
+        environment.globals["strftime_now"] = self._strftime_now
         try:
             tree = environment.parse(source)
             # A name is undeclared, too, if the template sets it in one branch only.
@@ -151,8 +153,11 @@ class ChatTemplate:
             self._template = environment.from_string(_counted(tree))
             # A plain dict: each rendering copies it, and a ChainMap is slow to copy.
             self._template.globals = dict(self._template.globals)
-            # Blocks and macros join what they print by this name of their module.
-            self._template.root_render_func.__globals__["concat"] = self._budget.concat
+            # Blocks and macros join what they print by these names of their module.
+            names = self._template.root_render_func.__globals__
+            names["concat"] = self._budget.concat
+            for name in ("str_join", "markup_join"):
+                names[name] = self._budget.joining(names[name])
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{name}: line {error.lineno}: {error.message}") from None
         except UserError as error:
@@ -160,6 +165,11 @@ class ChatTemplate:
         except Exception as error:  # Python's own limits: nesting, numbers of thousands of digits
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{name}: cannot be compiled: {what}") from None
+
+    def _strftime_now(self, form: str) -> str:
+        if len(form) > 1000:
+            raise TemplateError(f"the chat template asks for a date of {len(form):,} characters")
+        return self._now.strftime(form)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, self.name)
@@ -214,27 +224,36 @@ def _counted(tree: nodes.Template) -> nodes.Template:
     return tree
 
 
-def _measure(node: nodes.Node) -> None:
-    """Wrap what can grow: lists, and the outermost + and ~ of each expression.
+def _measure(node: nodes.Node) -> int:
+    """Wrap what can grow: lists, slices, and sums; returns how many sums in a row `node` ends.
 
-    A chain is measured once, at its end. One that is put out at once is left alone: it cannot grow
-    any further.
+    A short chain of + is measured once, at its end; one that is put out at once is left alone: it
+    cannot grow any further.
     """
+    longest = 0
 
     def measured(child: Any) -> Any:
-        if isinstance(child, nodes.Node):
-            _measure(child)
+        nonlocal longest
+        if not isinstance(child, nodes.Node):
+            return child
+        chain = _measure(child)
         if isinstance(child, LITERALS) and _holds_variables(child) and not _is_target(child):
             name = "_nested"
-        elif isinstance(child, SUMS) and not isinstance(node, (*SUMS, nodes.Output)):
+        elif (
+            (isinstance(child, nodes.Getitem) and isinstance(child.arg, nodes.Slice))
+            or chain >= CHAIN
+            or (chain and not isinstance(node, nodes.Add | nodes.Output))
+        ):
             name = "_made"
         else:
+            longest = max(longest, chain)
             return child
         return nodes.Filter(child, name, [], [], None, None).set_lineno(child.lineno)
 
     for name, value in list(node.iter_fields()):
         many = isinstance(value, list)
         setattr(node, name, [measured(item) for item in value] if many else measured(value))
+    return longest + 1 if isinstance(node, nodes.Add) else 0
 
 
 def _holds_variables(literal: nodes.Node) -> bool:

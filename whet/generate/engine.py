@@ -142,6 +142,8 @@ def _decode(
             while waiting and len(rows.live) < batch_size:
                 fits = max(1, PREFILL_TOKENS // len(prompts[waiting[-1]]))
                 count = min(batch_size - len(rows.live), fits, len(waiting))
+                # Padded together, all would count as long as the longest.
+                count = sum(len(prompts[i]) > rows.switch for i in waiting[-count:]) or count
                 group = [_Row(i, list(prompts[i]), ends[i]) for i in reversed(waiting[-count:])]
                 del waiting[-count:]
                 yield from rows.begin(group)
@@ -154,7 +156,8 @@ class _Row:
     """One running sequence, as the host knows it."""
 
     index: int
-    prompt: list[int]
+    text: list[int]
+    """Prompt and reply so far."""
     end: int
     """Length of prompt and reply at which it has to end."""
     length: int = 0
@@ -178,6 +181,7 @@ class _Rows:
         self.stop_ids = stop_ids
         self.device = next(model.parameters()).device
         self.live: list[_Row] = []
+        self.switch = _switch(model)
         self.cache = Cache(rows, slots)
         self.number = torch.arange(rows, device=self.device)
         self.token = torch.zeros(rows, dtype=torch.long, device=self.device)
@@ -191,7 +195,7 @@ class _Rows:
         """Run the prompts of `group` in new rows and choose the first token of each."""
         new = slice(len(self.live), len(self.live) + len(group))
         self.live += group
-        tokens, last = _padded([row.prompt for row in group], self.device)
+        tokens, last = _padded([row.text for row in group], self.device)
         cache = self.cache.fill(self.number[new])
         logits = self.model(tokens, cache=cache, logits_at=last)[:, 0]
         if self.sampling.temperature > 0:
@@ -202,14 +206,29 @@ class _Rows:
         self.drawn[new] = 0
         self.position[new] = last[:, 0]
         for row in group:
-            row.length = len(row.prompt)
+            row.length = len(row.text)
         self._advance(logits, new)
         return self._settle(self.token[new, None].tolist(), new.start)
 
     def step(self, count: int) -> list[tuple[int, list[int], bool]]:
         """Choose at most `count` more tokens for each row; only then look at them."""
         count = min(count, max(row.end - row.length for row in self.live))
+        count = self._switched(count)
         return self._settle(self.run(count).tolist())
+
+    @torch.no_grad()
+    def _switched(self, count: int) -> int:
+        """Make the cache anew for rows that pass `switch` now: their earlier keys turn otherwise.
+
+        Returns how many of `count` steps can be taken before the next row does.
+        """
+        due = [b for b, row in enumerate(self.live) if row.length == self.switch + 1]
+        if due:
+            tokens, last = _padded([self.live[b].text for b in due], self.device)
+            cache = self.cache.fill(self.number[due])
+            self.model(tokens, cache=cache, logits_at=last)
+        left = [self.switch + 1 - row.length for row in self.live]
+        return min([count, *(n for n in left if n > 0)])
 
     @torch.no_grad()
     def run(self, count: int) -> Tensor:
@@ -244,6 +263,7 @@ class _Rows:
             if stop is not None:
                 tokens = tokens[: stop + 1]
             row.length += len(tokens)
+            row.text += tokens
             ended = stop is not None or row.length == row.end
             events.append((row.index, tokens, ended))
             if ended:
@@ -280,6 +300,13 @@ def _padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     longest = max(map(len, texts))
     tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
     return tokens, torch.tensor([[len(text) - 1] for text in texts], device=device)
+
+
+def _switch(model: Transformer) -> int:
+    """The length after which all tokens of a text, earlier ones too, turn otherwise (longrope)."""
+    ropes = getattr(model.config, "ropes", ())
+    found = [rope.original_positions for rope in ropes if rope and rope.kind == "longrope"]
+    return min(found, default=1 << 62)
 
 
 def _room(model: Transformer, prompt: Sequence[int], index: int, max_new_tokens: int) -> int:

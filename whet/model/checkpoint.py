@@ -4,7 +4,6 @@ Nothing is forgiven in silence: a weight that is missing, left over or misshaped
 is saved is opened again and compared with what was meant to be saved, before it takes its name.
 """
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from whet.config import problems
 from whet.errors import UserError
@@ -20,21 +18,18 @@ from whet.model import families, legacy
 from whet.model.atomic import on_full_disk, read_json, sync, write_json, written_aside
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
+from whet.model.fill import empty_model, fill_model
 from whet.model.hf_config import FAMILIES
 from whet.model.weights import (
-    PROGRESS_FROM_BYTES,
     Stored,
     in_memory,
     open_directory,
     open_pt,
-    read_into,
     write_directory,
 )
-from whet.progress import track
 
 OWN_LAYOUT = "whet"
 """The `model_type` of what no family of transformers computes; weights have Whet's own names."""
-_SHOWN = 5
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -72,37 +67,22 @@ def load_backbone_from_ckpt(
         config, stored, places = _open_pt(path)
     else:
         raise UserError(f"{path}: expected a model directory or a .pt file; there is no such path")
-    return _fill_model(config, stored, places, path, dtype, device, quiet)
+    return fill_model(config, stored, places, path, dtype, device, quiet)
 
 
 def _is_foreign(path: Path) -> bool:
     """Whether a model directory is of an architecture that is not Whet's own."""
     file = path / "config.json"
-    return file.is_file() and read_json(file).get("model_type") not in FAMILIES
+    if not file.is_file():
+        return False
+    family = read_json(file).get("model_type")
+    return not isinstance(family, str) or family not in FAMILIES
 
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of the model directory or `.pt` file at `path`, without its weights."""
     path = Path(path)
     return _open_pt(path)[0] if path.is_file() else _read_directory_config(path)
-
-
-def empty_model(config: ModelConfig) -> Transformer:
-    """The model of `config` without values (on the meta device): costs neither time nor memory."""
-    with torch.device("meta"), _NoInitialValues():
-        return Transformer(config)
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Skips `torch.nn.init`: random values on the meta device load 800 modules, two seconds."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 def _read_directory_config(directory: Path) -> ModelConfig:
@@ -173,93 +153,6 @@ def file_places(config: ModelConfig) -> dict[str, families.Place]:
     if families.model_type(config) == OWN_LAYOUT:
         return {name: families.Place(name) for name in names}
     return families.place_parameters(config, names)
-
-
-def _fill_model(
-    config: ModelConfig,
-    stored: dict[str, Stored],
-    places: dict[str, families.Place],
-    path: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    quiet: bool,
-) -> Transformer:
-    embedding = stored.get(places["embed.weight"].name)
-    if embedding is not None and not {"dtype", "torch_dtype"} & set(config.hf):
-        hf = {**config.hf, "torch_dtype": str(embedding.dtype).removeprefix("torch.")}
-        config = dataclasses.replace(config, hf=hf)
-    model = empty_model(config)
-    grouped = families.by_family_name(places)
-    _check(model, grouped, stored, path)
-    model = model.to(dtype).to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    total = sum(entry.nbytes for entry in stored.values())
-    quiet = quiet or total < PROGRESS_FROM_BYTES
-    with track(f"Opening {path}", total / 1e9, "GB", quiet=quiet) as progress:
-        for file_name, parts in grouped.items():
-            source = stored.pop(file_name)  # what was read is let go
-            for name, place in parts.items():
-                read_into(parameters[name], source, place.begin, place.transposed)
-            progress.advance(source.nbytes / 1e9)
-    _check_tied_head(model, stored, path)
-    return model
-
-
-def _check(
-    model: nn.Module,
-    grouped: dict[str, dict[str, families.Place]],
-    stored: dict[str, Stored],
-    path: Path,
-) -> None:
-    """Every weight is there, nothing is left over, every shape is the configuration's."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    wrong = []
-    for file_name, parts in grouped.items():
-        first_shape = shapes[next(iter(parts))]
-        expected = (sum(shapes[name][0] for name in parts), *first_shape[1:])
-        if next(iter(parts.values())).transposed:
-            expected = expected[::-1]
-        if file_name in stored and stored[file_name].shape != expected:
-            shape = list(stored[file_name].shape)
-            wrong.append(f"{file_name} is {shape}, by the configuration {list(expected)}")
-        elif file_name in stored and not stored[file_name].dtype.is_floating_point:
-            wrong.append(f"{file_name} holds {stored[file_name].dtype}, quantised: not supported")
-    missing = [name for name in grouped if name not in stored]
-    tied = {"lm_head.weight", "head.weight"} - set(grouped)
-    surplus = [
-        name
-        for name in stored
-        if name not in grouped and not name.endswith(families.IGNORED) and name not in tied
-    ]
-    found = [f"{path}: {what}" for what in wrong[:_SHOWN]]
-    if missing:
-        found.append(f"{path}: missing weights: {_listed(missing)}; nothing is initialised instead")
-    if surplus:
-        found.append(f"{path}: weights that the configuration has no use for: {_listed(surplus)}")
-    problems(found)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _check_tied_head(model: Transformer, stored: dict[str, Stored], path: Path) -> None:
-    """Some files of tied models hold the head once more: it must be the embedding."""
-    head = stored.get("lm_head.weight") or stored.get("head.weight")
-    if head is None or not model.config.tied:
-        return
-    same = head.shape == tuple(model.embed.weight.shape)
-    for begin in range(0, len(model.embed.weight) if same else 0, 4096):
-        rows = model.embed.weight[begin : begin + 4096]
-        again = torch.empty_like(rows)
-        read_into(again, head, begin)
-        same = same and torch.equal(again, rows)
-    if not same:
-        raise UserError(
-            f"{path}: config.json says tie_word_embeddings, but lm_head.weight is not the "
-            "embedding; set tie_word_embeddings to false if the head is to be used"
-        )
 
 
 class SavesTokenizer(Protocol):

@@ -112,6 +112,13 @@ class ModelConfig:
             )
             if (value := getattr(self, name)) < 1
         ]
+        heads = self.n_heads * self.head_size
+        if max(heads, self.width, self.vocab_size, self.mlp_width) > 2**28 or self.n_layers > 1024:
+            found.append(
+                "model config: Whet reads no model of more than 1,024 layers or with a side above "
+                f"{2**28:,}: it has {self.n_layers} layers, width {self.width}, {heads} in all "
+                f"heads, MLP {self.mlp_width}, vocabulary {self.vocab_size}"
+            )
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
             found.append(
                 f"model config: {self.n_heads} heads can't share {self.n_kv_heads} key/value heads"

@@ -85,7 +85,7 @@ def read(config: Json) -> ModelConfig:
     not understood and not off.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(
             f"config.json: model_type {family!r} is none of Whet's own ({known}); other "
@@ -94,7 +94,13 @@ def read(config: Json) -> ModelConfig:
     if family == "whet":
         return _read_whet(config)
     keys = Keys(config, FAMILIES[family])
-    found = _read_gpt2(keys) if family == "gpt2" else _read_llama(keys)
+    try:
+        found = _read_gpt2(keys) if family == "gpt2" else _read_llama(keys)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"config.json: a value is not of the kind that its key needs: {what}"
+        ) from error
     refuse_leftovers(keys, family)
     return dataclasses.replace(found, hf=dict(config))
 
@@ -231,7 +237,7 @@ def _read_whet(config: Json) -> ModelConfig:
             for rope in values.get("ropes", ())
         )
         return ModelConfig(**values, hf=dict(config))
-    except TypeError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"config.json: {error}") from error
 
 

@@ -26,6 +26,9 @@ HARMLESS = """
     exponential_decay_length_penalty
 """.split()  # noqa: SIM905 - a list literal would take 80 lines
 """Keys that say nothing of what the model computes from its weights."""
+LAYERS = 1024
+LARGEST = 2**28
+"""Counts above these are refused before anything of that size is made: no model has them."""
 
 
 class Keys:
@@ -45,6 +48,9 @@ class Keys:
         value = default if value is None else value
         if type(value) is not int or value < 1:
             raise UserError(f"config.json: {key} is {value!r}; expected a whole number above 0")
+        most = LAYERS if "layer" in key else LARGEST
+        if value > most:
+            raise UserError(f"config.json: {key} is {value}; Whet reads no model above {most:,}")
         return value
 
 
