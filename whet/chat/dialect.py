@@ -282,7 +282,7 @@ class Dialect:
         middle = _behind(self._tried(more, tools), last_word)
         if tail is None:
             return None
-        common = _common(tail, middle) if middle is not None else ""
+        common = beginning_of(tail, middle) if middle is not None else ""
         for text in (common, tail):
             stop, end = self._stop_in(text, known or set())
             if not stop:
@@ -306,7 +306,7 @@ class Dialect:
         if middle is None or asking is None or not middle.startswith(tail):
             return None
         # The next turn's header may itself be an eos: GLM stops where it writes <|user|>.
-        for text in (middle[: middle.find(NEXT)], _common(middle, asking)):
+        for text in (middle[: middle.find(NEXT)], beginning_of(middle, asking)):
             stop, end = self._stop_in(text, set())
             if len(tail) < end and (self._is_eos(stop) or text in asking):
                 return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
@@ -410,7 +410,7 @@ def _printed_once(text: str) -> bool:
     return VALUE in text and f'\\"{VALUE}' not in text
 
 
-def _common(one: str, other: str) -> str:
+def beginning_of(one: str, other: str) -> str:
     """The longest beginning that both have."""
     for at, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:

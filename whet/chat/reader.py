@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
-from whet.chat.dialect import Dialect, Ending
+from whet.chat.dialect import Dialect, Ending, beginning_of
 from whet.chat.escape import Escapes, holds
 from whet.chat.messages import Conversation, Message
 from whet.chat.template import TemplateError
@@ -45,16 +45,10 @@ class Turn:
     index: int
     prompt: str
     whole: str  # the rendering with this turn as the last; begins with `prompt`
-    end: int  # of the words in `text`
+    said: str  # the rendering up to the end of the stop token, which may have been put there
     ending: Ending
     switch: dict[str, Any] | None
     composed: bool = False  # `whole` is the prompt and the words behind it, not one rendering
-
-    @property
-    def said(self) -> str:
-        """The rendering up to the end of the stop token."""
-        close = self.ending.close
-        return self.whole[: self.end - len(close)] + close
 
     @property
     def text(self) -> str:
@@ -62,7 +56,7 @@ class Turn:
         return self.said if self.ending.close else self.whole
 
     def mark(self, weight: float) -> Mark:
-        return Mark(self.index, len(self.prompt), self.end, self.ending.stop, weight)
+        return Mark(self.index, len(self.prompt), len(self.said), self.ending.stop, weight)
 
 
 class Reader:
@@ -248,8 +242,8 @@ class Reader:
         if not found:
             raise self._no_stop(index, whole[len(prompt) :])
         end, ending = found
-        turn = Turn(index, prompt, whole, end, ending, switch, composed)
-        words = turn.said[len(prompt) :]
+        said = whole[: end - len(ending.close)] + ending.close
+        words = said[len(prompt) :]
         if words.find(ending.stop) + len(ending.stop) != len(words):
             raise self.refused(
                 "stops_inside",
@@ -257,16 +251,19 @@ class Reader:
                 "make one message of each part",
                 index,
             )
-        self._check_said(index, turn.said, len(prompt))
-        return turn
+        self._check_said(index, words, switch)
+        return Turn(index, prompt, whole, said, ending, switch, composed)
 
-    def _check_said(self, index: int, said: str, start: int) -> None:
+    def _check_said(self, index: int, words: str, switch: dict[str, Any] | None) -> None:
         """Refuse if the template leaves out what the model said: it would be lost silently."""
         message = self.messages[index]
-        # What the generation prompt opens for the model (`<think>`) may stand in the data, too.
-        words = said[max(0, start - 100) :]
         for key in ("content", "reasoning_content"):
-            if not _stands_in(words, message.get(key)):
+            content = message.get(key)
+            # What the generation prompt opens for the model (`<think>`) may stand in the data, too.
+            if not (
+                _stands_in(words, content)
+                or _stands_in(self._generation_prompt(index, switch) + words, content)
+            ):
                 raise self.refused(
                     "dropped",
                     f"the template does not write this message's {key} as it stands; "
@@ -281,6 +278,15 @@ class Reader:
                     "take a template that knows tool calls with --chat_template",
                     index,
                 )
+
+    def _generation_prompt(self, index: int, switch: dict[str, Any] | None) -> str:
+        """What the prompt of message `index` adds to the messages before it."""
+        prompt = self.render(index, prompt=True, switch=switch)
+        try:
+            before = self.render(index, switch=switch)
+        except TemplateError:
+            return ""
+        return prompt[len(beginning_of(prompt, before)) :]
 
     def prompt_of(self, index: int) -> Turn | None:
         """The turn `index` if it has a faithful rendering, else None."""

@@ -224,9 +224,8 @@ def _count(notes: Counter[str], encoded: Encoded) -> None:
     certificate = encoded.certificate
     notes["control tokens in texts, encoded as plain text"] += certificate.escaped
     notes["tokens split at the border of a reply"] += certificate.split_tokens
-    notes["conversations split because the template rewrites earlier turns"] += (
-        certificate.rewritten
-    )
+    split = len(encoded.examples) > 1
+    notes["conversations split because the template rewrites earlier turns"] += split
     notes["replies closed with the stop token that the template leaves out"] += certificate.closed
     otherwise = "conversations with a reply that the template renders otherwise than its prompt"
     notes[f"{otherwise}; put behind the prompt"] += certificate.composed

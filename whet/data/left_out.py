@@ -145,7 +145,9 @@ def notes(
     for account in accounts:
         for kind, n in account.refused.items():
             kinds[kind] = kinds.get(kind, 0) + n
-    lines += [f"{n:,} lines refused: {REASONS.get(kind, kind)}" for kind, n in kinds.items()]
+    for kind, n in kinds.items():
+        lines.append(f"{n:,} lines refused: {REASONS.get(kind, kind)}")
+        lines += _some([r.message for r in encoded.spool.refusals if r.kind == kind])
     for fate, name in enumerate(FATES):
         n = int((encoded.selection.fate == fate).sum())
         if n and fate != KEPT:
@@ -157,12 +159,17 @@ def notes(
             lines.append(f"{n:,} examples left out: {told}")
             if fate == CONTAMINATED:
                 found = [r for r in map(json.loads, left_out) if r["kind"] == FATES[fate]]
-                lines += [f"  {record['reason']}" for record in found[:SAME]]
-                lines += ["  … (whet inspect shows all)"] if len(found) > SAME else []
+                lines += _some([record["reason"] for record in found])
     truncated = sum(account.truncated_examples for account in accounts)
     if truncated:
         lines.append(f"{truncated:,} examples end after the last turn that fits into a row")
     return lines
+
+
+def _some(reasons: list[str]) -> list[str]:
+    """The first of them, indented, and where the others are found."""
+    more = ["  … (whet inspect --html shows more)"] if len(reasons) > SAME else []
+    return [*(f"  {reason}" for reason in reasons[:SAME]), *more]
 
 
 WAYS_TO_FIT = "see --context_length and --overlong truncate"

@@ -106,8 +106,12 @@ def row_lines(sheet: Sheet, row: int, ink: Ink) -> Iterator[str]:
     for document in documents:
         start, length = int(document["start"]), int(document["length"])
         where = document_name(document, labels)
-        yield rule(f"{where}: {length:,} tokens, {int(document['trained']):,} trained", ink)
         end = start + length
+        told = f"{where}: {length:,} tokens, {int(document['trained']):,} trained"
+        weights = np.setdiff1d(sheet.mask[row, start:end], (0, 1))
+        if len(weights):
+            told += f", weights other than 1: {', '.join(f'{weight:g}' for weight in weights[:5])}"
+        yield rule(told, ink)
         yield spans_text(sheet.text(row, start, end), sheet.mask[row, start:end], ink)
     if filled < sheet.width:
         yield rule(f"padding: {sheet.width - filled:,} places", ink)
