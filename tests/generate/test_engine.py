@@ -20,22 +20,11 @@ def tiny(**changes) -> ModelConfig:
     return dataclasses.replace(config, init_std=0.3, **changes)  # large weights: varied replies
 
 
-# Beyond 24 tokens all tokens of a text turn otherwise: prompts below and above, replies across.
-LONG = Rope(
-    10_000.0,
-    8,
-    kind="longrope",
-    original_positions=24,
-    short_factors=(1.0, 1.1, 1.3, 1.5),
-    long_factors=(1.0, 3.0, 5.0, 9.0),
-)
-
 CONFIGS = {
     "grouped heads": tiny(),
     "sliding window": tiny(windows=(5, None, 7)),
     "learned positions": tiny(ropes=(), learned_positions=True, norm="layer", gated_mlp=False),
     "layers without rope": tiny(ropes=(None, *tiny().ropes[1:])),
-    "longrope": tiny(ropes=(LONG,) * 3),
     "soft caps": tiny(attention_softcap=3.0, logit_softcap=5.0),
 }
 
@@ -66,6 +55,18 @@ def test_greedy_equals_decoding_without_a_cache(model: Transformer, batch_size: 
     expected = generate_without_cache(model, prompts, **options)
     assert generate(model, prompts, batch_size=batch_size, **options) == expected
     assert len({len(reply) for reply in expected}) > 2, "the replies should end at various places"
+
+
+def test_texts_that_outgrow_the_switch_of_longrope() -> None:
+    """Beyond 24 tokens all tokens of a text turn otherwise, those in the cache as well."""
+    factors = {"short_factors": (1.0, 1.1, 1.3, 1.5), "long_factors": (1.0, 3.0, 5.0, 9.0)}
+    rope = Rope(10_000.0, 8, kind="longrope", original_positions=24, **factors)
+    model = build(tiny(ropes=(rope,) * 3))
+    prompts = some_prompts(7, longest=40)
+    assert {len(prompt) > 24 for prompt in prompts} == {True, False}
+    expected = generate_without_cache(model, prompts, max_new_tokens=30, stop_ids=())
+    found = generate(model, prompts, max_new_tokens=30, stop_ids=(), batch_size=3)
+    assert found == expected
 
 
 @pytest.mark.parametrize("check_every", [2, 5, 16, 64])
