@@ -87,4 +87,5 @@ class TrainSettings:
 FREE_ON_RESUME = frozenset(
     {"resume", "out", "out_ckpt", "micro_batch_size", "keep", "save_every", "save_async", "shard"}
     | {"grace_seconds", "rank_timeout", "device", "compile", "wandb_project", "quiet", "on_spike"}
+    | {"auto", "memory_gb", "recompute"}
 )
