@@ -14,6 +14,7 @@ COMMANDS = {
     "pretrain": ("whet.stages.pretrain", "train a small base model on plain text"),
     "prepare": ("whet.data.prepare", "conversations -> packed rows with loss mask"),
     "inspect": ("whet.report.inspect", "see what is trained, token by token"),
+    "plan": ("whet.stages.plan", "what `whet sft` will need, and settings that fit"),
     "sft": ("whet.stages.sft", "fine-tune a base model on packed rows"),
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
     "chat": ("whet.generate.chat", "talk to a model"),

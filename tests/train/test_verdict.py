@@ -42,7 +42,7 @@ def test_device_and_host_judge_alike(clip):
         spikes += reason is not None and "were at most" in reason
         if step % 97 == 0:  # a resume builds it anew from what was saved
             recent = verdict.recent(facts.recent_norms, CPU)
-    assert spikes > 10
+    assert spikes > 5
 
 
 def some_optimizers(kind: str) -> tuple[nn.Module, list[torch.optim.Optimizer]]:

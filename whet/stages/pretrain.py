@@ -61,14 +61,14 @@ class Config(TrainSettings):
     """Decoupled weight decay; norms, biases and embeddings have none."""
 
 
-def prepare(config: Config) -> None:
+def prepare(config: Config, ranks: Ranks) -> Config:
     """Make tokenizer and packed files in the run folder, unless an earlier process did.
 
     The packed files are written last and under their names only when complete.
     """
     packed, dev = _packed(config), _packed_dev(config)
     if continues(config) and packed.exists() and (dev.exists() or not config.dev_fraction):
-        return
+        return config
     config.out.mkdir(parents=True, exist_ok=True)
     prepare_text(
         config.data,
@@ -80,6 +80,7 @@ def prepare(config: Config) -> None:
         seed=config.seed,
         quiet=config.quiet,
     )
+    return config
 
 
 def _packed(config: Config) -> Path:

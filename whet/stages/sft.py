@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
-from whet.config import problems
+from whet.config import problems, read_toml
 from whet.data.batches import (
     Batch,
     global_batch_rows,
@@ -83,6 +83,10 @@ class Config(TrainSettings):
     """QLoRA: hold the frozen base in 4 bits; on CUDA."""
     recompute: Recompute = "none"
     """Make activations again in the backward pass, not keep them: less memory, more work."""
+    auto: bool = False
+    """Measure first, as `whet plan` does, and take its --micro_batch_size and --recompute."""
+    memory_gb: float | None = None
+    """Memory that --auto and `whet plan` may use on a rank; by default what there is."""
     gsm8k_dev: Path | None = None
     """GSM8K-like problems to answer at each evaluation."""
     gsm8k_limit: int = 100
@@ -314,6 +318,20 @@ def lineage(config: Config, store: PackedStore, adapter: Path | None) -> dict:
     }
 
 
+def prepare(config: Config, ranks: Ranks) -> Config:
+    """`--auto`: settings that fit; a continued run keeps those that it has."""
+    if not config.auto:
+        return config
+    saved = config.out / "config.toml"
+    if saved.is_file():  # or the run would have been refused
+        before = read_toml(Config, saved)
+        kept = {name: before[name] for name in ("micro_batch_size", "recompute")}
+        return replace(config, **kept)
+    from whet.stages.plan import with_proposal  # it plans this module's own command
+
+    return with_proposal(config, ranks)
+
+
 def main(config: Config) -> int:
     """`whet sft`."""
-    return run_stage(config, "sft", build)
+    return run_stage(config, "sft", build, prepare)

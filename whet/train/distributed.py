@@ -72,6 +72,11 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def ranks_on_machine() -> int:
+    """How many ranks torchrun started on this machine; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def spread(model: nn.Module, ranks: Ranks, *, shard: bool, bf16: bool) -> nn.Module:
     """Wrap `model`, which lies on `ranks.device`, for its ranks; one rank needs no wrapping."""
     if ranks.size == 1:

@@ -23,7 +23,7 @@ from whet.data.batches import Batch
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.progress import Progress, track
-from whet.train import distributed, incidents, ledger, optim, verdict
+from whet.train import distributed, incidents, ledger, memory, optim, verdict
 from whet.train.ahead import Micro, batches_ahead
 from whet.train.distributed import Ranks
 from whet.train.run import RunFolder
@@ -355,21 +355,12 @@ def _log_step(
     timing = {
         "seconds": seconds,
         "tokens_per_s": numbers.tokens / seconds,
-        "memory_gb": memory_gb(),
+        "memory_gb": memory.peak_bytes(run.ranks.device) / 1e9,
     }
     timing["trained_per_s"] = result.weight / seconds
     run.metrics(result.step + 1, values, timing)
     rate = f"{timing['tokens_per_s']:,.0f} tokens/s"
     bar.advance(1, f"loss {numbers.loss:.4f}  lr {lr:.2e}  {rate}")
-
-
-def memory_gb() -> float:
-    """Peak memory in GB: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _record_incident(

@@ -37,12 +37,12 @@ def run_stage(
     config: C,
     command: str,
     build: Callable[[C, Ranks], Stage],
-    prepare: Callable[[C], None] = lambda config: None,
+    prepare: Callable[[C, Ranks], C] = lambda config, ranks: config,
 ) -> int:
     """Train the stage that `build` makes of `config`; returns the exit code of `whet <command>`.
 
-    `prepare` runs on rank 0, before. `build` loads and checks on every rank, and must not talk to
-    other ranks.
+    `prepare` runs on rank 0, before, and returns the settings that all ranks go on with. `build`
+    loads and checks on every rank, and must not talk to other ranks.
     """
     with distributed.start_ranks(config.device, config.rank_timeout) as ranks:
         with distributed.told_once(ranks):
@@ -52,7 +52,8 @@ def run_stage(
         start = distributed.from_first(start, ranks)
         with distributed.told_once(ranks):
             if ranks.first:
-                prepare(config)
+                config = prepare(config, ranks)
+        config = distributed.from_first(config, ranks)
         run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
         with distributed.told_once(ranks):
             stage = build(config, ranks)

@@ -99,4 +99,5 @@ FREE_ON_RESUME = frozenset(
         "save_dtype",
     }
     | {"grace_seconds", "rank_timeout", "device", "compile", "wandb_project", "quiet", "on_spike"}
+    | {"auto", "memory_gb", "recompute"}
 )
