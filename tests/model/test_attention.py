@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whet.model import kernels
-from whet.model.attention import CachedPlan, plan_documents
+from whet.model.attention import CachedPlan, plan_documents, share_prefixes
 
 LENGTHS = [5, 1, 12, 3]
 
@@ -142,3 +142,66 @@ def test_a_cached_plan_sees_its_own_past_only():
     assert plan._mask(4, None)[:, 0, 0].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
     assert plan._mask(4, 2)[:, 0, 0].tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
     assert plan.lengths.tolist() == [3, 1]
+
+
+def shared_rows(prefix=70, replies=(5, 1, 12), own=(3, 90)):
+    """A row of documents that begin alike, with one between them that does not; nothing of the
+    common beginning but its last place is trained. Returns tokens, segments and weight (1, T)."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(n):
+        return torch.randint(1, 50, (n,), generator=generator)
+
+    begin, texts, weights = draw(prefix), [], []
+    for i, reply in enumerate((*replies, *own)):
+        text = torch.cat((begin, draw(reply))) if i < len(replies) else draw(reply)
+        texts.append(text)
+        weights.append((torch.arange(len(text)) >= len(text) - reply - 1).float())
+    order = [0, 3, 1, 4, 2]
+    segments = torch.cat([torch.full((len(texts[i]),), n + 1) for n, i in enumerate(order)])
+    tokens, weight = (torch.cat([some[i] for i in order]) for some in (texts, weights))
+    return tokens[None], segments[None], weight[None]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 4, 80])
+def test_a_shared_beginning_is_attended_to_as_if_it_were_there(window, softcap):
+    tokens, segments, weight = shared_rows()
+    plan = plan_documents(tokens.shape, tokens.device, segments, weight)
+    shared = share_prefixes(plan, plan.pack(tokens))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, tokens.shape[1], n, 8, generator=generator) for n in (4, 2, 2))
+    for t in (q, k, v):  # equal tokens at equal positions, as a model would make them
+        for start in (plan.ends[2], plan.ends[4]):
+            t[:, start : start + 70] = t[:, :70]
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    expected = kernels.dense_attention(q, k, v, segments, **options)[0, shared.index]
+    found = shared.attend(*(t[0, shared.index] for t in (q, k, v)), layer=0, **options)
+    assert len(shared.positions) == len(plan.positions) - 2 * 69
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_shared_plan_keeps_places_positions_and_trained_tokens():
+    tokens, segments, weight = shared_rows()
+    plan = plan_documents(tokens.shape, tokens.device, segments, weight)
+    shared = share_prefixes(plan, plan.pack(tokens))
+    assert shared.sizes == [69, 6, 3, 2, 90, 13]
+    assert shared.after == [None, 0, None, 0, None, 0]
+    assert shared.trained_index.tolist() == plan.trained_index.tolist()
+    places = torch.arange(tokens.shape[1]) if plan.index is None else plan.index
+    position_of = dict(zip(places.tolist(), plan.positions.tolist(), strict=True))
+    found = zip(shared.index.tolist(), shared.positions.tolist(), strict=True)
+    assert all(position_of[place] == position for place, position in found)
+
+
+@pytest.mark.parametrize("what", ["short", "trained", "one token"])
+def test_what_is_not_shared(what):
+    """A short beginning, one in which something is trained, and one that differs at its start."""
+    tokens, segments, weight = shared_rows(prefix=60 if what == "short" else 70)
+    first = torch.cat((torch.tensor([0]), segments[0].diff().nonzero()[:, 0] + 1))
+    if what == "trained":
+        weight[0, first + 1] = 1.0
+    if what == "one token":
+        tokens[0, first] = torch.arange(5)
+    plan = plan_documents(tokens.shape, tokens.device, segments, weight)
+    assert share_prefixes(plan, plan.pack(tokens)) is plan

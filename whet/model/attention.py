@@ -12,9 +12,11 @@ what stands before it in its own document. `CachedPlan` is for generation, see `
 Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M packed tokens, S slots.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,12 +56,14 @@ class AttentionPlan:
     lengths: Tensor
     """(M,) length of the document, with the tokens that are not computed."""
     sizes: list[int]
-    """How many of the M tokens each document has, in order."""
+    """How many of the M tokens each document has, in order; with `after` each block of tokens."""
     ends: Tensor
     """(documents + 1,) int32: 0, then where each document ends among the M tokens."""
     longest: int
     trained: Tensor | None
     """(S,) which of the M tokens have a target that counts; None if nothing is known of targets."""
+    after: list[int | None] | None = None
+    """For each block the one whose tokens come before its own, see `share_prefixes`; None: none."""
     flex_masks: dict[int | None, Any] = field(default_factory=dict)
 
     @property
@@ -105,13 +109,73 @@ class AttentionPlan:
         """Causal attention within each document; returns (M, N, H)."""
         if q.device.type == "cpu" or q.dtype == torch.float32:
             return kernels.documents(
-                q, k, v, self.sizes, scale=scale, window=window, softcap=softcap
+                q, k, v, self.sizes, self.after, scale=scale, window=window, softcap=softcap
             )
         if softcap is None and q.shape[-1] <= 256:
             return kernels.varlen(q, k, v, self.ends, self.longest, scale=scale, window=window)
         if window not in self.flex_masks:
             self.flex_masks[window] = kernels.flex_mask(self.ends, len(q), window)
         return kernels.flex(q, k, v, self.flex_masks[window], scale=scale, softcap=softcap)
+
+
+SHARED = 64
+"""Tokens from which on it pays to compute a common beginning once."""
+
+
+def share_prefixes(plan: AttentionPlan, tokens: Tensor) -> AttentionPlan:
+    """The same plan with what documents have in common at their beginnings computed once.
+
+    `tokens` (M,) are the plan's, on the CPU. A system prompt in front of many documents is the
+    same for all of them: same tokens, same positions, and nothing before it. So its hidden states
+    are, too. The first document keeps it as a block of its own, and what follows in each of the
+    documents becomes a block `after` it. Only what lies before a document's first trained token is
+    shared: the target there is each document's own. For training alone, as logits of the shared
+    places exist once.
+    """
+    if plan.trained is None or plan.after is not None:
+        return plan
+    ends = np.cumsum(plan.sizes)
+    starts = ends - plan.sizes
+    ids, trained = tokens.numpy(), plan.trained.numpy()
+    firsts = np.append(trained, len(ids))[np.searchsorted(trained, starts)]
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for i, (start, first) in enumerate(zip(starts, firsts, strict=True)):
+        if first - start >= SHARED:
+            groups[ids[start : start + SHARED].tobytes()].append(i)
+    shared: dict[int, tuple[int, int]] = {}  # document -> the one that keeps the prefix, its length
+    for group in groups.values():
+        longest = min(firsts[i] - starts[i] for i in group)
+        texts = np.stack([ids[starts[i] : starts[i] + longest] for i in group])
+        length = int((texts == texts[0]).all(axis=0).cumprod().sum())
+        if len(group) > 1:
+            shared |= dict.fromkeys(group, (group[0], length))
+    if not shared:
+        return plan
+    sizes, after, kept = list[int](), list[int | None](), np.ones(len(ids), bool)
+    block_of = dict[int, int]()
+    for i, size in enumerate(plan.sizes):
+        owner, length = shared.get(i, (i, 0))
+        if length and owner == i:
+            block_of[i] = len(sizes)
+            sizes.append(length)
+            after.append(None)
+        elif length:
+            kept[starts[i] : starts[i] + length] = False
+        sizes.append(size - length)
+        after.append(block_of[owner] if length else None)
+    keep = torch.from_numpy(kept.nonzero()[0])
+    place = torch.from_numpy(kept.cumsum() - 1)
+    return replace(
+        plan,
+        index=keep if plan.index is None else plan.index[keep],
+        positions=plan.positions[keep],
+        lengths=plan.lengths[keep],
+        sizes=sizes,
+        ends=F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(torch.int32),
+        longest=max(sizes),
+        trained=place[plan.trained],
+        after=after,
+    )
 
 
 @dataclass

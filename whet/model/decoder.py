@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents
+from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
 from whet.model.loss import linear_cross_entropy, product_type
 from whet.model.recompute import Recompute, run_layer
@@ -211,6 +211,8 @@ class Transformer(nn.Module):
             x = plan.unpack(self._layers(plan.pack(tokens), plan), tokens.shape)
             return self._logits(x, logits_at)
         assert weight is not None, "targets need weights"
+        if tokens.device.type == "cpu" and positions is None and self.prefixes_are_equal:
+            plan = share_prefixes(plan, plan.pack(tokens))
         x = self._layers(plan.pack(tokens), plan, plan.trained)
         return self._loss(x, targets, weight, plan)
 
@@ -263,6 +265,12 @@ class Transformer(nn.Module):
         return TokenLoss(
             loss, weight.new_zeros(weight.numel()).index_put((where,), nll).view_as(weight)
         )
+
+    @property
+    def prefixes_are_equal(self) -> bool:
+        """Whether equal beginnings of documents have equal hidden states, whatever follows."""
+        ropes = [rope for rope in self.config.ropes if rope is not None]
+        return all(rope.kind not in ("dynamic", "longrope") for rope in ropes)
 
     @property
     def head_weight(self) -> Tensor:

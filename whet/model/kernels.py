@@ -30,6 +30,7 @@ def documents(
     k: Tensor,
     v: Tensor,
     lengths: list[int],
+    after: list[int | None] | None = None,
     *,
     scale: float,
     window: int | None,
@@ -37,19 +38,26 @@ def documents(
 ) -> Tensor:
     """q (M, N, H), k and v (M, K, H), documents of `lengths` tokens end to end -> (M, N, H).
 
+    With `after` they are blocks: block i also sees all of block `after[i]`, which lies before it.
+
     `split`, because its gradient is one concatenation: that of a slice is a matrix of zeros each.
     """
-    masks: dict[int, Tensor] = {}
+    masks: dict[tuple[int, int], Tensor] = {}
     outputs = []
-    for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
-        length = len(parts[0])
+    queries, keys, values = (t.split(lengths) for t in (q, k, v))
+    for i, length in enumerate(lengths):
+        one = [queries[i], keys[i], values[i]]
+        before = None if after is None else after[i]
+        if before is not None:
+            one[1:] = (torch.cat((t[before], t[i])) for t in (keys, values))
+        seen = len(one[1])
         mask = None
-        if softcap is not None or (window is not None and window < length):
-            if length not in masks:
-                masks[length] = causal_mask(length, window, q.device)
-            mask = masks[length]
-        one = (t[None] for t in parts)
-        outputs.append(sdpa(*one, mask=mask, scale=scale, softcap=softcap)[0])
+        if before is not None or softcap is not None or (window is not None and window < length):
+            if (length, seen) not in masks:
+                masks[length, seen] = causal_mask(seen, window, q.device)[-length:]
+            mask = masks[length, seen]
+        batched = (t[None] for t in one)
+        outputs.append(sdpa(*batched, mask=mask, scale=scale, softcap=softcap)[0])
     return torch.cat(outputs)
 
 
