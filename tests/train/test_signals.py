@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT in real processes: save, leave, exit code; a second signal leaves at once."""
 
+import json
 import os
 import signal
 import time
@@ -22,6 +23,8 @@ def world(tmp_path_factory) -> Path:
     tiny.packed_file(folder / "train.h5", n_rows=8)
     tiny.packed_file(folder / "dev.h5", n_rows=3, seed=1)
     tiny.packed_file(folder / "large_dev.h5", n_rows=30_000, seed=2)
+    problem = json.dumps({"question": "How many?", "answer": "#### 1"}) + "\n"
+    (folder / "problems.jsonl").write_text(problem * 2000)
     return folder
 
 
@@ -30,6 +33,12 @@ def until(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+def heeds_signals(process) -> bool:
+    """Whether the process handles SIGTERM by now; before, it would just die."""
+    caught = Path(f"/proc/{process.pid}/status").read_text().partition("SigCgt:")[2].split()[0]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def steps_logged(out: Path) -> int:
@@ -56,13 +65,36 @@ def test_during_an_evaluation(world, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     flags = LONG | {"dev": world / "large_dev.h5", "micro_batch_size": 1}
     process = start([command(world, out, **flags)], log=log)
-    until(lambda: (out / "config.toml").exists())
+    until(lambda: heeds_signals(process))
     time.sleep(0.5)
     assert steps_logged(out) == 0, "still in the first evaluation"
     os.kill(process.pid, signal.SIGTERM)
     begin = time.monotonic()
     assert wait([process], [log], 30) == [143]
     assert time.monotonic() - begin < 20
+    facts = read_facts(newest_valid(out / "state")[0])
+    assert (facts.step, facts.evaluated) == (0, -1)
+    assert (out / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "evaluation",
+    [{"dev": "large_dev.h5"}, {"gsm8k_dev": "problems.jsonl", "gsm8k_limit": 2000}],
+    ids=["dev_loss", "gsm8k"],
+)
+def test_during_an_evaluation_on_two_ranks(world, tmp_path, evaluation, shard):
+    """One of them is asked; both save and leave, long before the evaluation would end."""
+    out, logs = tmp_path / "out", [tmp_path / f"{rank}.log" for rank in range(2)]
+    paths = {k: world / v if isinstance(v, str) else v for k, v in evaluation.items()}
+    flags = LONG | {"micro_batch_size": 1} | paths | ({"shard": True} if shard else {})
+    words, ports = command(world, out, **flags), [free_port()]
+    ranks = [start([words], log=logs[r], rank=r, size=2, ports=ports) for r in range(2)]
+    until(lambda: all(map(heeds_signals, ranks)))
+    time.sleep(0.5)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert wait(ranks, logs, 60) == [143, 143]
+    assert "--grace_seconds are over" not in "".join(log.read_text() for log in logs)
     facts = read_facts(newest_valid(out / "state")[0])
     assert (facts.step, facts.evaluated) == (0, -1)
     assert (out / "metrics.jsonl").read_text() == ""

@@ -42,12 +42,14 @@ def dev_loss(
     reduce: Callable[[Sequence[float]], Sequence[float]] | None = None,
     stop_ids: Sequence[int] = (),
     quiet: bool = True,
+    between: Callable[[], None] = lambda: None,
 ) -> DevLoss:
     """sum(weight x nll) / sum(weight) over all rows of `store`, `micro_rows` of them at a time.
 
     Each rank runs every `world_size`-th row, all of them equally many micro-batches, so that
     forwards may be collectives. `reduce` adds up lists of numbers over the ranks. Rows are added up
     in the file's order whichever rank ran them, so the ranks' number changes no rounding here.
+    `between` is called after each micro-batch; what it raises ends the evaluation.
 
     Raises UserError if the file trains nothing.
     """
@@ -75,6 +77,7 @@ def dev_loss(
             )
             parts.append(_row_sums(found, batch.targets, batch.weight, stops)[: len(rows)])
             progress.advance(len(rows))
+            between()
     table = np.zeros((len(store), 4))
     table[mine] = torch.cat(parts).cpu().numpy()  # the one wait for the device
     if reduce is not None:

@@ -9,7 +9,7 @@ The host looks at the tokens every `CHECK_EVERY` steps only: on a GPU that is th
 What a row produced behind its stop token is cut then.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -50,20 +50,22 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     progress: Progress | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The reply to each prompt, as ids; the stop token stands at its end if it was reached.
 
     A reply ends at a token of `stop_ids`, after `max_new_tokens`, or where prompt and reply fill
     the model's `max_positions`. Temperature 0 is greedy. What is sampled for prompt i depends on
     `seed` and i alone, not on the batch. At most `batch_size` prompts run at once. `progress`
-    advances by one for each finished prompt.
+    advances by one for each finished prompt. `between` is called whenever the host has looked at
+    new tokens; what it raises ends the decoding.
 
     Raises UserError for a prompt that leaves no room for a reply.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     replies: list[list[int]] = [[] for _ in prompts]
     for index, tokens, ended in _decode(
-        model, prompts, max_new_tokens, stop_ids, sampling, batch_size
+        model, prompts, max_new_tokens, stop_ids, sampling, batch_size, between=between
     ):
         replies[index].extend(tokens)
         if ended and progress is not None:
@@ -126,6 +128,7 @@ def _decode(
     sampling: Sampling,
     batch_size: int,
     check_every: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, list[int], bool]]:
     """(prompt, its next tokens, whether its reply ended), until all have ended."""
     ends = [
@@ -147,8 +150,10 @@ def _decode(
                 group = [_Row(i, list(prompts[i]), ends[i]) for i in reversed(waiting[-count:])]
                 del waiting[-count:]
                 yield from rows.begin(group)
+                between()
             if rows.live:
                 yield from rows.step(check_every)
+                between()
 
 
 @dataclass

@@ -6,7 +6,7 @@ end, its probability inside answers rises.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,10 +26,16 @@ LENGTHS = (128, 512, 2048)
 
 
 def breakdown(
-    model: Any, store: PackedStore, stop_ids: Sequence[int], micro_rows: int, ranks: Ranks
+    model: Any,
+    store: PackedStore,
+    stop_ids: Sequence[int],
+    micro_rows: int,
+    ranks: Ranks,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss `dev_loss/source/…`, `/turn/…`, `/length/…`, and the mean probability of a stop
-    token inside replies, `dev_stop_inside`. All ranks call it; all do the same number of passes.
+    token inside replies, `dev_stop_inside`. All ranks call it; all do the same number of passes,
+    with `between` after each.
     """
     n_rows = min(ROWS, len(store))
     keys = class_names(store)
@@ -47,6 +53,7 @@ def breakdown(
             _add(sums, keys, store, whole, nll)
             if stop_ids:
                 inside += _stop_inside(model, batch, stop_ids)
+            between()
     model.train(was_training)
     flat = sum_over_ranks([*sums.flatten().tolist(), *inside.tolist()], ranks)
     sums, (probability, places) = np.reshape(flat[:-2], sums.shape), flat[-2:]

@@ -24,6 +24,36 @@ TEXT_PROMPT_TOKENS = 16
 
 
 @dataclass(frozen=True)
+class _Meeting:
+    """Where the ranks of an evaluation hear that one of them was asked to stop.
+
+    A single rank needs none: there a signal cuts the evaluation short wherever it is. Of several,
+    all must leave at the same place. So they meet after each forward pass; one that is done with a
+    part, and may have had fewer of them, goes on meeting the others until all are.
+    """
+
+    stop: Stop
+    ranks: Ranks
+
+    def look(self) -> None:
+        """Raises Interrupted on all ranks if one was asked."""
+        self._meet(done=False)
+
+    def end_part(self) -> None:
+        """Return when all ranks are here. Raises Interrupted on all of them if one was asked."""
+        while self._meet(done=True) < self.ranks.size:
+            pass
+
+    def _meet(self, done: bool) -> float:
+        if self.ranks.size == 1:
+            return 1
+        asked, ready = sum_over_ranks([self.stop.number, done], self.ranks)
+        if asked:
+            raise Interrupted
+        return ready
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """The evaluation of a run. Its parts follow each other in the same order on all ranks."""
 
@@ -36,12 +66,17 @@ class Evaluator:
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
         inner: Any = unwrap(model)
+        meeting = _Meeting(stop, ranks)
+
+        def reduce(values: Sequence[float]) -> list[float]:
+            meeting.end_part()
+            return sum_over_ranks(values, ranks)
+
         metrics: dict[str, float] = {}
         # Where every forward is a collective, all ranks generate the same; else each its share.
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
         stop_ids = self.tokenizer.stop_ids if self.tokenizer else ()
         if self.dev is not None:
-            _leave_if_asked(stop, ranks)
             found = dev_loss(
                 inner,
                 self.dev,
@@ -49,35 +84,37 @@ class Evaluator:
                 device=ranks.device,
                 rank=ranks.rank,
                 world_size=ranks.size,
-                reduce=lambda values: sum_over_ranks(values, ranks),
+                reduce=reduce,
                 stop_ids=stop_ids,
+                between=meeting.look,
             )
             metrics |= {"dev_loss": found.loss, "dev_ppl": found.ppl}
             if found.stop_probability is not None:
                 metrics["dev_stop_probability"] = found.stop_probability
-            _leave_if_asked(stop, ranks)
-            metrics |= breakdown(inner, self.dev, stop_ids, self.micro_rows, ranks)
+            metrics |= breakdown(inner, self.dev, stop_ids, self.micro_rows, ranks, meeting.look)
         if self.problems and self.tokenizer is not None:
-            _leave_if_asked(stop, ranks)
             answers = gsm8k_accuracy(
                 inner,
                 self.tokenizer,
                 self.problems,
                 rank=share.rank,
                 world_size=share.size,
-                reduce=lambda values: sum_over_ranks(values, share),
+                reduce=reduce if share.size > 1 else None,
                 quiet=True,
+                between=meeting.look,
             )
             metrics |= {
                 "gsm8k_accuracy": answers.accuracy,
                 "gsm8k_low": answers.low,
                 "gsm8k_high": answers.high,
             }
-        _leave_if_asked(stop, ranks)
-        samples = list(self._samples(inner, stop_ids)) if share.first else []
+        samples = list(self._samples(inner, stop_ids, meeting)) if share.first else []
+        meeting.end_part()
         return Evaluation(metrics, samples)
 
-    def _samples(self, model: Any, stop_ids: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    def _samples(
+        self, model: Any, stop_ids: tuple[int, ...], meeting: _Meeting
+    ) -> Iterator[dict[str, Any]]:
         """Replies to the first prompts of the dev file, next to what stands there."""
         if self.dev is None or self.tokenizer is None or self.n_samples == 0:
             return
@@ -88,6 +125,7 @@ class Evaluator:
             [prompt for prompt, _ in pairs],
             max_new_tokens=SAMPLE_TOKENS,
             stop_ids=stop_ids,
+            between=meeting.look,
         )
         for (prompt, expected), reply in zip(pairs, replies, strict=True):
             yield {
@@ -116,9 +154,3 @@ def prompts_of(store: PackedStore, count: int) -> list[tuple[list[int], list[int
             end = start + (int(np.argmax(rest)) if rest.any() else len(rest))
             found.append((tokens[:start].tolist(), tokens[start:end][:SAMPLE_TOKENS].tolist()))
     return found
-
-
-def _leave_if_asked(stop: Stop, ranks: Ranks) -> None:
-    """Between two parts all ranks decide alike, so that none waits for one that has left."""
-    if ranks.size > 1 and any(sum_over_ranks([stop.number], ranks)):
-        raise Interrupted
