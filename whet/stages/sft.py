@@ -182,7 +182,12 @@ def make_stage(
         ),
         loss_fn=token_loss,
         evaluate=Evaluator(
-            dev, tokenizer, config.micro_batch_size, problems=questions, n_samples=config.samples
+            dev,
+            tokenizer,
+            config.micro_batch_size,
+            problems=questions,
+            n_samples=config.samples,
+            quiet=config.quiet or not ranks.first,
         ),
         save_model=ModelWriter(
             tokenizer,

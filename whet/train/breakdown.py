@@ -14,6 +14,7 @@ import torch
 
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.store import PackedStore
+from whet.progress import track
 from whet.train.distributed import Ranks, sum_over_ranks
 from whet.train.ledger import source_name
 
@@ -32,6 +33,7 @@ def breakdown(
     micro_rows: int,
     ranks: Ranks,
     between: Callable[[], None] = lambda: None,
+    quiet: bool = True,
 ) -> dict[str, float]:
     """Mean loss `dev_loss/source/…`, `/turn/…`, `/length/…`, and the mean probability of a stop
     token inside replies, `dev_stop_inside`. All ranks call it; all do the same number of passes,
@@ -44,7 +46,7 @@ def breakdown(
     mine = np.arange(n_rows)[ranks.rank :: ranks.size]
     was_training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), track("Dev loss by part", len(mine), "rows", quiet) as progress:
         for i in range(micro_batch_count(n_rows, ranks.size, micro_rows)):
             rows = mine[i * micro_rows : (i + 1) * micro_rows]
             whole = micro_batches(read_batch(store, rows, total=1.0), micro_rows, 1)[0]
@@ -53,6 +55,7 @@ def breakdown(
             _add(sums, keys, store, whole, nll)
             if stop_ids:
                 inside += _stop_inside(model, batch, stop_ids)
+            progress.advance(len(rows))
             between()
     model.train(was_training)
     flat = sum_over_ranks([*sums.flatten().tolist(), *inside.tolist()], ranks)

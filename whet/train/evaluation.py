@@ -62,6 +62,8 @@ class Evaluator:
     micro_rows: int
     problems: Sequence[Problem] = ()
     n_samples: int = 3
+    quiet: bool = True
+    """Show no progress."""
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
@@ -86,12 +88,15 @@ class Evaluator:
                 world_size=ranks.size,
                 reduce=reduce,
                 stop_ids=stop_ids,
+                quiet=self.quiet,
                 between=meeting.look,
             )
             metrics |= {"dev_loss": found.loss, "dev_ppl": found.ppl}
             if found.stop_probability is not None:
                 metrics["dev_stop_probability"] = found.stop_probability
-            metrics |= breakdown(inner, self.dev, stop_ids, self.micro_rows, ranks, meeting.look)
+            metrics |= breakdown(
+                inner, self.dev, stop_ids, self.micro_rows, ranks, meeting.look, self.quiet
+            )
         if self.problems and self.tokenizer is not None:
             answers = gsm8k_accuracy(
                 inner,
@@ -100,7 +105,7 @@ class Evaluator:
                 rank=share.rank,
                 world_size=share.size,
                 reduce=reduce if share.size > 1 else None,
-                quiet=True,
+                quiet=self.quiet,
                 between=meeting.look,
             )
             metrics |= {

@@ -147,7 +147,8 @@ def train(
             if to_evaluate or to_save or asked:
                 read(left=0)
             if to_evaluate and facts.evaluated < facts.step and not asked:
-                asked = _evaluate(stage, run, stop, ranks, dtype)
+                with bar.paused():
+                    asked = _evaluate(stage, run, stop, ranks, dtype)
             if asked:
                 save(wait=True)
                 return asked
