@@ -80,7 +80,10 @@ class Reader:
 
     def _escape(self, pattern: re.Pattern[str], special: str) -> None:
         content = (self.messages, self.tools, self.documents)
-        if not _any_text_holds(self.messages, pattern) and not holds(content[1:], pattern):
+        beside = self.tools or self.documents
+        if not _any_text_holds(self.messages, pattern) and not (
+            beside and holds(content[1:], pattern)
+        ):
             return
         if special == "error":
             raise self.refused(
