@@ -12,6 +12,7 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from tests.stages.test_sft import metrics
 from whet.cli import main
+from whet.generate.opened import open_model
 from whet.model.adapter import CONFIG, WEIGHTS
 from whet.model.checkpoint import load_backbone_from_ckpt, save_model, save_pt
 
@@ -58,6 +59,7 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(world, adapter, tmp_path
         (tmp_path / "a" / name).write_bytes((adapter / name).read_bytes())
     assert main(command(world, tmp_path / "out", model=tmp_path / "a", max_steps=1)) == 0
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert open_model(tmp_path / "a").tokenizer.hash == tiny.tokenizer().hash
 
 
 @pytest.mark.parametrize(
