@@ -32,6 +32,7 @@ class StubHub:
 
     cuts: int = 0
     log: list[tuple[str, str, str]] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
     endpoint: str = ""
 
 
@@ -54,6 +55,7 @@ def hub() -> Iterator[StubHub]:
             path, _, _ = self.path.partition("?")
             wanted = self.headers.get("Range", "")
             stub.log.append((self.command, path, wanted))
+            stub.tokens.add(self.headers.get("Authorization", ""))
             if "org/tiny" not in path:
                 code = "GatedRepo" if "gated" in path else "RepoNotFound"
                 return self.send(403 if "gated" in path else 404, b"", {"X-Error-Code": code})
@@ -119,6 +121,7 @@ def find(stub: StubHub, home: Path, *names: str, **environment: str) -> str:
         [sys.executable, "-c", code, *names], capture_output=True, text=True, env=variables
     )
     assert result.returncode == 0, result.stderr
+    assert "hf_secret" not in result.stdout + result.stderr
     return result.stdout.strip()
 
 
@@ -160,6 +163,14 @@ def test_what_cannot_be_found_is_told_in_a_line(
     assert told.startswith("TOLD")
     assert message in told
     assert "\n" not in told
+
+
+@pytest.mark.parametrize("name", ["org/tiny", "org/other", "org/gated"])
+def test_the_token_is_sent_and_never_told(hub: StubHub, tmp_path: Path, name: str) -> None:
+    """`find` looks for it in all that was printed."""
+    hub.cuts = 1
+    find(hub, tmp_path, name, HF_TOKEN="hf_secret", HF_DEBUG="1")
+    assert "Bearer hf_secret" in hub.tokens
 
 
 def test_paths_win_and_have_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,19 @@ def test_llama_cpp_knows_the_names_of_every_family(case: str) -> None:
     assert [name for name in names if not is_gguf_name(name)] == []
 
 
+@pytest.mark.parametrize("case", zoo.CASES)
+def test_its_own_table_knows_them_too(case: str) -> None:
+    """The table of llama.cpp's converter, as its authors publish it."""
+    gguf = pytest.importorskip("gguf", reason="llama.cpp's own table of names is in gguf")
+    config = zoo.whet_config(case)
+    family = config.to_hf()["model_type"]
+    architectures = {"mistral": "llama", "gemma3_text": "gemma3"}
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[architectures.get(family, family)], config.n_layers)
+    for place in file_places(config).values():
+        assert table.get_name(place.name, try_suffixes=(".weight", ".bias")), place.name
+
+
 def test_what_llama_cpp_does_not_know_is_told(base: Path) -> None:
     assert not is_gguf_name("model.layers.0.self_attn.qk_proj.weight")
     assert not is_gguf_name("transformer.h.0.attn.bias")

@@ -1,5 +1,6 @@
 """Other architectures through transformers: documents kept apart, the loss, generation, files."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from whet.errors import UserError
 from whet.generate.engine import generate
 from whet.model.checkpoint import load_backbone_from_ckpt, save_model
 from whet.model.foreign import ForeignModel
+from whet.model.weights import saved_as
 
 transformers = pytest.importorskip("transformers")
 
@@ -145,6 +147,27 @@ def test_saved_models_open_again(case: str, saved: Callable[[str], Path], tmp_pa
     tokens, _ = packed()
     with torch.no_grad():
         assert torch.equal(again(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "bloom"])
+def test_new_tokens_get_mean_rows_and_the_files_precision_stays(
+    case: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """gpt_neox has a head of its own, bloom's is the embedding."""
+    original(case).to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    original(case).to(torch.float32)
+    model = load_backbone_from_ckpt(tmp_path / "half", quiet=True)
+    before = model.inner.get_input_embeddings().weight.detach().clone()
+    model.grow(98)
+    assert model.config.vocab_size == 128
+    for module in (model.inner.get_input_embeddings(), model.inner.get_output_embeddings()):
+        assert torch.allclose(module.weight[96:], module.weight[:96].mean(0), atol=1e-6)
+    assert torch.equal(model.inner.get_input_embeddings().weight[:96], before)
+    save_model(model, tmp_path / "grown", None, {}, saved_as("same", model.config.hf))
+    again = load_backbone_from_ckpt(tmp_path / "grown", quiet=True)
+    assert again.config.vocab_size == 128
+    values = json.loads((tmp_path / "grown" / "config.json").read_text())
+    assert values["torch_dtype"] == "bfloat16"
 
 
 def test_missing_weights_and_unknown_types_are_told(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 
@@ -11,6 +12,7 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from tests.stages.test_sft import metrics
 from whet.cli import main
+from whet.generate.opened import open_model
 from whet.model.adapter import CONFIG, WEIGHTS
 from whet.model.checkpoint import load_backbone_from_ckpt, save_model, save_pt
 
@@ -57,6 +59,7 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(world, adapter, tmp_path
         (tmp_path / "a" / name).write_bytes((adapter / name).read_bytes())
     assert main(command(world, tmp_path / "out", model=tmp_path / "a", max_steps=1)) == 0
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert open_model(tmp_path / "a").tokenizer.hash == tiny.tokenizer().hash
 
 
 @pytest.mark.parametrize(
@@ -108,3 +111,63 @@ def test_the_model_is_written_in_its_bases_precision(world, tmp_path, base, choi
     assert exact.dtype == torch.float32
     assert torch.equal(exact.to(dtype), saved["model.layers.1.mlp.up_proj.weight"])
     assert not torch.equal(exact, exact.bfloat16().float())
+
+
+CHAT = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def chats(world: Path) -> Path:
+    """The base's tokenizer knows no chat tokens; the data is made with those of chatml."""
+    lines = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in (("one plus two", "three"), ("two plus two", "four"), ("sum of one", "one"))
+    ]
+    (world / "chats.jsonl").write_text("\n".join(json.dumps(line) for line in lines * 4))
+    words = ["--tokenizer", str(world / "base"), "--chat_template", "chatml", "--workers", "0"]
+    words += ["--context_length", "32", "--out", str(world / "chats.h5")]
+    assert main(["prepare", "--data", str(world / "chats.jsonl"), *words]) == 0
+    return world / "chats.h5"
+
+
+def new_ids(directory: Path) -> list[int]:
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return [backend.token_to_id(text) for text in CHAT]
+
+
+def test_chat_tokens_are_added_to_a_base_without_them(world, chats, tmp_path):
+    """Rows up to a multiple of 64, each the mean of the old ones; then they are trained."""
+    out = tmp_path / "out"
+    flags = {"data": chats, "dev": chats, "chat_template": "chatml", "max_steps": 1}
+    assert main(command(world, out, **flags, lr=1e-9)) == 0
+    old = load_file(world / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    grown = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    assert len(grown) % 64 == 0
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == len(grown)
+    assert torch.allclose(grown[: len(old)], old, atol=1e-6)
+    mean = old.mean(0).expand(len(grown) - len(old), -1)
+    assert torch.allclose(grown[len(old) :], mean, atol=1e-6)
+    assert None not in new_ids(out)
+    assert "im_start" in (out / "chat_template.jinja").read_text()
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert new_ids(out)[1] in torch.tensor(generation["eos_token_id"]).view(-1)
+
+
+def test_rows_of_new_chat_tokens_are_trained_beside_lora_and_go_on(world, chats, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = {"data": chats, "dev": chats, "max_steps": 2, "lr": 1e-2}
+    assert main(command(world, first, **flags, chat_template="chatml", lora_rank=2)) == 0
+    config = json.loads((first / CONFIG).read_text())
+    assert config["trainable_token_indices"] == new_ids(first)
+    assert main(command(world, second, **flags, model=first)) == 0
+    old = load_file(world / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    rows = [load_file(path / WEIGHTS)[key] for path in (first, second)]
+    assert not torch.allclose(rows[0], old.mean(0).expand(2, -1), atol=1e-4)
+    assert not torch.allclose(rows[0], rows[1], atol=1e-4)
+    after = [line["dev_loss"] for line in metrics(second) if "dev_loss" in line]
+    assert after[-1] < after[0]
+    assert main(["export", str(second), "--merge", "--out", str(tmp_path / "merged")]) == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.allclose(merged[new_ids(first)], rows[1], atol=1e-6)
+    assert torch.equal(merged[: len(old)], old)

@@ -8,6 +8,7 @@ import torch
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.errors import UserError
 from whet.hub import find_model
+from whet.model.adapter import tokenizer_home
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 
@@ -37,7 +38,8 @@ def open_model(
     path = find_model(path)
     if tokenizer is None and path.is_file():
         raise UserError(f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer")
-    found = load_tokenizer(tokenizer or path)  # first: it is quickly done, and often what is wrong
+    # The tokenizer first: it is quickly opened, and often what is wrong.
+    found = load_tokenizer(tokenizer or tokenizer_home(path))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
     if device == "auto":

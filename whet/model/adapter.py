@@ -63,6 +63,14 @@ def find_base(directory: Path, *, quiet: bool = False) -> Path:
     return find_model(name, revision, quiet=quiet)
 
 
+def tokenizer_home(path: Path) -> Path:
+    """Where the tokenizer of the model at `path` lies: there, or with the base of an adapter that
+    has none, as PEFT saves them."""
+    if is_adapter(path) and not (path / "tokenizer.json").is_file():
+        return find_base(path)
+    return path
+
+
 def save_adapter(
     model: Transformer,
     directory: str | Path,

@@ -173,13 +173,11 @@ def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
     """The tokenizer to write; a `.pt` has none."""
     if config.to == "pt":
         return None
-    directory = config.tokenizer or path
+    directory = config.tokenizer or adapter.tokenizer_home(path)
     if directory.is_file():
         raise UserError(
             f"{config.run}: a .pt has no tokenizer; name its directory: --tokenizer DIR"
         )
-    if not (directory / "tokenizer.json").is_file() and adapter.is_adapter(path):
-        directory = adapter.find_base(path)  # PEFT saves none
     return load_tokenizer(directory)
 
 

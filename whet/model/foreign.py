@@ -78,6 +78,21 @@ class ForeignModel(nn.Module):
         except ValueError:
             raise UserError(f"--recompute {which}: {type(self.inner).__name__} can't") from None
 
+    @torch.no_grad()
+    def grow(self, n_tokens: int, multiple: int = 64) -> None:
+        """Rows for `n_tokens` tokens; see `embedding.grow_embedding`."""
+        old = self.config.vocab_size
+        if n_tokens <= old:
+            return
+        new = -(-n_tokens // multiple) * multiple
+        self.inner.resize_token_embeddings(new, mean_resizing=False)
+        for module in (self.inner.get_input_embeddings(), self.inner.get_output_embeddings()):
+            for values in (module.weight, getattr(module, "bias", None)):
+                if values is not None:
+                    values[old:] = values[:old].float().mean(dim=0).to(values.dtype)
+        hf = self.inner.config.to_dict() | {"dtype": self.config.hf.get("dtype")}
+        self.config = replace(self.config, vocab_size=new, hf=hf)
+
     def forward(
         self,
         tokens: Tensor,
@@ -198,9 +213,8 @@ def load_foreign(
     model = ForeignModel(inner.to(device))
     # transformers puts the opened precision in its place; saving asks for the file's.
     said = read_json(directory / "config.json")
-    own = {key: said[key] for key in ("dtype", "torch_dtype") if key in said}
-    hf = {key: value for key, value in model.config.hf.items() if key != "dtype"} | own
-    model.config = replace(model.config, hf=hf)
+    own = {"dtype": said.get("dtype") or said.get("torch_dtype")}
+    model.config = replace(model.config, hf=model.config.hf | own)
     if not quiet:
         say(f"{directory}: {type(inner).__name__} of transformers; {SAYING[model.way]}")
     return model

@@ -33,7 +33,7 @@ from whet.errors import UserError
 from whet.evaluate.dev import misfits
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.hub import find_model
-from whet.model.adapter import base_of, find_base, is_adapter
+from whet.model.adapter import base_of, find_base, is_adapter, tokenizer_home
 from whet.model.attention import plan_documents
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
@@ -110,7 +110,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
     )
     model.recompute = config.recompute
     header = [("model", f"{config.model}: {describe(model)}")]
-    tokenizer, new_rows = find_tokenizer(config.tokenizer, path, base), list[int]()
+    tokenizer, new_rows = find_tokenizer(config.tokenizer, path), list[int]()
     if config.chat_template is not None and tokenizer is not None:
         tokenizer, new_rows = add_tokens(model, tokenizer, config.chat_template)
     lora = choose_trained(
@@ -286,16 +286,10 @@ def told(lora: LoRA, four_bits: bool) -> str:
     return ", ".join(words + [word for word, used in kinds if used])
 
 
-def find_tokenizer(directory: Path | None, model: Path, base: Path) -> Tokenizer | None:
-    """--tokenizer's, or the model directory's own, of an adapter without one its base's.
-
-    A `.pt` has none.
-    """
-    if directory is not None:
-        return load_tokenizer(directory)
-    if model != base and not (model / "tokenizer.json").is_file():
-        model = base
-    return load_tokenizer(model) if model.is_dir() else None
+def find_tokenizer(directory: Path | None, model: Path) -> Tokenizer | None:
+    """--tokenizer's, or the model's own; a `.pt` has none."""
+    home = directory or tokenizer_home(model)
+    return load_tokenizer(home) if directory or home.is_dir() else None
 
 
 def describe(model: Transformer) -> str:

@@ -26,7 +26,10 @@ def add_tokens(
     Returns the new tokenizer and the ids whose rows are new.
     """
     tokenizer, added = add_chat_tokens(tokenizer, chat_template)
-    grow_embedding(model, tokenizer.vocab_size)
+    if isinstance(model, Transformer):
+        grow_embedding(model, tokenizer.vocab_size)
+    else:
+        model.grow(tokenizer.vocab_size)  # another architecture: foreign.py
     ids = [tokenizer.backend.token_to_id(token) for token in added]
     return tokenizer, [i for i in ids if i is not None]
 
