@@ -37,6 +37,7 @@ def commands() -> dict[str, list[str]]:
     return {
         "help": ["bench_help"],
         "head": ["bench_head"],
+        "shared": ["bench_shared"],
         "generate": ["bench_generate", "--rounds", "2"],
         "train": ["bench_train", "--rounds", "2"],
         "train_bf16": ["bench_train", "--precision", "bf16", *small],

@@ -79,6 +79,12 @@ def generating(lines: list[Line]) -> list[tuple[str, ...]]:
     return [(what, "decoding without a cache", "10 ×", measured)]
 
 
+def sharing(lines: list[Line]) -> list[tuple[str, ...]]:
+    line = by_side(lines)["each"]
+    what = f"a system prompt of {line['prompt']} tokens, once a batch (processor time)"
+    return [(what, "once a document", "–", ratio(line, "once_is_times_faster"))]
+
+
 def opening(lines: list[Line]) -> list[tuple[str, ...]]:
     cells = []
     for line in lines:
@@ -125,6 +131,7 @@ def preparing(lines: list[Line]) -> list[tuple[str, ...]]:
 CELLS = {
     "help": helping,
     "head": head,
+    "shared": sharing,
     "generate": generating,
     "train": training,
     "train_bf16": training,
