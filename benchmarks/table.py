@@ -55,7 +55,7 @@ def training(lines: list[Line]) -> list[tuple[str, ...]]:
     for side in ("trl", "trl_by_row"):
         if side in found:
             share = found[side]["whet_needs_share_of_memory"]
-            measured = f"{share} ({ours['peak_gb']} of {found[side]['peak_gb']} GB)"
+            measured = f"{share} (TRL {found[side]['peak_gb']} GB)"
             cells.append(("peak memory of that step", side, "a third", measured))
     return cells
 
