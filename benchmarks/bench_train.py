@@ -10,7 +10,8 @@ counted. Sides:
 - plain: a loop as teaching code writes it (peers/plain_train.py);
 - trl: TRL's SFTTrainer, packed, all rows of a step in one forward pass (peers/trl_train.py);
 - trl_by_row: the same with one row a pass and the others accumulated. Without flash attention
-  TRL's attention makes a mask over all tokens of a pass, so this is its faster way on a CPU.
+  TRL's attention makes a mask over all tokens of a pass, so this is its faster way on a CPU;
+- whet_by_row: `whet sft --micro_batch_size 1`, whose memory is compared with that of trl_by_row.
 
 Printed is one JSON line a side: tokens/s (the documents' own tokens, without padding) as median,
 minimum and maximum over all counted steps, the same for a second of processor time, which other
@@ -62,12 +63,13 @@ def main() -> None:
     lines = {side: summary(side, args, runs[side]) for side in args.sides}
     ours = lines.get("whet")
     for side, line in lines.items():
-        if ours and side != "whet":
+        if ours and not side.startswith("whet"):
             times = compared(runs["whet"], runs[side])
             line |= spread("whet_is_times_faster", times, 2)
             by_cpu = ours["tokens_per_cpu_s"] / line["tokens_per_cpu_s"]
             line["whet_is_times_faster_by_cpu"] = round(by_cpu, 2)
-            line["whet_needs_share_of_memory"] = round(ours["peak_gb"] / line["peak_gb"], 2)
+            alike = lines.get("whet_by_row", ours) if side == "trl_by_row" else ours
+            line["whet_needs_share_of_memory"] = round(alike["peak_gb"] / line["peak_gb"], 2)
         emit(line, args.out)
 
 
@@ -81,13 +83,13 @@ def prepare(work: Path) -> None:
         subprocess.run(command, cwd=work, check=True, env=environment, stdout=sys.stderr)
 
 
-def run_whet(work: Path, precision: str, steps: int, rows: int) -> dict[str, Any]:
+def run_whet(work: Path, precision: str, steps: int, rows: int, by_row: bool) -> dict[str, Any]:
     """`whet sft` itself; its numbers are read from the run folder."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = ["sft", "--model", "model", "--data", "packed.h5", "--out", str(out), "--quiet"]
         words += ["--precision", precision, "--batch_size", str(rows), "--lr", "1e-5"]
-        words += ["--micro_batch_size", str(rows), "--max_steps", str(steps)]
+        words += ["--micro_batch_size", str(1 if by_row else rows), "--max_steps", str(steps)]
         words += ["--eval_every", "0", "--save_every", "0", "--samples", "0"]
         command = [sys.executable, "-m", "whet", *words]
         peak, _, marks = run_process(command, work, out / "timing.jsonl")
@@ -203,10 +205,11 @@ def summary(side: str, args: argparse.Namespace, runs: list[dict[str, Any]]) -> 
 
 
 SIDES: dict[str, Callable[[Path, str, int, int], dict[str, Any]]] = {
-    "whet": run_whet,
+    "whet": partial(run_whet, by_row=False),
     "plain": run_plain,
     "trl": partial(run_trl, by_row=False),
     "trl_by_row": partial(run_trl, by_row=True),
+    "whet_by_row": partial(run_whet, by_row=True),
 }
 
 if __name__ == "__main__":

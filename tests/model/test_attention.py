@@ -205,3 +205,37 @@ def test_what_is_not_shared(what):
         tokens[0, first] = torch.arange(5)
     plan = plan_documents(tokens.shape, tokens.device, segments, weight)
     assert share_prefixes(plan, plan.pack(tokens)) is plan
+
+
+def within_bound(found, expected):
+    """docs/numerics.md: in bf16 every way to attend is within 1 % of the definition's norm."""
+    return (found.float() - expected).norm() <= 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 4])
+def test_documents_in_bfloat16_are_within_their_bound(window, softcap):
+    q, k, v = (t.detach().bfloat16() for t in random_qkv())
+    expected = dense(q.float(), k.float(), v.float(), window, softcap)
+    found = kernels.documents(q, k, v, LENGTHS, scale=0.3, window=window, softcap=softcap)
+    assert found.dtype == torch.bfloat16
+    assert within_bound(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 1.5), (4, 1.5)])
+def test_a_gpus_kernels_are_within_their_bound(window, softcap):
+    """Value and gradient; without a soft cap by varlen, else by flex attention."""
+    segments = segments_of(LENGTHS).cuda()
+    plan = plan_documents(segments.shape, segments.device, segments)
+    inputs = [t.detach().cuda().bfloat16().requires_grad_() for t in random_qkv(size=64)]
+    exact = [t.detach().float().requires_grad_() for t in inputs]
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    found = plan.attend(*inputs, layer=0, **options)
+    expected = kernels.dense_attention(*(t[None] for t in exact), segments, **options)[0]
+    assert within_bound(found, expected)
+    direction = torch.randn_like(expected)
+    mine = torch.autograd.grad(found, inputs, direction.bfloat16())
+    wanted = torch.autograd.grad(expected, exact, direction)
+    for one, other in zip(mine, wanted, strict=True):
+        assert (one.float() - other).norm() <= 0.02 * other.norm()

@@ -21,6 +21,7 @@ from whet.config import problems, read_toml, save
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.train import distributed, optim, state
+from whet.train.allocator import keep_large_blocks
 from whet.train.curves import open_curves
 from whet.train.distributed import Ranks
 from whet.train.loop import Stage, train
@@ -63,6 +64,8 @@ def run_stage(
 def _train(
     config: C, command: str, stage: Stage, ranks: Ranks, run: RunFolder, start: Path | None
 ) -> int:
+    if ranks.device.type == "cpu":
+        keep_large_blocks()
     model = stage.model.to(ranks.device)
     if config.compile:
         for layer in getattr(model, "layers", ()):
