@@ -109,7 +109,7 @@ def cost_of(
     stage = sft.build(config, Ranks(device=device))
     model = stage.model.to(device)
     model.recompute = recompute  # type: ignore[assignment]
-    optimizers = make_optimizers(model, config, Ranks(device=device))
+    optimizers = make_optimizers(model, config)
     micros = fullest(stage.store, config, ranks, stage.total_steps)
     cost = dry.dry_run(stage, config, optimizers, micros, recompute, process, device)
     flops, head = 0.0, 0
