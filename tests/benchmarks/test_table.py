@@ -18,7 +18,13 @@ def test_every_benchmark_of_make_bench_has_a_row():
 
 
 def test_a_training_result_becomes_rows():
-    ours = {"side": "whet", "precision": "float32", "peak_gb": 1.7, **spread("tokens_per_s", [900])}
+    ours = {
+        "benchmark": "train",
+        "side": "whet",
+        "precision": "float32",
+        "peak_gb": 1.7,
+        **spread("tokens_per_s", [900]),
+    }
     peer = {
         "side": "trl",
         "peak_gb": 6.8,
