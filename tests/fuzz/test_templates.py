@@ -233,6 +233,15 @@ def test_one_rendering_does_not_spend_the_next_ones_means(source):
         template.render(TALK)
 
 
+@pytest.mark.parametrize("made", ["x.upper()", "x|upper", "x[1:]", "'%s' % x", "x ~ 'a'", "x + x"])
+def test_every_text_is_charged(made):
+    """By what it is made with, not by the clock: 99 texts of 3 million characters are too many."""
+    kept = f"{{% set ns.a = dict(a={made}, b=ns.a) %}}"
+    source = "{% set x = 'ab ' * 1000000 %}" + DOUBLED % kept
+    with pytest.raises(UserError, match="characters"):
+        render(source)
+
+
 def test_long_conversations_render():
     """5 MB of text, more than a million tokens, in one turn and in many."""
     whole = Path(whet.chat.__file__).with_name("chatml.jinja").read_text()

@@ -1,5 +1,8 @@
 """A training command around its loop: flags of a continued run, changed data, no memory left."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -57,3 +60,21 @@ def test_out_of_memory_says_what_to_change(world, monkeypatch, capsys):
     assert main(command(world, world / "other", micro_batch_size=4)) == 2
     told = capsys.readouterr().err
     assert "--micro_batch_size 2 or --recompute full" in told
+
+
+def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, capsys):
+    """Neither into the run folder, nor the log, nor what a tracker is told of the run."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "s3cr3t")
+    told = []
+    tracker = SimpleNamespace(log=lambda *a, **k: told.append((a, k)), finish=lambda: None)
+    init = SimpleNamespace(init=lambda **settings: told.append(settings) or tracker)
+    monkeypatch.setitem(sys.modules, "wandb", init)
+    words = command(world, world / "other", save_every=2, wandb_project="p")
+    assert main([word for word in words if word != "--quiet"]) == 0
+    assert told, "the tracker was not asked"
+    assert "s3cr3t" not in repr(told)
+    written = capsys.readouterr()
+    assert "s3cr3t" not in written.out + written.err
+    files = [path for path in (world / "other").rglob("*") if path.is_file()]
+    assert not [path for path in files if b"s3cr3t" in path.read_bytes()]

@@ -76,7 +76,7 @@ def _is_foreign(path: Path) -> bool:
     if not file.is_file():
         return False
     family = read_json(file).get("model_type")
-    return not isinstance(family, str) or family not in FAMILIES
+    return family is None or (isinstance(family, str) and family not in FAMILIES)
 
 
 def read_config(path: str | Path) -> ModelConfig:
