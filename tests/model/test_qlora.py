@@ -143,5 +143,13 @@ def test_sft_on_4_bits_learns_and_merges(tmp_path: Path) -> None:
     assert main(command(tmp_path, out, **flags)) == 0
     losses = [line["train_loss"] for line in metrics(out) if "train_loss" in line]
     assert losses[-1] < losses[0] - 0.1
+    more = {**flags, "lora_rank": None, "model": out, "max_steps": 1}
+    more = {name: value for name, value in more.items() if value is not None}
+    assert main(command(tmp_path, tmp_path / "more", **more)) == 0
+    before, after = (
+        [line["dev_loss"] for line in metrics(run) if "dev_loss" in line]
+        for run in (out, tmp_path / "more")
+    )
+    assert after[0] == pytest.approx(before[-1], rel=1e-5), "trained further where it ended"
     assert main(["export", str(out), "--merge", "--out", str(tmp_path / "merged")]) == 0
     assert load_backbone_from_ckpt(tmp_path / "merged").config.width == 64
