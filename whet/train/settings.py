@@ -77,6 +77,10 @@ class TrainSettings:
     """Where to train."""
     compile: bool = False
     """Compile each layer with torch.compile."""
+    float8: bool = False
+    """Multiply the layers' matrices in float8: on Hopper GPUs and newer, with torchao."""
+    profile: bool = False
+    """Write a trace of a few steps, for Perfetto, and tell what took the most time."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project."""
     quiet: bool = False
@@ -87,5 +91,5 @@ class TrainSettings:
 FREE_ON_RESUME = frozenset(
     {"resume", "out", "out_ckpt", "micro_batch_size", "keep", "save_every", "save_async", "shard"}
     | {"grace_seconds", "rank_timeout", "device", "compile", "wandb_project", "quiet", "on_spike"}
-    | {"auto", "memory_gb", "recompute"}
+    | {"auto", "memory_gb", "recompute", "profile"}
 )
