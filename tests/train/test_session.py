@@ -29,7 +29,7 @@ def test_a_continued_run_has_its_own_flags(world, capsys):
     assert "--lr 0.0005: the run in" in told
     assert "--seed 3" in told
     assert f"--config {world / 'out' / 'config.toml'} --resume" in told
-    free = command(world, world / "out", save_every=5, keep=1, micro_batch_size=1)
+    free = command(world, world / "out", save_every=5, keep=1, micro_batch_size=1, recompute="full")
     assert main([*free, "--resume"]) == 0
 
 
@@ -59,7 +59,8 @@ def test_out_of_memory_says_what_to_change(world, monkeypatch, capsys):
     monkeypatch.setattr(sft, "token_loss", full)
     assert main(command(world, world / "other", micro_batch_size=4)) == 2
     told = capsys.readouterr().err
-    assert "--micro_batch_size 2 or --recompute full" in told
+    assert "use --micro_batch_size 2 or --recompute selective (and --resume" in told
+    assert "`whet plan` with the same flags measures what fits" in told
 
 
 def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, capsys):
@@ -78,3 +79,10 @@ def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, caps
     assert "s3cr3t" not in written.out + written.err
     files = [path for path in (world / "other").rglob("*") if path.is_file()]
     assert not [path for path in files if b"s3cr3t" in path.read_bytes()]
+
+
+def test_float8_is_refused_where_it_cannot_run(world, capsys):
+    assert main(command(world, world / "other", float8=True, device="cpu")) == 2
+    told = capsys.readouterr().err
+    assert "--float8: needs a CUDA device of compute capability 9.0 (Hopper) or newer" in told
+    assert not (world / "other" / "config.toml").exists()

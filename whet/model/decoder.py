@@ -103,10 +103,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = plan.attend(
-            q, k, v, layer=self.layer, scale=self.scale, window=self.window, softcap=self.softcap
-        ).flatten(1)
+        y = self._attend(q, k, v, plan).flatten(1)
         return self.o(y if keep is None else y[keep])
+
+    @torch.compiler.disable  # compiled, it would be made anew for each layer and each batch's plan
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        return plan.attend(
+            q, k, v, layer=self.layer, scale=self.scale, window=self.window, softcap=self.softcap
+        )
 
 
 class MLP(nn.Module):

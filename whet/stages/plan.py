@@ -16,6 +16,7 @@ from whet.data.batches import Batch
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.model.decoder import Transformer
+from whet.model.float8 import use_float8
 from whet.model.footprint import attention_flops, head_bytes
 from whet.progress import Progress, say, track
 from whet.stages import sft
@@ -109,9 +110,12 @@ def cost_of(
     stage = sft.build(config, Ranks(device=device))
     model = stage.model.to(device)
     model.recompute = recompute  # type: ignore[assignment]
+    if config.float8:
+        use_float8(model, device)
     optimizers = make_optimizers(model, config)
-    micros = fullest(stage.store, config, ranks, stage.total_steps)
-    cost = dry.dry_run(stage, config, optimizers, micros, recompute, process, device)
+    batches = fullest_first(stage.store, config, ranks, stage.total_steps)
+    micros = batches[0]
+    cost = dry.dry_run(stage, config, optimizers, batches, recompute, process, device)
     flops, head = 0.0, 0
     if isinstance(model, Transformer):
         plan = micros[0].plan
@@ -128,8 +132,10 @@ def cost_of(
     )
 
 
-def fullest(store: PackedStore, config: sft.Config, ranks: int, steps: int) -> list[Batch]:
-    """The first rank's micro-batches of that early step whose first computes the most tokens."""
+def fullest_first(
+    store: PackedStore, config: sft.Config, ranks: int, steps: int
+) -> list[list[Batch]]:
+    """The first rank's micro-batches of early steps; those that compute the most tokens first."""
     assert config.micro_batch_size is not None
     n_rows = min(len(store), config.overfit_rows or len(store))
     found = [
@@ -144,7 +150,7 @@ def fullest(store: PackedStore, config: sft.Config, ranks: int, steps: int) -> l
         )
         for step in range(min(steps, LOOKED_AT))
     ]
-    return max(found, key=lambda micros: sum(micros[0].plan.sizes))
+    return sorted(found, key=lambda micros: -sum(micros[0].plan.sizes))
 
 
 def memory_limit(config: sft.Config, device: torch.device) -> float:

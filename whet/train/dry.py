@@ -21,18 +21,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from whet.data.batches import Batch
 from whet.errors import UserError
 from whet.train import memory, verdict
-from whet.train.ahead import to_device
+from whet.train.ahead import Micro, to_device
 from whet.train.distributed import Ranks
 from whet.train.loop import Stage, apply_step, dtype_of, forward_backward
 from whet.train.settings import TrainSettings
 from whet.train.signals import Stop
 
 R = TypeVar("R")
-STEPS = 3
-"""Dry steps: the first makes the optimizer's state, the others are timed."""
-MICROS = 2
-"""Micro-batches of a dry step: the first makes the gradients, the second adds to them; a third
-would be as the second."""
+STEPS = 5
+"""Dry steps, each of other rows: the first makes the optimizer's state, the others are timed. An
+allocator needs more room for blocks that differ from step to step."""
+MICROS = 4
+"""Micro-batches of a dry step: the first makes the gradients, the others add to them. Only the
+allocator could tell the third from the second."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def _answer(pipe: Connection, target: Callable, *arguments: Any) -> None:
 
 def process_bytes(device: torch.device) -> int:
     """What this process holds before its model, once all that a run imports is imported."""
+    memory.keep_freed(device)
     if importlib.util.find_spec("tensorboard") is not None:
         pass
     return memory.peak_bytes(device)
@@ -108,31 +110,33 @@ def dry_run(
     stage: Stage,
     settings: TrainSettings,
     optimizers: Sequence[torch.optim.Optimizer],
-    micros: Sequence[Batch],
+    batches: Sequence[Sequence[Batch]],
     recompute: str,
     process: int,
     device: torch.device,
 ) -> Cost:
-    """Take `STEPS` steps of these micro-batches, on the CPU, with the stage's model on `device`."""
+    """Take `STEPS` steps with the stage's model, which is on `device`; `batches` are micro-batches
+    of some steps, on the CPU."""
     ranks, stop = Ranks(device=device), Stop(grace_s=0.0)
     recent, dtype = verdict.recent([], device), dtype_of(settings)
-    moved = to_device(micros[:MICROS], device)
     times: list[tuple[float, float]] = []
+    first: list[Micro] = []
     flops, gradients = 0, 0
     for step in range(STEPS):
+        moved = to_device(batches[step % len(batches)][:MICROS], device)
         counter = FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext()
         begin = _now(device)
         with counter:
             result = forward_backward(stage, 0, moved, settings, ranks, stop, dtype)
         middle = _now(device)
         if step == 0:
-            flops = counter.get_total_flops()  # type: ignore[union-attr]
+            first, flops = moved, counter.get_total_flops()  # type: ignore[union-attr]
             gradients = size_of([p.grad for p in stage.model.parameters() if p.grad is not None])
         apply_step(result, stage, settings, optimizers, recent)
         times.append(((middle - begin) / len(moved), _now(device) - middle))
     states = [v for o in optimizers for s in o.state.values() for v in s.values()]
     return Cost(
-        rows=len(micros[0].tokens),
+        rows=len(first[0].batch.tokens),
         recompute=recompute,
         peak=memory.peak_bytes(device),
         process=process,
@@ -141,8 +145,8 @@ def dry_run(
         optimizer=size_of([v for v in states if isinstance(v, torch.Tensor)]),
         micro_seconds=min(forward for forward, _ in times[1:]),
         update_seconds=min(update for _, update in times[1:]),
-        micro_flops=flops / len(moved),
-        tokens=sum(micro.tokens for micro in moved) / len(moved),
+        micro_flops=flops / len(first),
+        tokens=sum(micro.tokens for micro in first) / len(first),
     )
 
 

@@ -26,6 +26,7 @@ from whet.progress import Progress, track
 from whet.train import distributed, incidents, ledger, memory, optim, verdict
 from whet.train.ahead import Micro, batches_ahead
 from whet.train.distributed import Ranks
+from whet.train.profile import profiled
 from whet.train.run import RunFolder
 from whet.train.settings import TrainSettings
 from whet.train.signals import Interrupted, Stop
@@ -139,6 +140,7 @@ def train(
     with (
         batches_ahead(stage.batches, facts.step, stage.total_steps, ranks.device) as batches,
         _bar(stage, run) as bar,
+        profiled(settings.profile, run) as step_done,
     ):
         while True:
             at_end = facts.step == stage.total_steps
@@ -164,6 +166,7 @@ def train(
             apply_step(result, stage, settings, optimizers, recent)
             queued.append((started, result))
             facts.step += 1
+            step_done()
             read(left=steps_behind(ranks.device))
             if facts.step % LEDGER_EVERY == 0:
                 _write_ledger(seen, stage.store, run, ranks)

@@ -20,11 +20,12 @@ from torch import nn
 from whet.config import problems, read_toml, save
 from whet.data.store import PackedStore
 from whet.errors import UserError
-from whet.train import distributed, optim, state
-from whet.train.allocator import keep_large_blocks
+from whet.model.float8 import use_float8
+from whet.train import distributed, memory, optim, state
 from whet.train.curves import open_curves
 from whet.train.distributed import Ranks
 from whet.train.loop import Stage, train
+from whet.train.profile import check_profile
 from whet.train.run import RunFolder
 from whet.train.settings import FREE_ON_RESUME, TrainSettings
 from whet.train.signals import stop_on_signals
@@ -46,6 +47,7 @@ def run_stage(
     loads and checks on every rank, and must not talk to other ranks.
     """
     with distributed.start_ranks(config.device, config.rank_timeout) as ranks:
+        memory.keep_freed(ranks.device)
         with distributed.told_once(ranks):
             config = resolve(config, ranks)
             check_settings(config)
@@ -64,12 +66,12 @@ def run_stage(
 def _train(
     config: C, command: str, stage: Stage, ranks: Ranks, run: RunFolder, start: Path | None
 ) -> int:
-    if ranks.device.type == "cpu":
-        keep_large_blocks()
     model = stage.model.to(ranks.device)
+    if config.float8:
+        with distributed.told_once(ranks):
+            use_float8(model, ranks.device)
     if config.compile:
-        for layer in getattr(model, "layers", ()):
-            layer.compile()
+        compile_layers(model)
     model = distributed.spread(model, ranks, shard=config.shard, bf16=config.precision == "bf16")
     stage = dataclasses.replace(stage, model=model)
     with distributed.told_once(ranks):
@@ -80,6 +82,7 @@ def _train(
         run.facts = state.load_state(start, model, optimizers, ranks)
         _check_same_data(run.facts.data, data, stage.store)
     with distributed.told_once(ranks):
+        check_profile(config.profile, stage.total_steps - run.facts.step)
         run.open()
         if ranks.first:
             save(config, run.path / "config.toml")
@@ -91,7 +94,11 @@ def _train(
         with stop_on_signals(config.grace_seconds) as stop:
             try:
                 ended_by = train(stage, config, optimizers, ranks, run, stop)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise UserError(out_of_memory(config, ranks)) from error
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error):  # what torch says on a CPU
+                    raise
                 raise UserError(out_of_memory(config, ranks)) from error
         run.finish_saving()
         if ended_by:
@@ -101,6 +108,13 @@ def _train(
     finally:
         run.finish_saving()
         run.curves.close()
+
+
+def compile_layers(model: nn.Module, backend: str | Callable = "inductor") -> None:
+    """Compile each layer by itself, once for all shapes: batches of packed rows differ in the
+    number of tokens, and a graph for each of them would cost more than it brings."""
+    for layer in getattr(model, "layers", ()):
+        layer.compile(backend=backend, dynamic=True)
 
 
 def make_optimizers(model: nn.Module, config: TrainSettings) -> list[torch.optim.Optimizer]:
@@ -227,18 +241,24 @@ def _check_same_data(before: str, now: str, store: PackedStore) -> None:
 
 def out_of_memory(config: TrainSettings, ranks: Ranks) -> str:
     """What to change when the device has no room for a step; the numbers stay the same."""
-    micro, ways = config.micro_batch_size or 1, []
+    micro, recompute = config.micro_batch_size or 1, getattr(config, "recompute", "full")
+    ways = []
     if micro > 1:
         ways.append(f"--micro_batch_size {micro // 2}")
-    if getattr(config, "recompute", "full") != "full":
-        ways.append("--recompute full")
+    if recompute != "full":
+        ways.append("--recompute selective" if recompute == "none" else "--recompute full")
     if ranks.size > 1 and not config.shard:
         ways.append("--shard")
     if not ways:
         ways = ["more GPUs with --shard", "--optimizer adamw8bit", "--lora_rank 16"]
+    # What adapters and 8-bit moments are is part of the run; the others may change on the way.
+    resumes = (
+        "and --resume to go on from the last save; " if micro > 1 or recompute != "full" else ""
+    )
+    held = memory.peak_bytes(ranks.device) / 1e9
     return (
-        f"--micro_batch_size {micro}: {ranks.device} is out of memory; add {' or '.join(ways)} "
-        "(and --resume to go on from the last save)"
+        f"--micro_batch_size {micro}: {ranks.device} is out of memory at {held:.1f} GB; use "
+        f"{' or '.join(ways)} ({resumes}`whet plan` with the same flags measures what fits)"
     )
 
 

@@ -79,6 +79,10 @@ class TrainSettings:
     """Where to train."""
     compile: bool = False
     """Compile each layer with torch.compile."""
+    float8: bool = False
+    """Multiply the layers' matrices in float8: on Hopper GPUs and newer, with torchao."""
+    profile: bool = False
+    """Write a trace of a few steps, for Perfetto, and tell what took the most time."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project."""
     quiet: bool = False
@@ -99,5 +103,5 @@ FREE_ON_RESUME = frozenset(
         "save_dtype",
     }
     | {"grace_seconds", "rank_timeout", "device", "compile", "wandb_project", "quiet", "on_spike"}
-    | {"auto", "memory_gb", "recompute"}
+    | {"auto", "memory_gb", "recompute", "profile"}
 )

@@ -7,9 +7,9 @@ import pytest
 
 COUNT = """
 import resource, sys, torch
-from whet.train.allocator import keep_large_blocks
+from whet.train.memory import keep_freed
 if sys.argv[1] == "keep":
-    keep_large_blocks()
+    keep_freed(torch.device("cpu"))
 def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     held = [torch.ones(4 * 2**20) for _ in range(8)]  # 16 MiB each

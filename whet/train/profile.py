@@ -1,0 +1,69 @@
+"""`--profile`: where the time of a few steps goes.
+
+Writes `profile/trace.json.gz` in the run folder, a Chrome trace that https://ui.perfetto.dev opens,
+and tells the operations that took the most time. Profiled steps are slower than others.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from whet.errors import UserError
+from whet.progress import say
+from whet.train.run import RunFolder
+
+PASSED = 2
+"""Steps before: the first ones make memory, kernels and compiled code."""
+WARM_UP = 1
+"""Steps that are profiled and thrown away: starting the profiler takes time itself."""
+KEPT = 3
+"""Steps in the trace."""
+LARGEST = 10
+
+
+def check_profile(on: bool, steps: int) -> None:
+    """Raise UserError if `steps` are too few to be profiled."""
+    needed = PASSED + WARM_UP + KEPT
+    if on and steps < needed:
+        raise UserError(f"--profile: needs {needed} steps, this run has {steps} to go")
+
+
+@contextmanager
+def profiled(on: bool, run: RunFolder) -> Iterator[Callable[[], Any]]:
+    """Yields what to call after each step; rank 0 profiles."""
+    if not on or not run.ranks.first:
+        yield lambda: None
+        return
+    kinds = [ProfilerActivity.CPU]
+    if run.ranks.device.type == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+
+    def ready(profiler: Any) -> None:
+        path = run.path / "profile" / "trace.json.gz"
+        path.parent.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(path))
+        say("\n".join(table(profiler.key_averages(), run.ranks.device)))
+        say(f"the trace of {KEPT} steps is {path}: open it at https://ui.perfetto.dev")
+
+    plan = schedule(wait=PASSED, warmup=WARM_UP, active=KEPT, repeat=1)
+    with profile(activities=kinds, schedule=plan, on_trace_ready=ready) as profiler:
+        yield profiler.step
+
+
+def table(averages: Sequence[Any], device: torch.device) -> list[str]:
+    """The largest operations by their own time (without what they call), most first."""
+
+    def own(item: Any) -> float:
+        gpu = device.type == "cuda"
+        return item.self_device_time_total if gpu else item.self_cpu_time_total
+
+    total = sum(map(own, averages)) or 1.0
+    lines = [f"{'share':>6}  {'ms a step':>10}  {'calls a step':>12}  operation"]
+    for item in sorted(averages, key=own, reverse=True)[:LARGEST]:
+        ms = own(item) / 1000 / KEPT
+        share = f"{100 * own(item) / total:.1f} %"
+        lines.append(f"{share:>6}  {ms:>10,.1f}  {item.count / KEPT:>12,.0f}  {item.key}")
+    return lines
