@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 
 from tests.doctor.test_checks import ALL, leaking
+from whet.chat.certificate import Refusal
+from whet.chat.encode import EncodeOptions
 from whet.cli import main
 from whet.data.store import StoreWriter
 from whet.doctor import command
+from whet.doctor import subject as subject_module
 from whet.doctor.command import CHECKS, examine
+from whet.errors import UserError
 
 
 def words(ward, *more: str) -> list[str]:
@@ -91,6 +95,13 @@ def test_untrained_data_and_foreign_ids(ward, tmp_path, capsys):
         store.write_rows(blank + 70_000, blank + 1, blank + 1)
     assert main(words(ward, "--data", str(tmp_path / "far.h5"))) == 2
     assert "holds the id 70000" in capsys.readouterr().err
+
+
+def test_why_nothing_can_be_examined_is_told(monkeypatch):
+    refusal = Refusal("unfit", "chats.jsonl:1: no token of the tokenizer ends the reply")
+    monkeypatch.setattr(subject_module, "encode_many", lambda *arguments: [refusal])
+    with pytest.raises(UserError, match="first was refused: chats"):
+        subject_module.sample_rows(9, 48, None, [object()], object(), EncodeOptions())
 
 
 def test_a_check_that_breaks_has_failed_and_the_others_go_on(subject, monkeypatch):

@@ -70,13 +70,21 @@ def reference(world):
 def assert_same(out: Path, reference) -> None:
     (metrics, weights), (expected_metrics, expected_weights) = numbers(out), reference
     assert len(metrics) == len(expected_metrics)
+    worst = 0.0
     for line, expected in zip(metrics, expected_metrics, strict=True):
         assert line.keys() == expected.keys()
         for key in expected:
             assert line[key] == pytest.approx(expected[key], rel=LOSS_RTOL), (key, line["step"])
+            worst = max(worst, abs(line[key] - expected[key]) / max(abs(expected[key]), 1e-12))
     assert weights.keys() == expected_weights.keys()
     for name, expected in expected_weights.items():
         np.testing.assert_allclose(weights[name], expected, atol=WEIGHT_ATOL, rtol=0, err_msg=name)
+    apart = max(
+        float(np.abs(weights[name] - value).max()) for name, value in expected_weights.items()
+    )
+    print(
+        f"\n{out.name}: losses, norms differ by {worst:.1e} of themselves, weights by {apart:.1e}"
+    )
 
 
 def test_reference_moves(world, reference):

@@ -77,11 +77,18 @@ def test_during_an_evaluation(world, tmp_path):
     assert (out / "metrics.jsonl").read_text() == ""
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp"])
+DEV_LOSS = {"dev": "large_dev.h5"}
+ANSWERS = {"gsm8k_dev": "problems.jsonl", "gsm8k_limit": 2000}
+
+
 @pytest.mark.parametrize(
-    "evaluation",
-    [{"dev": "large_dev.h5"}, {"gsm8k_dev": "problems.jsonl", "gsm8k_limit": 2000}],
-    ids=["dev_loss", "gsm8k"],
+    ("evaluation", "shard"),
+    [
+        pytest.param(DEV_LOSS, True, id="dev_loss-fsdp"),
+        pytest.param(ANSWERS, False, id="gsm8k-ddp"),
+        pytest.param(DEV_LOSS, False, id="dev_loss-ddp", marks=pytest.mark.slow),
+        pytest.param(ANSWERS, True, id="gsm8k-fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_during_an_evaluation_on_two_ranks(world, tmp_path, evaluation, shard):
     """One of them is asked; both save and leave, long before the evaluation would end."""

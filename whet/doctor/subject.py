@@ -186,10 +186,12 @@ def sample_rows(
 ) -> list[list[Document]]:
     """Rows of documents from the packed file, else of the conversations, else of random ids."""
     longest = row_tokens // DOCUMENTS_PER_ROW
+    refused: list[Refusal] = []
     if store is not None:
         found = list(_stored(store))
     elif data and tokenizer is not None:
         results = encode_many(data, tokenizer, dataclasses.replace(options, uncertain="drop"))
+        refused = [result for result in results if isinstance(result, Refusal)]
         found = [
             Document(example.ids.astype(np.int64), example.loss_mask)
             for result in results
@@ -201,7 +203,8 @@ def sample_rows(
     cut = [_cut(document, longest) for document in found if len(document.ids) > 1]
     cut = [document for document in cut if document.loss_mask[1:].any()]
     if not cut:
-        raise UserError("the data hold no document with a trained token: nothing to examine")
+        why = f"; the first was refused: {refused[0]}" if refused else ""
+        raise UserError(f"the data hold no document with a trained token: nothing to examine{why}")
     wanted = ROWS * DOCUMENTS_PER_ROW
     # Evenly spread over what was found; few documents are used more than once.
     chosen = [cut[i * len(cut) // wanted] for i in range(wanted)]
