@@ -9,9 +9,9 @@ cache (`cold`) and in it (`warm`). A bf16 file is opened as
 it is (evaluation, LoRA) and as float32 (full fine-tuning).
 
 Printed is one JSON line for each: seconds as median, minimum and maximum; how many times longer
-opening takes than each of the two, by round; and the peak memory of opening above what the process held
-before (`resident`, with the file's mapped pages, which the system can take back; `own`, without),
-as a share of the opened weights.
+opening takes than each of the two, by round; and the peak memory of opening above what the process
+held before (`resident`, with the file's mapped pages, which the system can take back; `own`,
+without), as a share of the opened weights.
 """
 
 import argparse
