@@ -3,14 +3,15 @@
     python -m benchmarks.bench_open --gb 1.1
 
 Random Llama-layout models are written once under .bench/, one in float32 and one in bf16. Each
-round opens them in processes of their own, in turn with a plain read of the same bytes into one
-buffer, with the file out of the page cache (`cold`) and in it (`warm`). A bf16 file is opened as
+round opens them in processes of their own, in turn with a plain read of the same bytes into memory
+(`read`) and one through a small buffer that keeps nothing (`skim`), with the file out of the page
+cache (`cold`) and in it (`warm`). A bf16 file is opened as
 it is (evaluation, LoRA) and as float32 (full fine-tuning).
 
 Printed is one JSON line for each: seconds as median, minimum and maximum; how many times longer
-opening takes than reading, by round; and the peak memory of opening above what the process held
-before (`resident`, with the file's mapped pages, which the system can take back; `own`, without),
-as a share of the opened weights.
+opening takes than each of the two, by round; and the peak memory of opening above what the process
+held before (`resident`, with the file's mapped pages, which the system can take back; `own`,
+without), as a share of the opened weights.
 """
 
 import argparse
@@ -30,7 +31,9 @@ from benchmarks.lines import emit, origin, spread
 
 BENCH = Path(__file__).resolve().parent.parent / ".bench"
 OPENED = {"float32": ("float32",), "bf16": ("bf16", "float32")}  # file -> as what it is opened
+READS = ("read", "skim")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+PIECE = 2**24  # bytes of one read
 WIDTH, VOCABULARY = 1024, 32_000
 LAYER = 4 * WIDTH * WIDTH + 3 * WIDTH * 2816  # parameters of a layer, its norms left out
 
@@ -51,7 +54,7 @@ def main() -> None:
         folder = BENCH / f"open-{kind}-{args.gb}"
         make(folder, kind, args.gb)
         for cache in args.caches:
-            sides = ["read", *ways]
+            sides = [*READS, *ways]
             runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
             for _ in range(args.rounds):
                 for side in sides:
@@ -97,12 +100,13 @@ def measure(folder: Path, what: str, cold: bool) -> dict[str, Any]:
     before = memory()
     with Peak() as peak:
         started = time.perf_counter()
-        if what == "read":
-            buffer = bytearray(size)
+        if what in READS:
+            view = memoryview(bytearray(size if what == "read" else PIECE))
+            done = 0
             with file.open("rb", buffering=0) as stream:
-                view, done = memoryview(buffer), 0
                 while done < size:
-                    done += stream.readinto(view[done : done + 2**24]) or 0
+                    start = done if what == "read" else 0
+                    done += stream.readinto(view[start : start + PIECE]) or 0
             weights = size
         else:
             model = load_backbone_from_ckpt(folder, dtype=DTYPES[what])
@@ -124,7 +128,7 @@ def set_cache(file: Path, cold: bool) -> None:
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         else:
-            while os.read(descriptor, 2**24):
+            while os.read(descriptor, PIECE):
                 pass
     finally:
         os.close(descriptor)
@@ -170,14 +174,15 @@ def summary(
     mine = runs[side]
     line = {
         "benchmark": "open",
-        "side": "read" if side == "read" else f"whet, as {side}",
+        "side": side if side in READS else f"whet, as {side}",
         "file": f"{mine[0]['file_gb']:.2f} GB, {kind}",
         "cache": cache,
         **spread("seconds", [run["seconds"] for run in mine], 3),
     }
-    if side != "read":
-        pairs = zip(mine, runs["read"], strict=True)
-        line |= spread("times_the_read", [a["seconds"] / b["seconds"] for a, b in pairs], 2)
+    if side not in READS:
+        for read in READS:
+            pairs = zip(mine, runs[read], strict=True)
+            line |= spread(f"times_the_{read}", [a["seconds"] / b["seconds"] for a, b in pairs], 2)
         for what in ("resident", "own"):
             line |= spread(f"peak_{what}_of_weights", [run[what] for run in mine], 2)
     return {**line, "rounds": len(mine), **origin()}

@@ -99,12 +99,13 @@ def sharing(lines: list[Line]) -> list[tuple[str, ...]]:
 def opening(lines: list[Line]) -> list[tuple[str, ...]]:
     cells = []
     for line in lines:
-        if line["side"] == "read":
+        if "times_the_read" not in line:
             continue
         what = f"opening {line['file']}, {line['side']}, {line['cache']} page cache"
+        skim, own = line["times_the_skim"], line["peak_own_of_weights"]
         measured = (
-            f"{ratio(line, 'times_the_read')}, peak memory {line['peak_own_of_weights']} × the "
-            f"weights ({line['peak_resident_of_weights']} with the file's pages)"
+            f"{ratio(line, 'times_the_read')}, {skim} × a read that keeps nothing; peak memory "
+            f"{own} × the weights, {line['peak_resident_of_weights']} with the file's pages"
         )
         cells.append((what, "the file's read time", "1.5 ×, 1.3 × the weights", measured))
     return cells
