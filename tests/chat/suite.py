@@ -39,7 +39,8 @@ def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(tokenizer.json_text)
     named = {**tokenizer.named, "bos_token": "<s>", "eos_token": "</s>"}
     wanted = dict.fromkeys([*literals(source), *named.values()])
-    new = [text for text in wanted if backend.token_to_id(text) is None]
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    new = [text for text in wanted if text not in added]
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in new])
     return Tokenizer(backend, backend.to_str(), named, ChatTemplate(source))
 

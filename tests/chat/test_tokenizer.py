@@ -165,3 +165,23 @@ def test_unknown_template_name(small: Tokenizer, tmp_path: Path) -> None:
     small.save(tmp_path)
     with pytest.raises(UserError, match="--chat_template nothing"):
         load_tokenizer(tmp_path, "nothing")
+
+
+def test_a_named_token_of_the_ordinary_vocabulary_is_one_token(
+    small: Tokenizer, tmp_path: Path
+) -> None:
+    """transformers cuts it out of texts although tokenizer.json does not list it as added."""
+    small.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["<s>"] = max(vocab.values()) + 2
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["bos_token"] = "<s>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ours = load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs("<s>the sum", add_special_tokens=False).input_ids
+    assert ours.encode("<s>the sum") == expected
+    assert pickle.loads(pickle.dumps(ours)).encode("<s>the sum") == expected
+    assert expected[0] == ours.bos_id == vocab["<s>"]

@@ -11,6 +11,7 @@ end of the context, and stand behind the prompt as it is at inference.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,8 +135,10 @@ class Reader:
         try:
             return self._with_ending(index, prompt, whole, None)
         except Refused as error:  # thinking, for instance, may be written under a switch alone
-            if error.refusal.kind == "dropped" and (turn := self._switched(index)):
-                return turn
+            if error.refusal.kind == "dropped":
+                with suppress(Refused):  # what is wrong under a switch is not the reason
+                    if turn := self._switched(index):
+                        return turn
             raise
 
     def _switched(self, index: int) -> Turn | None:

@@ -179,6 +179,7 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{file} is no tokenizer.json: {error}") from None
     named = {**given, **_named_tokens(folder, config, backend, further)}
+    _recognise(backend, named)
     if chat_template is None:
         template, tool_template = _own_templates(folder, config)
     else:
@@ -225,6 +226,7 @@ def add_chat_tokens(tokenizer: Tokenizer, chat_template: str) -> tuple[Tokenizer
     template = find_template(chat_template)
     wanted = dict.fromkeys(CONTROL_LITERAL.findall(template.source))
     backend = _backend(tokenizer.json_text)
+    _recognise(backend, tokenizer.named)
     new = [text for text in wanted if backend.token_to_id(text) is None]
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in new])
     text = backend.to_str() if new else tokenizer.json_text
@@ -234,8 +236,19 @@ def add_chat_tokens(tokenizer: Tokenizer, chat_template: str) -> tuple[Tokenizer
     return changed, new
 
 
-def _rebuild(json_text: str, *rest: Any) -> Tokenizer:
-    return Tokenizer(_backend(json_text), json_text, *rest)
+def _rebuild(json_text: str, named: dict[str, str], *rest: Any) -> Tokenizer:
+    backend = _backend(json_text)
+    _recognise(backend, named)
+    return Tokenizer(backend, json_text, named, *rest)
+
+
+def _recognise(backend: tokenizers.Tokenizer, named: dict[str, str]) -> None:
+    """Let named tokens that are ordinary ones in tokenizer.json be cut out of texts, too, as
+    transformers does: else `<s>` would be spelt with `<s` and `>`. None is given a new id."""
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = [text for text in dict.fromkeys(named.values()) if text not in added]
+    known = [text for text in missing if backend.token_to_id(text) is not None]
+    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in known])
 
 
 def _backend(json_text: str) -> tokenizers.Tokenizer:
