@@ -71,8 +71,8 @@ def test_attention_that_leaks_a_little(subject, monkeypatch):
     """One part in a million of the row's mean: no loss shows it, the logits do."""
     documents = kernels.documents
 
-    def leaky(q, k, v, lengths, **rest):
-        return documents(q, k, v, lengths, **rest) + 1e-6 * v.mean(0).repeat_interleave(
+    def leaky(q, k, v, *lengths, **rest):
+        return documents(q, k, v, *lengths, **rest) + 1e-6 * v.mean(0).repeat_interleave(
             q.shape[1] // v.shape[1], 0
         )
 

@@ -118,14 +118,16 @@ def test_compiled_layers_are_not_compiled_again_for_each_batch():
     with torch.device("meta"):
         decoder = Transformer(config).to(torch.bfloat16)
     for layer in decoder.layers:
-        layer.compile(backend=counter, fullgraph=True)
+        layer.compile(backend=counter, dynamic=True)  # attention stays outside of the graphs
+    counts = []
     for lengths in ([5, 7, 9], [4, 4], [30, 2, 2, 1], [11] * 5):
         numbers = [i + 1 for i, n in enumerate(lengths) for _ in range(n)]
         segments = torch.tensor([numbers])
         plan = plan_documents(segments.shape, segments.device, segments)
         logits = decoder(segments.to("meta"), plan=plan.to(torch.device("meta")))
         logits.sum().backward()
-    assert counter.frame_count <= 2  # once for the first batch, once for any length
+        counts.append(counter.frame_count)
+    assert 0 < counts[0] == counts[-1]
 
 
 def test_a_result_names_its_parts():

@@ -49,7 +49,7 @@ def some_optimizers(kind: str) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
     groups = optim.parameter_groups(model, 0.1)
-    made = optim.make_optimizers(kind, groups, beta1=0.9, beta2=0.95, device=CPU)
+    made = optim.make_optimizers(kind, groups, beta1=0.9, beta2=0.95)
     optim.set_lr(made, 0.1)
     return model, made
 
@@ -134,4 +134,4 @@ def step_optimizers(
     model: nn.Module, config: TrainSettings, device: torch.device
 ) -> list[torch.optim.Optimizer]:
     groups = optim.parameter_groups(model, config.weight_decay)
-    return optim.make_optimizers("adamw", groups, beta1=0.9, beta2=0.95, device=device)
+    return optim.make_optimizers("adamw", groups, beta1=0.9, beta2=0.95)

@@ -128,7 +128,7 @@ def _open_pt(path: Path) -> Opened:
             f"{path}: expected model_state_dict and cfg, found {keys or 'nothing'}; "
             "a bare state_dict does not say its sizes: open the model directory instead"
         )
-    state = {_unwrapped(name): value for name, value in state.items()}
+    state = {_unwrapped(str(name)): value for name, value in state.items()}
     not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
     problems([f"{path}: model_state_dict holds {name}, not a tensor" for name in not_tensors])
     if legacy.is_legacy(state):
