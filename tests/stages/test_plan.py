@@ -41,6 +41,8 @@ def test_the_run_measures_what_the_plan_said(world, capsys):
     saved = tomllib.loads((world / "out" / "config.toml").read_text())
     assert saved["micro_batch_size"] == proposed["micro_batch_size"]
     assert saved["recompute"] == proposed["recompute"] == "none"
+    timing = (world / "out" / "timing.jsonl").read_text().splitlines()
+    assert proposed["memory_gb"] == pytest.approx(json.loads(timing[-1])["memory_gb"], rel=0.1)
 
 
 @pytest.mark.slow

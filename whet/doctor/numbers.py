@@ -1,4 +1,4 @@
-"""Losses, gradients and logits: packed or alone, fused or plain, in one piece or in micro-batches.
+"""Losses, gradients and logits: packed or alone, fused or plain, whole or in micro-batches.
 
 Two gradients are compared without holding both: the first is negated where it lies, the second
 added to it. What remains is their difference.

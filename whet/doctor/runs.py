@@ -1,4 +1,4 @@
-"""Real processes: two ranks give what one gives, and a run that is killed ends as if it was not."""
+"""Real processes: two ranks give what one gives, a killed run ends as an untouched one."""
 
 import contextlib
 import json

@@ -6,7 +6,7 @@ is the real thing: the model as it is loaded, real rows, the loop's own step.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -101,8 +101,8 @@ def _answer(pipe: Connection, target: Callable, *arguments: Any) -> None:
 def process_bytes(device: torch.device) -> int:
     """What this process holds before its model, once all that a run imports is imported."""
     memory.keep_freed(device)
-    if importlib.util.find_spec("tensorboard") is not None:
-        pass
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.utils.tensorboard")  # as curves.py does
     return memory.peak_bytes(device)
 
 
