@@ -18,7 +18,7 @@ from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.float8 import use_float8
 from whet.model.footprint import attention_flops, head_bytes
-from whet.progress import Progress, say, track
+from whet.progress import Progress, duration, say, track
 from whet.stages import sft
 from whet.train import distributed, dry, memory
 from whet.train.distributed import Ranks
@@ -249,13 +249,6 @@ def no_room(plan: Plan) -> str:
         f"no setting fits into {plan.limit / 1e9:.2f} GB, not even --micro_batch_size 1 "
         "--recompute full; try --lora_rank 16, or --shard on more ranks"
     )
-
-
-def duration(seconds: float) -> str:
-    """Such as `40 s`, `12 min`, `3.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def with_proposal(config: sft.Config, ranks: Ranks) -> sft.Config:
