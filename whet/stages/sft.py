@@ -80,7 +80,7 @@ class Config(TrainSettings):
     lora_dora: bool = False
     """DoRA: train the lengths of the rows apart from their directions."""
     lora_4bit: bool = False
-    """QLoRA: hold the frozen base in 4 bits; on CUDA."""
+    """QLoRA: hold the frozen base in 4 bits (NF4), through bitsandbytes."""
     recompute: Recompute = "none"
     """Make activations again in the backward pass, not keep them: less memory, more work."""
     auto: bool = False
