@@ -47,12 +47,21 @@ def commands() -> dict[str, list[str]]:
         "help": ["bench_help"],
         "head": ["bench_head"],
         "shared": ["bench_shared"],
-        "generate": ["bench_generate", "--rounds", "2"],
-        "train": ["bench_train", "--rounds", "2"],
+        "generate": ["bench_generate", "--rounds", "1"],
+        "train": ["bench_train", "--rounds", "2", "--steps", "3"],
         "train_bf16": bf16,
         "open": ["bench_open"],
         "packing": ["bench_packing", *data],
-        "prepare": ["bench_prepare", *data, "--rounds", "2", "--trl_python", str(TRL)],
+        "prepare": [
+            "bench_prepare",
+            *data,
+            "--repeat",
+            "4",
+            "--rounds",
+            "2",
+            "--trl_python",
+            str(TRL),
+        ],
     }
 
 
