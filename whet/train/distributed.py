@@ -136,6 +136,19 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
+def reshard(model: nn.Module) -> None:
+    """Give each rank its shards again, and no more; does nothing to a model that is not sharded.
+
+    FSDP2 leaves the outermost parameters whole after a forward pass without a backward one. Then
+    they are not those that the optimizer knows, and a state could not be saved.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gradient_factor(model: nn.Module, ranks: Ranks) -> float:
     """What a rank multiplies its loss by, so that the gradients come out as sums over the ranks.
 

@@ -310,6 +310,8 @@ def _evaluate(
             found = stage.evaluate(stage.model, ranks, stop)
     except Interrupted:
         return stop.number or signal.SIGTERM
+    finally:
+        distributed.reshard(stage.model)
     facts.evaluated = facts.step
     for sample in found.samples:
         run.append("samples.jsonl", {"step": facts.step, **sample})
