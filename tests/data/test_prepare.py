@@ -337,7 +337,7 @@ def test_nothing_left_to_train_on(folder, tmp_path):
         UserError, match=r"to train on: 3 overlong \(the shortest has \d+ tokens; see"
     ):
         run(folder, tmp_path, [data], context_length=5)
-    with pytest.raises(UserError, match="no conversation was read"):
+    with pytest.raises(UserError, match=r"no conversation stands in .*empty.jsonl \(--data\)"):
         run(folder, tmp_path, [write(tmp_path / "empty.jsonl", [])])
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -250,9 +250,8 @@ def _write(
     written = encoded.selection.fate == KEPT
     trained = encoded.trained()
     if not (written & ~encoded.selection.dev & (trained > 0)).any():
-        raise UserError(
-            f"nothing is left to train on: {fates(encoded) or 'no conversation was read'}"
-        )
+        empty = f"no conversation stands in {', '.join(source.path for source in sources)} (--data)"
+        raise UserError(f"nothing is left to train on: {fates(encoded) or empty}")
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     attrs = {
         "vocab_size": tokenizer.vocab_size,
