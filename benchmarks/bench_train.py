@@ -154,7 +154,7 @@ def run_process(
             stream.seek(0)
         if child.returncode:
             raise SystemExit(f"{' '.join(words)}\nfailed:\n{err.read()[-3000:]}")
-        return usage.ru_maxrss / 1e6, out.read(), marks
+        return usage.ru_maxrss * 1024 / 1e9, out.read(), marks
 
 
 def cpu_seconds(process: int) -> float:

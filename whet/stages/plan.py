@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from whet.data.batches import Batch
-from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.float8 import use_float8
@@ -23,6 +22,7 @@ from whet.stages import sft
 from whet.train import distributed, dry, memory
 from whet.train.distributed import Ranks
 from whet.train.dry import Cost
+from whet.train.loop import Stage
 from whet.train.session import DEFAULT_MICRO_BATCH, check_settings, make_optimizers, resolve
 
 FITS = 0.9
@@ -107,13 +107,13 @@ def cost_of(
     """Measure one setting; runs in a process of its own."""
     process = dry.process_bytes(device)
     config = dataclasses.replace(config, micro_batch_size=rows, quiet=True)
-    stage = sft.build(config, Ranks(device=device))
+    stage = sft.build(config, Ranks(0, ranks, device))  # whose batches are the first rank's share
     model = stage.model.to(device)
     model.recompute = recompute  # type: ignore[assignment]
     if config.float8:
         use_float8(model, device)
     optimizers = make_optimizers(model, config)
-    batches = fullest_first(stage.store, config, ranks, stage.total_steps)
+    batches = fullest_first(stage)
     micros = batches[0]
     cost = dry.dry_run(stage, config, optimizers, batches, recompute, process, device)
     flops, head = 0.0, 0
@@ -132,24 +132,9 @@ def cost_of(
     )
 
 
-def fullest_first(
-    store: PackedStore, config: sft.Config, ranks: int, steps: int
-) -> list[list[Batch]]:
-    """The first rank's micro-batches of early steps; those that compute the most tokens first."""
-    assert config.micro_batch_size is not None
-    n_rows = min(len(store), config.overfit_rows or len(store))
-    found = [
-        sft.batches_of_step(
-            step,
-            store=store,
-            n_rows=n_rows,
-            batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch_size,
-            seed=config.seed,
-            ranks=Ranks(0, ranks),
-        )
-        for step in range(min(steps, LOOKED_AT))
-    ]
+def fullest_first(stage: Stage) -> list[list[Batch]]:
+    """A rank's micro-batches of early steps; those that compute the most tokens first."""
+    found = [stage.batches(step) for step in range(min(stage.total_steps, LOOKED_AT))]
     return sorted(found, key=lambda micros: -sum(micros[0].plan.sizes))
 
 
@@ -276,11 +261,8 @@ def main(config: Config) -> int:
     with distributed.start_ranks(config.device, config.rank_timeout) as ranks:
         if not ranks.first:
             return 0
-        wanted = dataclasses.replace(config, resume=False)
-        check_settings(resolve(wanted, ranks))
-        resolved = dataclasses.replace(
-            resolve(wanted, ranks), micro_batch_size=config.micro_batch_size
-        )
+        resolved = resolve(dataclasses.replace(config, resume=False), ranks)
+        check_settings(resolved)
         plan = make_plan(resolved, ranks.device, ranks.size, config.quiet)
         if config.json:
             rows = {"flagged": plan.flagged, "proposed": plan.proposed}

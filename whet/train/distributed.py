@@ -142,6 +142,8 @@ def reshard(model: nn.Module) -> None:
     FSDP2 leaves the outermost parameters whole after a forward pass without a backward one. Then
     they are not those that the optimizer knows, and a state could not be saved.
     """
+    if not is_sharded(model):
+        return
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
