@@ -12,8 +12,9 @@ the machine meets all of them:
 - trl: `datasets.map` over `apply_chat_template` with a tagged template (peers/trl_prepare.py),
   without its packing and without writing; the start of its processes included.
 
-Printed is one JSON line: tokens/s of each as median over the rounds, and the two ratios; the same
-by processor seconds, which other work on the machine disturbs less.
+Printed is one JSON line: tokens/s of each as median over the rounds, and the two ratios, each the
+median of the rounds' own, with their spread; the same by processor seconds, which other work on the
+machine disturbs less.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.lines import emit, installed, origin
+from benchmarks.lines import emit, installed, origin, spread
 from whet.chat.formats import Datum, to_example
 from whet.chat.messages import Conversation
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
@@ -71,14 +72,21 @@ def main() -> None:
         "rounds": args.rounds,
         "tokens_per_second": {side: round(rate) for side, rate in median.items()},
         "tokens_per_cpu_second": {side: round(rate) for side, rate in by_cpu.items()},
-        "whet_over_raw": round(median["whet"] / median["raw"], 3),
-        "whet_over_raw_by_cpu": round(by_cpu["whet"] / by_cpu["raw"], 3),
+        **over("raw", found),
         **origin(versions=installed("tokenizers")),
     }
-    if "trl" in median:
-        line["whet_over_trl"] = round(median["whet"] / median["trl"], 2)
-        line["whet_over_trl_by_cpu"] = round(by_cpu["whet"] / by_cpu["trl"], 2)
+    if "trl" in found:
+        line.update(over("trl", found))
     emit(line, args.out)
+
+
+def over(side: str, found: dict[str, list["Measured"]]) -> dict[str, float]:
+    """How many times `side`'s rate Whet's is, round by round: median and spread."""
+    pairs = list(zip(found["whet"], found[side], strict=True))
+    rates = [ours.tokens / ours.seconds / (it.tokens / it.seconds) for ours, it in pairs]
+    by_cpu = [ours.tokens / ours.cpu / (it.tokens / it.cpu) for ours, it in pairs]
+    name = f"whet_over_{side}"
+    return {**spread(name, rates, 3), f"{name}_by_cpu": round(statistics.median(by_cpu), 3)}
 
 
 def copies(source: Path, target: Path, repeat: int) -> None:
@@ -101,8 +109,15 @@ class Measured(NamedTuple):
 
 
 def cpu_seconds() -> float:
+    """Of this process and all that it started, of those that still run, too."""
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    ticks = 0
+    for tasks in Path("/proc/self/task").glob("*/children"):
+        for child in tasks.read_text().split():
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))  # its own and its ended children's: man 5 proc
+    ended = times.children_user + times.children_system
+    return times.user + times.system + ended + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def raw(data: Path, directory: Path, cores: int) -> Measured:

@@ -448,3 +448,19 @@ def test_a_header_that_swallows_blanks(shared_data: Path) -> None:
     assert words(tokenizer, talk) == [" Hello!<|end|>", "\n\nb<|end|>"]  # decoding drops one blank
     assert encode_chat(talk, tokenizer).certificate.split_tokens == 2
     rules.check(talk, None, tokenizer, rules.Oracle(tokenizer))
+
+
+def test_half_a_character_is_refused(chatml: Tokenizer) -> None:
+    """Found by fuzzing: JSON can spell half of a surrogate pair, which has no UTF-8."""
+    good = read_conversation([user("a"), said("b")])
+    bad = read_conversation([user("a\ud83d"), said("b")], source="some.jsonl", line=7)
+    first, second, third = encode_many(
+        [good, bad, RawText("\udc00")], chatml, EncodeOptions(uncertain="drop")
+    )
+    assert not isinstance(first, Refusal)
+    assert "some.jsonl:7: a text holds '\\ud83d', one half of a surrogate pair" in str(second)
+    assert "one half of a surrogate pair" in str(third)
+    with pytest.raises(Refused, match="surrogate pair"):
+        encode_prompt([user("\ud83d")], chatml)
+    with pytest.raises(Refused, match="surrogate pair"):
+        encode_prompt([user("a"), said("\ud83d")], chatml)

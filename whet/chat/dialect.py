@@ -93,7 +93,7 @@ class Dialect:
         switch: dict[str, Any] | None = None,
     ) -> str:
         """The text of messages that are in their form already; `prompt` asks for a reply."""
-        variables = {**self.tokenizer.named, **self.variables, **(switch or {})}
+        variables = {**self._constant, **switch} if switch else self._constant
         return self.template(tools).render(
             messages,
             tools=tools,
@@ -102,6 +102,10 @@ class Dialect:
             today=self.today,
             **variables,
         )
+
+    @cached_property
+    def _constant(self) -> dict[str, Any]:
+        return {**self.tokenizer.named, **self.variables}
 
     def template(self, tools: Tools) -> ChatTemplate:
         """The template for a conversation with these tools."""

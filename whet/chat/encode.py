@@ -15,7 +15,14 @@ import numpy as np
 from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.dialect import Dialect
 from whet.chat.escape import pattern_of
-from whet.chat.messages import Conversation, RawText, Tokenised, read_conversation, read_prompt
+from whet.chat.messages import (
+    Conversation,
+    RawText,
+    Tokenised,
+    half_character,
+    read_conversation,
+    read_prompt,
+)
 from whet.chat.reader import Reader
 from whet.chat.spans import Draft, drafts, prompt_draft
 from whet.chat.tokenizer import Tokenizer
@@ -211,6 +218,8 @@ class Encoder:
 
     def _raw(self, datum: RawText) -> Encoded:
         """Text, trained whole, with the eos behind it; control tokens in it as `special` says."""
+        if half := half_character(datum.text):
+            raise Refused(_refusal(datum, "datum", half))
         found = len(self.pattern.findall(datum.text)) if self.pattern else 0
         special = self.options.special_in_content
         if found and special == "error":

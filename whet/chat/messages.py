@@ -284,6 +284,18 @@ def _read_list_of_objects(value: Any, name: str, where: str) -> list[dict[str, A
     return [dict(item) for item in value]
 
 
+def half_character(text: str) -> str:
+    """What is wrong with a text that has no UTF-8: JSON can spell a lone half of a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"a text holds {text[error.start]!a}, one half of a surrogate pair, which is no "
+            "character; remove it or write the whole pair"
+        )
+    return ""
+
+
 def shown(value: Any, limit: int = 60) -> str:
     """`value` as a short JSON text for an error message."""
     try:

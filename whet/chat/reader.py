@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.dialect import Dialect, Ending, beginning_of
 from whet.chat.escape import Escapes, holds
-from whet.chat.messages import Conversation, Message
+from whet.chat.messages import Conversation, Message, half_character
 from whet.chat.template import TemplateError
 
 BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
@@ -121,6 +121,11 @@ class Reader:
                 f"the template acts upon {found} in a text, so these cannot be told apart from its "
                 "own control tokens; --special_in_content allow takes them for control tokens",
             )
+
+    def check_characters(self, text: str) -> None:
+        """Refuse a text that no tokenizer can read."""
+        if half := half_character(text):
+            raise self.refused("datum", half)
 
     def turn(self, index: int) -> Turn:
         """The assistant turn `index`, under the first switch with a true generation prompt."""

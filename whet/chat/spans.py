@@ -48,6 +48,7 @@ def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Dr
     while remaining:
         last = turns[remaining[-1]]
         text = _text(reader, last)
+        reader.check_characters(text)
         marks = []
         for index in sorted(turns):
             if index <= last.index and text.startswith(turns[index].said):
@@ -92,6 +93,7 @@ def prompt_draft(reader: Reader, switch: dict[str, Any] | None, go_on: bool) -> 
         text = reader.render(count, prompt=True, switch=switch)
     except TemplateError as error:
         raise reader.refused("template", str(error)) from None
+    reader.check_characters(text)
     reader.check_escapes(text, count, True, switch)
     marks = []
     for index in range(count):
@@ -102,6 +104,7 @@ def prompt_draft(reader: Reader, switch: dict[str, Any] | None, go_on: bool) -> 
     if begun:
         start = len(text)
         text = _begun(reader, count, text, switch)
+        reader.check_characters(text)
         marks.append(Mark(count, start, len(text), "", 0.0))
     return Draft(text, tuple(marks), reader.hidden)
 

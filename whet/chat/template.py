@@ -139,7 +139,7 @@ class ChatTemplate:
         self.name = name
         self.hash = hashlib.sha256(source.encode()).hexdigest()
         self._budget = Budget()
-        self._now = datetime.now()
+        self._today: date | None = None
         environment = _Environment(self._budget)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = self._strftime_now
@@ -169,7 +169,9 @@ class ChatTemplate:
     def _strftime_now(self, form: str) -> str:
         if len(form) > 1000:
             raise TemplateError(f"the chat template asks for a date of {len(form):,} characters")
-        return self._now.strftime(form)
+        today = self._today
+        now = datetime(today.year, today.month, today.day) if today else datetime.now()
+        return now.strftime(form)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, self.name)
@@ -190,7 +192,7 @@ class ChatTemplate:
         Raises TemplateError with the template's own words if it refuses or fails.
         """
         self._budget.renew()
-        self._now = datetime(today.year, today.month, today.day) if today else datetime.now()
+        self._today = today
         try:
             text = self._template.render(
                 messages=messages,

@@ -1,14 +1,14 @@
 """Marked texts -> ids and the tokens that are the model's own words.
 
-The ids are those of the whole text, tokenised at once (rule 1). What must be shown is that the
-prompt, tokenised alone, gives the very ids that stand before the words (rules 3 and 4).
+The ids are those of the whole text (rule 1). What must be shown is that the prompt, tokenised
+alone, gives the very ids that stand before the words (rules 3 and 4).
 
-An added token cuts a text: what stands before it and what stands behind it are tokenised apart. So
-only the stretch between the last added token of the prompt and the words matters, mostly
-`assistant\\n`. The quick way compares the ids behind that token with the ids of this stretch,
-tokenised once and remembered. Where it cannot tell, the careful way does the same with character
-offsets, tokenises prompt and words apart where a token straddles their border, and tokenises
-stretches with hidden control strings as plain text.
+An added token cuts a text: what stands before it and what stands behind it are tokenised apart
+(`cuts.py`). So only the stretch between the last added token of the prompt and the words matters,
+mostly `assistant\\n`. The quick way compares the ids behind that token with the ids of this
+stretch, tokenised once and remembered. Where it cannot tell, the careful way does the same with
+character offsets, tokenises prompt and words apart where a token straddles their border, and
+tokenises stretches with hidden control strings as plain text.
 """
 
 import re
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from whet.chat.cuts import Cut, Cutter
 from whet.chat.reader import Mark
 from whet.chat.spans import Draft
 from whet.chat.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ class _Header:
 
     text: str  # both, as written
     token: str
-    token_id: int
+    length: int  # of the stretch
     ids: list[int]  # of the stretch
     swallows: bool  # the token takes in blanks behind it, and nothing of the stretch is left
 
@@ -55,15 +56,15 @@ class Aligner:
     tokenizer: Tokenizer
     headers: list[_Header] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.cutter = Cutter(self.tokenizer.backend, self.tokenizer.added)
+
     def locate_many(self, drafts: list[Draft]) -> list[Located | Unclear]:
         """`locate` for many drafts at once; what is unclear is returned in its place."""
-        backend = self.tokenizer.backend
-        encodings = backend.encode_batch_fast(
-            [draft.text for draft in drafts], add_special_tokens=False
-        )
+        cuts = self.cutter.cut([draft.text for draft in drafts])
         found: list[Located | Unclear] = []
-        for draft, encoding in zip(drafts, encodings, strict=True):
-            located = None if draft.hidden else self._quick(draft, encoding.ids)
+        for draft, cut in zip(drafts, cuts, strict=True):
+            located = None if draft.hidden else self._quick(draft, cut)
             try:
                 found.append(located or self.locate(draft))
             except Unclear as error:
@@ -74,26 +75,22 @@ class Aligner:
         """The ids and token spans of `draft`, the careful way. Raises Unclear."""
         return _Careful(self, draft).located()
 
-    def _quick(self, draft: Draft, id_list: list[int]) -> Located | None:
+    def _quick(self, draft: Draft, cut: Cut) -> Located | None:
         """The spans through the added tokens around them, or None where that proves nothing."""
-        places: dict[str, list[int]] = {}
         spans = []
         for mark in draft.marks:
             header = self._header_before(draft.text, mark.start)
             if header is None or (header.swallows and draft.text[mark.start].isspace()):
                 return None
-            at = _place(draft.text, id_list, places, header.token, header.token_id, mark.start)
-            stop_id = self.tokenizer.added.get(mark.stop)
-            if at is None or stop_id is None:
+            token, at = cut.after.get(mark.start - header.length, ("", 0))
+            start = at + len(header.ids)
+            if token != header.token or cut.ids[at:start] != header.ids:
                 return None
-            start = at + 1 + len(header.ids)
-            if id_list[at + 1 : start] != header.ids:
+            token, stop = cut.after.get(mark.end, ("", 0))
+            if token != mark.stop or stop <= start:
                 return None
-            stop = _place(draft.text, id_list, places, mark.stop, stop_id, mark.end)
-            if stop is None or stop < start:
-                return None
-            spans.append((start, stop + 1))
-        return Located(np.array(id_list, np.int32), spans)
+            spans.append((start, stop))
+        return Located(np.array(cut.ids, np.int32), spans)
 
     def _header_before(self, text: str, end: int) -> _Header | None:
         for header in self.headers:
@@ -109,7 +106,7 @@ class Aligner:
                 token_id = self.tokenizer.added[token]
                 swallows = self.tokenizer.backend.get_added_tokens_decoder()[token_id].rstrip
                 swallows = swallows and not stretch.strip()
-                self.headers.append(_Header(text, token, token_id, ids, swallows))
+                self.headers.append(_Header(text, token, len(stretch), ids, swallows))
 
     def behind(self, token: str | None, text: str) -> list[int]:
         """The ids of `text` where it follows the added token `token`, or begins everything."""
@@ -150,24 +147,6 @@ def restored(text: str, hidden: dict[str, str]) -> str:
     for character, string in hidden.items():
         text = text.replace(character, string)
     return text
-
-
-def _place(
-    text: str, ids: list[int], places: dict[str, list[int]], token: str, token_id: int, before: int
-) -> int | None:
-    """The position in `ids` of the last `token` that stands before character `before`.
-
-    Occurrences in text and ids are in the same order; their numbers being equal pairs them.
-    """
-    found = places.get(token)
-    if found is None:
-        found, at = [], -1
-        for _ in range(ids.count(token_id)):
-            found.append(at := ids.index(token_id, at + 1))
-        # An empty list, in which nothing is found, where they cannot be paired.
-        found = places[token] = found if len(found) == text.count(token) else []
-    count = text.count(token, 0, before)
-    return found[count - 1] if 0 < count <= len(found) else None
 
 
 @dataclass

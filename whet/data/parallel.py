@@ -5,9 +5,9 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -27,46 +27,88 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def start_server(*needed: Any) -> None:
+    """Start the process from which workers are forked; it imports the modules of `needed` once.
+
+    `ordered_map` does so itself. Called before something slow it saves their time.
+    """
+    modules = [__name__, *(item.__module__ for item in needed)]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+    resource_tracker.ensure_running()  # starting it later would undo `_without_interrupts`
+    with _without_interrupts():
+        forkserver.ensure_running()
+
+
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """`map(function, items)` by `workers` processes; with none, in this one.
+    """`map(function, items)` by `workers` processes, started at once; with none, in this one.
 
-    `function` is pickled once for each worker, items and results for each call. Processes are
-    spawned, not forked: the caller may have threads (torch, tokenizers), which a fork would break.
+    `function` is pickled once, items and results for each call. Processes are forked from a server,
+    not from the caller, whose threads (torch, tokenizers) a fork would break.
     They end when the iterator is closed or fails, on Ctrl-C, and when this process dies. An
     exception of `function` is raised here; a worker that is killed raises UserError.
     """
-    if workers < 1:
-        for item in items:
-            with _unswept():
-                result = function(item)
-            yield result
-        return
-    context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # starting it later would undo `_without_interrupts`
-    processes: list[Any] = []
-    connections: list[Any] = []
+    results = _results(function, items, workers) if workers else _alone(function, items)
+    next(results)
+    return results
+
+
+def _alone(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    yield None
+    for item in items:
+        with _unswept():
+            result = function(item)
+        yield result
+
+
+def _results(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """None when the processes have been started, then the results."""
+    start_server(function)
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = zip(*(context.Pipe() for _ in range(workers)), strict=True)
+    process = context.Process(target=_fork_workers, args=(function, theirs), daemon=True)
     try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(function, theirs), daemon=True)
-            with _without_interrupts():
-                process.start()
-            theirs.close()  # so that a worker's death is seen as the end of its pipe
-            processes.append(process)
-            connections.append(ours)
-        yield from _dispatch(connections, items)
+        with _without_interrupts():
+            process.start()
+        for connection in theirs:
+            connection.close()  # so that a worker's death is seen as the end of its pipe
+        yield None
+        yield from _dispatch(ours, items)
     finally:
-        for connection in connections:
+        for connection in ours:
             connection.close()
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
+        process.terminate()
+        process.join()
 
 
-def _dispatch(connections: list[Any], items: Iterable[Any]) -> Iterator[Any]:
+def _fork_workers(function: Callable[[Any], Any], connections: Sequence[Connection]) -> None:
+    """One worker for each connection. They share what `function` holds: made once, held once."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    gc.freeze()  # so that sweeping does not touch, and thereby copy, what they share
+    running = set()
+    for connection in connections:
+        worker = os.fork()
+        if not worker:
+            for other in connections:
+                if other is not connection:
+                    other.close()
+            _serve(function, connection)
+            os._exit(0)
+        running.add(worker)
+    for connection in connections:
+        connection.close()
+
+    def end(*_: Any) -> None:
+        for worker in running:
+            os.kill(worker, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, end)
+    while running:
+        running.remove(os.wait()[0])
+
+
+def _dispatch(connections: Sequence[Any], items: Iterable[Any]) -> Iterator[Any]:
     """Hand items to idle workers; yield the results in the order of the items."""
     numbered = enumerate(items)
     idle = list(connections)
@@ -143,7 +185,6 @@ def _receive(connection: Any) -> Any:
 
 def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
     """A worker's life: items in, results out, until the pipe ends."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     while True:
         try:
             item = connection.recv()

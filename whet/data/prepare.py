@@ -28,7 +28,7 @@ from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import BlockEncoder
 from whet.data.left_out import LeftOut, fates, notes, stop_at_refusals
 from whet.data.mixing import KEPT, Overlong, select
-from whet.data.parallel import ordered_map, usable_cores
+from whet.data.parallel import ordered_map, start_server, usable_cores
 from whet.data.reader import Source, parse_source, read_blocks
 from whet.data.spool import Spool
 from whet.data.writing import Encoded, write_packed
@@ -100,6 +100,8 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
     Raises UserError, with nothing written, for bad flags, files or lines.
     """
     _check(config)
+    if _workers(config, [parse_source(argument) for argument in config.data]):
+        start_server(BlockEncoder)  # it starts while the tokenizer is loaded
     tokenizer = load_tokenizer(find_model(config.tokenizer, quiet=quiet, weights=False))
     if config.chat_template:
         tokenizer, added = add_chat_tokens(tokenizer, config.chat_template)
@@ -181,7 +183,7 @@ def _prepare(
         text_only=text_only,
     )
     with Spool(Path(config.out).parent) as spool:
-        _encode(spool, encoder, sources, config.workers, quiet)
+        _encode(spool, encoder, sources, _workers(config, sources), quiet)
         stop_at_refusals(spool, config.bad_lines, config.uncertain)
         conversations, examples, runs = spool.tables()
         selection = select(
@@ -218,17 +220,24 @@ def _encode_options(config: Config) -> EncodeOptions:
     )
 
 
+def _workers(config: Config, sources: list[Source]) -> int:
+    """Processes that encode; by default none for little input, whose size must be known for it."""
+    if config.workers is not None:
+        return config.workers
+    sizes = [source.size for source in sources]
+    return usable_cores() if sum(sizes) > SMALL_BYTES or not all(sizes) else 0
+
+
 def _encode(
-    spool: Spool, encoder: BlockEncoder, sources: list[Source], workers: int | None, quiet: bool
+    spool: Spool, encoder: BlockEncoder, sources: list[Source], workers: int, quiet: bool
 ) -> None:
     """Read and encode everything into `spool`."""
     size = sum(source.size for source in sources)
-    if workers is None:
-        workers = usable_cores() if size > SMALL_BYTES or not all(s.size for s in sources) else 0
     exact = all(s.path.endswith((".jsonl", ".json", ".txt")) for s in sources)
     total = size / 1e6 if exact else None
     results = ordered_map(encoder, read_blocks(sources), workers)
     with track("Encoding", total, "MB", quiet) as progress:
+        _ = encoder.tokenizer.hash, encoder.tokenizer.vocab_size  # while the workers start
         started = time.monotonic()
         for block in results:
             spool.add(block)
