@@ -127,3 +127,11 @@ def test_what_depends_on_the_place_forbids_it() -> None:
 def test_a_tokenizer_without_added_tokens() -> None:
     backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     assert [cut.ids for cut in Cutter(backend, {}).cut(["ab", ""])] == [[0, 1], []]
+
+
+def test_the_longest_token_is_cut_out() -> None:
+    backend = small_backend()
+    backend.add_tokens([AddedToken("<x><y>", normalized=False)])
+    cutter = Cutter(backend, {"<x>": 3, "<x><y>": 4})
+    for text in ("a<x><y>b", "<x><x><y>", "<x>a<y>"):
+        assert cutter.cut([text])[0].ids == backend.encode(text).ids
