@@ -203,3 +203,17 @@ def test_a_pickle_is_not_executed(tmp_path):
     with pytest.raises(UserError, match="refused: it holds code"):
         load_backbone_from_ckpt(tmp_path / "bomb.pt", quiet=True)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("error", [IndexError, AssertionError, TypeError])
+def test_whatever_torch_fails_with(error, tmp_path, monkeypatch):
+    """Found by the long run: an IndexError within torch's own unpickler."""
+
+    def load(*_, **__):
+        raise error("of torch's own")
+
+    monkeypatch.setattr(torch, "load", load)
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"PK")
+    with pytest.raises(UserError, match=f"truncated or damaged: {error.__name__}: of torch's own"):
+        open_model(path)

@@ -24,7 +24,7 @@ from whet.model.atomic import read_json, write_json, written_aside
 from whet.model.checkpoint import SavesTokenizer, load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
-from whet.model.families import place_modules
+from whet.model.families import Place, place_modules
 from whet.model.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
 from whet.model.weights import open_safetensors, read_into
 
@@ -160,11 +160,17 @@ def _part(
 def _family_modules(model: Transformer) -> dict[str, list[str]]:
     """{family's linear module: Whet's modules in it, in the file's order}."""
     names = [*linears(model), *(name for name, _ in adapters(model))]
-    places = place_modules(model.config, names)
+    places = _places(model, names)
     grouped: dict[str, list[str]] = {}
     for name in sorted(places, key=lambda name: places[name].begin):
         grouped.setdefault(places[name].name, []).append(name)
     return grouped
+
+
+def _places(model: Transformer, names: Iterable[str]) -> dict[str, Place]:
+    if isinstance(model, Transformer):
+        return place_modules(model.config, names)
+    return {name: Place(name.removeprefix("inner.")) for name in names}  # of another architecture
 
 
 def _trained_rows(
@@ -209,8 +215,7 @@ def _peft_config(
         "use_dora": lora.dora,
         "bias": "none",
         "fan_in_fan_out": any(
-            place.transposed
-            for place in place_modules(model.config, dict(adapters(model))).values()
+            place.transposed for place in _places(model, dict(adapters(model))).values()
         ),
         "inference_mode": True,
         "trainable_token_indices": (next(iter(rows.values())) if len(rows) == 1 else rows) or None,
@@ -267,12 +272,17 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
     directory = Path(directory)
     config = read_json(directory / CONFIG)
     _check_kind(config, directory / CONFIG)
-    if not linears(model):
-        raise UserError(f"{directory}: its base is not of Whet's own families; merge it with PEFT")
     tensors = _read_tensors(directory / WEIGHTS)
-    grow_embedding(model, _rows_needed(config, tensors, directory), multiple=1)
+    rows = _rows_needed(config, tensors, directory)
+    if isinstance(model, Transformer):
+        grow_embedding(model, rows, multiple=1)
+        _put_embeddings(model, config, tensors, directory)
+    elif rows > model.config.vocab_size:
+        raise UserError(
+            f"{directory}: has rows for {rows} tokens, its base for {model.config.vocab_size}; new "
+            "tokens under an adapter need one of Whet's own families: merge it with PEFT"
+        )
     model.requires_grad_(False)
-    _put_embeddings(model, config, tensors, directory)
     for module, names in _family_modules(model).items():
         keys = [f"{_PREFIX}{module}.lora_{kind}" for kind in ("A.weight", "B.weight")]
         if keys[0] in tensors and keys[1] in tensors:
@@ -285,12 +295,12 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
             f"{directory / WEIGHTS}: {len(tensors)} tensors fit no linear layer of the base, such "
             f"as {next(iter(tensors))}; is it an adapter of another model?"
         )
+    adapted = dict.fromkeys(name.rpartition(".")[2] for name, _ in adapters(model))
+    own = isinstance(model, Transformer)
     return LoRA(
         rank=config["r"],
         alpha=config["lora_alpha"],
-        targets=",".join(
-            k for k in LINEARS if any(n.endswith(f".{k}") for n, _ in adapters(model))
-        ),
+        targets=",".join(k for k in (LINEARS if own else adapted) if k in adapted),
         dropout=config.get("lora_dropout", 0.0),
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),

@@ -93,6 +93,17 @@ class ForeignModel(nn.Module):
         hf = self.inner.config.to_dict() | {"dtype": self.config.hf.get("dtype")}
         self.config = replace(self.config, vocab_size=new, hf=hf)
 
+    @torch.no_grad()
+    def try_adapters(self) -> None:
+        """Raise UserError if the architecture looks into the modules that have adapters now."""
+        try:
+            self._run(_probe_tokens(self.inner, 4, seed=5))
+        except AttributeError as error:
+            raise UserError(
+                f"--lora_targets: {type(self.inner).__name__} does not only call its linear modules, "
+                f"it looks into some ({error}); leave those out, or train it whole"
+            ) from None
+
     def forward(
         self,
         tokens: Tensor,

@@ -30,7 +30,8 @@ class LoRA:
     rank: int = 16
     alpha: float = 32.0
     targets: str = "all-linear"
-    """`all-linear`, or some of q,k,v,o,gate,up,down joined by commas."""
+    """`all-linear`, or some of q,k,v,o,gate,up,down (of another architecture: the last names of
+    its linear modules) joined by commas."""
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
@@ -93,39 +94,55 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     """Freeze `model` and put adapters on its `lora.targets`, ready for training.
 
     `new_rows` are ids whose rows of embedding and head are trained as well: those of tokens that
-    the base has never seen. Raises UserError for unknown targets and a rank below 1.
+    the base has never seen. Raises UserError for unknown targets, a rank below 1, and where another
+    architecture does not run with adapters.
     """
     if lora.rank < 1:
         raise UserError(f"--lora_rank {lora.rank}: expected at least 1")
-    kinds = LINEARS if lora.targets == "all-linear" else tuple(lora.targets.split(","))
-    unknown = sorted(set(kinds) - set(LINEARS))
+    found = linears(model)
+    if not found:
+        raise UserError("--lora_rank: this architecture has no linear modules; it is trained whole")
+    known = LINEARS if isinstance(model, Transformer) else tuple(sorted(map(_last, found)))
+    kinds = known if lora.targets == "all-linear" else tuple(lora.targets.split(","))
+    unknown = sorted(set(kinds) - set(known))
     if unknown:
         raise UserError(
             f"--lora_targets {lora.targets}: unknown {', '.join(unknown)}; "
-            f"expected all-linear, or some of {','.join(LINEARS)}"
+            f"expected all-linear, or some of {','.join(dict.fromkeys(known))}"
         )
-    if not linears(model):
-        raise UserError("LoRA needs one of Whet's own families; this architecture is trained whole")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, base in linears(model).items():
-        if name.rpartition(".")[2] not in kinds:
+    for name, base in found.items():
+        if _last(name) not in kinds:
             continue
         layer = LoRALinear(base, lora.rank, lora.scale, lora.dropout, lora.dora)
         bound = 1.0 / math.sqrt(layer.a.shape[1])  # as nn.Linear begins
         values = torch.empty(layer.a.shape).uniform_(-bound, bound, generator=generator)
         layer.a.data.copy_(values)
         set_module(model, name, layer)
-    train_rows(model, new_rows)
+    if isinstance(model, Transformer):
+        train_rows(model, new_rows)
+    elif new_rows:
+        raise UserError("--chat_template: new tokens under LoRA need one of Whet's own families")
+    else:
+        model.try_adapters()
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers' linear modules by name that may get an adapter and have none."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LINEARS
-    }
+    """The linear modules by name that may get an adapter and have none.
+
+    Of another architecture (`foreign.py`) these are all but the head, as PEFT's `all-linear`.
+    """
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if isinstance(model, Transformer):
+        return {name: m for name, m in found.items() if _last(name) in LINEARS}
+    inner: Any = model.get_submodule("inner")
+    taken = {id(inner.get_output_embeddings()), *(id(layer.base) for _, layer in adapters(model))}
+    return {name: m for name, m in found.items() if id(m) not in taken}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

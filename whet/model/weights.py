@@ -199,8 +199,8 @@ def open_pt(path: Path) -> dict:
             f"{path}: refused: it holds code or foreign objects ({what[:120]}); "
             "expected tensors and plain values only, as torch.save writes a state_dict"
         ) from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
-        raise _damaged(path, str(error).split("\n")[0][:160]) from None
+    except Exception as error:  # torch's reader fails over damage in ways of all kinds
+        raise _damaged(path, f"{type(error).__name__}: {error}".split("\n")[0][:160]) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a dict with model_state_dict, found {type(content)}")
     return content

@@ -72,7 +72,7 @@ class Config(TrainSettings):
     lora_alpha: float = 32.0
     """Scale of the adapter: alpha / rank."""
     lora_targets: str = "all-linear"
-    """all-linear, or some of q,k,v,o,gate,up,down."""
+    """all-linear, or some of q,k,v,o,gate,up,down (other architectures: their modules' names)."""
     lora_dropout: float = 0.0
     """Dropout before the adapter."""
     lora_rslora: bool = False
