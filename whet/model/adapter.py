@@ -276,13 +276,15 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
     rows = _rows_needed(config, tensors, directory)
     if isinstance(model, Transformer):
         grow_embedding(model, rows, multiple=1)
+        model.requires_grad_(False)
         _put_embeddings(model, config, tensors, directory)
     elif rows > model.config.vocab_size:
         raise UserError(
             f"{directory}: has rows for {rows} tokens, its base for {model.config.vocab_size}; new "
             "tokens under an adapter need one of Whet's own families: merge it with PEFT"
         )
-    model.requires_grad_(False)
+    else:
+        model.requires_grad_(False)
     for module, names in _family_modules(model).items():
         keys = [f"{_PREFIX}{module}.lora_{kind}" for kind in ("A.weight", "B.weight")]
         if keys[0] in tensors and keys[1] in tensors:

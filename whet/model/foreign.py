@@ -100,8 +100,8 @@ class ForeignModel(nn.Module):
             self._run(_probe_tokens(self.inner, 4, seed=5))
         except AttributeError as error:
             raise UserError(
-                f"--lora_targets: {type(self.inner).__name__} does not only call its linear modules, "
-                f"it looks into some ({error}); leave those out, or train it whole"
+                f"--lora_targets: {type(self.inner).__name__} does not only call its linear "
+                f"modules, it looks into some ({error}); leave those out, or train it whole"
             ) from None
 
     def forward(

@@ -28,13 +28,19 @@ TOKENIZER_CHARACTERS = 50_000_000
 
 
 @dataclass(kw_only=True)
-class Config(TrainSettings):
-    """Train a small base model on plain text."""
+class Inputs:
+    """What pretraining starts from: a base of `Config` of its own, so that help begins with it."""
 
     data: tuple[str, ...]
     """Text files (.txt, or .jsonl with `text`; also .gz and .zst); FILE:WEIGHT repeats or thins."""
     tokenizer: Path | None = None
     """Tokenizer directory; by default a new byte-level BPE is learnt from the text."""
+
+
+@dataclass(kw_only=True)
+class Config(TrainSettings, Inputs):
+    """Train a small base model on plain text."""
+
     vocab_size: int = 4096
     """Size of a new tokenizer."""
     dev_fraction: float = 0.02

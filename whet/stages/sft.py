@@ -49,8 +49,8 @@ from whet.train.settings import TrainSettings
 
 
 @dataclass(kw_only=True)
-class Config(TrainSettings):
-    """Fine-tune a base model on packed rows."""
+class Inputs:
+    """What fine-tuning starts from: a base of `Config` of its own, so that help begins with it."""
 
     model: str
     """Model to start from: a directory, a `.pt` file, OWNER/NAME on the Hugging Face Hub, or an
@@ -65,6 +65,12 @@ class Config(TrainSettings):
     """Tokenizer directory; by default --model's own."""
     chat_template: str | None = None
     """chatml, plain or a file, for a base without chat tokens; the data must be made with it."""
+
+
+@dataclass(kw_only=True)
+class Config(TrainSettings, Inputs):
+    """Fine-tune a base model on packed rows."""
+
     train: str = "all"
     """What is trained: all, or re:EXPRESSION on parameter names, such as 're:layers[.]1[.]'."""
     lora_rank: int | None = None
