@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> None:
+    """Before `whet prepare` starts one of its own, which would not have imported torch."""
+    processes.start_server()
 
 
 @pytest.fixture(scope="session")

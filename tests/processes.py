@@ -11,11 +11,19 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["tests.processes", "whet.stages.sft", "whet.stages.pretrain", "whet.cli"]
 PRELOAD += ["torch.utils.tensorboard", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+
+
+def start_server() -> None:
+    """Let the server begin to import; whoever starts it first decides what it imports."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server inherits it
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
 
 
 def start(
@@ -32,8 +40,7 @@ def start(
 
     It may write no file longer than `file_limit` bytes: what a full disk is to a program.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the server inherits it
-    CONTEXT.set_forkserver_preload(PRELOAD)
+    start_server()
     lists = [list(map(str, words)) for words in commands]
     arguments = (lists, str(log), rank, size, list(ports), environment or {}, file_limit)
     process = CONTEXT.Process(target=_run, args=arguments, daemon=True)

@@ -60,6 +60,19 @@ def test_saves_and_leaves(world, tmp_path, number, code):
     assert read_facts(state).step == steps_logged(out) >= 3
 
 
+def test_one_rank_of_two_is_asked(world, tmp_path):
+    """In a training step: both save the same step and leave."""
+    out, logs = tmp_path / "out", [tmp_path / f"{rank}.log" for rank in range(2)]
+    words, ports = command(world, out, **LONG), [free_port()]
+    ranks = [start([words], log=logs[r], rank=r, size=2, ports=ports) for r in range(2)]
+    until(lambda: steps_logged(out) >= 3)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert wait(ranks, logs, 30) == [143, 143]
+    state, passed_over = newest_valid(out / "state")
+    assert passed_over == []
+    assert read_facts(state).step == steps_logged(out) >= 3
+
+
 def test_during_an_evaluation(world, tmp_path):
     """An evaluation that takes minutes does not delay the save, and is made again later."""
     out, log = tmp_path / "out", tmp_path / "log"
