@@ -41,6 +41,16 @@ def test_a_pause_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bar.line() == "Training: 2 of 4 steps (50 %), 1 steps/s, 2 s left"
 
 
+def test_slow_work_is_told_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with track("Examining", total=4, unit="checks") as bar:
+        bar.started, clock[0] = 0.0, 60.0
+        assert bar.line() == "Examining: 0 of 4 checks (0 %)"
+        bar.advance(2)
+        assert bar.line() == "Examining: 2 of 4 checks (50 %), 30 s each, 60 s left"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (99, "99 s"), (100, "1:40 min"), (3599, "59:59 min"), (291_043, "80:50 h")],

@@ -42,7 +42,10 @@ class Progress:
             text += f" of {self.total:,.0f}{unit} ({100 * self.done / self.total:.0f} %)"
         else:
             text += unit
-        text += f", {rate:,.0f}{unit}/s" if rate >= 100 else f", {rate:.3g}{unit}/s"
+        if rate >= 0.2:
+            text += f", {rate:,.0f}{unit}/s" if rate >= 100 else f", {rate:.3g}{unit}/s"
+        elif rate:
+            text += f", {1 / rate:,.3g} s each"
         if self.total and 0 < self.done < self.total:
             text += f", {duration((self.total - self.done) / rate)} left"
         return f"{text}  {self.note}".rstrip()
