@@ -185,3 +185,24 @@ def test_missing_weights_and_unknown_types_are_told(
     (tmp_path / "config.json").write_text('{"model_type": "mamba9"}')
     with pytest.raises(UserError, match="mamba9"):
         load_backbone_from_ckpt(tmp_path)
+
+
+def test_code_that_comes_with_a_model_is_not_run(
+    saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """`trust_remote_code` stays off, even where config.json names the code for every class."""
+    config = json.loads((saved("gpt_neox") / "config.json").read_text())
+    config |= {"model_type": "its_own", "architectures": ["Model"]}
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    weights = (saved("gpt_neox") / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(
+        "from transformers import GPTNeoXConfig, GPTNeoXForCausalLM\n"
+        f"open({str(tmp_path / 'was_run')!r}, 'w')\n"
+        "class Config(GPTNeoXConfig):\n    model_type = 'its_own'\n"
+        "class Model(GPTNeoXForCausalLM):\n    config_class = Config\n"
+    )
+    with pytest.raises(UserError, match="it needs code that comes with it, and Whet runs none"):
+        load_backbone_from_ckpt(tmp_path)
+    assert not (tmp_path / "was_run").exists()

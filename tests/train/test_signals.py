@@ -150,3 +150,20 @@ def test_a_dead_rank_ends_the_others(world, tmp_path):
     codes = wait(ranks, logs, 60)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, None)
+
+
+def test_a_rank_that_hangs_ends_the_others(world, tmp_path):
+    """Stopped, not dead, one rank of two: the other waits --rank_timeout seconds and no longer."""
+    out, ports = tmp_path / "out", [free_port()]
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    words = command(world, out, rank_timeout=5, **LONG)
+    ranks = [start([words], log=logs[r], rank=r, size=2, ports=ports) for r in range(2)]
+    until(lambda: steps_logged(out) >= 2)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    try:
+        ranks[0].join(60)
+        assert ranks[0].exitcode not in (0, None)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()

@@ -215,6 +215,8 @@ def load_foreign(
         )
     except (ValueError, OSError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0][:300]
+        if "custom code" in reason:
+            reason = "it needs code that comes with it, and Whet runs none"
         raise UserError(f"{directory}: transformers can't open it: {reason}") from None
     inner, info = opened
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
