@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.lines import emit, installed, origin, spread
+from benchmarks.lines import cpu_of, emit, installed, origin, spread
 from whet.chat.formats import Datum, to_example
 from whet.chat.messages import Conversation
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
@@ -110,14 +110,9 @@ class Measured(NamedTuple):
 
 def cpu_seconds() -> float:
     """Of this process and all that it started, of those that still run, too."""
-    times = os.times()
-    ticks = 0
-    for tasks in Path("/proc/self/task").glob("*/children"):
-        for child in tasks.read_text().split():
-            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15]))  # its own and its ended children's: man 5 proc
-    ended = times.children_user + times.children_system
-    return times.user + times.system + ended + ticks / os.sysconf("SC_CLK_TCK")
+    lists = (file.read_text() for file in Path("/proc/self/task").glob("*/children"))
+    running = [child for text in lists for child in text.split()]
+    return sum(cpu_of(process, children=True) for process in ("self", *running))
 
 
 def raw(data: Path, directory: Path, cores: int) -> Measured:

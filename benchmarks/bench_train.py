@@ -32,12 +32,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lines import emit, origin, spread
+from benchmarks.lines import cpu_of, emit, origin, spread
 from benchmarks.workload import ROW, build
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BENCH = REPOSITORY / ".bench"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -144,7 +143,7 @@ def run_process(
         child = subprocess.Popen(words, cwd=folder, stdout=out, stderr=err, env=environment)
         ended = 0
         while not ended:
-            used = cpu_seconds(child.pid)
+            used = cpu_of(child.pid)
             lines = watched.read_bytes().count(b"\n") if watched and watched.exists() else 0
             marks += [used] * (lines - len(marks))
             ended, status, usage = os.wait4(child.pid, os.WNOHANG if watched else 0)
@@ -155,12 +154,6 @@ def run_process(
         if child.returncode:
             raise SystemExit(f"{' '.join(words)}\nfailed:\n{err.read()[-3000:]}")
         return usage.ru_maxrss * 1024 / 1e9, out.read(), marks
-
-
-def cpu_seconds(process: int) -> float:
-    """Processor time that a process has used so far, all its threads."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

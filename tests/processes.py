@@ -83,16 +83,23 @@ def _run(
     sys.exit(code)
 
 
-def run_ranks(
-    commands: Sequence[Sequence[str]], *, size: int, folder: Path, timeout_s: float = 120
-) -> list[int]:
-    """Run the same commands on `size` ranks; returns their exit codes. A rank that hangs fails."""
+def start_ranks(
+    commands: Sequence[Sequence[str]], *, size: int, folder: Path
+) -> tuple[list[multiprocessing.Process], list[Path]]:
+    """Start `size` ranks that run the same commands; returns them and their logs in `folder`."""
     ports = [free_port() for _ in commands]
     logs = [folder / f"rank{rank}.log" for rank in range(size)]
     ranks = [
         start(commands, log=logs[rank], rank=rank, size=size, ports=ports) for rank in range(size)
     ]
-    return wait(ranks, logs, timeout_s)
+    return ranks, logs
+
+
+def run_ranks(
+    commands: Sequence[Sequence[str]], *, size: int, folder: Path, timeout_s: float = 120
+) -> list[int]:
+    """Run the same commands on `size` ranks; returns their exit codes. A rank that hangs fails."""
+    return wait(*start_ranks(commands, size=size, folder=folder), timeout_s)
 
 
 def wait(

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -63,3 +64,9 @@ def test_errors_come_out_and_processes_end():
 
 def test_cores():
     assert usable_cores() >= 1
+
+
+def test_what_cannot_be_pickled_is_told_as_such():
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="pickle"):
+        ordered_map(lambda number: number, range(3), 1)
+    assert multiprocessing.active_children() == []

@@ -41,26 +41,14 @@ def verdicts(subject) -> dict[str, str]:
     return {row["claim"]: row["verdict"] for row in rows}
 
 
-def forked(words, out: Path, ranks: int) -> tuple[list, list[Path]]:
-    """Processes that need not import torch again."""
-    logs, ports = (
-        [out.with_suffix(f".{rank}.log") for rank in range(ranks)],
-        [processes.free_port()],
-    )
-    started = [
-        processes.start([words], log=log, rank=rank, size=ranks, ports=ports)
-        for rank, log in enumerate(logs)
-    ]
-    return started, logs
-
-
 def run(words, ranks: int = 1) -> None:
+    """By processes that need not import torch again."""
     out = Path(words[words.index("--out") + 1])
-    assert processes.wait(*forked(words, out, ranks), timeout_s=120) == [0] * ranks
+    assert processes.run_ranks([words], size=ranks, folder=out.parent) == [0] * ranks
 
 
 def run_and_kill(words, out: Path) -> int | None:
-    (process,), _ = forked(words, out, 1)
+    (process,), _ = processes.start_ranks([words], size=1, folder=out.parent)
     while process.is_alive():
         if saved := sorted((out / "state").glob("step_*")):
             process.kill()

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from tests import tiny
 from tests.numerics.test_layouts import command
-from tests.processes import free_port, run_ranks, start, wait
+from tests.processes import run_ranks, start, start_ranks, wait
 from whet.cli import main
 from whet.data.batches import global_batch_rows
 from whet.data.store import PackedStore
@@ -195,8 +195,7 @@ def test_random_state_and_every_optimizer(world, tmp_path, monkeypatch, flags):
 def test_other_number_of_ranks(world, tmp_path, size):
     """Half the steps on 2 ranks, sharded; the rest on another number: the same up to rounding."""
     stopped = command(world, tmp_path / "out", shard=True, **RUN)
-    ports, logs = [free_port()], [tmp_path / f"{rank}.log" for rank in range(2)]
-    ranks = [start([stopped], log=logs[r], rank=r, size=2, ports=ports) for r in range(2)]
+    ranks, logs = start_ranks([stopped], size=2, folder=tmp_path)
     until = time.monotonic() + 60
     while not list((tmp_path / "out" / "state").glob("step_*")) and time.monotonic() < until:
         time.sleep(0.02)

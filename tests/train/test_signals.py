@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.numerics.test_layouts import command
-from tests.processes import free_port, start, wait
+from tests.processes import start, start_ranks, wait
 from whet.train.state import newest_valid, read_facts
 
 LONG = {"epochs": 100_000, "max_steps": 100_000, "eval_every": 0}
@@ -62,9 +62,8 @@ def test_saves_and_leaves(world, tmp_path, number, code):
 
 def test_one_rank_of_two_is_asked(world, tmp_path):
     """In a training step: both save the same step and leave."""
-    out, logs = tmp_path / "out", [tmp_path / f"{rank}.log" for rank in range(2)]
-    words, ports = command(world, out, **LONG), [free_port()]
-    ranks = [start([words], log=logs[r], rank=r, size=2, ports=ports) for r in range(2)]
+    out = tmp_path / "out"
+    ranks, logs = start_ranks([command(world, out, **LONG)], size=2, folder=tmp_path)
     until(lambda: steps_logged(out) >= 3)
     os.kill(ranks[1].pid, signal.SIGTERM)
     assert wait(ranks, logs, 30) == [143, 143]
@@ -105,11 +104,10 @@ ANSWERS = {"gsm8k_dev": "problems.jsonl", "gsm8k_limit": 2000}
 )
 def test_during_an_evaluation_on_two_ranks(world, tmp_path, evaluation, shard):
     """One of them is asked; both save and leave, long before the evaluation would end."""
-    out, logs = tmp_path / "out", [tmp_path / f"{rank}.log" for rank in range(2)]
+    out = tmp_path / "out"
     paths = {k: world / v if isinstance(v, str) else v for k, v in evaluation.items()}
     flags = LONG | {"micro_batch_size": 1} | paths | ({"shard": True} if shard else {})
-    words, ports = command(world, out, **flags), [free_port()]
-    ranks = [start([words], log=logs[r], rank=r, size=2, ports=ports) for r in range(2)]
+    ranks, logs = start_ranks([command(world, out, **flags)], size=2, folder=tmp_path)
     until(lambda: all(map(heeds_signals, ranks)))
     time.sleep(0.5)
     os.kill(ranks[1].pid, signal.SIGTERM)
@@ -141,10 +139,9 @@ def test_grace_seconds_are_a_bound(world, tmp_path):
 
 def test_a_dead_rank_ends_the_others(world, tmp_path):
     """Killed without a word, one rank of two: the other ends by itself, and not with success."""
-    out, ports = tmp_path / "out", [free_port()]
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    out = tmp_path / "out"
     words = command(world, out, rank_timeout=20, **LONG)
-    ranks = [start([words], log=logs[r], rank=r, size=2, ports=ports) for r in range(2)]
+    ranks, logs = start_ranks([words], size=2, folder=tmp_path)
     until(lambda: steps_logged(out) >= 2)
     os.kill(ranks[1].pid, signal.SIGKILL)
     codes = wait(ranks, logs, 60)
@@ -154,10 +151,9 @@ def test_a_dead_rank_ends_the_others(world, tmp_path):
 
 def test_a_rank_that_hangs_ends_the_others(world, tmp_path):
     """Stopped, not dead, one rank of two: the other waits --rank_timeout seconds and no longer."""
-    out, ports = tmp_path / "out", [free_port()]
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    out = tmp_path / "out"
     words = command(world, out, rank_timeout=5, **LONG)
-    ranks = [start([words], log=logs[r], rank=r, size=2, ports=ports) for r in range(2)]
+    ranks, _ = start_ranks([words], size=2, folder=tmp_path)
     until(lambda: steps_logged(out) >= 2)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     try:

@@ -44,7 +44,7 @@ class Cutter:
         longest_first = sorted(self.added, key=len, reverse=True)
         any_added = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
         self._pattern = re.compile(f"({any_added})")
-        self._names = {i: token for token, i in self.added.items()}
+        self.names = {i: token for token, i in self.added.items()}
         self.piecewise = pieces_are_independent(self.backend)
 
     def cut(self, texts: Sequence[str]) -> list[Cut]:
@@ -91,7 +91,7 @@ class Cutter:
     def _looked_up(self, text: str, ids: list[int]) -> Cut:
         """The added tokens in `ids` paired with those in `text`, if they are the same in order."""
         written = [(match[0], match.end()) for match in self._pattern.finditer(text)]
-        names = self._names
+        names = self.names
         places = [k for k, i in enumerate(ids) if i in names]
         if [names[ids[k]] for k in places] != [token for token, _ in written]:
             return Cut(ids, {})

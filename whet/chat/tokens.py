@@ -205,7 +205,7 @@ class _Careful:
 
     def _stretches(self) -> list[tuple[_Stretch, int | None]]:
         """All stretches in order, each with the added token that ends it (None: end of text)."""
-        added = {i: name for name, i in self.aligner.tokenizer.added.items()}
+        added = self.aligner.cutter.names
         ids, offsets, text = self.encoding.ids, self.encoding.offsets, self.draft.text
         found: list[tuple[_Stretch, int | None]] = []
         token, token_end, first, start = None, 0, 0, 0

@@ -49,13 +49,14 @@ def ordered_map(
     They end when the iterator is closed or fails, on Ctrl-C, and when this process dies. An
     exception of `function` is raised here; a worker that is killed raises UserError.
     """
-    results = _results(function, items, workers) if workers else _alone(function, items)
+    if workers < 1:
+        return _alone(function, items)
+    results = _results(function, items, workers)
     next(results)
     return results
 
 
 def _alone(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    yield None
     for item in items:
         with _unswept():
             result = function(item)
@@ -78,8 +79,9 @@ def _results(function: Callable[[Any], Any], items: Iterable[Any], workers: int)
     finally:
         for connection in ours:
             connection.close()
-        process.terminate()
-        process.join()
+        if process.is_alive():  # it may have failed to start
+            process.terminate()
+            process.join()
 
 
 def _fork_workers(function: Callable[[Any], Any], connections: Sequence[Connection]) -> None:

@@ -100,7 +100,8 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
     Raises UserError, with nothing written, for bad flags, files or lines.
     """
     _check(config)
-    if _workers(config, [parse_source(argument) for argument in config.data]):
+    sources = [parse_source(argument) for argument in config.data]
+    if _workers(config, sources):
         start_server(BlockEncoder)  # it starts while the tokenizer is loaded
     tokenizer = load_tokenizer(find_model(config.tokenizer, quiet=quiet, weights=False))
     if config.chat_template:
@@ -109,7 +110,7 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
             say(f"added to the vocabulary: {', '.join(added)}; give whet sft the same")
             say(f"--chat_template {config.chat_template}, so that the model gets their embeddings")
     evaluations = read_evaluations(config.decontaminate) if config.decontaminate else None
-    return _prepare(config, tokenizer, evaluations, quiet=quiet)
+    return _prepare(config, sources, tokenizer, evaluations, quiet=quiet)
 
 
 def prepare_text(
@@ -135,7 +136,8 @@ def prepare_text(
         special_in_content="escape",
     )  # fmt: skip
     _check(config)
-    return _prepare(config, tokenizer, None, text_only=True, quiet=quiet)
+    sources = [parse_source(argument) for argument in config.data]
+    return _prepare(config, sources, tokenizer, None, text_only=True, quiet=quiet)
 
 
 def _check(config: Config) -> None:
@@ -165,13 +167,13 @@ def _check(config: Config) -> None:
 
 def _prepare(
     config: Config,
+    sources: list[Source],
     tokenizer: Tokenizer,
     evaluations: Evaluations | None,
     *,
     text_only: bool = False,
     quiet: bool = False,
 ) -> list[SourceAccount]:
-    sources = [parse_source(argument) for argument in config.data]
     config = dataclasses.replace(config, date=config.date or date.today().isoformat())
     encoder = BlockEncoder(
         tokenizer=tokenizer,

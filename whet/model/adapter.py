@@ -276,15 +276,14 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
     rows = _rows_needed(config, tensors, directory)
     if isinstance(model, Transformer):
         grow_embedding(model, rows, multiple=1)
-        model.requires_grad_(False)
-        _put_embeddings(model, config, tensors, directory)
     elif rows > model.config.vocab_size:
         raise UserError(
             f"{directory}: has rows for {rows} tokens, its base for {model.config.vocab_size}; new "
             "tokens under an adapter need one of Whet's own families: merge it with PEFT"
         )
-    else:
-        model.requires_grad_(False)
+    model.requires_grad_(False)
+    if isinstance(model, Transformer):
+        _put_embeddings(model, config, tensors, directory)
     for module, names in _family_modules(model).items():
         keys = [f"{_PREFIX}{module}.lora_{kind}" for kind in ("A.weight", "B.weight")]
         if keys[0] in tensors and keys[1] in tensors:
@@ -297,6 +296,8 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
             f"{directory / WEIGHTS}: {len(tensors)} tensors fit no linear layer of the base, such "
             f"as {next(iter(tensors))}; is it an adapter of another model?"
         )
+    if not isinstance(model, Transformer):
+        model.try_adapters()
     adapted = dict.fromkeys(name.rpartition(".")[2] for name, _ in adapters(model))
     own = isinstance(model, Transformer)
     return LoRA(

@@ -99,16 +99,19 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     """
     if lora.rank < 1:
         raise UserError(f"--lora_rank {lora.rank}: expected at least 1")
+    if new_rows and not isinstance(model, Transformer):
+        raise UserError("--chat_template: new tokens under LoRA need one of Whet's own families")
     found = linears(model)
     if not found:
         raise UserError("--lora_rank: this architecture has no linear modules; it is trained whole")
-    known = LINEARS if isinstance(model, Transformer) else tuple(sorted(map(_last, found)))
+    last_names = tuple(sorted({_last(name) for name in found}))
+    known = LINEARS if isinstance(model, Transformer) else last_names
     kinds = known if lora.targets == "all-linear" else tuple(lora.targets.split(","))
     unknown = sorted(set(kinds) - set(known))
     if unknown:
         raise UserError(
             f"--lora_targets {lora.targets}: unknown {', '.join(unknown)}; "
-            f"expected all-linear, or some of {','.join(dict.fromkeys(known))}"
+            f"expected all-linear, or some of {','.join(known)}"
         )
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -122,8 +125,6 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
         set_module(model, name, layer)
     if isinstance(model, Transformer):
         train_rows(model, new_rows)
-    elif new_rows:
-        raise UserError("--chat_template: new tokens under LoRA need one of Whet's own families")
     else:
         model.try_adapters()
 

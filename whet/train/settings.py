@@ -1,7 +1,8 @@
 """The settings of a training run that every stage shares; a stage's `Config` adds its own to them.
 
 This is the one place where dataclasses extend each other: flags of all stages must be flat, and the
-same flag must mean the same everywhere. Nothing but data is inherited.
+same flag must mean the same everywhere. What a stage reads stands in its `Inputs`, a second base,
+so that its help begins with it. Nothing but data is inherited.
 """
 
 from dataclasses import dataclass
