@@ -26,8 +26,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a bad flag, file or datum."""
-    from whet.errors import UserError
+    """Run one command; returns the exit code: 0 done, 2 a bad flag, file or datum, 130 Ctrl-C."""
+    from whet.errors import UserError, tell
 
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -39,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words[0], words[1:])
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"whet: error: {line}", file=sys.stderr)
+        tell(error)
         return 2
+    except KeyboardInterrupt:
+        print("whet: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `whet … | head`: the reader has gone, nothing is left to say
         sys.stderr.close()
         return 0

@@ -1,5 +1,7 @@
 """The one error type that is told in a line instead of a traceback."""
 
+import sys
+
 
 class UserError(Exception):
     """A bad file, flag or datum.
@@ -8,3 +10,9 @@ class UserError(Exception):
     do. `whet.cli` prints it and exits with code 2. Anything else that is raised is a defect of Whet
     and keeps its traceback.
     """
+
+
+def tell(error: UserError) -> None:
+    """Print the problem, or each of the problems, on a line of standard error."""
+    for line in str(error).splitlines():
+        print(f"whet: error: {line}", file=sys.stderr)

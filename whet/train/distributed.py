@@ -7,17 +7,19 @@ that depends on a rank's own rows.
 
 import contextlib
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from whet.errors import UserError
+from whet.errors import UserError, tell
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,43 @@ def start_ranks(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Rank
     try:
         background = dist.new_group(backend="gloo", timeout=timeout)
         yield Ranks(dist.get_rank(), size, place, background)
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        _leave(error)
+    dist.destroy_process_group()
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Tell why this rank fails, and end its process at once, so that the others notice.
+
+    Nothing is torn down: operations may be under way, and then gloo's destructor can wait for ever.
+    It holds Python's lock and joins a thread that needs that lock to drop its last operation.
+    """
+    code = 1
+    if isinstance(error, UserError):
+        tell(error)
+        code = 2
+    elif isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+    elif isinstance(error, KeyboardInterrupt):
+        code = 130
+    elif _is_about_others(error):
+        print(
+            f"whet: rank {dist.get_rank()} ends, since another rank has ended or has not answered "
+            f"for --rank_timeout seconds; look for its own message ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_about_others(error: BaseException) -> bool:
+    """Whether an exchange with other ranks failed; gloo says so by its text alone."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)
+    )
 
 
 def restarts() -> int:
