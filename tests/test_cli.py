@@ -32,6 +32,17 @@ def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ("whet: error: unknown command 'sfft'; did you mean 'sft'?\n")
 
 
+def test_ctrl_c_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("whet.model.export.main", interrupted)
+    assert main(["export", "runs/sft", "--to", "hf", "--out", "out"]) == 130
+    assert capsys.readouterr().err == "whet: stopped\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_flags_with_help(command: str) -> None:
     """One process for all would hide a missing import of a module that another one made."""

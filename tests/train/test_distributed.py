@@ -45,7 +45,11 @@ def be_a_rank(rank: int, port: int, log: Path, error: BaseException | None) -> N
     ("error", "code", "words"),
     [
         (ValueError("a defect"), 1, "ValueError: a defect"),
-        (UserError("a bad file\na bad flag"), 2, "whet: error: a bad file\nwhet: error: a bad flag"),
+        (
+            UserError("a bad file\na bad flag"),
+            2,
+            "whet: error: a bad file\nwhet: error: a bad flag",
+        ),
         (SystemExit(2), 2, ""),
         (KeyboardInterrupt(), 130, ""),
     ],
