@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from whet.chat.convert import TIKTOKEN, convert, find_convertible
+from whet.chat.convert import TIKTOKEN, _byte_letters, convert, find_convertible
 from whet.chat.tokenizer import load_tokenizer
 from whet.errors import UserError
 
@@ -111,6 +111,44 @@ def test_r50k_is_gpt2(shared_data: Path) -> None:
     assert found.get_vocab() == theirs.get_vocab()
     for text in TEXTS:
         assert ids(found, text) == ids(theirs, text)
+
+
+def test_qwen_tiktoken_is_its_tokenizer_json(shared_data: Path, tmp_path: Path) -> None:
+    """Qwen's file of ranks, written again from the tokenizer.json that was made of it."""
+    theirs = tokenizers.Tokenizer.from_file(str(shared_data / "tokenizers/qwen2/tokenizer.json"))
+    byte = {letter: b for b, letter in _byte_letters().items()}
+    vocab = theirs.get_vocab(with_added_tokens=False)
+    lines = [
+        base64.b64encode(bytes(byte[letter] for letter in token)) + b" %d" % rank
+        for token, rank in sorted(vocab.items(), key=lambda item: item[1])
+    ]
+    file = tmp_path / "qwen.tiktoken"
+    file.write_bytes(b"\n".join(lines))
+    found = backend(file)
+    assert found.get_vocab() == theirs.get_vocab()
+    prose = (shared_data / "text" / "tinyshakespeare.txt").read_text()[:20_000]
+    vectors = (shared_data / "tokenizers/vectors/qwen2.inp").read_text()
+    texts = [*TEXTS, *vectors.split("\n__ggml_vocab_test__\n"), prose]
+    for text in [*texts, "a<|im_start|>b<|im_end|><|endoftext|>"]:
+        assert ids(found, text) == ids(theirs, text), text
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_patterns_and_special_tokens_are_tiktokens(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its table of vocabularies is installed with it; only the ranks would be downloaded."""
+    public = pytest.importorskip("tiktoken_ext.openai_public")
+    split = pytest.importorskip("regex").findall
+    for loader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(public, loader, lambda *args, **kwargs: {})
+    theirs = getattr(public, name)()
+    ours = next(v for v in TIKTOKEN.values() if v.name == name)
+    assert ours.special == theirs["special_tokens"]
+    prose = (shared_data / "text" / "tinyshakespeare.txt").read_text()[:20_000]
+    camel = "HTTPServer's camelCase DON'T ÀÉîö ǅungla a/b//c\n/x  \n 1234567 ½ʰ"
+    for text in [*TEXTS, prose, camel, camel + " \n "]:
+        assert split(ours.pattern, text) == split(theirs["pat_str"], text)
 
 
 def test_load_tokenizer_converts_what_it_finds(shared_data: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Vocabulary(NamedTuple):
     name: str
     pattern: str
     special: dict[str, int]
+    nfc: bool = False  # whether texts are brought to Unicode's composed form first
 
 
 TIKTOKEN = {
@@ -50,7 +51,7 @@ TIKTOKEN = {
     50_256: Vocabulary("r50k_base", _GPT2, {"<|endoftext|>": 50_256}),
     100_256: Vocabulary(
         "cl100k_base",
-        _WORDS % "{1,3}",
+        (_WORDS % "{1,3}").replace(_BLANKS, r"\s+(?![\s\S])|" + _BLANKS),  # blanks at the end: one
         {
             "<|endoftext|>": 100_257,
             "<|fim_prefix|>": 100_258,
@@ -66,6 +67,7 @@ TIKTOKEN = {
         "qwen",
         _WORDS % "",
         {"<|endoftext|>": 151_643, "<|im_start|>": 151_644, "<|im_end|>": 151_645},
+        nfc=True,
     ),
     199_998: Vocabulary(
         "o200k_base", _O200K, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}
@@ -124,6 +126,8 @@ def _convert_tiktoken(file: Path, content: bytes) -> Converted:
     vocab = {written[token]: rank for token, rank in ranks.items()} | vocabulary.special
     model = models.BPE(vocab, merges, ignore_merges=True)
     backend = tokenizers.Tokenizer(model)
+    if vocabulary.nfc:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(vocabulary.pattern), "isolated"),
