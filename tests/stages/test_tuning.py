@@ -52,6 +52,16 @@ def test_an_adapter_is_trained_further(world, adapter, tmp_path):
     assert lineage["adapter"] == str(adapter)
 
 
+@pytest.mark.parametrize(
+    ("lr", "rank", "noted"), [(1e-5, 2, True), (1e-4, 2, False), (1e-5, None, False)]
+)
+def test_a_learning_rate_too_low_for_an_adapter_is_noted(world, tmp_path, capsys, lr, rank, noted):
+    flags = {"lora_rank": rank} if rank else {}
+    words = command(world, tmp_path / "out", lr=lr, max_steps=1, **flags)
+    assert main([word for word in words if word != "--quiet"]) == 0
+    assert ("ten times" in capsys.readouterr().out) == noted
+
+
 def test_an_adapter_without_a_tokenizer_takes_its_bases(world, adapter, tmp_path):
     """PEFT saves none."""
     (tmp_path / "a").mkdir()

@@ -48,6 +48,9 @@ from whet.train.session import run_stage, total_steps
 from whet.train.settings import TrainSettings
 
 
+USUAL_ADAPTER_LR = 1e-4
+
+
 @dataclass(kw_only=True)
 class Inputs:
     """What fine-tuning starts from: a base of `Config` of its own, so that help begins with it."""
@@ -131,6 +134,9 @@ def build(config: Config, ranks: Ranks) -> Stage:
     )
     if lora is not None:
         header.append(("adapter", told(lora, config.lora_4bit)))
+        if config.lr < USUAL_ADAPTER_LR / 2:
+            usual = "usual for an adapter are 1e-4 to 2e-4: ten times those of all weights"
+            header.append(("note", f"--lr {config.lr:g}: {usual}"))
     found = misfits(model, tokenizer, store, "--data")
     found += misfits(model, tokenizer, dev, "--dev") if dev else []
     if gsm8k and tokenizer is None:
