@@ -47,7 +47,6 @@ from whet.train.loop import Stage, Sums
 from whet.train.session import run_stage, total_steps
 from whet.train.settings import TrainSettings
 
-
 USUAL_ADAPTER_LR = 1e-4
 
 
