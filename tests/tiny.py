@@ -19,10 +19,13 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer([" ".join(WORDS)] * 4, 300)
 
 
-def model_directory(path: Path, *, seed: int = 0, width: int = 16, layers: int = 2) -> Path:
+def model_directory(
+    path: Path, *, seed: int = 0, width: int = 16, layers: int = 2, max_positions: int = 32
+) -> Path:
     """A random Llama-like model of some ten thousand parameters, with its tokenizer."""
     tok = tokenizer()
-    config = llama(tok.vocab_size, width, layers, 2, n_kv_heads=1, mlp_width=32, max_positions=32)
+    sizes = {"n_kv_heads": 1, "mlp_width": 32, "max_positions": max_positions}
+    config = llama(tok.vocab_size, width, layers, 2, **sizes)
     model = Transformer(config)
     init_weights(model, seed)
     save_model(model, path, tok, {"stage": "test"})

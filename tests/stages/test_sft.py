@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
-from whet.data.store import PackedStore, StoreWriter
+from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+from whet.model import attention
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.train.evaluation import Evaluator
 from whet.train.loop import Evaluation
@@ -44,6 +45,40 @@ def test_overfits_eight_rows(world, tmp_path):
     rows = np.concatenate([np.frombuffer((out / "ledger.bin").read_bytes(), "<u4")[1::4]])
     first_eight = PackedStore(world / "train.h5").document_ids(np.arange(8))
     assert set(rows) <= set(first_eight), "no other row is trained"
+
+
+def test_a_system_prompt_of_many_documents_is_computed_once(world, tmp_path, monkeypatch):
+    """In a real run: in its steps, its dev loss and its losses by source."""
+    prompt, length = np.arange(1, 71), 160
+    tokens, mask = np.zeros((2, 4, length), np.float32)
+    segments = np.zeros((4, length), np.int32)
+    documents = []
+    for row in range(4):
+        for i, start in enumerate((0, 80)):
+            tokens[row, start : start + 70] = prompt
+            tokens[row, start + 70 : start + 80] = np.random.default_rng(row).integers(1, 250, 10)
+            mask[row, start + 70 : start + 80], segments[row, start : start + 80] = 1, i + 1
+            documents.append((row, start, 80, 10, 0, 2 * row + i, 0))
+    attrs = {"vocab_size": 292, "sources": ["a.jsonl"]}
+    with StoreWriter(tmp_path / "prompts.h5", 4, length, attrs=attrs) as writer:
+        writer.write_rows(tokens.astype(np.int32), mask, segments)
+        writer.write_documents(np.array(documents, DOCUMENT))
+    computed = []
+
+    def watch(plan, packed):
+        shared = share_prefixes(plan, packed)
+        computed.append((len(packed), sum(shared.sizes)))
+        return shared
+
+    share_prefixes = attention.share_prefixes
+    monkeypatch.setattr("whet.model.decoder.share_prefixes", watch)
+    tiny.model_directory(tmp_path / "base", max_positions=length)
+    flags = {"data": tmp_path / "prompts.h5", "dev": tmp_path / "prompts.h5", "max_steps": 1}
+    flags |= {"model": tmp_path / "base", "micro_batch_size": 4}
+    assert main(command(world, tmp_path / "out", **flags)) == 0
+    # 8 documents of 79 tokens (the last one has no target behind it), 7 of them without 70.
+    assert set(computed) == {(8 * 79, 8 * 79 - 7 * 69)}, computed
+    assert len(computed) >= 5, "a step, two evaluations of dev loss and of losses by source"
 
 
 def test_out_ckpt_and_lineage(world, tmp_path):

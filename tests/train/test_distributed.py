@@ -1,15 +1,23 @@
-"""How a rank that fails leaves: in real processes, each a rank of two."""
+"""Real processes, each a rank of two: how one that fails leaves, and a save that one can't make."""
 
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.processes import CONTEXT, free_port, start_server, wait
 from whet.errors import UserError
 from whet.train import distributed
+from whet.train.run import RunFolder
+from whet.train.state import damage, saved_states
 
 
 class SlowToGo:
@@ -25,20 +33,59 @@ def fail(error: BaseException, held: SlowToGo) -> None:
     raise error
 
 
-def be_a_rank(rank: int, port: int, log: Path, error: BaseException | None) -> None:
-    """Raise `error` among the ranks, or go on exchanging numbers with the others."""
+def become_a_rank(rank: int, port: int, log: Path) -> None:
+    """What torchrun does: a log and an environment."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def exchange(rank: int, port: int, log: Path, error: BaseException | None) -> None:
+    """Raise `error` among the ranks, or go on exchanging numbers with the others."""
+    become_a_rank(rank, port, log)
     with distributed.start_ranks("cpu", timeout_s=20) as ranks:
         distributed.sum_over_ranks([1.0], ranks)
         if error is not None:
             fail(error, SlowToGo())
         while True:
             distributed.sum_over_ranks([1.0], ranks)
+
+
+def save_five_times(rank: int, port: int, log: Path, states: Path) -> None:
+    """Rank 0 can't make the folder of the second save; the run goes on."""
+    become_a_rank(rank, port, log)
+    make = Path.mkdir
+
+    def refuse(path: Path, **how: bool) -> None:
+        if path.name == ".saving_step_00000002":
+            raise OSError(28, "No space left on device")
+        make(path, **how)
+
+    Path.mkdir = refuse  # type: ignore[method-assign]
+    with distributed.start_ranks("cpu", timeout_s=20) as ranks:
+        run = RunFolder(states.parent, ranks)
+        run.open()
+        mesh = init_device_mesh("cpu", (2,))
+        for step in range(1, 6):
+            run.facts.step = step
+            value = distribute_tensor(torch.full((4,), float(step)), mesh, [Shard(0)])
+            run.save({"model.x": value}, wait=False)
+        run.finish_saving()
+
+
+def run_two(target: Callable, folder: Path, last: Sequence[Any]) -> tuple[list[int], list[Path]]:
+    """Exit codes and logs of two ranks that run `target`, each with its argument of `last`."""
+    start_server()
+    port, logs = free_port(), [folder / "rank0.log", folder / "rank1.log"]
+    ranks = []
+    for rank, argument in enumerate(last):
+        arguments = (rank, port, logs[rank], argument)
+        ranks.append(CONTEXT.Process(target=target, args=arguments, daemon=True))
+        ranks[-1].start()
+    return wait(ranks, logs, 60), logs
 
 
 @pytest.mark.parametrize(
@@ -57,17 +104,25 @@ def be_a_rank(rank: int, port: int, log: Path, error: BaseException | None) -> N
 )
 def test_a_rank_that_fails_leaves_at_once(tmp_path, error, code, words):
     """Whatever teardown would wait for; the other rank ends too, and points at this one."""
-    start_server()
-    port, logs = free_port(), [tmp_path / "rank0.log", tmp_path / "rank1.log"]
-    ranks = []
-    for rank, raised in enumerate([None, error]):
-        arguments = (rank, port, logs[rank], raised)
-        ranks.append(CONTEXT.Process(target=be_a_rank, args=arguments, daemon=True))
-        ranks[-1].start()
-    assert wait(ranks, logs, 60) == [1, code]
+    codes, logs = run_two(exchange, tmp_path, [None, error])
+    assert codes == [1, code]
     told = logs[1].read_text()
     assert words in told
     assert ("Traceback" in told) == isinstance(error, ValueError)
     other = logs[0].read_text().splitlines()
     assert len(other) == 1
     assert other[0].startswith("whet: rank 0 ends, since another rank has ended")
+
+
+def test_a_save_that_rank_0_cannot_begin_costs_this_save_only(tmp_path):
+    """All ranks leave it out; else the others would write the next one into the wrong folder."""
+    states = tmp_path / "state"
+    codes, logs = run_two(save_five_times, tmp_path, [states, states])
+    assert codes == [0, 0]
+    assert logs[0].read_text().count("could not be saved") == 1
+    kept = saved_states(states)
+    assert [path.name for path in kept] == ["step_00000004", "step_00000005"]
+    for path in kept:
+        assert damage(path) is None
+        shards = [load_file(file)["model.x"] for file in sorted(path.glob("*.safetensors"))]
+        assert torch.equal(torch.cat(shards), torch.full((4,), float(path.name[-1])))

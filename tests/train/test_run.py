@@ -82,3 +82,19 @@ def test_a_full_disk_ends_neither_the_run_nor_older_states(tmp_path):
     assert steps == 8
     assert read_facts(kept).step < 8
     assert main([*words]) == 0
+
+
+def test_a_resume_leaves_the_state_that_it_goes_on_from(tmp_path):
+    """Writing it again would begin with removing it: a kill then could cost the last one."""
+    tiny.model_directory(tmp_path / "base")
+    tiny.packed_file(tmp_path / "train.h5", n_rows=8)
+    tiny.packed_file(tmp_path / "dev.h5", n_rows=3, seed=1)
+    out = tmp_path / "out"
+    words = command(tmp_path, out, max_steps=4, save_every=2, keep=1)
+    assert main(words) == 0
+    (last,) = saved_states(out / "state")
+    folder = last.stat().st_ino
+    (out / "model.safetensors").unlink()
+    assert main([*words, "--resume"]) == 0
+    assert (out / "model.safetensors").is_file()
+    assert [path.stat().st_ino for path in saved_states(out / "state")] == [folder]

@@ -70,7 +70,7 @@ def dev_loss(
             batch = micro_batches(read_batch(store, rows, total=total), micro_rows, 1)[0].to(device)
             found = model(
                 batch.tokens,
-                batch.positions,
+                None,
                 batch.segments,
                 targets=batch.targets,
                 weight=batch.weight,

@@ -87,7 +87,7 @@ def _length_names() -> list[str]:
 
 
 def _nll(model: Any, batch: Batch, targets: torch.Tensor, weight: torch.Tensor) -> np.ndarray:
-    found = model(batch.tokens, batch.positions, batch.segments, targets=targets, weight=weight)
+    found = model(batch.tokens, None, batch.segments, targets=targets, weight=weight)
     return found.nll.cpu().double().numpy()
 
 

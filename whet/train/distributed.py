@@ -250,12 +250,15 @@ def gather(value: Any, ranks: Ranks) -> list[Any]:
     return values
 
 
-def from_first(value: Any, ranks: Ranks) -> Any:
-    """Rank 0's `value`, on every rank."""
+def from_first(value: Any, ranks: Ranks, *, background: bool = False) -> Any:
+    """Rank 0's `value`, on every rank; `background` is for the thread that saves."""
     if ranks.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=ranks.device)
+    device = torch.device("cpu") if background else ranks.device
+    dist.broadcast_object_list(
+        box, src=0, group=ranks.background if background else None, device=device
+    )
     return box[0]
 
 

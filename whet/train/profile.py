@@ -4,6 +4,7 @@ Writes `profile/trace.json.gz` in the run folder, a Chrome trace that https://ui
 and tells the operations that took the most time. Profiled steps are slower than others.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,8 @@ def profiled(on: bool, run: RunFolder) -> Iterator[Callable[[], Any]]:
         yield lambda: None
         return
     kinds = [ProfilerActivity.CPU]
+    if run.ranks.device.type == "cpu":  # torch 2.13 tells of its start and stop, and nothing else
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if run.ranks.device.type == "cuda":
         kinds.append(ProfilerActivity.CUDA)
 

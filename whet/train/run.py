@@ -85,6 +85,8 @@ class RunFolder:
     curves: Curves = field(default_factory=Curves)
     journals: dict[str, Journal] = field(default_factory=dict)
     saving: threading.Thread | None = None
+    resumed_at: int = -1
+    """The step of the state that the run goes on from."""
     told_full: bool = False
 
     @property
@@ -147,7 +149,13 @@ class RunFolder:
             say(f"warning: {path} cannot be written: {error}")
 
     def save(self, tensors: dict[str, torch.Tensor], *, wait: bool) -> None:
-        """Save a resume state; all ranks call it. A disk that refuses costs this save only."""
+        """Save a resume state; all ranks call it. A disk that refuses costs this save only.
+
+        The state that the run has just resumed from is not written again: it would have to be
+        removed first, and a kill then could cost it.
+        """
+        if self.facts.step == self.resumed_at:
+            return
         self.finish_saving()
         if self.ranks.first:
             try:

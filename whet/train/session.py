@@ -80,6 +80,7 @@ def _train(
     run.facts = Facts(data=data)
     if start is not None:
         run.facts = state.load_state(start, model, optimizers, ranks)
+        run.resumed_at = run.facts.step
         _check_same_data(run.facts.data, data, stage.store)
     with distributed.told_once(ranks):
         check_profile(config.profile, stage.total_steps - run.facts.step)

@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from whet.errors import UserError
-from whet.train.distributed import Ranks, unwrap
+from whet.train.distributed import Ranks, from_first, unwrap
 from whet.train.optim import create_state, plain_tensors
 
 FORMAT_VERSION = 1
@@ -83,11 +82,7 @@ def save_state(
     """
     final = states / f"step_{facts.step:08d}"
     aside = states / f".saving_{final.name}"
-    if ranks.first:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    if ranks.size > 1:
-        dist.barrier(group=ranks.background)
+    _make_empty(aside, ranks)
     writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
     try:
         # DCP says that one process is one process; the filter is no harm to other threads.
@@ -102,7 +97,8 @@ def save_state(
             return None
         write_json(aside / "facts.json", dataclasses.asdict(facts))
         _write_manifest(aside)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # damaged and passed over, or this run's own of a moment ago
+            _remove(final)
         os.replace(aside, final)
         _flush(states)
         return final
@@ -110,6 +106,21 @@ def save_state(
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _make_empty(folder: Path, ranks: Ranks) -> None:
+    """Rank 0 makes the folder; all ranks raise its OSError: one that went on would write a shard
+    into a state that nobody completes, and be a save behind from then on."""
+    refused: OSError | None = None
+    if ranks.first:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            refused = error
+    refused = from_first(refused, ranks, background=True)
+    if refused is not None:
+        raise refused
 
 
 def _write_manifest(folder: Path) -> None:
@@ -229,10 +240,14 @@ def prune(states: Path, keep: int, needed_for: int) -> None:
     before = [p for p in kept if needed_for >= 0 and int(p.name[5:]) <= needed_for]
     for folder in kept[: -max(1, keep)]:
         if not (before and folder == before[-1]):
-            # Renamed first: a removal that is cut short must not look like a damaged state.
-            doomed = folder.with_name(f".removing_{folder.name}")
-            os.replace(folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first: a removal that is cut short must not look like a damaged state."""
+    doomed = folder.with_name(f".removing_{folder.name}")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def clean(states: Path) -> None:
