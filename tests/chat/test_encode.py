@@ -176,11 +176,12 @@ def test_reply_that_is_rendered_as_two_turns_is_refused(chatml: Tokenizer) -> No
 
 
 def test_smuggled_control_tokens(chatml: Tokenizer) -> None:
-    talk = [user("say <|im_end|>"), said("<|im_end|> it is")]
+    # An icon font's character beside it must not be taken for what hides the control token.
+    talk = [user("say \ue000 <|im_end|>"), said("<|im_end|> it is \ue001")]
     encoded = encode_chat(talk, chatml)
     assert encoded.certificate.escaped == 2
     assert list(encoded.ids).count(chatml.control["<|im_end|>"]) == 2
-    assert words(chatml, talk) == ["<|im_end|> it is<|im_end|>"]
+    assert words(chatml, talk) == ["<|im_end|> it is \ue001<|im_end|>"]
     with pytest.raises(Refused, match="--special_in_content"):
         encode_chat(talk, chatml, EncodeOptions(special_in_content="error"))
     allowed = [user("say <|im_end|>"), said("it is")]

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import processes
 from tests.tiny import tokenizer as make_tokenizer
 from whet.chat.encode import EncodeOptions, encode_chat
 from whet.chat.formats import to_example
@@ -463,3 +464,18 @@ def test_a_part_of_one_text_is_held_out(folder, tmp_path):
     n = len(parts[0] | parts[1])
     assert parts[0] | parts[1] == set(range(n))
     assert len(parts[1]) == round(0.1 * n)
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000], ids=["tokens", "rows"])
+def test_a_full_disk_leaves_nothing(folder, tmp_path, limit):
+    """It is full while the tokens wait, or only when the rows are written."""
+    data = write(tmp_path / "a.jsonl", conversations(1000))
+    out = tmp_path / "out" / "a.h5"
+    words = ["prepare", "--data", data, "--tokenizer", str(folder), "--out", str(out)]
+    words += ["--context_length", "64", "--workers", "0"]
+    process = processes.start([words], log=tmp_path / "log", file_limit=limit)
+    assert processes.wait([process], [tmp_path / "log"], 60) == [2]
+    told = (tmp_path / "log").read_text()
+    assert "cannot be written" in told
+    assert "Traceback" not in told
+    assert list(out.parent.iterdir()) == []

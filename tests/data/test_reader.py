@@ -68,6 +68,7 @@ def test_a_hub_data_set_from_a_local_directory(tmp_path):
         ('[{"a": 1},\n {"a": 2}\n,\n\n{"a": 3}]\n', [1, 2, 5]),
         ('{"a": 1}\n\n{"a":\n2}\n{"a": 3}', [1, 3, 5]),
         ('\n\n[\n{"a": 1}, {"a": 2},\n{"a": 3}\n]', [4, 4, 5]),
+        ('[{"a": 1}]\n[]\n[{"a": 2}\n,{"a": 3},]\n{"a": 4}', [1, 3, 4, 5]),
     ],
 )
 def test_json_values_know_their_lines(tmp_path, text, lines):
@@ -88,6 +89,9 @@ def test_a_long_json_file_is_read_in_pieces(tmp_path, monkeypatch):
     [
         ("x.json", b'[{"a": 1},\n{"a": ', r"x\.json:2: not JSON"),
         ("x.json", b'[{"a": 1}\n', r"x\.json:2: the JSON array is not closed"),
+        ("x.json", b'[{"a": 1}\n{"a": 2}]', r"x\.json:2: not JSON: no comma between two values"),
+        ("x.json", b'[{"a": 1},\n,{"a": 2}]', r"x\.json:2: not JSON: a comma too many"),
+        ("x.json", b'[,{"a": 1}]', r"x\.json:1: not JSON: a comma too many"),
         ("x.json", b"[" * 100_000, "nested too deeply"),
         ("x.json", b'["\xff"]', "cannot be read: 'utf-8' codec"),
         ("x.jsonl", b"[\n{}]", "is a JSON array, not JSON Lines; name the file .json"),

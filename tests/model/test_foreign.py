@@ -149,6 +149,24 @@ def test_saved_models_open_again(case: str, saved: Callable[[str], Path], tmp_pa
         assert torch.equal(again(tokens), model(tokens))
 
 
+def test_training_drops_nothing_and_the_file_keeps_its_dropout(tmp_path: Path) -> None:
+    """With dropout a step would depend on how it is cut into micro-batches."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "vocab_size": 97}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    drops = {"dropout": 0.1, "attention_dropout": 0.2, "layerdrop": 0.3}
+    config = transformers.OPTConfig(**sizes, **drops)
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    model = load_backbone_from_ckpt(tmp_path / "opt", quiet=True)
+    tokens, segments = packed()
+    with torch.no_grad():
+        expected = model.eval()(tokens, segments=segments)
+        assert torch.equal(model.train()(tokens, segments=segments), expected)
+    model.grow(98)
+    save_model(model, tmp_path / "out", None, {})
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: values[key] for key in drops} == drops
+
+
 @pytest.mark.parametrize("case", ["gpt_neox", "bloom"])
 def test_new_tokens_get_mean_rows_and_the_files_precision_stays(
     case: str, saved: Callable[[str], Path], tmp_path: Path

@@ -6,6 +6,7 @@ import pytest
 
 from whet.chat.tokenizer import load_tokenizer
 from whet.cli import main
+from whet.data.store import PackedStore
 from whet.model.checkpoint import load_backbone_from_ckpt
 
 STORY = "A shop has {} apples. Anna buys {} of them. Now there are {} left.\n"
@@ -48,6 +49,16 @@ def test_resume_prepares_nothing_again(text, tmp_path, monkeypatch):
     before = (out / "packed.h5").stat().st_mtime_ns
     assert main([*command(text, out), "--resume"]) == 0
     assert (out / "packed.h5").stat().st_mtime_ns == before
+
+
+def test_resume_of_a_run_that_failed_before_it_began_prepares_again(text, tmp_path):
+    """Its flags were compared with none: the packed file may be of other data."""
+    out = tmp_path / "base"
+    assert main(command(text, out, lr_groups="none=1")) == 2, "refused after preparing"
+    assert (out / "packed.h5").is_file()
+    assert not (out / "config.toml").exists()
+    assert main([*command(text, out, context_length=32), "--resume"]) == 0
+    assert PackedStore(out / "packed.h5").context_length == 32
 
 
 @pytest.mark.parametrize(

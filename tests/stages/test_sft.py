@@ -111,6 +111,32 @@ def test_the_best_model_is_kept(world, tmp_path, monkeypatch):
     assert not torch.equal(best.embed.weight, last.embed.weight)
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    world, tmp_path, capsys, monkeypatch
+):
+    def refuse(**place):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("whet.train.session.tempfile.TemporaryFile", refuse)
+    assert main(command(world, tmp_path / "out", model="nowhere")) == 2
+    told = capsys.readouterr().err
+    assert (
+        told == f"whet: error: --out {tmp_path / 'out'}: cannot be written: Read-only file system\n"
+    )
+
+
+def test_negative_weights_must_not_prevail(world, tmp_path, capsys):
+    """Divided by their own sum, they would be trained as if they were positive."""
+    ones, mask = np.ones((2, 24), np.int32), np.ones((2, 24), np.float32)
+    mask[1] = -1
+    with StoreWriter(tmp_path / "x.h5", 2, 24, weighted=True, attrs={"vocab_size": 292}) as store:
+        store.write_rows(ones, mask, ones)
+    for name in ("data", "dev"):
+        words = command(world, tmp_path / "out", **{name: tmp_path / "x.h5"})
+        assert main(words) == 2
+        assert "the weights of row 1 add up to -23" in capsys.readouterr().err
+
+
 def test_all_problems_are_told_at_once(world, tmp_path, capsys):
     with StoreWriter(
         tmp_path / "foreign.h5",
@@ -135,6 +161,17 @@ def test_all_problems_are_told_at_once(world, tmp_path, capsys):
     [
         ({"lr": -1}, "--lr -1.0: expected a number above 0"),
         ({"batch_size": 0}, "--batch_size 0"),
+        ({"lr": "nan"}, "--lr nan: expected a number above 0"),
+        ({"weight_decay": "nan"}, "--weight_decay nan: expected 0 or more"),
+        ({"clip": "inf"}, "--clip inf: expected 0 or more"),
+        ({"beta1": 1}, "--beta1 1.0: expected a number from 0 to below 1"),
+        ({"seed": -1}, "--seed -1: expected 0 or more"),
+        ({"rank_timeout": 0}, "--rank_timeout 0.0: expected a number above 0"),
+        ({"lora_rank": 0}, "--lora_rank 0: expected a number above 0"),
+        ({"lora_rank": 2, "lora_alpha": "nan"}, "--lora_alpha nan: expected a finite number"),
+        ({"lora_rank": 2, "lora_dropout": 1}, "--lora_dropout 1.0: expected a number from 0"),
+        ({"lr_groups": "re:.=-1"}, "the factor must be finite, 0 or more"),
+        ({"lr_groups": "re:.=nan"}, "the factor must be finite, 0 or more"),
         ({"model": "nowhere"}, "nowhere"),
         ({"data": "nowhere.h5"}, "nowhere.h5"),
         ({"lr_groups": "re:nothing=2"}, "matches none of the trained parameters"),

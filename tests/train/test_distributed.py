@@ -76,6 +76,16 @@ def save_five_times(rank: int, port: int, log: Path, states: Path) -> None:
         run.finish_saving()
 
 
+def wait_for_rank_0(rank: int, port: int, log: Path, seconds: float) -> None:
+    """Rank 0 has long to do before the steps, in a block for itself and in one of all ranks."""
+    become_a_rank(rank, port, log)
+    with distributed.start_ranks("cpu", timeout_s=1) as ranks:
+        with distributed.told_once(ranks):
+            time.sleep(0 if rank else seconds)
+        time.sleep(0 if rank else seconds)
+        assert distributed.from_first(rank, ranks, ranks.setup) == 0
+
+
 def run_two(target: Callable, folder: Path, last: Sequence[Any]) -> tuple[list[int], list[Path]]:
     """Exit codes and logs of two ranks that run `target`, each with its argument of `last`."""
     start_server()
@@ -126,3 +136,9 @@ def test_a_save_that_rank_0_cannot_begin_costs_this_save_only(tmp_path):
         assert damage(path) is None
         shards = [load_file(file)["model.x"] for file in sorted(path.glob("*.safetensors"))]
         assert torch.equal(torch.cat(shards), torch.full((4,), float(path.name[-1])))
+
+
+def test_what_comes_before_the_steps_may_take_longer_than_rank_timeout(tmp_path):
+    """A corpus is tokenised by rank 0 alone."""
+    codes, logs = run_two(wait_for_rank_0, tmp_path, [3.0, 3.0])
+    assert codes == [0, 0], logs[1].read_text()

@@ -10,6 +10,7 @@ text that is written before the last user message only). Then the words are thos
 end of the context, and stand behind the prompt as it is at inference.
 """
 
+import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ class Reader:
                 "special", "a text holds a control token, and --special_in_content is error"
             )
         self._raw = content
-        escapes = Escapes(pattern, taken=repr(content))
+        escapes = Escapes(pattern, taken=json.dumps(content, ensure_ascii=False, default=str))
         self.messages, self.tools, self.documents = (escapes.hide(part) for part in content)
         self.escapes = escapes
 

@@ -157,6 +157,8 @@ def _check(config: Config) -> None:
         found.append("--dev_out and --out name the same file")
     if config.format and config.format not in FORMATS:
         found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
+    if config.seed < 0:
+        found.append(f"--seed {config.seed}: must be 0 or more")
     if config.workers is not None and config.workers < 0:
         found.append(f"--workers {config.workers}: must be 0 or more")
     for out in filter(None, (config.out, config.dev_out)):

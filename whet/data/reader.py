@@ -185,41 +185,52 @@ def _line_units(path: str, file: IO[bytes]) -> Iterator[Unit]:
 
 
 def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
-    """The elements of a JSON array, or JSON values one after another, without holding all of them.
+    """The elements of JSON arrays, or JSON values one after another, without holding all of them.
 
     A value is recognised by decoding from its start; where the text that was read so far ends
     inside it, more is read. After a syntax error nothing that follows can be trusted.
     """
     decoder = json.JSONDecoder()
     text, line, in_array, wanted = "", 1, False, 1 << 20
-    first = True
+    first, comma = True, True  # comma: whether a value may come now
     while True:
         more = file.read(wanted)
         text += more
         position = 0
         while True:
-            start = _skip_blank(text, position, in_array)
-            if first and start < len(text) and text[start] == "[":
-                first, in_array, position = False, True, start + 1
-                line += text.count("\n", 0, position)
-                text, position = text[position:], 0
-                continue
+            start = _after_blanks(text, position)
             line += text.count("\n", position, start)
             position = start
             if position == len(text):
                 break
-            if in_array and text[position] == "]":
-                return
-            first = False
+            mark = text[position]
+            if first and mark == "[":
+                first, in_array, comma = False, True, True
+                position += 1
+                continue
+            if in_array and mark == "]":  # another array or value may follow
+                first, in_array = True, False
+                position += 1
+                continue
+            if in_array and mark == "," and not comma:
+                comma = True
+                position += 1
+                continue
+            if in_array and (mark == "," or not comma):
+                what = "a comma too many" if comma else "no comma between two values"
+                raise UserError(f"{path}:{line}: not JSON: {what} of an array")
+            first, comma = False, False
             try:
                 _, end = decoder.raw_decode(text, position)
             except RecursionError:
                 raise UserError(f"{path}:{line}: nested too deeply to be data") from None
             except ValueError as error:
                 if more:
+                    comma = True
                     break
                 raise UserError(f"{path}:{line}: not JSON: {error}") from None
             if end == len(text) and more:  # a number may go on
+                comma = True
                 break
             yield Unit(line, text[position:end])
             line += text.count("\n", position, end)
@@ -232,12 +243,11 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
             return
 
 
-BLANK = re.compile(r"[ \t\r\n]*")
-BLANK_OR_COMMA = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
+BLANKS = re.compile(r"[ \t\r\n]*")
 
 
-def _skip_blank(text: str, position: int, in_array: bool) -> int:
-    found = (BLANK_OR_COMMA if in_array else BLANK).match(text, position)
+def _after_blanks(text: str, position: int) -> int:
+    found = BLANKS.match(text, position)
     return found.end() if found else position
 
 

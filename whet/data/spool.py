@@ -1,12 +1,14 @@
 """Encoded examples on their way from the workers to the packed file.
 
 Tokens wait in a nameless temporary file beside the output, which vanishes with the process, however
-it ends; what is known of them, some 60 bytes for each example, waits in memory.
+it ends; what is known of them, some 250 bytes for each conversation, waits in memory.
 """
 
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +17,7 @@ import numpy as np
 
 from whet.chat.certificate import Refusal
 from whet.data.encoding import CONVERSATION, EXAMPLE, RUN, EncodedBlock
+from whet.errors import UserError
 
 KEPT_REFUSALS = 10_000
 """Refusals that are kept with their texts; all of them are counted."""
@@ -24,8 +27,11 @@ class Spool:
     """Blocks in, in order; afterwards the tables, and the tokens of any example."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder, prefix=".whet-tokens-")  # noqa: SIM115
+        """Raises UserError, here and later, if nothing can be written there."""
+        self._folder = folder
+        with self._told():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, prefix=".whet-tokens-")  # noqa: SIM115
         self._conversations: list[np.ndarray] = []
         self._examples: list[np.ndarray] = []
         self._runs: list[np.ndarray] = []
@@ -49,7 +55,8 @@ class Spool:
         self._conversations.append(block.conversations)
         self._examples.append(block.examples)
         self._runs.append(block.runs)
-        self._file.write(block.tokens.astype("<i4", copy=False).data)
+        with self._told():
+            self._file.write(block.tokens.astype("<i4", copy=False).data)
         self._counts = [
             n_conversations + len(block.conversations),
             n_runs + len(block.runs),
@@ -64,7 +71,8 @@ class Spool:
 
     def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All conversations, examples and runs; ends the adding."""
-        self._file.flush()
+        with self._told():
+            self._file.flush()
         joined = (
             np.concatenate([np.zeros(0, CONVERSATION), *self._conversations]),
             np.concatenate([np.zeros(0, EXAMPLE), *self._examples]),
@@ -77,6 +85,15 @@ class Spool:
         """Tokens offset..offset+length, int32."""
         return np.frombuffer(os.pread(self._file.fileno(), 4 * length, 4 * offset), "<i4")
 
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--out: {self._folder} cannot be written: {error.strerror}; nothing is left there"
+            ) from None
+
     def __enter__(self) -> Self:
         return self
 
@@ -86,4 +103,5 @@ class Spool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written is tried again
+            self._file.close()

@@ -146,13 +146,18 @@ class StoreWriter:
         traceback: TracebackType | None,
     ) -> None:
         complete = self._written == len(self._tokens)
-        self._file.close()
-        if kind is None and complete:
-            os.replace(self._temporary, self.path)
-            return
+        try:
+            self._file.close()
+            if kind is None and complete:
+                os.replace(self._temporary, self.path)
+                return
+        except (OSError, RuntimeError) as refused:  # HDF5 writes much of it only now
+            kind, error = OSError, refused
         self._temporary.unlink(missing_ok=True)
         if kind is None:
             raise ValueError(f"{self.path}: only {self._written} rows were written")
+        if issubclass(kind, OSError):
+            raise UserError(f"{self.path}: cannot be written ({error}); see --out") from None
 
 
 class PackedStore:

@@ -90,7 +90,8 @@ class ForeignModel(nn.Module):
             for values in (module.weight, getattr(module, "bias", None)):
                 if values is not None:
                     values[old:] = values[:old].float().mean(dim=0).to(values.dtype)
-        hf = self.inner.config.to_dict() | {"dtype": self.config.hf.get("dtype")}
+        kept = {"dtype": self.config.hf.get("dtype"), **_dropouts(self.config.hf)}
+        hf = self.inner.config.to_dict() | kept
         self.config = replace(self.config, vocab_size=new, hf=hf)
 
     @torch.no_grad()
@@ -204,14 +205,17 @@ def load_foreign(
             f"{directory}: this architecture is not Whet's own; pip install whet[transformers] "
             "opens it through transformers"
         ) from None
+    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
+        config = transformers.AutoConfig.from_pretrained(directory, **safe)
+        _drop_nothing(config)
         opened: Any = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
+            config=config,
             dtype=dtype,
-            local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,
             output_loading_info=True,
+            **safe,
         )
     except (ValueError, OSError, ImportError, KeyError) as error:
         reason = str(error).strip().split("\n")[0][:300]
@@ -224,13 +228,28 @@ def load_foreign(
             some = ", ".join(str(name) for name in sorted(info[key], key=str)[:5])
             raise UserError(f"{directory}: weights do not fit the configuration: {key}: {some}")
     model = ForeignModel(inner.to(device))
-    # transformers puts the opened precision in its place; saving asks for the file's.
+    # transformers puts the opened precision in its place, and we no dropout; saving asks for what
+    # the file has.
     said = read_json(directory / "config.json")
-    own = {"dtype": said.get("dtype") or said.get("torch_dtype")}
+    own = {"dtype": said.get("dtype") or said.get("torch_dtype"), **_dropouts(said)}
     model.config = replace(model.config, hf=model.config.hf | own)
     if not quiet:
         say(f"{directory}: {type(inner).__name__} of transformers; {SAYING[model.way]}")
     return model
+
+
+def _drop_nothing(config: Any) -> None:
+    """Set every dropout of a configuration to 0, as Whet's own models have none: a step's loss
+    must not depend on how it is cut into micro-batches and ranks."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):  # the text part of a larger model
+            _drop_nothing(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def _dropouts(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if "drop" in key}
 
 
 @torch.no_grad()

@@ -70,10 +70,12 @@ class Config(TrainSettings, Inputs):
 def prepare(config: Config, ranks: Ranks) -> Config:
     """Make tokenizer and packed files in the run folder, unless an earlier process did.
 
-    The packed files are written last and under their names only when complete.
+    The packed files are written last and under their names only when complete. Without a
+    config.toml, an earlier process got no further, and it may have had other flags.
     """
     packed, dev = _packed(config), _packed_dev(config)
-    if continues(config) and packed.exists() and (dev.exists() or not config.dev_fraction):
+    begun = continues(config) and (config.out / "config.toml").exists()
+    if begun and packed.exists() and (dev.exists() or not config.dev_fraction):
         return config
     config.out.mkdir(parents=True, exist_ok=True)
     prepare_text(

@@ -174,6 +174,12 @@ def make_stage(
     n_rows = min(len(store), config.overfit_rows or len(store))
     steps = steps_per_epoch(n_rows, config.batch_size)
     trained = float(store.loss_tokens[:n_rows].sum())
+    for each in filter(None, (store, dev)):
+        if (least := each.loss_tokens.min()) < 0:
+            raise UserError(
+                f"{each.path}: the weights of row {each.loss_tokens.argmin()} add up to {least:g}; "
+                "a loss is divided by the sum of its weights, so negative ones must not prevail"
+            )
     if trained == 0:
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
     assert config.micro_batch_size is not None, "resolved before"

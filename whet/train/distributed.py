@@ -21,6 +21,8 @@ from torch import nn
 
 from whet.errors import UserError, tell
 
+SETUP_TIMEOUT = timedelta(days=7)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -31,6 +33,8 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     background: dist.ProcessGroup | None = None
     """A gloo group of its own for saves: they run beside the steps and must not mix with them."""
+    setup: dist.ProcessGroup | None = None
+    """A gloo group for what comes before the steps: all wait while rank 0 tokenises for hours."""
 
     @property
     def first(self) -> bool:
@@ -64,7 +68,8 @@ def start_ranks(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Rank
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         background = dist.new_group(backend="gloo", timeout=timeout)
-        yield Ranks(dist.get_rank(), size, place, background)
+        setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+        yield Ranks(dist.get_rank(), size, place, background, setup)
     except BaseException as error:
         _leave(error)
     dist.destroy_process_group()
@@ -241,24 +246,21 @@ def add_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return values
 
 
-def gather(value: Any, ranks: Ranks) -> list[Any]:
+def gather(value: Any, ranks: Ranks, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's `value`, in the order of ranks, on every rank."""
     if ranks.size == 1:
         return [value]
     values: list[Any] = [None] * ranks.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def from_first(value: Any, ranks: Ranks, *, background: bool = False) -> Any:
-    """Rank 0's `value`, on every rank; `background` is for the thread that saves."""
+def from_first(value: Any, ranks: Ranks, group: dist.ProcessGroup | None) -> Any:
+    """Rank 0's `value`, on every rank, through `ranks.setup` or `ranks.background`."""
     if ranks.size == 1:
         return value
     box = [value]
-    device = torch.device("cpu") if background else ranks.device
-    dist.broadcast_object_list(
-        box, src=0, group=ranks.background if background else None, device=device
-    )
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
@@ -266,15 +268,16 @@ def from_first(value: Any, ranks: Ranks, *, background: bool = False) -> Any:
 def told_once(ranks: Ranks) -> Iterator[None]:
     """Let all ranks leave together if any raises UserError in the block; tell each problem once.
 
-    Rank 0 raises all ranks' problems; the others leave with the same exit code and say nothing. The
-    block must hold no collective of its own: a rank that fails would miss it.
+    For what comes before the steps: ranks wait here as long as another one takes. Rank 0 raises all
+    ranks' problems; the others leave with the same exit code and say nothing. The block must hold
+    no collective of its own: a rank that fails would miss it.
     """
     lines: list[str] = []
     try:
         yield
     except UserError as error:
         lines = str(error).splitlines()
-    everybody = dict.fromkeys(line for found in gather(lines, ranks) for line in found)
+    everybody = dict.fromkeys(line for found in gather(lines, ranks, ranks.setup) for line in found)
     if everybody and ranks.first:
         raise UserError("\n".join(everybody))
     if everybody:

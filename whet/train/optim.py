@@ -59,6 +59,8 @@ def parse_lr_groups(texts: Sequence[str], names: Iterable[str]) -> list[tuple[st
             groups.append((pattern, float(factor)))
         except ValueError:
             raise UserError(f"--lr_groups {text}: expected PATTERN=FACTOR, as embed*=0.1") from None
+        if not 0 <= groups[-1][1] < math.inf:
+            raise UserError(f"--lr_groups {text}: the factor must be finite, 0 or more")
         try:
             found = any(matches(pattern, name) for name in known)
         except re.error as error:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from whet.errors import UserError
 from whet.progress import say
 from whet.train import state
 from whet.train.curves import Curves
@@ -99,14 +100,20 @@ class RunFolder:
             say(text)
 
     def open(self) -> None:
-        """Make the folder fit `facts`: cut what was written after that step."""
+        """Make the folder fit `facts`: cut what was written after that step.
+
+        Raises UserError if it can't be written.
+        """
         if not self.ranks.first:
             return
-        self.states.mkdir(parents=True, exist_ok=True)
-        state.clean(self.states)
-        for name in APPENDED:
-            self.journals[name] = Journal(self.path / name)
-            self.journals[name].cut(self.facts.lengths.get(name, 0))
+        try:
+            self.states.mkdir(parents=True, exist_ok=True)
+            state.clean(self.states)
+            for name in APPENDED:
+                self.journals[name] = Journal(self.path / name)
+                self.journals[name].cut(self.facts.lengths.get(name, 0))
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written: {error.strerror}") from None
         for path in (self.path / "incidents").glob("step_*.json"):
             if int(path.stem[5:]) > self.facts.step:
                 path.unlink()

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -52,11 +53,11 @@ def run_stage(
             config = resolve(config, ranks)
             check_settings(config)
             start = find_start(config, command) if ranks.first else None
-        start = distributed.from_first(start, ranks)
+        start = distributed.from_first(start, ranks, ranks.setup)
         with distributed.told_once(ranks):
             if ranks.first:
                 config = prepare(config, ranks)
-        config = distributed.from_first(config, ranks)
+        config = distributed.from_first(config, ranks, ranks.setup)
         run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
         with distributed.told_once(ranks):
             stage = build(config, ranks)
@@ -159,17 +160,23 @@ def multiplies_bf16(device: torch.device) -> bool:
 def check_settings(config: TrainSettings) -> None:
     """Refuse numbers that make no run, all of them at once."""
     found = []
-    for name in ("lr", "epochs", "batch_size", "micro_batch_size", "max_steps", "overfit_rows"):
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
+    above_0 = ["lr", "epochs", "batch_size", "micro_batch_size", "max_steps", "overfit_rows"]
+    above_0 += ["rank_timeout", "lora_rank", "gsm8k_limit", "memory_gb"]
+    for name in above_0:
+        value = getattr(config, name, None)  # some are flags of `whet sft` alone
+        if value is not None and not 0 < value < math.inf:
             found.append(f"--{name} {value}: expected a number above 0")
-    names = ("warmup", "clip", "weight_decay", "eval_every", "save_every", "samples", "keep")
-    for name in names:
-        if getattr(config, name) < 0:
+    from_0 = ["warmup", "clip", "weight_decay", "eval_every", "save_every", "samples", "keep"]
+    for name in [*from_0, "grace_seconds", "seed"]:
+        if not 0 <= getattr(config, name) < 2**63:
             found.append(f"--{name} {getattr(config, name)}: expected 0 or more")
-    for name in ("beta1", "beta2", "final_lr"):
-        if not 0 <= getattr(config, name) <= 1:
-            found.append(f"--{name} {getattr(config, name)}: expected a number from 0 to 1")
+    if not math.isfinite(alpha := getattr(config, "lora_alpha", 0.0)):
+        found.append(f"--lora_alpha {alpha}: expected a finite number")
+    for name in ("beta1", "beta2", "lora_dropout"):
+        if not 0 <= getattr(config, name, 0.0) < 1:
+            found.append(f"--{name} {getattr(config, name)}: expected a number from 0 to below 1")
+    if not 0 <= config.final_lr <= 1:
+        found.append(f"--final_lr {config.final_lr}: expected a number from 0 to 1")
     problems(found)
 
 
@@ -198,6 +205,7 @@ def find_start(config: TrainSettings, command: str) -> Path | None:
     holds = [mark for mark in marks if (config.out / mark).exists()]
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out}: is a file; expected a folder to write")
+    _try_to_write(config.out)
     if not continues(config):
         if holds:
             raise UserError(
@@ -211,6 +219,16 @@ def find_start(config: TrainSettings, command: str) -> Path | None:
     for line in passed_over:
         print(f"warning: {line}", flush=True)
     return start
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise UserError now, not when the model is loaded, if nothing can be written there."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
 
 
 def _check_same_flags(config: TrainSettings, path: Path) -> None:

@@ -118,7 +118,7 @@ def _make_empty(folder: Path, ranks: Ranks) -> None:
             folder.mkdir(parents=True)
         except OSError as error:
             refused = error
-    refused = from_first(refused, ranks, background=True)
+    refused = from_first(refused, ranks, ranks.background)
     if refused is not None:
         raise refused
 
