@@ -202,6 +202,23 @@ def test_sources_are_mixed_by_weight(folder, tmp_path):
     assert store.attrs["settings"]["data"] == data
 
 
+def test_a_weight_is_exact_whatever_else_is_left_out(folder, tmp_path):
+    """Half of each source, of what is neither a duplicate nor held out."""
+    first = conversations(30)
+    data = [
+        write(tmp_path / "a.jsonl", first + first * 5) + ":0.5",
+        write(tmp_path / "b.jsonl", conversations(50, seed=1)) + ":0.5",
+    ]
+    dev = {"dev_out": str(tmp_path / "dev.h5"), "dev_fraction": 0.25}
+    store, accounts = run(folder, tmp_path, data, context_length=256, **dev)
+    held_out = documents(PackedStore(tmp_path / "dev.h5"))
+    assert len(held_out) == 20
+    for source, distinct in enumerate((30, 50)):
+        left = distinct - sum(place[0] == source for place in held_out)
+        assert sum(place[0] == source for place in documents(store)) == round(left / 2)
+        assert accounts[source].dropped_examples["not_drawn"] == left - round(left / 2)
+
+
 def test_dev_and_training_share_no_conversation_and_no_opening(folder, tmp_path):
     records = conversations(100)
     tree = [

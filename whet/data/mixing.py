@@ -48,9 +48,10 @@ def select(
     fate[duplicates(conversations["digest"])] = DUPLICATE
     fate[(fate == KEPT) & (conversations["question"] >= 0)] = CONTAMINATED
     dev = hold_out(conversations["opening"], fate == KEPT, dev_fraction, seed)
-    wanted = np.asarray(weights)[conversations["source"]]
-    copies = draw_copies(wanted, seed)
-    copies[dev] = 1
+    copies = dev.astype(np.int64)
+    for source, weight in enumerate(weights):
+        own = np.flatnonzero((conversations["source"] == source) & (fate == KEPT) & ~dev)
+        copies[own] = draw_copies(len(own), weight, np.random.default_rng([seed, 1, source]))
     fate[(fate == KEPT) & (copies == 0)] = NOT_DRAWN
     copies[fate != KEPT] = 0
 
@@ -84,17 +85,13 @@ def whole_turns(runs: np.ndarray, context_length: int) -> int:
     return int(inside.max()) if len(inside) else 0
 
 
-def draw_copies(weights: np.ndarray, seed: int) -> np.ndarray:
-    """How often each entry is used: weight 3 is three times, 0.25 is a random quarter of them.
+def draw_copies(n: int, weight: float, random: np.random.Generator) -> np.ndarray:
+    """How often each of `n` is used: weight 3 is three times, 0.25 is a random quarter of them.
 
-    Exactly so for each weight, up to rounding: not each entry by a coin of its own.
+    Exactly so, up to rounding: not each by a coin of its own.
     """
-    copies = np.floor(weights).astype(np.int64)
-    for number, weight in enumerate(np.unique(weights)):
-        members = np.flatnonzero(weights == weight)
-        extra = round((weight - np.floor(weight)) * len(members))
-        order = np.random.default_rng([seed, 1, number]).permutation(len(members))
-        copies[members[order[:extra]]] += 1
+    copies = np.full(n, int(weight))
+    copies[random.permutation(n)[: round((weight - int(weight)) * n)]] += 1
     return copies
 
 
