@@ -83,10 +83,24 @@ def test_replay_gives_the_same_step(world, tmp_path, capsys):
     for step in (3, 9):  # before the one state that is kept, and after it
         capsys.readouterr()
         assert main(["replay", str(out), "--step", str(step), "--json"]) == 0
-        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        record = json.loads(capsys.readouterr().out)
         logged = next(line for line in lines if line["step"] == step and "train_loss" in line)
         assert record["train_loss"] == logged["train_loss"]
         assert record["grad_norm"] == logged["grad_norm"]
+
+
+def test_replay_passes_over_an_earlier_incident(world, tmp_path, monkeypatch, capsys):
+    """As the run did: it is not applied; and standard output is the JSON alone."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        assert run(world, out, patch, {2}, float("nan"), save_every=0, max_steps=6) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    monkeypatch.setattr(sft, "token_loss", spoiled(sft.token_loss, {2}, float("nan")))
+    assert main(["replay", str(out), "--step", "5", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["train_loss"] == next(x["train_loss"] for x in lines if x["step"] == 5)
+    assert len(list((out / "incidents").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

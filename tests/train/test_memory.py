@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from whet.train.memory import cgroup_bytes
 
 COUNT = """
 import resource, sys, torch
@@ -27,3 +30,32 @@ def test_large_blocks_are_kept() -> None:
     first, later = map(int, done.stdout.split())
     assert first > 8 * 1000  # 4096 pages a block, unless the system gives larger ones
     assert later < first / 20
+
+
+def cgroup(folder: Path, limit: str, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in {"memory.max": limit, **files}.items():
+        (folder / name).write_text(content + "\n")
+
+
+def test_the_limits_of_a_job_and_of_what_is_around_it(tmp_path: Path) -> None:
+    """cgroup v2, two levels deep: free is the limit less what is used, files' pages aside."""
+    own = tmp_path / "own"
+    own.write_text("0::/slurm/job_1/step\n")
+    root = tmp_path / "root"
+    stat = {"memory.stat": "anon 5\ninactive_file 30"}
+    cgroup(root / "slurm", "900", **{"memory.current": "500", **stat})
+    cgroup(root / "slurm" / "job_1", "300", **{"memory.current": "100", **stat})
+    cgroup(root / "slurm" / "job_1" / "step", "max", **{"memory.current": "100", **stat})
+    assert sorted(cgroup_bytes(root, own)) == [230, 430]
+
+
+def test_the_limit_of_a_container(tmp_path: Path) -> None:
+    """Its own cgroup is the root that it sees, whatever /proc calls it; cgroup v1."""
+    (tmp_path / "own").write_text("5:cpu:/docker/x\n4:memory:/docker/x\n0::/\n")
+    folder = tmp_path / "root" / "memory"
+    stat = {"memory.stat": "inactive_file 1\ntotal_inactive_file 20"}
+    limits = {"memory.limit_in_bytes": "800", "memory.usage_in_bytes": "100"}
+    cgroup(folder, "max", **limits, **stat)
+    assert cgroup_bytes(tmp_path / "root", tmp_path / "own") == [720]
+    assert cgroup_bytes(tmp_path / "root", tmp_path / "none") == []

@@ -2,12 +2,13 @@
 
 Takes the newest valid state before the step, trains up to it in memory, and prints the step's loss,
 gradient norm and documents. Since data, dropout and schedule are functions of the step, it is the
-same step; on a CPU to the last bit.
+same step, of one rank on a CPU to the last bit; only an adapter's dropout is another one where the
+run had several ranks, as each of them drops by its own numbers.
 """
 
 import dataclasses
 import json
-import tempfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from tyro.conf import Positional
 
 from whet.config import read_toml
 from whet.errors import UserError
+from whet.model.float8 import use_float8
 from whet.progress import say, track
 from whet.stages import pretrain, sft
 from whet.train import incidents, ledger, state, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
-from whet.train.loop import Stage, apply_step, dtype_of, forward_backward, settle_step
-from whet.train.run import RunFolder
+from whet.train.loop import Stage, apply_step, count_step, dtype_of, forward_backward
 from whet.train.session import make_optimizers
 from whet.train.settings import TrainSettings
 from whet.train.signals import Stop
@@ -51,6 +52,8 @@ def main(config: Config) -> int:
     with start_ranks(settings.device) as ranks:
         stage: Stage = module.build(settings, ranks)
         stage.model.to(ranks.device)
+        if settings.float8:
+            use_float8(stage.model, ranks.device)
         if config.step > stage.total_steps:
             raise UserError(f"--step {config.step}: the run has {stage.total_steps} steps")
         record = replay(stage, settings, config.run, config.step, ranks)
@@ -81,22 +84,20 @@ def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: R
     optimizers = make_optimizers(stage.model, settings)
     start, passed_over = state.newest_valid(run / "state", at_most=step - 1)
     for line in passed_over:
-        say(f"warning: {line}")
+        print(f"warning: {line}", file=sys.stderr)
     facts = state.load_state(start, stage.model, optimizers, ranks) if start else Facts()
     dtype, stop = dtype_of(settings), Stop(grace_s=0.0)
     recent = verdict.recent(facts.recent_norms, ranks.device)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = RunFolder(Path(scratch), ranks, facts, quiet=True)
-        with track("Replaying", step - 1 - facts.step, "steps") as bar:
-            while True:
-                micros = to_device(stage.batches(facts.step), ranks.device)
-                result = forward_backward(stage, facts.step, micros, settings, ranks, stop, dtype)
-                if facts.step == step - 1:
-                    break
-                apply_step(result, stage, settings, optimizers, recent)
-                settle_step(result, stage, settings, folder, ranks)
-                facts.step += 1
-                bar.advance()
+    with track("Replaying", step - 1 - facts.step, "steps") as bar:
+        while True:
+            micros = to_device(stage.batches(facts.step), ranks.device)
+            result = forward_backward(stage, facts.step, micros, settings, ranks, stop, dtype)
+            if facts.step == step - 1:
+                break
+            apply_step(result, stage, settings, optimizers, recent)
+            count_step(result, facts, settings.clip)
+            facts.step += 1
+            bar.advance()
     loss, norm, *_ = result.sums.tolist()
     reason = incidents.judge(loss, norm, facts, settings.clip) or "an ordinary step"
     documents = ledger.describe(ledger.records_of(result.seen, stage.store), stage.store)

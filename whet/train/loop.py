@@ -30,7 +30,7 @@ from whet.train.profile import profiled
 from whet.train.run import RunFolder
 from whet.train.settings import TrainSettings
 from whet.train.signals import Interrupted, Stop
-from whet.train.state import tensors_of
+from whet.train.state import Facts, tensors_of
 
 LEDGER_EVERY = 32  # steps whose documents wait on the device before they are read
 
@@ -98,6 +98,8 @@ class StepNumbers:
     """Of the global batch, without padding."""
     asked: bool
     """Whether some rank was asked to stop."""
+    skipped: str | None
+    """Why the step is not applied; None if it is."""
 
 
 def train(
@@ -245,14 +247,11 @@ def settle_step(
     All ranks call it, step after step. It judges as the device did: both rules are one.
     """
     loss, norm, tokens, asked = result.sums.tolist()
-    numbers, facts = StepNumbers(loss, norm, int(tokens), asked != 0), run.facts
-    reason = incidents.judge(loss, norm, facts, settings.clip)
+    facts = run.facts
+    reason = count_step(result, facts, settings.clip)
+    numbers = StepNumbers(loss, norm, int(tokens), asked != 0, reason)
     if reason is None:
-        if result.weight:
-            incidents.remember(norm, facts)
         return numbers
-    facts.spikes_in_a_row += 1
-    facts.incident_step = result.step + 1
     _record_incident(reason, result, numbers, stage, run, ranks)
     if settings.on_spike == "stop" or facts.spikes_in_a_row >= incidents.IN_A_ROW:
         run.finish_saving()
@@ -262,6 +261,18 @@ def settle_step(
             "earlier states are kept"
         )
     return numbers
+
+
+def count_step(result: StepResult, facts: Facts, clip: float) -> str | None:
+    """Take a step into `facts`; returns why it is not applied, or None if it is."""
+    loss, norm, *_ = result.sums.tolist()
+    reason = incidents.judge(loss, norm, facts, clip)
+    if reason is not None:
+        facts.spikes_in_a_row += 1
+        facts.incident_step = result.step + 1
+    elif result.weight:
+        incidents.remember(norm, facts)
+    return reason
 
 
 def lr_of(settings: TrainSettings, step: int, total_steps: int) -> float:
@@ -356,7 +367,7 @@ def _log_step(
         "tokens": facts.tokens,
         "trained_tokens": result.weight,
     }
-    if facts.spikes_in_a_row:
+    if numbers.skipped:
         values["skipped"] = 1
     timing = {
         "seconds": seconds,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUPS = Path("/sys/fs/cgroup")
 
 # mallopt(3): https://man7.org/linux/man-pages/man3/mallopt.3.html
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -41,14 +41,44 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def limit_bytes(device: torch.device) -> int:
-    """What there is: the GPU's memory, or what the machine has free and the cgroup allows."""
+    """What there is: the GPU's memory, or what the machine has free and the cgroups leave."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = []
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             limits.append(int(line.split()[1]) * 1024)
-    for path in CGROUPS:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number and no limit
-            limits.append(int(path.read_text()))
-    return min(limits)
+    return min([*limits, *cgroup_bytes(CGROUPS, Path("/proc/self/cgroup"))])
+
+
+def cgroup_bytes(root: Path, own: Path) -> list[int]:
+    """What each memory limit of this process leaves: of its cgroup and of those around it.
+
+    A job of SLURM or systemd has its limit some levels below `root`, a container at `root`. `own`
+    lists the cgroups of this process. What the kernel holds of files does not count as used.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, and cgroup-v1/memory.html.
+    """
+    kinds = {
+        "": (root, "memory.max", "memory.current", "inactive_file"),
+        "memory": (
+            root / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    }
+    left = []
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, controllers, place = line.split(":", 2)
+        for kind in kinds.keys() & set(controllers.split(",")):
+            top, limit, used, files = kinds[kind]
+            inside = top / place.strip("/")
+            for folder in (inside, *inside.parents):
+                if not folder.is_relative_to(top):
+                    break
+                with contextlib.suppress(OSError, ValueError):  # "max" is no number and no limit
+                    most = int((folder / limit).read_text())
+                    stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                    held = int((folder / used).read_text()) - int(stat.get(files, 0))
+                    left.append(most - held)
+    return left

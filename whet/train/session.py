@@ -168,7 +168,7 @@ def check_settings(config: TrainSettings) -> None:
             found.append(f"--{name} {value}: expected a number above 0")
     from_0 = ["warmup", "clip", "weight_decay", "eval_every", "save_every", "samples", "keep"]
     for name in [*from_0, "grace_seconds", "seed"]:
-        if not 0 <= getattr(config, name) < 2**63:
+        if not 0 <= getattr(config, name) < 2**31:
             found.append(f"--{name} {getattr(config, name)}: expected 0 or more")
     if not math.isfinite(alpha := getattr(config, "lora_alpha", 0.0)):
         found.append(f"--lora_alpha {alpha}: expected a finite number")
