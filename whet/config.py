@@ -75,8 +75,8 @@ def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
     return values
 
 
-def save(config: Any, path: str | Path) -> None:
-    """Write the resolved `config` as TOML that `--config` reads back to an equal object.
+def as_toml(config: Any) -> str:
+    """The resolved `config` as TOML that `--config` reads back to an equal object.
 
     A field whose value is None is left out, since TOML has no null; None is such fields' default.
     """
@@ -85,8 +85,13 @@ def save(config: Any, path: str | Path) -> None:
         value = getattr(config, field.name)
         if value is not None:
             lines.append(f"{field.name} = {_toml_value(value)}\n")
+    return "".join(lines)
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write `as_toml` of the config."""
     aside = Path(f"{path}.tmp")
-    aside.write_text("".join(lines), encoding="utf-8")
+    aside.write_text(as_toml(config), encoding="utf-8")
     os.replace(aside, path)
 
 

@@ -4,11 +4,9 @@ import json
 from dataclasses import replace
 
 import h5py
-import numpy as np
 import pytest
 import torch
 
-from whet.data import batches
 from whet.data.store import PackedStore
 from whet.doctor import generating, numbers, saving, templates
 from whet.doctor.command import examine
@@ -81,7 +79,17 @@ def test_attention_that_leaks_a_little(subject, monkeypatch):
 
 
 def test_positions_that_do_not_count(subject, monkeypatch):
-    monkeypatch.setattr(batches, "positions_of", np.zeros_like)
+    """Positions that run twice as fast in all documents of a batch but the first one."""
+    plan_documents = decoder.plan_documents
+
+    def wrong(*given):
+        plan = plan_documents(*given)
+        speed = torch.full((len(plan.sizes),), 2)
+        speed[0] = 1
+        speed = speed.repeat_interleave(torch.tensor(plan.sizes))
+        return replace(plan, positions=plan.positions * speed)
+
+    monkeypatch.setattr(decoder, "plan_documents", wrong)
     subject.model.layers.apply(sharpen)
     assert failing(subject, numbers.packed_equals_alone) == PACKED
 

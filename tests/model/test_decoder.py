@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tests.model.list_cache import ListCache
+from whet.data.batches import map_tensors
 from whet.model.attention import plan_documents
 from whet.model.config import llama
 from whet.model.decoder import TokenLoss, Transformer, init_weights
@@ -124,7 +125,9 @@ def test_compiled_layers_are_not_compiled_again_for_each_batch():
         numbers = [i + 1 for i, n in enumerate(lengths) for _ in range(n)]
         segments = torch.tensor([numbers])
         plan = plan_documents(segments.shape, segments.device, segments)
-        logits = decoder(segments.to("meta"), plan=plan.to(torch.device("meta")))
+        logits = decoder(
+            segments.to("meta"), plan=map_tensors(plan, lambda tensor: tensor.to("meta"))
+        )
         logits.sum().backward()
         counts.append(counter.frame_count)
     assert 0 < counts[0] == counts[-1]

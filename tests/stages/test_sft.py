@@ -2,6 +2,7 @@
 
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from whet.model import attention
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.train.evaluation import Evaluator
 from whet.train.loop import Evaluation
+from whet.train.session import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,9 @@ def test_out_ckpt_and_lineage(world, tmp_path):
     lineage = json.loads((out / "whet.json").read_text())
     assert lineage["base"] == str(world / "base")
     assert lineage["metrics"]["dev_loss"] > 0
+    assert lineage["config_hash"] == sha256((out / "config.toml").read_bytes()).hexdigest()
+    assert lineage["data_hash"] == fingerprint(PackedStore(world / "train.h5"))
+    assert lineage["tokenizer_hash"] == tiny.tokenizer().hash
 
 
 def test_the_best_model_is_kept(world, tmp_path, monkeypatch):

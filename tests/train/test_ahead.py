@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests import tiny
+from whet.data.batches import map_tensors
 from whet.data.store import PackedStore
 from whet.stages.sft import batches_of_step
-from whet.train.ahead import batches_ahead, map_tensors
+from whet.train.ahead import batches_ahead
 from whet.train.distributed import Ranks
 
 

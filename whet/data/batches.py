@@ -6,7 +6,7 @@ resuming at any step costs nothing, and another number of ranks reads the same g
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,13 +41,18 @@ class Batch:
     plan: Any = None  # how the model lays the tokens out, if the stage has worked it out on the CPU
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        """The same batch, with its plan, on `device`."""
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass with `function` applied to the tensors in it, and in dataclasses in it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return dataclasses.replace(value, **{k: map_tensors(v, function) for k, v in fields.items()})
 
 
 def get_sft_batch_iterator(

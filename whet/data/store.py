@@ -215,10 +215,16 @@ class PackedStore:
                 raise ValueError("documents is not the table of docs/file_format.md")
             return np.asarray(table[...], DOCUMENT)
 
+    @cached_property
+    def document_rows(self) -> np.ndarray:
+        """(documents,) the row of each; apart from the table, whose column numpy would copy."""
+        return np.ascontiguousarray(self.documents["row"])
+
     def document_ids(self, rows: np.ndarray) -> np.ndarray:
         """The numbers, in `documents`, of the documents of `rows`, row after row."""
-        first = np.searchsorted(self.documents["row"], rows, "left")
-        end = np.searchsorted(self.documents["row"], rows, "right")
+        rows = np.asarray(rows, self.document_rows.dtype)
+        first = np.searchsorted(self.document_rows, rows, "left")
+        end = np.searchsorted(self.document_rows, rows, "right")
         ranges = [np.arange(a, b) for a, b in zip(first, end, strict=True)]
         return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
 

@@ -121,7 +121,7 @@ def _no_leak(model: Transformer, batch: Batch, setting: Setting) -> Finding:
 
 def _first_row_logits(model: Transformer, batch: Batch) -> Tensor:
     """(1, T, V): all logits of all rows would be too many for a large vocabulary."""
-    return model(batch.tokens[:1], batch.positions[:1], batch.segments[:1]).float()
+    return model(batch.tokens[:1], None, batch.segments[:1]).float()
 
 
 def fused_equals_plain(subject: Subject, tell: Tell) -> Iterator[Finding]:

@@ -82,15 +82,6 @@ class AttentionPlan:
             x = x.new_zeros(shape.numel(), x.shape[-1]).index_put((self.index,), x)
         return x.view(*shape, -1)
 
-    def to(self, device: torch.device) -> "AttentionPlan":
-        """The plan on another device: made on the CPU, it costs the GPU no wait."""
-
-        def moved(t: Tensor | None) -> Any:
-            return None if t is None else t.to(device, non_blocking=True)
-
-        tensors = ("index", "positions", "lengths", "trained", "ends")
-        return replace(self, **{name: moved(getattr(self, name)) for name in tensors})
-
     def at(self, positions: Tensor) -> "AttentionPlan":
         """The same plan with the caller's `positions` (B, T)."""
         return replace(self, positions=self.pack(positions))

@@ -8,6 +8,7 @@ what it does with it: it answers, in the answer's form, and stops.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
-from whet.config import problems, read_toml
+from whet.config import as_toml, problems, read_toml
 from whet.data.batches import (
     Batch,
     global_batch_rows,
@@ -44,7 +45,7 @@ from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.loop import Stage, Sums
-from whet.train.session import run_stage, total_steps
+from whet.train.session import fingerprint, run_stage, total_steps
 from whet.train.settings import TrainSettings
 
 USUAL_ADAPTER_LR = 1e-4
@@ -169,7 +170,8 @@ def make_stage(
 ) -> Stage:
     """The stage of a loaded model and opened data; pretraining is this stage on plain text.
 
-    `questions` are answered at each evaluation.
+    `questions` are answered at each evaluation. `lineage` gets the hashes of the data and of the
+    settings: the latter is the SHA-256 of the run's config.toml.
     """
     n_rows = min(len(store), config.overfit_rows or len(store))
     steps = steps_per_epoch(n_rows, config.batch_size)
@@ -184,6 +186,11 @@ def make_stage(
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
     assert config.micro_batch_size is not None, "resolved before"
     size = f"{n_rows:,} rows of {store.context_length:,}, {trained:,.0f} trained tokens"
+    lineage = {
+        **lineage,
+        "data_hash": fingerprint(store),
+        "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
+    }
     return Stage(
         model=model,
         store=store,

@@ -4,7 +4,6 @@ A thread reads the rows; where the device is a GPU it also copies them there, fr
 memory and on a stream of its own, so that the copy runs beside the step and nobody waits for it.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.data.batches import Batch
+from whet.data.batches import Batch, map_tensors
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,3 @@ def _hand_over(micros: Sequence[Micro], copied: Any) -> None:
 
     for micro in micros:
         map_tensors(micro.batch, used)
-
-
-def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A dataclass with `function` applied to the tensors in it, and in dataclasses in it."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return value
-    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return dataclasses.replace(value, **{k: map_tensors(v, function) for k, v in fields.items()})

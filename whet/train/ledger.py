@@ -46,14 +46,13 @@ def see(step: int, batch: Batch, segments: int, nll: torch.Tensor) -> Seen:
 
 def records_of(seen: Sequence[Seen], store: PackedStore) -> np.ndarray:
     """`RECORD`s of some micro-batches, sorted by step and document; untrained ones are left out."""
-    first = _first_documents(store)
     parts = [np.zeros(0, RECORD)]
     for item in seen:
         trained = item.trained.cpu().numpy()
         row, segment = np.nonzero(trained)
         part = np.zeros(len(row), RECORD)
         part["step"] = item.step
-        part["document"] = first[item.rows[row]] + np.maximum(segment - 1, 0)
+        part["document"] = _first_document(store, item.rows[row]) + np.maximum(segment - 1, 0)
         part["trained"] = trained[row, segment]
         with np.errstate(over="ignore"):
             part["loss"] = item.nll.cpu().numpy()[row, segment] / trained[row, segment]
@@ -66,11 +65,11 @@ def in_order(records: np.ndarray) -> np.ndarray:
     return records[np.lexsort((records["document"], records["step"]))]
 
 
-def _first_documents(store: PackedStore) -> np.ndarray:
-    """(N,) the number of each row's first document; a file without the table has one a row."""
+def _first_document(store: PackedStore, rows: np.ndarray) -> np.ndarray:
+    """The number of each row's first document; a file without the table has one a row."""
     if len(store.documents) == 0:
-        return np.arange(len(store))
-    return np.searchsorted(store.documents["row"], np.arange(len(store)), "left")
+        return rows
+    return np.searchsorted(store.document_rows, rows.astype(store.document_rows.dtype), "left")
 
 
 def describe(records: np.ndarray, store: PackedStore) -> list[dict]:
