@@ -42,6 +42,8 @@ SMALL_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Config:
+    """Make packed rows with loss masks of conversations."""
+
     data: tuple[str, ...] = ()
     """Files (.jsonl, .json, .parquet, .txt, each also .gz or .zst) or hub data sets
     NAME[@CONFIG][#SPLIT]. FILE:WEIGHT uses its conversations WEIGHT times (0.5: a random half)."""

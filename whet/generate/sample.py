@@ -27,7 +27,7 @@ def next_tokens(
     Temperature 0 is greedy and needs no `uniform`; ties go to the smaller id. Otherwise the token
     is drawn by inverting the cumulative distribution over the candidates, in order of falling
     probability: the `top_k` likeliest, and of those the smallest set that holds `top_p` of their
-    probability (at least one token).
+    probability (at least one token; nucleus sampling, arXiv:1904.09751).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)

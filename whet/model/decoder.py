@@ -47,7 +47,8 @@ class TokenLoss(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Divides by the root mean square and multiplies by (offset + weight); computed in float32.
+    """Divides by the root mean square and multiplies by (offset + weight); computed in float32
+    (arXiv:1910.07467).
 
     Under autocast it gives the type of the products that follow: each of them would otherwise keep
     a converted copy of its own for the backward pass.
@@ -60,6 +61,7 @@ class RMSNorm(nn.Module):
         self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` (..., D) -> the same shape, in the dtype of products."""
         weight = self.weight.float() + self.offset if self.offset else self.weight.float()
         y = F.rms_norm(x.float(), weight.shape, weight, self.eps)
         return y.to(product_type(x))
@@ -114,7 +116,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward part, gated or not."""
+    """The feed-forward part, gated (arXiv:2002.05202) or not."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -126,6 +128,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` (M, D) -> (M, D)."""
         if self.gated:
             return self.down(self.activation(self.gate(x)) * self.up(x))
         return self.down(self.activation(self.up(x)))

@@ -165,6 +165,7 @@ def saving(found: Measured, config: sft.Config, ranks: int) -> float:
 
 
 def step_seconds(found: Measured) -> float:
+    """Seconds of an optimizer step: its micro-batches and the update."""
     return found.micros * found.cost.micro_seconds + found.cost.update_seconds
 
 
@@ -225,6 +226,7 @@ def describe(row: dict) -> list[str]:
 
 
 def flags_of(found: Measured) -> str:
+    """The flags that make `whet sft` take this setting."""
     return f"--micro_batch_size {found.cost.rows} --recompute {found.cost.recompute}"
 
 

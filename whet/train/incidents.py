@@ -6,6 +6,8 @@ from pathlib import Path
 
 from whet.train.state import Facts
 
+# Chosen, not derived, and wide on purpose: a step that is skipped is lost, and what must be caught
+# (an overflow, a broken document) lies far outside.
 WINDOW = 64  # applied steps whose norms are the recent range
 NEEDED = 16  # norms that make a range
 FACTOR = 5.0  # times the largest recent norm is "far outside"

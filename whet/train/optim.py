@@ -127,7 +127,8 @@ def make_optimizers(
     rest = [group for group in groups if not (kind == "muon" and group["for_muon"])]
     optimizers: list[torch.optim.Optimizer] = []
     if for_muon:
-        # "match_rms_adamw" scales the update so that AdamW's learning rate and decay fit Muon.
+        # "match_rms_adamw" scales the update so that AdamW's learning rate and decay fit Muon
+        # (arXiv:2502.16982, section 2.2).
         optimizers.append(torch.optim.Muon(for_muon, lr=0.0, adjust_lr_fn="match_rms_adamw"))
     if rest:
         optimizers.append(torch.optim.AdamW(rest, lr=0.0, betas=betas, fused=True))
