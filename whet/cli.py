@@ -28,13 +28,14 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a bad flag, file or datum, 130 Ctrl-C."""
     from whet.errors import UserError, tell
+    from whet.progress import say
 
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
+        say(_help())
         return 0 if words else 2
     if words[0] in ("--version", "version"):
-        print(f"whet {_version()}")
+        say(f"whet {_version()}")
         return 0
     try:
         return _run(words[0], words[1:])
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("whet: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `whet … | head`: the reader has gone, nothing is left to say
+    except BrokenPipeError:  # `whet chat … | head`: the reader has gone, nothing is left to say
         sys.stderr.close()
         return 0
 

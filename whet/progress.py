@@ -4,11 +4,13 @@ On a terminal a rich bar; elsewhere (CI, `| tee`, SLURM) a plain line every few 
 bar that redraws itself fills a log with control characters.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TextIO
 
 PLAIN_LINE_EVERY_S = 5.0
 
@@ -96,12 +98,12 @@ def _lines(description: str, total: float | None, unit: str) -> Iterator[Progres
         now = time.monotonic()
         if now - shown_at >= PLAIN_LINE_EVERY_S:
             shown_at = now
-            print(progress.line(), file=sys.stderr, flush=True)
+            _put(progress.line(), sys.stderr)
 
     progress = Progress(description, total, unit, show)
     yield progress
     if shown_at > progress.started:  # something was shown: show the end, too
-        print(progress.line(), file=sys.stderr, flush=True)
+        _put(progress.line(), sys.stderr)
 
 
 def _bar(description: str, total: float | None, unit: str) -> Iterator[Progress]:
@@ -138,4 +140,12 @@ def _bar(description: str, total: float | None, unit: str) -> Iterator[Progress]
 
 def say(text: str = "") -> None:
     """Print one line for the user, at once even into a pipe."""
-    print(text, flush=True)
+    _put(text, sys.stdout)
+
+
+def _put(line: str, stream: TextIO) -> None:
+    """Print a line. Where the reader has gone (`whet sft | head`), the work goes on unseen."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -74,10 +74,10 @@ def test_plain_template_trains_the_eos(plain: Tokenizer) -> None:
 
 def test_weights_reach_the_mask_as_they_stand(chatml: Tokenizer) -> None:
     talk = [user("a"), said("one", weight=0), user("b"), said("two", weight=0.25)]
-    talk += [user("c"), said("three", weight=-1.5)]
+    talk += [user("c"), said("three", weight=1.5)]
     encoded = encode_chat(talk, chatml)
-    assert [(s.message, s.weight) for s in encoded.examples[0].spans] == [(3, 0.25), (5, -1.5)]
-    assert set(np.unique(encoded.loss_mask)) == {0.0, 0.25, -1.5}
+    assert [(s.message, s.weight) for s in encoded.examples[0].spans] == [(3, 0.25), (5, 1.5)]
+    assert set(np.unique(encoded.loss_mask)) == {0.0, 0.25, 1.5}
 
 
 def test_train_on_last(chatml: Tokenizer) -> None:

@@ -84,6 +84,7 @@ BROKEN: list[tuple[Any, str]] = [
     ([USER, {**REPLY, "weight": "1"}], "weight must be a number"),
     ([USER, {**REPLY, "weight": True}], "weight must be a number"),
     ([USER, {**REPLY, "weight": float("nan")}], "weight must be finite"),
+    ([USER, {**REPLY, "weight": -0.5}], "weight must be finite, 0 or more, got -0.5"),
     ([{**USER, "weight": 1}, REPLY], "not the model's"),
     ([{**USER, "name": 3}, REPLY], "name must be a text"),
     ([{"role": "tool", "content": "a", "tool_call_id": 3}, REPLY], "tool_call_id must be a text"),

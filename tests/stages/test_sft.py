@@ -1,10 +1,13 @@
 """whet sft from the command line: what it refuses, what it writes, and that it learns."""
 
 import json
+import os
+import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -130,6 +133,37 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_loaded(
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("tokens", 292, "holds token ids from 1 to 292, the model's embedding 292 rows"),
+        ("tokens", -9, "holds token ids from -9 to 1, the model's embedding 292 rows"),
+        ("loss_mask", np.nan, "loss_mask[1, 5] is nan; expected finite weights of 0 or more"),
+        ("loss_mask", -1.0, "loss_mask[1, 5] is -1; expected finite weights of 0 or more"),
+    ],
+)
+def test_a_file_that_others_made_is_looked_through(world, tmp_path, capsys, name, value, told):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["tokens"] = np.ones((2, 24), np.int32)
+        file["loss_mask"] = np.ones((2, 24), np.float32)
+        file[name][1, 5] = value
+    assert main(command(world, tmp_path / "out", data=tmp_path / "x.h5")) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run(world, tmp_path):
+    """`whet sft … | head -1`."""
+    words = [word for word in command(world, tmp_path / "out", max_steps=4) if word != "--quiet"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "whet", *words], stdout=writing, stderr=writing, check=False
+    )
+    os.close(writing)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_negative_weights_must_not_prevail(world, tmp_path, capsys):
     """Divided by their own sum, they would be trained as if they were positive."""
     ones, mask = np.ones((2, 24), np.int32), np.ones((2, 24), np.float32)
@@ -173,7 +207,8 @@ def test_all_problems_are_told_at_once(world, tmp_path, capsys):
         ({"seed": -1}, "--seed -1: expected 0 or more"),
         ({"rank_timeout": 0}, "--rank_timeout 0.0: expected a number above 0"),
         ({"lora_rank": 0}, "--lora_rank 0: expected a number above 0"),
-        ({"lora_rank": 2, "lora_alpha": "nan"}, "--lora_alpha nan: expected a finite number"),
+        ({"lora_rank": 2, "lora_alpha": "nan"}, "--lora_alpha nan: expected a number above 0"),
+        ({"keep": 0}, "--keep 0: expected a number above 0"),
         ({"lora_rank": 2, "lora_dropout": 1}, "--lora_dropout 1.0: expected a number from 0"),
         ({"lr_groups": "re:.=-1"}, "the factor must be finite, 0 or more"),
         ({"lr_groups": "re:.=nan"}, "the factor must be finite, 0 or more"),

@@ -338,9 +338,9 @@ def _tokenised(record: Record, at: Origin) -> Tokenised:
         raise at.error(f"{ids_key} must hold token ids, got {shown(wrong)}")
     if mask_key == "labels":
         mask = _mask_of_labels(ids, mask, at)
-    if not all(map(LARGEST_WEIGHT.__ge__, map(abs, mask))):
-        wrong = next(m for m in mask if not abs(m) <= LARGEST_WEIGHT)
-        raise at.error(f"{mask_key} must hold finite weights, got {shown(wrong)}")
+    if not all(0 <= weight <= LARGEST_WEIGHT for weight in mask):
+        wrong = next(m for m in mask if not 0 <= m <= LARGEST_WEIGHT)
+        raise at.error(f"{mask_key} must hold finite weights of 0 or more, got {shown(wrong)}")
     extra = _rest(record, ids_key, mask_key)
     return Tokenised(ids, list(map(float, mask)), at.source, at.line, extra)
 

@@ -181,8 +181,8 @@ def _read_weight(weight: Any, role: str, at: str) -> float | None:
         return None
     if isinstance(weight, bool) or not isinstance(weight, int | float):
         raise UserError(f"{at} ({role}): weight must be a number, got {shown(weight)}")
-    if not abs(weight) <= LARGEST_WEIGHT:
-        raise UserError(f"{at} ({role}): weight must be finite, got {shown(weight)}")
+    if not 0 <= weight <= LARGEST_WEIGHT:
+        raise UserError(f"{at} ({role}): weight must be finite, 0 or more, got {shown(weight)}")
     if role != "assistant" and weight != 0:
         raise UserError(
             f"{at} ({role}): weight {weight:g} would train words that are not the model's; "

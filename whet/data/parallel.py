@@ -6,7 +6,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -103,7 +103,8 @@ def _fork_workers(function: Callable[[Any], Any], connections: Sequence[Connecti
 
     def end(*_: Any) -> None:
         for worker in running:
-            os.kill(worker, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended, and is about to leave `running`
+                os.kill(worker, signal.SIGKILL)
 
     signal.signal(signal.SIGTERM, end)
     while running:

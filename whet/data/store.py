@@ -8,6 +8,7 @@ under the file's own name. `PackedStore` reads it, and any HDF5 file that has `t
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -85,8 +86,11 @@ class StoreWriter:
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._written = 0
+        mask_bytes = 4 if weighted else 1
+        place_bytes = 4 + mask_bytes + (4 if context_length > np.iinfo(np.uint16).max else 2)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            _check_room(self.path, n_rows * (context_length * place_bytes + 8))
             # v110 is the first format whose attributes may be longer than 64 KB.
             self._file = h5py.File(self._temporary, "w", libver="v110")
         except OSError as error:
@@ -160,6 +164,16 @@ class StoreWriter:
             raise UserError(f"{self.path}: cannot be written ({error}); see --out") from None
 
 
+def _check_room(path: Path, nbytes: int) -> None:
+    """Raise UserError if the disk has no room for `nbytes`: HDF5 can crash where it runs full."""
+    free = shutil.disk_usage(path.parent).free
+    if nbytes > free:
+        raise UserError(
+            f"{path}: needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free on its disk; "
+            "see --out"
+        )
+
+
 class PackedStore:
     """A packed file, opened for reading.
 
@@ -200,9 +214,27 @@ class PackedStore:
         if "loss_tokens" in self._file:
             with self._undamaged():
                 return np.asarray(self._file["loss_tokens"][...], np.float64)
-        starts = range(0, len(self), SCAN_ROWS)
-        parts = [self._read(slice(i, i + SCAN_ROWS)) for i in starts]
-        return np.concatenate([row_weights(rows.loss_mask, rows.segment_ids) for rows in parts])
+        parts = []
+        for start in range(0, len(self), SCAN_ROWS):
+            rows = self._read(slice(start, start + SCAN_ROWS))
+            wrong = ~(rows.loss_mask >= 0) | np.isinf(rows.loss_mask)
+            if wrong.any():
+                row, place = np.argwhere(wrong)[0]
+                raise UserError(
+                    f"{self.path}: loss_mask[{start + row}, {place}] is "
+                    f"{rows.loss_mask[row, place]:g}; expected finite weights of 0 or more"
+                )
+            parts.append(row_weights(rows.loss_mask, rows.segment_ids))
+        return np.concatenate(parts)
+
+    @cached_property
+    def id_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id of all places; reads the whole file."""
+        blocks = [
+            self._read(slice(start, start + SCAN_ROWS)).tokens
+            for start in range(0, len(self), SCAN_ROWS)
+        ]
+        return min(int(b.min()) for b in blocks), max(int(b.max()) for b in blocks)
 
     @cached_property
     def documents(self) -> np.ndarray:

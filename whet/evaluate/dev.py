@@ -110,6 +110,13 @@ def misfits(
             f"{flag} {store.path}: its tokenizer has {needed:,} ids, the model's embedding "
             f"{config.vocab_size:,} rows; prepare it with the model's own tokenizer"
         )
+    elif "vocab_size" not in attrs:  # a file that others made
+        low, high = store.id_range
+        if low < 0 or high >= config.vocab_size:
+            found.append(
+                f"{flag} {store.path}: holds token ids from {low:,} to {high:,}, the model's "
+                f"embedding {config.vocab_size:,} rows"
+            )
     if config.max_positions and store.context_length > config.max_positions:
         found.append(
             f"{flag} {store.path}: rows of {store.context_length:,} tokens, but the model has "

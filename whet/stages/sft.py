@@ -180,7 +180,7 @@ def make_stage(
         if (least := each.loss_tokens.min()) < 0:
             raise UserError(
                 f"{each.path}: the weights of row {each.loss_tokens.argmin()} add up to {least:g}; "
-                "a loss is divided by the sum of its weights, so negative ones must not prevail"
+                "a loss is divided by the sum of its weights, so they must be 0 or more"
             )
     if trained == 0:
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -161,17 +162,15 @@ def check_settings(config: TrainSettings) -> None:
     """Refuse numbers that make no run, all of them at once."""
     found = []
     above_0 = ["lr", "epochs", "batch_size", "micro_batch_size", "max_steps", "overfit_rows"]
-    above_0 += ["rank_timeout", "lora_rank", "gsm8k_limit", "memory_gb"]
+    above_0 += ["keep", "rank_timeout", "lora_rank", "lora_alpha", "gsm8k_limit", "memory_gb"]
     for name in above_0:
         value = getattr(config, name, None)  # some are flags of `whet sft` alone
         if value is not None and not 0 < value < math.inf:
             found.append(f"--{name} {value}: expected a number above 0")
-    from_0 = ["warmup", "clip", "weight_decay", "eval_every", "save_every", "samples", "keep"]
+    from_0 = ["warmup", "clip", "weight_decay", "eval_every", "save_every", "samples"]
     for name in [*from_0, "grace_seconds", "seed"]:
         if not 0 <= getattr(config, name) < 2**31:
             found.append(f"--{name} {getattr(config, name)}: expected 0 or more")
-    if not math.isfinite(alpha := getattr(config, "lora_alpha", 0.0)):
-        found.append(f"--lora_alpha {alpha}: expected a finite number")
     for name in ("beta1", "beta2", "lora_dropout"):
         if not 0 <= getattr(config, name, 0.0) < 1:
             found.append(f"--{name} {getattr(config, name)}: expected a number from 0 to below 1")
@@ -217,7 +216,7 @@ def find_start(config: TrainSettings, command: str) -> Path | None:
         _check_same_flags(config, config.out / "config.toml")
     start, passed_over = state.newest_valid(config.out / "state")
     for line in passed_over:
-        print(f"warning: {line}", flush=True)
+        print(f"warning: {line}", file=sys.stderr)
     return start
 
 
@@ -299,12 +298,15 @@ def _tell_header(
         if ranks.device.type == "cuda"
         else (f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores a rank")
     )
+    there = min(len(stage.store), config.overfit_rows or len(stage.store))
+    rows = f"{config.batch_size} rows"
+    if there < config.batch_size:
+        rows = f"{there} rows (all there are; --batch_size is {config.batch_size})"
     lines = [
         *stage.header,
         (
             "steps",
-            f"{stage.total_steps:,} of {config.batch_size} rows, "
-            f"{config.micro_batch_size} a forward pass, {layout}",
+            f"{stage.total_steps:,} of {rows}, {config.micro_batch_size} a forward pass, {layout}",
         ),
         (
             "optimizer",
