@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 
@@ -34,6 +35,27 @@ def test_every_step_has_the_documents_of_its_batch(world):
         assert sorted(found["document"]) == sorted(wanted)
         assert (found["trained"] == store.documents[found["document"]]["trained"]).all()
     assert (np.diff(records["step"].astype(int)) >= 0).all()
+
+
+def test_a_file_without_a_table_of_documents(world, tmp_path, capsys):
+    """Rows are its places; two documents of a row are two records of it."""
+    with h5py.File(world / "train.h5") as whole, h5py.File(tmp_path / "x.h5", "w") as bare:
+        for name in ("tokens", "loss_mask", "segment_ids"):
+            bare[name] = whole[name][...]
+    words = command(world, tmp_path / "out", data=tmp_path / "x.h5", max_steps=2, eval_every=0)
+    assert main(words) == 0
+    records, store = open_ledger(tmp_path / "out")
+    capsys.readouterr()
+    for step in (1, 2):
+        rows = global_batch_rows(7, 4, 0, step - 1)
+        found = records[records["step"] == step]
+        assert set(store.document_rows[found["document"]]) <= set(rows)
+        assert len(set(found["document"])) == len(found)
+        assert main(["ledger", str(tmp_path / "out"), "--step", str(step)]) == 0
+        told = {line.split()[0].rpartition(":")[2] for line in capsys.readouterr().out.splitlines()}
+        assert told == {str(row + 1) for row in rows}
+    assert main(["ledger", str(tmp_path / "out"), "--document", f"x.h5:{rows[0] + 1}"]) == 0
+    assert "step 2" in capsys.readouterr().out
 
 
 def test_losses_add_up_to_the_train_loss(tmp_path, world):

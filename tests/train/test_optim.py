@@ -9,6 +9,7 @@ from torch import nn
 from whet.errors import UserError
 from whet.model.config import llama
 from whet.model.decoder import Transformer
+from whet.model.lora import LoRA, apply_lora
 from whet.train import state
 from whet.train.distributed import Ranks
 from whet.train.optim import (
@@ -72,6 +73,19 @@ def test_muon_takes_the_matrices_of_the_layers():
     names = {name for name, p in model.named_parameters() if id(p) in ours}
     assert names == {n for n, p in model.named_parameters() if "layers" in n and p.ndim == 2}
     assert len(adamw.param_groups) == 2
+
+
+def test_rows_of_new_tokens_are_embeddings():
+    """They are trained beside an adapter: no decay, and nothing for Muon to orthogonalise."""
+    model = Transformer(llama(20, 8, 1, 2, tied=False, max_positions=8))
+    apply_lora(model, LoRA(2), [3, 7], 0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in parameter_groups(model, 0.1):
+        for parameter in group["params"]:
+            rows = names[id(parameter)] in ("embed.rows", "head.rows")
+            assert (group["weight_decay"], group["for_muon"]) == (
+                (0.0, False) if rows else (0.1, True)
+            )
 
 
 def test_lr_groups():

@@ -39,4 +39,4 @@ def test_too_few_steps(tmp_path, capsys):
         tmp_path, tmp_path / "out", profile=True, max_steps=5, dev=tmp_path / "train.h5"
     )
     assert main(words) == 2
-    assert "--profile: needs 6 steps, this run has 5 to go" in capsys.readouterr().err
+    assert "--profile: needs 6 steps, this run has 5" in capsys.readouterr().err

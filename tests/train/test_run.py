@@ -10,6 +10,7 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from tests.processes import start, wait
 from whet.cli import main
+from whet.errors import UserError
 from whet.train.distributed import Ranks
 from whet.train.run import Journal, RunFolder
 from whet.train.state import Facts, newest_valid, read_facts, saved_states
@@ -36,6 +37,31 @@ def test_journal_cut(tmp_path):
     journal.cut(4)
     journal.append(b"2\n")
     assert (tmp_path / "j").read_bytes() == b"one\n2\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "record", "kept"),
+    [(b"one\ntwo\nhal", 0, b"one\ntwo\n"), (b"12345678123", 4, b"12345678"), (b"", 4, b"")],
+)
+def test_a_journal_that_lost_its_end_is_not_made_longer(tmp_path, content, record, kept):
+    """Zeros in it would be no JSON, and no records."""
+    (tmp_path / "j").write_bytes(content)
+    journal = Journal(tmp_path / "j", record=record)
+    assert not journal.cut(100)
+    assert (tmp_path / "j").read_bytes() == kept
+    assert journal.append(b"next")
+    assert (tmp_path / "j").read_bytes() == kept + b"next"
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    """The second one is told; the lock goes with the first, however it ends."""
+    first, second = RunFolder(tmp_path, Ranks()), RunFolder(tmp_path, Ranks())
+    first.take({"command": "sft"}, Facts())
+    with pytest.raises(UserError, match="another process trains in it"):
+        second.take({"command": "sft"}, Facts())
+    first.close()
+    second.take({"command": "sft"}, Facts())
+    second.close()
 
 
 def test_opening_forgets_what_came_after_the_state(tmp_path):

@@ -44,11 +44,59 @@ def test_other_data_under_the_same_name_is_refused(world, capsys):
     assert "is not the file that this run started with" in capsys.readouterr().err
 
 
+def test_another_dev_file_under_the_same_name_is_refused(world, capsys):
+    tiny.packed_file(world / "dev.h5", n_rows=3, seed=8)
+    assert main([*command(world, world / "out", save_every=2), "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert f"{world / 'dev.h5'}: is not the file that this run started with" in told
+
+
+@pytest.mark.parametrize("flags", [{"lora_rank": 2}, {"train": "re:layers[.]1[.]"}, {}])
+def test_another_base_under_the_same_name_is_refused_where_it_counts(world, capsys, flags):
+    """Frozen weights are in no state: an adapter would go on with those of another model."""
+    words = command(world, world / "other", save_every=2, **flags)
+    assert main(words) == 0
+    tiny.model_directory(world / "base", seed=5)
+    capsys.readouterr()
+    assert main([*words, "--resume"]) == (2 if flags else 0)
+    told = "base: does not hold the frozen weights that this run started with"
+    assert (told in capsys.readouterr().err) == bool(flags)
+
+
+def test_a_resume_does_not_overwrite_a_model_that_is_no_run(world, capsys, monkeypatch):
+    before = (world / "base" / "model.safetensors").read_bytes()
+    words = command(world, world / "base")
+    assert main([*words, "--resume"]) == 2
+    assert "holds a model that no run of Whet made" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(words) == 2
+    assert (world / "base" / "model.safetensors").read_bytes() == before
+
+
+def test_a_restart_goes_on_with_its_own_job_only(world, capsys, monkeypatch):
+    """torchrun starts ranks again that were refused because the folder holds another run."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 1")
+    words = command(world, world / "other", save_every=2)
+    assert main(words) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(words) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 2")
+    assert main(words) == 2
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_profile_does_not_forbid_to_go_on(world, capsys):
+    """Near its end a continued run has too few steps for one."""
+    words = command(world, world / "other", save_every=2, max_steps=8, profile=True)
+    assert main(words) == 0
+    assert main([*words, "--resume"]) == 0
+
+
 def test_a_damaged_state_is_named_and_the_one_before_is_used(world, capsys):
     newest = saved_states(world / "out" / "state")[-1]
     (newest / "facts.json").write_text("{}")
     assert main([*command(world, world / "out", save_every=2), "--resume"]) == 0
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert f"warning: {newest}: facts.json has 2 bytes instead of" in told
 
 

@@ -89,10 +89,33 @@ def test_prune_keeps_the_newest_and_the_one_an_incident_needs(tmp_path):
     model, optimizers = made(0)
     for step in (2, 4, 6, 8, 10):
         save(tmp_path, model, optimizers, step)
-    state.prune(tmp_path, 2, needed_for=5)
+    state.prune(tmp_path, 2, 10, needed_for=6)  # step 6 is replayed from the state after step 4
     assert [path.name[-2:] for path in state.saved_states(tmp_path)] == ["04", "08", "10"]
-    state.prune(tmp_path, 2, needed_for=-1)
+    state.prune(tmp_path, 2, 10, needed_for=-1)
     assert [path.name[-2:] for path in state.saved_states(tmp_path)] == ["08", "10"]
+
+
+def test_prune_does_not_count_what_the_resume_has_passed_over(tmp_path):
+    """A damaged state of a later step must not push out the ones that are saved after it."""
+    model, optimizers = made(0)
+    for step in (3, 4, 9):
+        save(tmp_path, model, optimizers, step)
+    state.prune(tmp_path, 1, 4, needed_for=-1)
+    assert [path.name[-2:] for path in state.saved_states(tmp_path)] == ["04", "09"]
+
+
+def test_a_state_before_the_first_step_is_resumed(tmp_path):
+    """Then the optimizer has no state yet; as when the first evaluation is interrupted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    optimizers = make_optimizers("adamw", parameter_groups(model, 0.1), beta1=0.9, beta2=0.95)
+    path = save(tmp_path, model, optimizers, 0)
+    other, others = made(1)
+    assert state.load_state(path, other, others, Ranks()).step == 0
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+    assert all(not optimizer.state for optimizer in others), "as fresh as the saved ones"
 
 
 def test_leftovers_of_a_killed_save_are_no_states(tmp_path):

@@ -8,6 +8,7 @@ under the file's own name. `PackedStore` reads it, and any HDF5 file that has `t
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,7 +162,9 @@ class StoreWriter:
         if kind is None:
             raise ValueError(f"{self.path}: only {self._written} rows were written")
         if issubclass(kind, OSError):
-            raise UserError(f"{self.path}: cannot be written ({error}); see --out") from None
+            found = re.search("error message = '(.*?)'", str(error))  # HDF5 tells much around it
+            reason = found[1] if found else str(error)
+            raise UserError(f"{self.path}: cannot be written: {reason}; see --out") from None
 
 
 def _check_room(path: Path, nbytes: int) -> None:
@@ -249,8 +252,14 @@ class PackedStore:
 
     @cached_property
     def document_rows(self) -> np.ndarray:
-        """(documents,) the row of each; apart from the table, whose column numpy would copy."""
-        return np.ascontiguousarray(self.documents["row"])
+        """(documents,) the row of each, also where the file has no table of them."""
+        if len(self.documents):
+            return np.ascontiguousarray(self.documents["row"])  # numpy would copy it at each use
+        if self._segments is None:
+            return np.arange(len(self))
+        starts = range(0, len(self), SCAN_ROWS)
+        counts = [self._read(slice(i, i + SCAN_ROWS)).segment_ids.max(1) for i in starts]
+        return np.repeat(np.arange(len(self)), np.concatenate(counts))
 
     def document_ids(self, rows: np.ndarray) -> np.ndarray:
         """The numbers, in `documents`, of the documents of `rows`, row after row."""
@@ -261,8 +270,8 @@ class PackedStore:
         return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
 
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
-        """The entries of `documents` that lie in `rows`, row after row."""
-        return self.documents[self.document_ids(rows)]
+        """The entries of `documents` that lie in `rows`, row after row; none without a table."""
+        return self.documents[self.document_ids(rows)] if len(self.documents) else self.documents
 
     def texts(self, name: str) -> list[str]:
         """A dataset of texts (`refusals`: a JSON object each); empty if the file has none."""

@@ -129,7 +129,7 @@ class Subject:
         path = self.scratch / "small"
         if not path.exists():
             small = first_layers(self.model, 2)
-            save_model(small.cpu(), path, None, {"stage": "doctor"})
+            save_model(small.cpu(), path, self.tokenizer, {"stage": "doctor"})
         return path, "on the first 2 layers of the model"
 
 

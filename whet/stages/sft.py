@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from whet.chat.convert import find_convertible
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.config import as_toml, problems, read_toml
 from whet.data.batches import (
@@ -217,6 +218,7 @@ def make_stage(
             tokenizer,
             lineage,
             config.out_ckpt,
+            config.out,
             lora,
             saved_as(config.save_dtype, model.config.hf),
         ),
@@ -311,9 +313,10 @@ def told(lora: LoRA, four_bits: bool) -> str:
 
 
 def find_tokenizer(directory: Path | None, model: Path) -> Tokenizer | None:
-    """--tokenizer's, or the model's own; a `.pt` has none."""
+    """--tokenizer's, or the model's own; a `.pt` has none, and a directory may have none."""
     home = directory or tokenizer_home(model)
-    return load_tokenizer(home) if directory or home.is_dir() else None
+    has_one = (home / "tokenizer.json").is_file() or find_convertible(home) is not None
+    return load_tokenizer(home) if directory or has_one else None
 
 
 def describe(model: Transformer) -> str:

@@ -78,6 +78,9 @@ class ModelWriter:
     tokenizer: Tokenizer | None
     lineage: dict[str, Any] = field(default_factory=dict)
     out_ckpt: Path | None = None
+    """A `.pt` file besides, of the final model."""
+    out: Path | None = None
+    """The run folder, where the final model goes."""
     lora: LoRA | None = None
     dtype: torch.dtype | None = None
     """What the weights are rounded to; None: as they are. An adapter stays in float32."""
@@ -94,6 +97,6 @@ class ModelWriter:
             save_adapter(whole, directory, self.lora, base, self.tokenizer, lineage, state=state)
             return
         save_model(whole, directory, self.tokenizer, lineage, self.dtype, state=state)
-        if self.out_ckpt is not None and directory.name != "best":
+        if self.out_ckpt is not None and directory == self.out:
             step, stage = int(metrics.get("step", 0)), self.lineage["stage"]
             save_pt(whole, self.out_ckpt, stage, step, metrics, self.dtype, state=state)

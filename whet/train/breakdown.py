@@ -72,10 +72,17 @@ def breakdown(
 
 def class_names(store: PackedStore) -> list[str]:
     """Every class of trained tokens, in a fixed order."""
-    sources = store.attrs.get("sources") or []
-    names = [f"source/{source_name(sources, i).rpartition('/')[2]}" for i in range(len(sources))]
+    names = [f"source/{name}" for name in _source_labels(store)]
     names += [f"turn/{turn}" for turn in _turn_names()]
     return list(dict.fromkeys([*names, *(f"length/{name}" for name in _length_names())]))
+
+
+def _source_labels(store: PackedStore) -> list[str]:
+    """The file name of each source; with its folders where two files have the same name."""
+    sources = store.attrs.get("sources") or []
+    names = [source_name(sources, i) for i in range(len(sources))]
+    short = [name.rpartition("/")[2] for name in names]
+    return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
 
 
 def _turn_names() -> list[str]:
@@ -106,7 +113,7 @@ def _add(
 ) -> None:
     """Add the trained tokens of a batch to their classes: (sum of nll, count) for each key."""
     index = {key: i for i, key in enumerate(keys)}
-    sources = store.attrs.get("sources") or []
+    labels = _source_labels(store)
     trained = batch.weight.numpy() != 0
     segments = batch.segments.numpy()
     for b, row in enumerate(batch.rows):
@@ -123,8 +130,8 @@ def _add(
                 if turn:
                     per_key[f"turn/{_turn_names()[min(turn, TURNS + 1) - 1]}"].append(loss)
                     per_key[f"length/{length}"].append(loss)
-            if sources and segment <= len(entries):
-                name = source_name(sources, int(entries[segment - 1]["source"])).rpartition("/")[2]
+            if labels and segment <= len(entries):
+                name = labels[int(entries[segment - 1]["source"])]
                 per_key[f"source/{name}"] = per_key[f"length/{length}"]
             for key, values in per_key.items():
                 sums[index[key]] += (sum(values), len(values))

@@ -114,6 +114,11 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def job() -> str:
+    """The id of torchrun's job, the same for all of its restarts; empty without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def ranks_on_machine() -> int:
     """How many ranks torchrun started on this machine; 1 without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -66,14 +66,13 @@ def in_order(records: np.ndarray) -> np.ndarray:
 
 
 def _first_document(store: PackedStore, rows: np.ndarray) -> np.ndarray:
-    """The number of each row's first document; a file without the table has one a row."""
-    if len(store.documents) == 0:
-        return rows
+    """The number of each row's first document."""
     return np.searchsorted(store.document_rows, rows.astype(store.document_rows.dtype), "left")
 
 
 def describe(records: np.ndarray, store: PackedStore) -> list[dict]:
-    """The records with the documents' file and line, for people."""
+    """The records with the documents' file and line, for people; of a packed file without a table
+    of documents its own name and the row, counted from 1."""
     sources = store.attrs.get("sources") or []
     found = []
     for record in records:
@@ -83,7 +82,7 @@ def describe(records: np.ndarray, store: PackedStore) -> list[dict]:
             source = source_name(sources, int(entry["source"]))
             place = {"file": source, "line": int(entry["line"])}
         else:
-            place = {"file": str(store.path), "line": document + 1}
+            place = {"file": str(store.path), "line": int(store.document_rows[document]) + 1}
         loss = float(record["loss"])
         found.append({**place, "trained": int(record["trained"]), "loss": loss})
     return found
@@ -151,6 +150,8 @@ def documents_at(place: str, store: PackedStore) -> np.ndarray:
     file, _, line = place.rpartition(":")
     if not file or not line.isdigit():
         raise UserError(f"--document {place}: expected FILE:LINE, e.g. train.jsonl:17")
+    if len(store.documents) == 0 and Path(file).name == store.path.name:
+        return np.flatnonzero(store.document_rows == int(line) - 1)
     sources = store.attrs.get("sources") or []
     names = [source_name(sources, index) for index in range(len(sources))]
     fitting = [i for i, name in enumerate(names) if name == file or name.endswith("/" + file)]

@@ -142,7 +142,7 @@ def train(
     with (
         batches_ahead(stage.batches, facts.step, stage.total_steps, ranks.device) as batches,
         _bar(stage, run) as bar,
-        profiled(settings.profile, run) as step_done,
+        profiled(settings.profile, run, stage.total_steps - facts.step) as step_done,
     ):
         while True:
             at_end = facts.step == stage.total_steps

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from whet.errors import UserError
+from whet.model.embedding import TrainableRows
 from whet.train.settings import Schedule
 
 WSD_DECAY_SHARE = 0.2  # arXiv:2410.11840 finds 10-20 % of the steps enough for the decay
@@ -77,12 +78,13 @@ def parameter_groups(
 
     Decay pulls weights towards zero. That is right for matrices that multiply activations; it is
     wrong for gains (their neutral value is 1), for biases, and for embeddings, whose rows of rare
-    tokens would decay at every step and learn at few. The first matching entry of `lr_groups` wins.
+    tokens would decay at every step and learn at few; so for the rows of new tokens. The first
+    matching entry of `lr_groups` wins.
     """
     embeddings = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, nn.Embedding)
+        if isinstance(module, nn.Embedding | TrainableRows)
         for parameter in module.parameters()
     }
     groups: dict[tuple[bool, float, bool], dict] = {}

@@ -25,17 +25,19 @@ KEPT = 3
 LARGEST = 10
 
 
+NEEDED = PASSED + WARM_UP + KEPT
+
+
 def check_profile(on: bool, steps: int) -> None:
-    """Raise UserError if `steps` are too few to be profiled."""
-    needed = PASSED + WARM_UP + KEPT
-    if on and steps < needed:
-        raise UserError(f"--profile: needs {needed} steps, this run has {steps} to go")
+    """Raise UserError if a new run has too few steps to be profiled."""
+    if on and steps < NEEDED:
+        raise UserError(f"--profile: needs {NEEDED} steps, this run has {steps}")
 
 
 @contextmanager
-def profiled(on: bool, run: RunFolder) -> Iterator[Callable[[], Any]]:
-    """Yields what to call after each step; rank 0 profiles."""
-    if not on or not run.ranks.first:
+def profiled(on: bool, run: RunFolder, steps: int) -> Iterator[Callable[[], Any]]:
+    """Yields what to call after each step; rank 0 profiles, if at least `NEEDED` of them follow."""
+    if not on or not run.ranks.first or steps < NEEDED:
         yield lambda: None
         return
     kinds = [ProfilerActivity.CPU]

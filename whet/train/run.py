@@ -6,6 +6,7 @@
     timing.jsonl    seconds, tokens/s and memory of each step
     samples.jsonl   replies generated at each evaluation
     ledger.bin      the documents of each step (see ledger.py)
+    .lock           held while a process trains here
     incidents/      steps that were not applied (see incidents.py)
     state/          resume states (see state.py)
     best/           the model of the best evaluation
@@ -16,21 +17,24 @@ Only rank 0 writes here, but for the tensors of the states.
 """
 
 import copy
+import fcntl
 import json
 import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from whet.config import save
 from whet.errors import UserError
 from whet.progress import say
 from whet.train import state
 from whet.train.curves import Curves
 from whet.train.distributed import Ranks
 from whet.train.incidents import as_json
+from whet.train.ledger import RECORD
 from whet.train.state import Facts
 
 APPENDED = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "ledger.bin")
@@ -45,11 +49,24 @@ class Journal:
     """Bytes that are in the file."""
     waiting: bytes = b""
 
-    def cut(self, length: int) -> None:
-        """Forget what was written after `length` bytes."""
+    record: int = 0
+    """Bytes of a record; 0: a record is a line."""
+
+    def cut(self, length: int) -> bool:
+        """Forget what was written after `length` bytes; False if the file was shorter than that.
+
+        A file that lost its end keeps its whole records: made longer, it would hold zeros.
+        """
         self.path.touch()
-        os.truncate(self.path, length)
-        self.length, self.waiting = length, b""
+        there = self.path.stat().st_size
+        if there < length:
+            content = self.path.read_bytes()
+            whole = there - there % self.record if self.record else content.rfind(b"\n") + 1
+            os.truncate(self.path, whole)
+        else:
+            os.truncate(self.path, length)
+        self.length, self.waiting = self.path.stat().st_size, b""
+        return there >= length
 
     def append(self, record: bytes) -> bool:
         """Write `record` and all that waits; False if the disk refuses, which is tried again."""
@@ -86,6 +103,7 @@ class RunFolder:
     curves: Curves = field(default_factory=Curves)
     journals: dict[str, Journal] = field(default_factory=dict)
     saving: threading.Thread | None = None
+    lock: IO[str] | None = None
     resumed_at: int = -1
     """The step of the state that the run goes on from."""
     told_full: bool = False
@@ -99,10 +117,25 @@ class RunFolder:
         if self.ranks.first and not self.quiet:
             say(text)
 
-    def open(self) -> None:
-        """Make the folder fit `facts`: cut what was written after that step.
+    def take(self, about: dict[str, str], config: Any) -> None:
+        """Make the folder this process's own: `about` into run.json, `config` into config.toml.
 
-        Raises UserError if it can't be written.
+        Raises UserError if it can't be written, or another process trains in it.
+        """
+        if not self.ranks.first:
+            return
+        try:
+            self.states.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            state.write_json(self.path / "run.json", about)
+            save(config, self.path / "config.toml")
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be written: {error.strerror}") from None
+
+    def open(self) -> None:
+        """Make the files fit `facts`: cut what was written after that step.
+
+        Raises UserError if they can't be written.
         """
         if not self.ranks.first:
             return
@@ -110,13 +143,27 @@ class RunFolder:
             self.states.mkdir(parents=True, exist_ok=True)
             state.clean(self.states)
             for name in APPENDED:
-                self.journals[name] = Journal(self.path / name)
-                self.journals[name].cut(self.facts.lengths.get(name, 0))
+                size = RECORD.itemsize if name.endswith(".bin") else 0
+                self.journals[name] = Journal(self.path / name, record=size)
+                if not self.journals[name].cut(self.facts.lengths.get(name, 0)):
+                    say(f"warning: {self.path / name} has lost records of earlier steps")
+            for path in (self.path / "incidents").glob("step_*.json"):
+                if int(path.stem[5:]) > self.facts.step:
+                    path.unlink()
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be written: {error.strerror}") from None
-        for path in (self.path / "incidents").glob("step_*.json"):
-            if int(path.stem[5:]) > self.facts.step:
-                path.unlink()
+
+    def _lock(self) -> None:
+        """Two processes would cut each other's files; the system opens the lock when one ends."""
+        self.lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out {self.path}: another process trains in it; wait for its end, or stop it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def append(self, name: str, record: bytes | dict[str, Any]) -> None:
         """Add a record to one of the `APPENDED` files."""
@@ -187,7 +234,7 @@ class RunFolder:
         try:
             state.save_state(self.states, tensors, facts, self.ranks)
             if self.ranks.first:
-                state.prune(self.states, self.keep, facts.incident_step)
+                state.prune(self.states, self.keep, facts.step, facts.incident_step)
         # DCP wraps a rank's OSError into an exception that derives from BaseException.
         except BaseException as error:
             if self.ranks.first:
@@ -195,6 +242,12 @@ class RunFolder:
                     f"warning: the state of step {facts.step} could not be saved, earlier ones are "
                     f"kept and the run goes on: {_reason(error)}"
                 )
+
+    def close(self) -> None:
+        """End the curves, and let other processes train in this folder."""
+        self.curves.close()
+        if self.lock is not None:
+            self.lock.close()
 
     def finish_saving(self) -> None:
         """Wait for a save that runs beside the steps."""

@@ -3,6 +3,7 @@
 ranks -> settings -> where the run stands -> stage -> all checks -> header -> loop -> final model
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from whet.config import problems, read_toml, save
+from whet.config import problems, read_toml
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.model.float8 import use_float8
@@ -69,6 +70,12 @@ def _train(
     config: C, command: str, stage: Stage, ranks: Ranks, run: RunFolder, start: Path | None
 ) -> int:
     model = stage.model.to(ranks.device)
+    dev = getattr(stage.evaluate, "dev", None)
+    now = Facts(
+        data=fingerprint(stage.store),
+        dev=fingerprint(dev) if dev is not None else "",
+        frozen=frozen_fingerprint(model),
+    )
     if config.float8:
         with distributed.told_once(ranks):
             use_float8(model, ranks.device)
@@ -78,18 +85,18 @@ def _train(
     stage = dataclasses.replace(stage, model=model)
     with distributed.told_once(ranks):
         optimizers = make_optimizers(model, config)
-    data = fingerprint(stage.store)
-    run.facts = Facts(data=data)
+    run.facts = now
     if start is not None:
         run.facts = state.load_state(start, model, optimizers, ranks)
         run.resumed_at = run.facts.step
-        _check_same_data(run.facts.data, data, stage.store)
     with distributed.told_once(ranks):
-        check_profile(config.profile, stage.total_steps - run.facts.step)
+        if start is None:
+            check_profile(config.profile, stage.total_steps)
+        else:
+            _check_same_inputs(run.facts, now, config)
+        run.take(about(command), config)
         run.open()
         if ranks.first:
-            save(config, run.path / "config.toml")
-            state.write_json(run.path / "run.json", about(command))
             values = {key: str(value) for key, value in dataclasses.asdict(config).items()}
             run.curves = open_curves(run.path, run.facts.step, config.wandb_project, values)
     _tell_header(config, command, stage, run, ranks)
@@ -110,7 +117,7 @@ def _train(
         return _finish(config, command, stage, run)
     finally:
         run.finish_saving()
-        run.curves.close()
+        run.close()
 
 
 def compile_layers(model: nn.Module, backend: str | Callable = "inductor") -> None:
@@ -180,9 +187,10 @@ def check_settings(config: TrainSettings) -> None:
 
 
 def about(command: str) -> dict[str, str]:
-    """What else made the numbers of a run: the command and the versions."""
+    """What else made the numbers of a run: the command and the versions; and torchrun's job."""
     return {
         "command": command,
+        "job": distributed.job(),
         "whet": version("whet"),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -190,8 +198,15 @@ def about(command: str) -> dict[str, str]:
 
 
 def continues(config: TrainSettings) -> bool:
-    """Whether this process takes up an earlier one's run: by flag, or restarted by torchrun."""
-    return config.resume or distributed.restarts() > 0
+    """Whether this process takes up an earlier one's run: by flag, or restarted by torchrun.
+
+    A restarted process takes up only what its own job began: the first one may have been refused
+    because the folder holds another run.
+    """
+    if config.resume or distributed.restarts() == 0:
+        return config.resume
+    marks = config.out / "run.json"
+    return not marks.exists() or json.loads(marks.read_text()).get("job") == distributed.job()
 
 
 def find_start(config: TrainSettings, command: str) -> Path | None:
@@ -205,6 +220,12 @@ def find_start(config: TrainSettings, command: str) -> Path | None:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out}: is a file; expected a folder to write")
     _try_to_write(config.out)
+    model = [mark for mark in holds if mark in ("model.safetensors", "config.json")]
+    if continues(config) and model and not (config.out / "config.toml").exists():
+        raise UserError(
+            f"--out {config.out}: holds a model that no run of Whet made ({model[0]}), which would "
+            "be overwritten; give another folder"
+        )
     if not continues(config):
         if holds:
             raise UserError(
@@ -249,12 +270,35 @@ def fingerprint(store: PackedStore) -> str:
     return digest.hexdigest()[:32]
 
 
-def _check_same_data(before: str, now: str, store: PackedStore) -> None:
-    if before != now:
-        raise UserError(
-            f"{store.path}: is not the file that this run started with (other rows or settings); "
-            "restore it, or start a new run with another --out"
-        )
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Tells apart the weights that are not trained, by some numbers of each; "" if there are none.
+
+    Those packed in 4 bits are left out: another device may round them otherwise.
+    """
+    digest, any_frozen = hashlib.sha256(), False
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad and weight.is_floating_point():
+            values = weight.detach().flatten()
+            some = values[:: max(1, len(values) // 1024)].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+            any_frozen = True
+    return digest.hexdigest()[:32] if any_frozen else ""
+
+
+def _check_same_inputs(before: Facts, now: Facts, config: TrainSettings) -> None:
+    """Refuse to go on with other files under the same names."""
+    what = {
+        "data": f"{getattr(config, 'data', 'the data')}: is not the file",
+        "dev": f"{getattr(config, 'dev', 'the dev data')}: is not the file",
+        "frozen": f"{getattr(config, 'model', 'the model')}: does not hold the frozen weights",
+    }
+    problems(
+        [
+            f"{words} that this run started with; restore it, or start a new run with another --out"
+            for name, words in what.items()
+            if getattr(before, name) != getattr(now, name)
+        ]
+    )
 
 
 def out_of_memory(config: TrainSettings, ranks: Ranks) -> str:
@@ -336,5 +380,6 @@ def last_metrics(path: Path) -> dict[str, float]:
     """The numbers of the last step and the last evaluation."""
     merged: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        merged |= json.loads(line)
+        with contextlib.suppress(ValueError):  # a broken line must not cost the model
+            merged |= json.loads(line)
     return merged

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -55,6 +55,10 @@ class Facts:
     """Bytes of each appended file of the run folder at this step; a resume cuts them to it."""
     data: str = ""
     """Fingerprint of the training data."""
+    dev: str = ""
+    """Fingerprint of the dev data."""
+    frozen: str = ""
+    """Fingerprint of the weights that are not trained, and so not in the state."""
 
 
 def tensors_of(
@@ -214,10 +218,11 @@ def load_state(
 
     Raises UserError if the state is of another model or optimizer.
     """
-    create_state(optimizers)
-    tensors = tensors_of(model, optimizers)
     reader = dcp.HuggingFaceStorageReader(str(folder))
     saved = {name: item.size for name, item in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    create_state(optimizers)
+    _forget_unsaved(model, optimizers, saved)
+    tensors = tensors_of(model, optimizers)
     wanted = {name: tensor.shape for name, tensor in tensors.items()}
     if saved != wanted:
         names = [n for n in {**saved, **wanted} if saved.get(n) != wanted.get(n)]
@@ -230,14 +235,30 @@ def load_state(
     return read_facts(folder)
 
 
+def _forget_unsaved(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: Mapping[str, object]
+) -> None:
+    """Before its first applied step an optimizer has no state, and so none was saved."""
+    names = {id(p): name for name, p in unwrap(model).named_parameters()}
+    for optimizer in optimizers:
+        for parameter in list(optimizer.state):
+            prefix = f"optimizer.{names[id(parameter)]}."
+            if not any(name.startswith(prefix) for name in saved):
+                del optimizer.state[parameter]
+
+
 def _shape(shapes: dict, name: str) -> str:
     return str(tuple(shapes[name])) if name in shapes else "missing"
 
 
-def prune(states: Path, keep: int, needed_for: int) -> None:
-    """Remove all but the newest `keep` states and the one from which step `needed_for` replays."""
-    kept = saved_states(states)
-    before = [p for p in kept if needed_for >= 0 and int(p.name[5:]) <= needed_for]
+def prune(states: Path, keep: int, step: int, needed_for: int) -> None:
+    """Remove all but the newest `keep` states and the one from which step `needed_for` replays.
+
+    States after `step`, where the run stands, are damaged ones that its resume has passed over:
+    they neither count nor go.
+    """
+    kept = [p for p in saved_states(states) if int(p.name[5:]) <= step]
+    before = [p for p in kept if int(p.name[5:]) < needed_for]
     for folder in kept[: -max(1, keep)]:
         if not (before and folder == before[-1]):
             _remove(folder)
