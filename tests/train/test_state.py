@@ -131,3 +131,29 @@ def test_nothing_in_a_state_is_a_pickle(tmp_path):
     path = save(tmp_path, *made(0), 3)
     kinds = {item.suffix for item in path.iterdir()}
     assert kinds == {".safetensors", ".json"}
+
+
+def test_a_state_is_written_in_files_of_bounded_size(tmp_path, monkeypatch):
+    """Each is put together in memory; a tensor larger than the bound has a file of its own."""
+    monkeypatch.setattr(state, "FILE_BYTES", 60)
+    model, optimizers = made(0)
+    path = save(tmp_path, model, optimizers, 7)
+    files = sorted(path.glob("*.safetensors"))
+    assert len(files) > 3
+    assert state.damage(path) is None
+    assert state.files_of({"a": torch.zeros(20), "b": torch.zeros(1)}) == {"a": 1, "b": 2}
+    other, others = made(1)
+    state.load_state(path, other, others, Ranks())
+    for name, value in state.tensors_of(other, others).items():
+        assert torch.equal(value, state.tensors_of(model, optimizers)[name]), name
+
+
+def test_the_copy_that_is_saved_stays_when_training_goes_on():
+    model, optimizers = made(0)
+    live = state.tensors_of(model, optimizers)
+    copied = state.copied(live)
+    before = {name: value.clone() for name, value in live.items()}
+    for value in live.values():
+        value += 1
+    for name, value in copied.items():
+        assert torch.equal(value, before[name]), name

@@ -24,6 +24,7 @@ from whet.train.distributed import Ranks
 from whet.train.dry import Cost
 from whet.train.loop import Stage
 from whet.train.session import DEFAULT_MICRO_BATCH, check_settings, make_optimizers, resolve
+from whet.train.state import saving_bytes
 
 FITS = 0.9
 """Share of the memory that a proposal may need: predictions are good to a tenth."""
@@ -147,7 +148,7 @@ def memory_limit(config: sft.Config, device: torch.device) -> float:
 
 
 def needed(found: Measured, config: sft.Config, ranks: int) -> float:
-    """The peak of a run on one rank: what was measured, and the copy from which states are saved.
+    """The peak of a run on one rank: what was measured, and what saving states takes beside it.
 
     Sharded ranks hold their share of what is held all the time; that part is not measured.
     """
@@ -157,11 +158,11 @@ def needed(found: Measured, config: sft.Config, ranks: int) -> float:
 
 
 def saving(found: Measured, config: sft.Config, ranks: int) -> float:
-    """Bytes of that copy, where a state is saved before the last step."""
+    """Bytes that a save takes, where a state is saved before the last step."""
     if not config.save_async or not 0 < config.save_every < found.steps:
         return 0.0
     trained = found.cost.weights * found.trained / found.parameters
-    return (trained + found.cost.optimizer) / (ranks if config.shard else 1)
+    return saving_bytes((trained + found.cost.optimizer) / (ranks if config.shard else 1))
 
 
 def step_seconds(found: Measured) -> float:

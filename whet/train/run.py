@@ -222,11 +222,7 @@ class RunFolder:
         if wait:
             self._save(tensors, facts)
             return
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        stager = DefaultStager(StagingOptions(False, False, False, False))
-        staged = stager.stage(tensors)
-        stager.close()
+        staged = state.copied(tensors)
         self.saving = threading.Thread(target=self._save, args=(staged, facts), name="save")
         self.saving.start()
 

@@ -1,7 +1,7 @@
 """The training state by which a run resumes: atomic, checked, loadable on any number of ranks.
 
     state/step_00000200/
-        shard-00001-….safetensors   weights and optimizer moments, one file a rank
+        shard-00001-….safetensors   weights and optimizer moments, some files a rank
         facts.json                  step, recent gradient norms, lengths of the run's files, …
         manifest.json               size and SHA-256 of each file above
 
@@ -26,11 +26,14 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from whet.errors import UserError
+from whet.model.weights import empty_on_cpu
 from whet.train.distributed import Ranks, from_first, unwrap
 from whet.train.optim import create_state, plain_tensors
 
 FORMAT_VERSION = 1
 HASH_CHUNK_BYTES = 1 << 22
+FILE_BYTES = 1 << 27
+"""What a file of a state holds at most, unless one tensor is larger."""
 
 
 @dataclasses.dataclass
@@ -77,6 +80,20 @@ def tensors_of(
     return tensors
 
 
+def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy on the CPU, from which a state is saved while training goes on."""
+    if all(t.device.type == "cpu" and not hasattr(t, "full_tensor") for t in tensors.values()):
+        # Memory apart: taken from the C library's heap, it would lie across what steps free and
+        # take again, and the peak of the run would rise by twice its size.
+        return {name: empty_on_cpu(t.shape, t.dtype).copy_(t) for name, t in tensors.items()}
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    staged = stager.stage(tensors)
+    stager.close()
+    return staged
+
+
 def save_state(
     states: Path, tensors: dict[str, torch.Tensor], facts: Facts, ranks: Ranks
 ) -> Path | None:
@@ -87,7 +104,7 @@ def save_state(
     final = states / f"step_{facts.step:08d}"
     aside = states / f".saving_{final.name}"
     _make_empty(aside, ranks)
-    writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(aside), files_of(tensors), save_distributed=True)
     try:
         # DCP says that one process is one process; the filter is no harm to other threads.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -110,6 +127,27 @@ def save_state(
         if ranks.first:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def files_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number (from 1) of the file that each tensor goes to; the same on all ranks.
+
+    A file is put together in memory, twice, before it is written: in one file, a state would take
+    three times its size.
+    """
+    files, file, held = dict[str, int](), 1, 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if held and held + nbytes > FILE_BYTES:
+            file, held = file + 1, 0
+        files[name] = file
+        held += nbytes
+    return files
+
+
+def saving_bytes(state_bytes: float) -> float:
+    """The memory that a save takes beside the state: the copy, and a file twice (`files_of`)."""
+    return state_bytes + 2 * min(state_bytes, FILE_BYTES)
 
 
 def _make_empty(folder: Path, ranks: Ranks) -> None:
