@@ -29,6 +29,14 @@ class Config:
     """Precision."""
 
 
+@dataclass(frozen=True)
+class Places:
+    out: Path
+    """Folder."""
+    samples: Path | None = None
+    """File."""
+
+
 def toml(tmp_path: Path, text: str) -> str:
     path = tmp_path / "c.toml"
     path.write_text(text)
@@ -49,7 +57,8 @@ def test_toml_wins_over_defaults_and_flags_over_toml(tmp_path: Path) -> None:
 
 
 def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
-    path = toml(tmp_path, 'lrr = 1\nepochs = "x"\nprecision = "fp8"\ncompile = 1\ndata = [1]\n')
+    wrong = 'lrr = 1\nepochs = "x"\nprecision = "fp8"\ncompile = 1\ndata = [1]\n'
+    path = toml(tmp_path, f"{wrong}[section]\nlr = 1\n")
     with pytest.raises(UserError) as caught:
         read_toml(Config, path)
     lines = str(caught.value).splitlines()
@@ -59,6 +68,17 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         f"{path}: key 'precision': expected one of 'bf16', 'float32', got 'fp8'",
         f"{path}: key 'compile': expected true or false, got 1",
         f"{path}: key 'data': expected a text, got 1",
+        f"{path}: unknown table [section]; the flags stand above all tables",
+    ]
+
+
+def test_the_type_of_a_path_is_told_in_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_toml(Places, toml(tmp_path, "samples = 5\nout = [5]\n"))
+    words = [line.split(": ", 1)[1] for line in str(caught.value).splitlines()]
+    assert words == [
+        "key 'samples': expected a path, got 5",
+        "key 'out': expected a path, got [5]",
     ]
 
 

@@ -14,13 +14,17 @@ CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.to
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_is_accepted(path):
+def test_config_is_accepted(path, tmp_path, monkeypatch):
     first = path.read_text().splitlines()[0]
     assert re.search(rf"--config configs/{path.name}\b", first), "the first line is the command"
     stage = pretrain if "whet pretrain" in first else sft
     config = parse(stage.Config, ["--config", str(path)], "test")
     check_settings(resolve(config, Ranks()))
-    if stage is pretrain:
+    if isinstance(config, pretrain.Config):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / (config.tokenizer or "")).mkdir(parents=True)
+        for name in config.data:
+            (tmp_path / name).touch()
         pretrain.check(config)
 
 

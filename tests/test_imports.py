@@ -13,6 +13,7 @@ PACKAGE = Path(whet.__file__).parent
 # Each room with its place; a module may import rooms of its own place or an earlier one.
 ORDER = {
     "errors": 0,
+    "files": 0,
     "config": 0,
     "progress": 0,
     "hub": 0,

@@ -7,15 +7,16 @@ the nearest one.
 
 import dataclasses
 import difflib
-import os
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from whet.errors import UserError
+from whet.files import replaced
 
 C = TypeVar("C")
 
@@ -24,6 +25,15 @@ def problems(found: Sequence[str]) -> None:
     """Raise one UserError that tells all of `found`, or return if there are none."""
     if found:
         raise UserError("\n".join(found))
+
+
+@contextmanager
+def collected(found: list[str]) -> Iterator[None]:
+    """Add the UserError that the block raises to `found` instead, to be told with others."""
+    try:
+        yield
+    except UserError as error:
+        found += str(error).splitlines()
 
 
 def parse(config_class: type[C], argv: Sequence[str], command: str) -> C:
@@ -64,6 +74,9 @@ def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     found = []
     for key, value in table.items():
+        if key not in names and isinstance(value, dict):
+            found.append(f"{path}: unknown table [{key}]; the flags stand above all tables")
+            continue
         if key not in names:
             found.append(f"{path}: unknown key {key!r}{_nearest(key, names)}")
             continue
@@ -90,9 +103,8 @@ def as_toml(config: Any) -> str:
 
 def save(config: Any, path: str | Path) -> None:
     """Write `as_toml` of the config."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(as_toml(config), encoding="utf-8")
-    os.replace(aside, path)
+    with replaced(path) as aside:
+        aside.write_text(as_toml(config), encoding="utf-8")
 
 
 def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -170,6 +182,7 @@ def _convert(value: Any, hint: Any) -> tuple[Any, str | None]:
 
 def _type_name(hint: Any) -> str:
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    names[Path] = "a path"
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     return names.get(hint) or " or ".join(names.get(o, str(o)) for o in options) or str(hint)
 

@@ -41,12 +41,18 @@ def find_model(
         if revision is not None:
             raise UserError(f"--revision {revision}: {name} is a path; only Hub models have one")
         return path
+    check_name(name)
+    return Path(_download(str(name), revision, quiet, weights))
+
+
+def check_name(name: str | Path) -> None:
+    """Raise UserError if `name` is neither a path that is there nor a name as the Hub has them."""
+    path = Path(name)
     local = len(path.parts) == 2 and path.parent.is_dir()  # runs/sft beside other runs: a slip
-    if local or not _NAME.fullmatch(str(name)):
+    if not path.exists() and (local or not _NAME.fullmatch(str(name))):
         raise UserError(
             f"{name}: there is no such path, and it is not a Hub name such as owner/model"
         )
-    return Path(_download(str(name), revision, quiet, weights))
 
 
 def _download(name: str, revision: str | None, quiet: bool, weights: bool) -> str:

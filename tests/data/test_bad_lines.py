@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -84,14 +85,39 @@ def test_the_command_exits_with_2_and_no_traceback(broken, capsys):
         ({"workers": -1}, "--workers -1: must be 0 or more"),
         ({"data": ()}, "--data: name at least one file"),
         ({"data": ("absent.jsonl",)}, "absent.jsonl: no such file"),
-        ({"decontaminate": ("absent.jsonl",)}, "absent.jsonl: no such file"),
+        ({"decontaminate": ("absent.jsonl",)}, "--decontaminate absent.jsonl: no such file"),
+        ({"data": ("a.jsonl:1e9",)}, "above 0 and below a million, got 1e9"),
+        ({"out": "broken.jsonl"}, "--out broken.jsonl: the command reads or writes this already"),
+        ({"out": "other.txt"}, "--out other.txt: exists and is no HDF5 file"),
+        ({"out": "/proc/x.h5"}, "--out /proc/x.h5: cannot be written"),
+        ({"dev_out": "out.h5", "dev_fraction": 0.1}, "--dev_out out.h5: the command reads or"),
     ],
 )
-def test_wrong_flags(broken, change, told):
-    import dataclasses
-
+def test_wrong_flags(broken, monkeypatch, change, told):
     path, _ = broken
+    monkeypatch.chdir(path.parent)
+    (path.parent / "other.txt").write_text("dear to somebody")
+    before = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
     wrong = dataclasses.replace(config(path, bad_lines="drop", uncertain="drop"), **change)
     with pytest.raises(UserError) as error:
         prepare(wrong, quiet=True)
     assert told in str(error.value)
+    after = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_all_wrong_flags_are_told_at_once(broken, tmp_path, monkeypatch):
+    path, _ = broken
+    monkeypatch.chdir(tmp_path)
+    wrong = Config(
+        data=("a.jsonl", str(path), "b.jsonl:2"), tokenizer="none", date="xx",
+        template_kwargs="{", dev_fraction=2, decontaminate=("c.json",), chat_template="d",
+    )  # fmt: skip
+    with pytest.raises(UserError) as error:
+        prepare(wrong, quiet=True)
+    lines = str(error.value).splitlines()
+    told = ("--data a.jsonl", "--data b.jsonl", "--decontaminate c.json", "--dev_fraction 2")
+    told += ("--template_kwargs", "--date xx", "--chat_template d", "none: there is no such path")
+    assert len(lines) == len(told)
+    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+    assert list(tmp_path.iterdir()) == []

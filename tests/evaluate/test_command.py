@@ -68,6 +68,10 @@ def test_both_measures_at_once(run, model, tokenizer, problems, tmp_path, capsys
         (["--gsm8k", "{problems}", "--limit", "0"], "--limit 0: expected at least 1"),
         (["--gsm8k", "{problems}", "--json", "no/where/out.json"], "folder .*no/where does not"),
         (["--dev", "{dev}", "--samples", "s.jsonl"], "there are samples with --gsm8k only"),
+        (["--dev", "{dev}", "--json", "{dev}"], "--json .*dev.h5: .* reads or writes this already"),
+        (["--gsm8k", "{problems}", "--samples", "{problems}"], "--samples .* writes this already"),
+        (["--gsm8k", "{problems}", "--samples", "x", "--json", "x"], "--samples x: .* already"),
+        (["--gsm8k", "{problems}", "--samples", "/proc/x"], "--samples /proc/x: cannot be written"),
     ],
 )
 def test_bad_input_is_told_in_a_line(run, tokenizer, problems, tmp_path, capsys, flags, message):

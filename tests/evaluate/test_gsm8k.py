@@ -143,7 +143,7 @@ GOOD = '{"question": "q", "answer": "#### 1"}\n'
     [
         ("", "no problems in it"),
         (GOOD + '{"question": "q", "ans', "jsonl:2: not JSON"),
-        (GOOD + "\n" + GOOD, "jsonl:2: not JSON"),
+        (GOOD + "\n" + GOOD, "jsonl:2: is empty"),
         (GOOD + "[1]", "jsonl:2: expected an object, got list"),
         (GOOD + '{"q": 1}', "jsonl:2: expected the fields question and answer .* got q"),
         ('{"question": 3, "answer": "#### 1"}', "jsonl:1: the question must be a text, got 3"),

@@ -300,9 +300,23 @@ def test_a_full_disk_is_told_and_leaves_the_old_model(
     usage = shutil.disk_usage(directory)._replace(free=10)
     with monkeypatch.context() as patch:
         patch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(UserError, match="no space"):
+        with pytest.raises(UserError, match=r"needs 0\.04 MB, 0\.00 MB are free"):
             save_pt(model, directory / "x.pt", "sft", 1, {})
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
+
+def test_only_the_old_models_own_files_give_way(model: Transformer, directory: Path) -> None:
+    others = ["reward_model_backup.safetensors", "teacher_model.safetensors", "model-1.safetensors"]
+    olds = ["model-00001-of-00002.safetensors", "adapter_model.safetensors", "part.safetensors"]
+    for name in (*others, *olds):
+        (directory / name).write_bytes(b"weights")
+    index = directory / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "part.safetensors", "b": ["no name"]}}')
+    save_model(model, directory, None, {})
+    assert {name for name in (*others, *olds, index.name) if (directory / name).exists()} == set(
+        others
+    )
+    assert all(torch.equal(a, b) for a, b in zip(*states(directory, model), strict=True))
 
 
 def test_a_kill_while_replacing_never_mixes_two_models(

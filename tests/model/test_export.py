@@ -81,6 +81,30 @@ def test_a_merge_that_changes_the_logits_is_an_error(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["adapter", "--merge", "--out", "base"], "reads or writes this already"),
+        (["adapter", "--merge", "--out", "adapter"], "reads or writes this already"),
+        (["base", "--out", "base"], "reads or writes this already"),
+        (["base", "--out", "notes.txt"], "is a file; expected a folder"),
+        (["base", "--to", "pt", "--out", "notes.txt"], "exists and is no .pt file of torch"),
+        (["base", "--to", "pt", "--out", "base/model.safetensors"], "is no .pt file of torch"),
+        (["base", "--to", "pt", "--out", "adapter"], "is a directory; expected a file"),
+    ],
+)
+def test_nothing_is_written_over_what_is_read_or_of_another_kind(
+    adapted: Any, tmp_path: Path, capsys: Any, monkeypatch: Any, words: list[str], told: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("dear to somebody")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *words]) == 2
+    assert f"--out {words[-1]}: " in (error := capsys.readouterr().err)
+    assert told in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_one_file_and_back(base: Path, tmp_path: Path) -> None:
     file, again = tmp_path / "model.pt", tmp_path / "again"
     assert main(["export", str(base), "--to", "pt", "--out", str(file)]) == 0

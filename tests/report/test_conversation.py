@@ -63,7 +63,7 @@ def test_a_page_of_one_conversation(data, tokenizer, tmp_path, capsys):
     [
         ("{data}", "expected FILE.jsonl:LINE"),
         ("{data}:0", "counted from 1"),
-        ("{data}:99", "no conversation at line 99"),
+        ("{data}:99", "no conversation at line or record 99"),
         ("{data}:3", "talk.jsonl:3: not JSON"),
         ("nowhere.jsonl:1", "there is no file nowhere.jsonl"),
     ],
@@ -108,3 +108,13 @@ def test_examples_become_rows(data, tokenizer):
     assert np.array_equal(sheet.tokens[0, : len(example.ids)], example.ids)
     assert np.array_equal(sheet.mask[0, : len(example.ids)], example.loss_mask)
     assert sheet.trained == (example.loss_mask > 0).sum()
+
+
+def test_a_record_of_a_json_array_is_found_by_its_number(tmp_path, tokenizer, capsys):
+    talks = [[{"role": "user", "content": n}, {"role": "assistant", "content": "c"}] for n in "ab"]
+    array = tmp_path / "talks.json"
+    array.write_text(json.dumps([{"messages": talk} for talk in talks]))
+    assert inspect("--conversation", f"{array}:2", "--tokenizer", tokenizer) == 0
+    out = capsys.readouterr().out
+    assert "talks.json:2" in out
+    assert "b" in out.partition("rendering")[2].partition("turns")[0]

@@ -132,6 +132,7 @@ def test_a_recorded_tokenizer_that_is_gone_or_has_changed_is_told(packed, tmp_pa
         (["FILE", "--rows", "2:2"], "has rows 0 to 2"),
         (["FILE", "--chat_template", "plain"], "go with --conversation"),
         (["nowhere.h5"], "nowhere.h5: no such file"),
+        (["."], ".: is a directory; expected a packed file"),
     ],
 )
 def test_wrong_flags_are_told(packed, capsys, flags, told):
@@ -140,9 +141,16 @@ def test_wrong_flags_are_told(packed, capsys, flags, told):
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(packed, tmp_path, capsys):
-    (tmp_path / "page.html").mkdir()
-    assert inspect(packed, "--html", tmp_path / "page.html") == 2
-    assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    before = packed.read_bytes()
+    for path, told in [
+        (tmp_path / "folder", "is a directory"),
+        (packed / "page.html", "cannot be written: Not a directory"),
+        (packed, "the command reads or writes this already"),
+    ]:
+        assert inspect(packed, "--html", path) == 2
+        assert f"--html {path}: {told}" in capsys.readouterr().err
+    assert packed.read_bytes() == before
     assert not list(tmp_path.glob(".*tmp"))
 
 

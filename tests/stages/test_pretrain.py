@@ -68,9 +68,37 @@ def test_resume_of_a_run_that_failed_before_it_began_prepares_again(text, tmp_pa
         ({"kv_heads": 3}, "--kv_heads 3: must divide"),
         ({"layers": 0}, "--layers 0"),
         ({"tokenizer": "nowhere"}, "nowhere"),
-        ({"data": "nowhere.txt"}, "nowhere.txt"),
+        ({"data": "nowhere.txt", "tokenizer": "none"}, "--data nowhere.txt: no such file"),
+        ({"data": "nowhere.txt", "tokenizer": "none"}, "--tokenizer none: is no directory"),
+        ({"context_length": 1, "dev_fraction": 2}, "--context_length 1: must be at least 2"),
+        ({"context_length": 1, "dev_fraction": 2}, "--dev_fraction 2: must be from 0 to below 1"),
+        ({"vocab_size": 256}, "--vocab_size 256: expected at least 257"),
+        ({"out_ckpt": "tests"}, "--out_ckpt tests: is a directory"),
     ],
 )
 def test_bad_flags(text, tmp_path, capsys, flags, told):
     assert main(command(text, tmp_path / "base", **flags)) == 2
     assert told in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "completion": "b"}\n',
+            "1 cannot be read (mend them, or take",
+        ),
+        ("a.jsonl", b"", "nothing is left to train on: --data: nothing stands in"),
+        ("a.txt", b"word", "of 1 conversations or rows of text, with 1 different openings"),
+        ("a.txt", b"\xff\xfe", "a.txt: cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_refused_data_leave_no_folder(tmp_path, capsys, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    assert main(command(tmp_path / name, tmp_path / "base")) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "--bad_lines" not in error, "no flag of this command"
+    assert [path.name for path in tmp_path.iterdir()] == [name]

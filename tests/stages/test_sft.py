@@ -30,6 +30,8 @@ def world(tmp_path_factory) -> Path:
     tiny.model_directory(folder / "base")
     tiny.packed_file(folder / "train.h5", n_rows=12)
     tiny.packed_file(folder / "dev.h5", n_rows=5, seed=1)
+    with StoreWriter(folder / "other.h5", 1, 8, attrs={"tokenizer_hash": "0" * 64}) as store:
+        store.write_rows(*[np.ones((1, 8), np.int32)] * 3)
     return folder
 
 
@@ -125,7 +127,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_model_is_loaded(
     def refuse(**place):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("whet.train.session.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("whet.files.tempfile.TemporaryFile", refuse)
     assert main(command(world, tmp_path / "out", model="nowhere")) == 2
     told = capsys.readouterr().err
     assert (
@@ -216,15 +218,47 @@ def test_all_problems_are_told_at_once(world, tmp_path, capsys):
         ({"data": "nowhere.h5"}, "nowhere.h5"),
         ({"lr_groups": "re:nothing=2"}, "matches none of the trained parameters"),
         ({"train": "re:nothing"}, "--train re:nothing: matches no parameter"),
+        ({"train": "re:nothing", "dev": "{world}/other.h5"}, "--train re:nothing: matches no"),
+        ({"train": "re:nothing", "dev": "{world}/other.h5"}, "--dev {world}/other.h5: "),
+        ({"train": "re:mlp", "lora_rank": 2}, "--train and an adapter exclude each other"),
         ({"lora_4bit": True}, "add --lora_rank"),
         ({"gsm8k_dev": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],
 )
 def test_bad_flags(world, tmp_path, capsys, flags, told):
+    flags = {name: str(value).format(world=world) for name, value in flags.items()}
+    flags = {name: True if value == "True" else value for name, value in flags.items()}
     assert main(command(world, tmp_path / "out", **flags)) == 2
     error = capsys.readouterr().err
-    assert told in error
+    assert told.format(world=world) in error
     assert "Traceback" not in error
+
+
+def test_flags_and_files_are_told_together_before_the_model_is_loaded(world, tmp_path, capsys):
+    flags = {"gsm8k_dev": "none.jsonl", "dev": "none.h5", "train": "re:(", "lora_alpha": 3}
+    flags |= {"tokenizer": "none", "out_ckpt": world, "lora_4bit": True}
+    assert main(command(world, tmp_path / "out", **flags)) == 2
+    error = capsys.readouterr().err
+    for told in (
+        "none.jsonl: no such file",
+        "none.h5: no such file",
+        "--train re:(: not a regular expression",
+        "--lora_alpha: there is no adapter",
+        "--lora_4bit: needs an adapter",
+        "--tokenizer none: is no directory",
+        f"--out_ckpt {world}: is a directory",
+    ):
+        assert told in error
+    assert error.count("whet: error:") == 7
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["train.h5", "base", "notes.txt"])
+def test_out_ckpt_replaces_no_file_of_another_kind(world, tmp_path, capsys, name):
+    (world / "notes.txt").write_text("dear to somebody")
+    assert main(command(world, tmp_path / "out", out_ckpt=world / name)) == 2
+    assert f"--out_ckpt {world / name}: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,19 @@ UNREADABLE = "datum"
 Policy = Literal["error", "drop"]
 
 
-def stop_at_refusals(spool: Spool, bad_lines: Policy, uncertain: Policy) -> None:
-    """Raise UserError with the first refused lines, unless the flags say to leave them out."""
+def stop_at_refusals(
+    spool: Spool, bad_lines: Policy, uncertain: Policy, *, has_flags: bool
+) -> None:
+    """Raise UserError with the first refused lines, unless the flags say to leave them out.
+
+    `has_flags`: whether the command that the user gave has these flags.
+    """
     bad = sum(n for (_, kind), n in spool.refused.items() if kind == UNREADABLE)
     unsure = spool.refused.total() - bad
     ways = []
     if bad and bad_lines == "error":
-        ways.append(f"{bad:,} cannot be read (--bad_lines drop leaves them out)")
+        way = "--bad_lines drop leaves them out" if has_flags else "mend them, or take them out"
+        ways.append(f"{bad:,} cannot be read ({way})")
     if unsure and uncertain == "error":
         ways.append(f"{unsure:,} have no provable loss mask (--uncertain drop leaves them out)")
     if not ways:
@@ -122,14 +128,17 @@ def _record(source: str, line: int, kind: str, reason: str) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def fates(encoded: Encoded) -> str:
-    """How many examples had which fate, for instance `12 overlong, 3 duplicate`."""
+def fates(encoded: Encoded, truncate: bool) -> str:
+    """How many examples had which fate, for instance `12 overlong, 3 duplicate`.
+
+    `truncate` says whether long examples were cut.
+    """
     fate = encoded.selection.fate
     counts = np.bincount(fate, minlength=len(FATES))
     told = ", ".join(f"{n:,} {name}" for name, n in zip(FATES, counts, strict=True) if n)
     if counts[OVERLONG]:
         shortest = encoded.examples["length"][fate == OVERLONG].min()
-        told += f" (the shortest has {shortest:,} tokens; {WAYS_TO_FIT})"
+        told += f" (the shortest has {shortest:,} tokens; {_ways_to_fit(truncate)})"
     return told
 
 
@@ -154,8 +163,7 @@ def notes(
             told = TOLD[name]
             if fate == OVERLONG:
                 longest = encoded.examples["length"][encoded.selection.fate == OVERLONG].max()
-                ways = "no turn of theirs fits" if truncate else WAYS_TO_FIT
-                told += f", the longest has {longest:,} tokens; {ways}"
+                told += f", the longest has {longest:,} tokens; {_ways_to_fit(truncate)}"
             lines.append(f"{n:,} examples left out: {told}")
             if fate == CONTAMINATED:
                 found = [r for r in map(json.loads, left_out) if r["kind"] == FATES[fate]]
@@ -172,7 +180,12 @@ def _some(reasons: list[str]) -> list[str]:
     return [*(f"  {reason}" for reason in reasons[:SAME]), *more]
 
 
-WAYS_TO_FIT = "see --context_length and --overlong truncate"
+def _ways_to_fit(truncate: bool) -> str:
+    if truncate:
+        return "no turn of theirs fits: raise --context_length"
+    return "see --context_length and --overlong truncate"
+
+
 TOLD = {
     "duplicate": "exact duplicates",
     "contaminated": "they share a question with an evaluation file",

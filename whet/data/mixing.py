@@ -102,9 +102,9 @@ def hold_out(openings: np.ndarray, usable: np.ndarray, fraction: float, seed: in
     otherwise be trained and measured at once. Raises UserError where no such part can be found.
     """
     dev = np.zeros(len(openings), bool)
-    if fraction == 0:
-        return dev
     members = np.flatnonzero(usable)
+    if fraction == 0 or len(members) == 0:
+        return dev
     groups, group_of, sizes = np.unique(openings[members], return_inverse=True, return_counts=True)
     order = np.random.default_rng([seed, 2]).permutation(len(groups))
     wanted = max(1, round(fraction * len(members)))
@@ -118,9 +118,9 @@ def hold_out(openings: np.ndarray, usable: np.ndarray, fraction: float, seed: in
             break
     if n == 0 or n == len(members):
         raise UserError(
-            f"--dev_fraction {fraction:g} of {len(members)} conversations that open with "
-            f"{len(groups)} different questions leaves no dev part or nothing to train on; "
-            "conversations with the same opening are not split apart"
+            f"--dev_fraction {fraction:g} of {len(members):,} conversations or rows of text, with "
+            f"{len(groups):,} different openings, leaves no dev part or nothing to train on: what "
+            "opens alike stays together; use more data, or --dev_fraction 0"
         )
     dev[members[taken[group_of]]] = True
     return dev

@@ -21,19 +21,21 @@ import numpy as np
 
 from whet.chat.encode import EncodeOptions
 from whet.chat.formats import FORMATS
-from whet.chat.tokenizer import Tokenizer, add_chat_tokens, load_tokenizer
-from whet.config import problems
+from whet.chat.tokenizer import Tokenizer, add_chat_tokens, find_template, load_tokenizer
+from whet.config import collected, problems
 from whet.data.account import SourceAccount, count, table, totals
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import BlockEncoder
 from whet.data.left_out import LeftOut, fates, notes, stop_at_refusals
 from whet.data.mixing import KEPT, Overlong, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
-from whet.data.reader import Source, parse_source, read_blocks
+from whet.data.reader import Source, check_path, parse_sources, read_blocks
 from whet.data.spool import Spool
+from whet.data.store import PACKED
 from whet.data.writing import Encoded, write_packed
 from whet.errors import UserError
-from whet.hub import find_model
+from whet.files import nearest, unwritable
+from whet.hub import check_name, find_model
 from whet.progress import say, track
 
 SMALL_BYTES = 8 << 20
@@ -101,8 +103,13 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
 
     Raises UserError, with nothing written, for bad flags, files or lines.
     """
-    _check(config)
-    sources = [parse_source(argument) for argument in config.data]
+    found = flaws(config)
+    with collected(found):
+        if not config.tokenizer:
+            raise UserError("--tokenizer: name the directory of the model's tokenizer")
+        check_name(config.tokenizer)
+    problems(found)
+    sources = parse_sources(config.data)
     if _workers(config, sources):
         start_server(BlockEncoder)  # it starts while the tokenizer is loaded
     tokenizer = load_tokenizer(find_model(config.tokenizer, quiet=quiet, weights=False))
@@ -132,41 +139,69 @@ def prepare_text(
     What is longer than a row is cut into rows, no token lost. A row's first token has nothing
     before it and counts as context. Raises UserError for records that are conversations.
     """
-    config = Config(
-        data=tuple(paths), tokenizer="(given)", out=out, context_length=context_length,
-        dev_out=dev_out, dev_fraction=dev_fraction, seed=seed, workers=workers,
-        special_in_content="escape",
-    )  # fmt: skip
-    _check(config)
-    sources = [parse_source(argument) for argument in config.data]
+    config = text_config(
+        paths, context_length, out, dev_out=dev_out, dev_fraction=dev_fraction, seed=seed
+    )
+    config = dataclasses.replace(config, workers=workers)
+    problems(flaws(config))
+    sources = parse_sources(config.data)
     return _prepare(config, sources, tokenizer, None, text_only=True, quiet=quiet)
 
 
-def _check(config: Config) -> None:
-    """Tell all that is wrong with the flags at once."""
-    found = []
+def text_config(
+    paths: Sequence[str],
+    context_length: int,
+    out: str,
+    *,
+    dev_out: str | None,
+    dev_fraction: float,
+    seed: int,
+) -> Config:
+    """The settings by which `prepare_text` works."""
+    return Config(
+        data=tuple(paths), tokenizer="(given)", out=out, context_length=context_length,
+        dev_out=dev_out, dev_fraction=dev_fraction, seed=seed, special_in_content="escape",
+    )  # fmt: skip
+
+
+def flaws(config: Config) -> list[str]:
+    """All that can be said against the flags, but for the tokenizer, before anything is read."""
+    found: list[str] = []
     if not config.data:
         found.append("--data: name at least one file")
-    if not config.tokenizer:
-        found.append("--tokenizer: name the directory of the model's tokenizer")
+    sources: list[Source] = []
+    with collected(found):
+        sources = parse_sources(config.data)
+    for path in config.decontaminate:
+        with collected(found):
+            check_path(path, "--decontaminate")
     if config.context_length < 2:
         found.append(f"--context_length {config.context_length}: must be at least 2")
     if not 0 <= config.dev_fraction < 1:
         found.append(f"--dev_fraction {config.dev_fraction:g}: must be from 0 to below 1")
-    if bool(config.dev_out) != bool(config.dev_fraction):
+    elif bool(config.dev_out) != bool(config.dev_fraction):
         found.append("--dev_out and --dev_fraction belong together: give both or neither")
-    if config.dev_out and Path(config.dev_out).absolute() == Path(config.out).absolute():
-        found.append("--dev_out and --out name the same file")
+    with collected(found):
+        _encode_options(config)
+    if config.date:
+        try:
+            date.fromisoformat(config.date)
+        except ValueError:
+            found.append(f"--date {config.date}: expected a date such as 2025-12-31")
+    with collected(found):
+        if config.chat_template:
+            find_template(config.chat_template)
     if config.format and config.format not in FORMATS:
         found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
     if config.seed < 0:
         found.append(f"--seed {config.seed}: must be 0 or more")
     if config.workers is not None and config.workers < 0:
         found.append(f"--workers {config.workers}: must be 0 or more")
-    for out in filter(None, (config.out, config.dev_out)):
-        if Path(out).is_dir():
-            found.append(f"{out}: is a directory; --out and --dev_out name files")
-    problems(found)
+    inputs = [*(source.path for source in sources), *config.decontaminate, config.tokenizer]
+    found += unwritable("--out", config.out, inputs, PACKED)
+    if config.dev_out:
+        found += unwritable("--dev_out", config.dev_out, [*inputs, config.out], PACKED)
+    return found
 
 
 def _prepare(
@@ -188,9 +223,9 @@ def _prepare(
         evaluations=evaluations,
         text_only=text_only,
     )
-    with Spool(Path(config.out).parent) as spool:
+    with Spool(nearest(Path(config.out).parent)) as spool:
         _encode(spool, encoder, sources, _workers(config, sources), quiet)
-        stop_at_refusals(spool, config.bad_lines, config.uncertain)
+        stop_at_refusals(spool, config.bad_lines, config.uncertain, has_flags=not text_only)
         conversations, examples, runs = spool.tables()
         selection = select(
             conversations,
@@ -265,8 +300,9 @@ def _write(
     written = encoded.selection.fate == KEPT
     trained = encoded.trained()
     if not (written & ~encoded.selection.dev & (trained > 0)).any():
-        empty = f"no conversation stands in {', '.join(source.path for source in sources)} (--data)"
-        raise UserError(f"nothing is left to train on: {fates(encoded) or empty}")
+        empty = f"--data: nothing stands in {', '.join(source.path for source in sources)}"
+        told = fates(encoded, config.overlong == "truncate") or empty
+        raise UserError(f"nothing is left to train on: {told}")
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     attrs = {
         "vocab_size": tokenizer.vocab_size,

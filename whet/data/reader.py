@@ -1,19 +1,21 @@
 """Data files -> blocks of records, read piece by piece.
 
 A record stays unparsed text here wherever it can, so that parsing and encoding happen together in
-the worker processes. Every record knows its line, counted as an editor counts.
+the worker processes. Every record knows its line, counted as an editor counts, or its number where
+records have no lines of their own: a JSON array is often written as a single line.
 """
 
 import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from whet.config import collected, problems
 from whet.errors import UserError
 
 BLOCK_BYTES = 1 << 18
@@ -38,9 +40,9 @@ class Source:
 
 
 class Unit(NamedTuple):
-    """One record: its line, and JSON text, or the parsed record where the file was not JSON."""
+    """One record: its place, and JSON text, or the parsed record where the file was not JSON."""
 
-    line: int
+    line: int  # from 1; the number of the record in `.json`, Parquet and data sets of the hub
     content: str | bytes | dict[str, Any]
 
 
@@ -62,8 +64,33 @@ def parse_source(argument: str) -> Source:
     except ValueError:
         raise UserError(f"--data {argument}: {weight!r} is not a number") from None
     if not 0 < value < 1e6:
-        raise UserError(f"--data {argument}: the weight must be above 0, got {weight}")
+        raise UserError(
+            f"--data {argument}: expected a weight above 0 and below a million, got {weight}"
+        )
     return Source(path, value)
+
+
+def parse_sources(arguments: Sequence[str]) -> list[Source]:
+    """The arguments of `--data`; raises UserError telling all that cannot be read."""
+    found: list[str] = []
+    sources = []
+    for argument in arguments:
+        with collected(found):
+            sources.append(parse_source(argument))
+            check_path(sources[-1].path, "--data")
+    problems(found)
+    return sources
+
+
+def check_path(path: str, flag: str) -> None:
+    """Raise UserError if `path` can be neither a data file nor a data set of the hub."""
+    try:
+        if Path(path).is_file():
+            _kind(path)
+        else:
+            _hub_name(path)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
 
 
 def read_blocks(sources: list[Source]) -> Iterator[Block]:
@@ -118,6 +145,8 @@ def parse(unit: Unit) -> Any:
     except RecursionError:
         raise UserError("nested too deeply to be a conversation") from None
     except ValueError as error:
+        if not text.strip():
+            raise UserError("is empty; expected a JSON object") from None
         raise UserError(f"not JSON: {error}") from None
     return record
 
@@ -126,7 +155,18 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant)  # json.loads would make one for each line
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: JSON lets the last of two win, and one text would be lost."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"the key {twice!r} stands twice in one object; which one is meant?")
+    return record
+
+
+# json.loads would make one for each line.
+DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
 
 
 def _size(content: Any) -> int:
@@ -191,7 +231,7 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
     inside it, more is read. After a syntax error nothing that follows can be trusted.
     """
     decoder = json.JSONDecoder()
-    text, line, in_array, wanted = "", 1, False, 1 << 20
+    text, line, number, in_array, wanted = "", 1, 0, False, 1 << 20
     first, comma = True, True  # comma: whether a value may come now
     while True:
         more = file.read(wanted)
@@ -232,7 +272,8 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
             if end == len(text) and more:  # a number may go on
                 comma = True
                 break
-            yield Unit(line, text[position:end])
+            number += 1
+            yield Unit(number, text[position:end])
             line += text.count("\n", position, end)
             position = end
         text = text[position:]
@@ -300,11 +341,7 @@ HUB_NAME = re.compile(r"(?P<name>[^@#]+)(@(?P<config>[^@#]+))?(#(?P<split>[^@#]+
 
 def _hub_units(path: str) -> Iterator[Unit]:
     """A data set of the hub, `NAME[@CONFIG][#SPLIT]`, or a local directory that holds one."""
-    found = HUB_NAME.fullmatch(path)
-    name = found["name"] if found else path
-    looks_like_file = any(name.lower().endswith(s) for s in (*KINDS, *COMPRESSED, ".ndjson"))
-    if not found or (looks_like_file and not Path(name).is_dir()):
-        raise UserError(f"{path}: no such file (--data)")
+    name, config, split = _hub_name(path)
     try:
         import datasets
     except ImportError:
@@ -312,12 +349,22 @@ def _hub_units(path: str) -> Iterator[Unit]:
             f"{path}: no such file; a hub data set needs `pip install datasets`"
         ) from None
     try:
-        data = _load(datasets, name, found["config"], found["split"] or "train")
+        data = _load(datasets, name, config, split or "train")
     except Exception as error:  # the library raises whatever its layers raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--data {path}: no such file, and no data set to load: {reason}") from None
+        raise UserError(f"{path}: no such file, and no data set to load: {reason}") from None
     for number, record in enumerate(data, 1):
         yield Unit(number, record)
+
+
+def _hub_name(path: str) -> tuple[str, str | None, str | None]:
+    """Name, configuration and split."""
+    found = HUB_NAME.fullmatch(path)
+    name = found["name"] if found else path
+    looks_like_file = any(name.lower().endswith(s) for s in (*KINDS, *COMPRESSED, ".ndjson"))
+    if not found or (looks_like_file and not Path(name).is_dir()):
+        raise UserError(f"{path}: no such file")
+    return name, found["config"], found["split"]
 
 
 def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:

@@ -37,6 +37,9 @@ DOCUMENT = np.dtype(
 """One document: tokens start..start+length of `row`; `trained` of them have a weight; it was read
 from line `line` (from 1) of `attrs["sources"][source]`; `part` counts the examples of one line."""
 
+PACKED = ("HDF5 file", h5py.is_hdf5)
+"""What a new packed file may replace: a `whet.files.Kind`."""
+
 SCAN_ROWS = 1024  # rows that are read at once where the whole file is gone through
 
 
@@ -187,6 +190,8 @@ class PackedStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise UserError(f"{path}: is a directory; expected a packed file of `whet prepare`")
         if not self.path.is_file():
             raise UserError(f"{path}: no such file; `whet prepare` makes packed files")
         try:

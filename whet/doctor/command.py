@@ -33,6 +33,7 @@ from whet.doctor.subject import (
     sample_rows,
 )
 from whet.errors import UserError
+from whet.files import replaced, unwritable
 from whet.hub import find_model
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.progress import say, track
@@ -102,7 +103,9 @@ def main(config: Config) -> int:
         f"in {seconds:.0f} s"
     )
     if config.json is not None:
-        _write(config.json, {"machine": machine(), **_settings(config), **count, "claims": rows})
+        content = {"machine": machine(), **_settings(config), **count, "claims": rows}
+        with replaced(config.json) as aside:
+            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if count["fail"] else 0
 
 
@@ -117,6 +120,9 @@ def check(config: Config) -> None:
         found.append("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
     if config.json is not None and not config.json.absolute().parent.is_dir():
         found.append(f"--json {config.json}: its folder does not exist")
+    elif config.json is not None:
+        inputs = [config.model, config.data, config.conversations, config.tokenizer]
+        found += unwritable("--json", config.json, [*inputs, config.chat_template])
     problems(found)
 
 
@@ -222,9 +228,3 @@ def _tell_header(config: Config, subject: Subject) -> None:
     sources = [str(path) for path in (config.data, config.conversations) if path]
     made = f"documents of {sources[0]}" if sources else "random tokens, as no data were given"
     say(f"  {len(subject.rows)} rows of {subject.row_tokens} tokens, made of {made}")
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)

@@ -11,9 +11,9 @@ from tyro.conf import Positional
 
 from whet.config import problems
 from whet.data.store import PackedStore
-from whet.errors import UserError
 from whet.evaluate.dev import dev_loss, misfits
-from whet.evaluate.gsm8k import gsm8k_accuracy, load_gsm8k, write_samples
+from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
+from whet.files import replaced, unwritable
 from whet.generate.opened import Device, Opened, Precision, open_model
 from whet.progress import say
 
@@ -53,6 +53,7 @@ def main(config: Config) -> int:
     _check(config)
     started = time.monotonic()
     numbers: dict[str, Any] = {"run": str(config.run)}
+    samples: list[Sample] = []
     # Both files before the model: a typing error shows at once.
     questions = load_gsm8k(config.gsm8k, config.limit) if config.gsm8k else None
     store = PackedStore(config.dev) if config.dev else None
@@ -71,8 +72,7 @@ def main(config: Config) -> int:
             f"(95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %); "
             f"{found.unanswered:,} without a number, {found.unstopped:,} without an end"
         )
-        if config.samples:
-            write_samples(found.samples, config.samples)
+        samples = found.samples
         numbers |= {
             "gsm8k": str(config.gsm8k),
             "accuracy": found.accuracy,
@@ -84,7 +84,11 @@ def main(config: Config) -> int:
         }
     numbers["seconds"] = round(time.monotonic() - started, 3)
     if config.json:
-        _write(numbers, config.json)
+        with replaced(config.json) as aside:
+            text = json.dumps(numbers, indent=2, ensure_ascii=False)
+            aside.write_text(f"{text}\n", encoding="utf-8")
+    if config.samples:
+        write_samples(samples, config.samples)
     return 0
 
 
@@ -98,10 +102,14 @@ def _check(config: Config) -> None:
         value = getattr(config, flag)
         if value is not None and value < 1:
             found.append(f"--{flag} {value}: expected at least 1")
+    others: list[Path | None] = [config.run, config.gsm8k, config.dev, config.tokenizer]
     for flag in ("json", "samples"):
         path = getattr(config, flag)
         if path and not path.absolute().parent.is_dir():
             found.append(f"--{flag} {path}: the folder {path.absolute().parent} does not exist")
+        elif path:
+            found += unwritable(f"--{flag}", path, others)
+            others.append(path)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         found.append("whet eval runs in one process; start it without torchrun")
     problems(found)
@@ -131,12 +139,3 @@ def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[s
         "trained_tokens": found.tokens,
         "stop_probability": found.stop_probability,
     }
-
-
-def _write(numbers: dict[str, Any], path: Path) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        aside.write_text(json.dumps(numbers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None

@@ -15,6 +15,7 @@ from whet.chat.tokenizer import Tokenizer
 from whet.data.reader import Unit, parse, read_units
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number, wilson
+from whet.files import replaced
 from whet.generate.engine import generate
 from whet.model.decoder import Transformer
 from whet.progress import track
@@ -22,7 +23,7 @@ from whet.progress import track
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its gold number in plain form, and the line (from 1) it was read from."""
+    """A question, its gold number in plain form, and its line (in `.json`: its number), from 1."""
 
     question: str
     gold: str
@@ -141,11 +142,9 @@ def load_gsm8k(path: str | Path, limit: int | None = None) -> list[Problem]:
 
 def write_samples(samples: Sequence[Sample], path: Path) -> None:
     """One JSON object a line, in the problems' order."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    with replaced(path) as aside, open(aside, "w", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
-    aside.replace(path)
 
 
 def _problem(unit: Unit, path: Path) -> Problem:

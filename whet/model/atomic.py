@@ -3,9 +3,10 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors import SafetensorError
 
 from whet.errors import UserError
 from whet.model.weights import INDEX
+
+_WEIGHTS = re.compile(r"(adapter_)?model\.safetensors|model-\d{5}-of-\d{5}\.safetensors")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def _replace_files(aside: Path, directory: Path) -> None:
     for name in markers:
         (directory / name).unlink(missing_ok=True)
     sync(directory)
-    for old in [*directory.glob("*model*.safetensors"), directory / INDEX]:
+    for old in _old_weights(directory):
         old.unlink(missing_ok=True)
     for file in sorted(aside.iterdir(), key=lambda file: file.name in markers):
         if file.is_dir():  # further chat templates; a directory can't be replaced in one step
@@ -79,12 +82,26 @@ def _replace_files(aside: Path, directory: Path) -> None:
         os.replace(file, directory / file.name)
 
 
+def _old_weights(directory: Path) -> list[Path]:
+    """The files of the model that lies there; weights of any other name may be another model's."""
+    indexed: Any = None
+    with suppress(OSError, ValueError):
+        indexed = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    weight_map = indexed.get("weight_map") if isinstance(indexed, dict) else None
+    named = weight_map.values() if isinstance(weight_map, dict) else ()
+    return [
+        file
+        for file in directory.iterdir()
+        if file.name == INDEX or file.name in named or _WEIGHTS.fullmatch(file.name)
+    ]
+
+
 @contextmanager
 def on_full_disk(path: Path, nbytes: int) -> Iterator[None]:
     """Tell a full disk in one line: beforehand if the weights can't fit, else when it happens."""
     parent = next(folder for folder in [path, *path.absolute().parents] if folder.is_dir())
     free = shutil.disk_usage(parent).free
-    full = f"{path}: no space: the model needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+    full = f"{path}: no space: the model needs {_size(nbytes)}, {_size(free)} are free"
     if nbytes > free:
         raise UserError(f"{full}; free some or choose another --out")
     try:
@@ -94,6 +111,10 @@ def on_full_disk(path: Path, nbytes: int) -> Iterator[None]:
         if no_space or "No space left" in str(error) or "enforce fail" in str(error):
             raise UserError(f"{full}; nothing was written under its name") from None
         raise
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def sync(path: Path) -> None:

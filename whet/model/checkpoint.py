@@ -4,7 +4,6 @@ Nothing is forgiven in silence: a weight that is missing, left over or misshaped
 is saved is opened again and compared with what was meant to be saved, before it takes its name.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from whet.config import problems
 from whet.errors import UserError
+from whet.files import replaced
 from whet.model import families, legacy
 from whet.model.atomic import on_full_disk, read_json, sync, write_json, written_aside
 from whet.model.config import ModelConfig
@@ -238,16 +238,10 @@ def save_pt(
         "step": step,
         "metrics": metrics,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with on_full_disk(path, _nbytes(state, dtype)):
-            torch.save(content, aside)
-            sync(aside)
-            verify_saved(aside, model.config, state, dtype)
-            os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replaced(path) as aside, on_full_disk(path, _nbytes(state, dtype)):
+        torch.save(content, aside)
+        sync(aside)
+        verify_saved(aside, model.config, state, dtype)
 
 
 @torch.no_grad()

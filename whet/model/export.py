@@ -5,7 +5,6 @@ the `hf` layout with a check that llama.cpp's `convert_hf_to_gguf.py` knows the 
 every name of a tensor; its tables (`gguf-py/gguf/tensor_mapping.py`) gave the names here.
 """
 
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tyro.conf import Positional
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
+from whet.files import replaced, unwritable, unwritable_folder
 from whet.hub import find_model
 from whet.model import adapter
 from whet.model.atomic import read_json
@@ -31,7 +31,7 @@ from whet.model.checkpoint import (
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
 from whet.model.lora import merge_lora
-from whet.model.weights import SaveDtype, saved_as
+from whet.model.weights import PT, SaveDtype, saved_as
 from whet.progress import say
 
 GGUF_ARCHITECTURES = {
@@ -84,6 +84,7 @@ class Config:
 def main(config: Config) -> int:
     """Run `whet export`."""
     path = find_model(config.run, config.revision)
+    _check_out(path, config)
     model = _open(path, config)
     tokenizer = _tokenizer(path, config)
     dtype = saved_as(config.dtype, model.config.hf)
@@ -106,6 +107,18 @@ def main(config: Config) -> int:
         say(f"python convert_hf_to_gguf.py {config.out}    # in llama.cpp")
     say(f"{config.out}: a model directory, read back and equal")
     return 0
+
+
+def _check_out(path: Path, config: Config) -> None:
+    """Refuse an `--out` that is read, too: an adapter's base, once merged, would be merged again
+    whenever the adapter is opened."""
+    inputs = [path, config.tokenizer]
+    if path.is_dir() and adapter.is_adapter(path):
+        inputs.append(Path(adapter.base_of(path)[0]))
+    if config.to == "pt":
+        problems(unwritable("--out", config.out, inputs, PT))
+    else:
+        problems(unwritable_folder("--out", config.out, inputs))
 
 
 def _open(path: Path, config: Config) -> Transformer:
@@ -164,9 +177,8 @@ def is_gguf_name(name: str) -> bool:
 def _copy_sentencepiece(source: Path, directory: Path) -> None:
     """The converter prefers `tokenizer.model` where a model was made with one."""
     if (source / "tokenizer.model").is_file():
-        aside = directory / ".tokenizer.model.tmp"
-        shutil.copyfile(source / "tokenizer.model", aside)
-        os.replace(aside, directory / "tokenizer.model")
+        with replaced(directory / "tokenizer.model") as aside:
+            shutil.copyfile(source / "tokenizer.model", aside)
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:

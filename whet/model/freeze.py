@@ -15,15 +15,7 @@ def select_trainable(model: nn.Module, pattern: str) -> list[str]:
     for another form, a wrong expression, and one that matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
-    if pattern == "all":
-        expression = re.compile("")
-    elif pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise UserError(f"--train {pattern}: not a regular expression: {error}") from None
-    else:
-        raise UserError(f"--train {pattern}: expected all, or re: and a regular expression")
+    expression = read_pattern(pattern)
     chosen = [name for name in names if expression.search(name)]
     if not chosen:
         some = ", ".join(names[:: max(1, len(names) // 4)])
@@ -31,3 +23,15 @@ def select_trainable(model: nn.Module, pattern: str) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in set(chosen))
     return chosen
+
+
+def read_pattern(pattern: str) -> re.Pattern[str]:
+    """The expression of such a `pattern`; raises UserError for another form and a wrong one."""
+    if pattern == "all":
+        return re.compile("")
+    if not pattern.startswith("re:"):
+        raise UserError(f"--train {pattern}: expected all, or re: and a regular expression")
+    try:
+        return re.compile(pattern[3:])
+    except re.error as error:
+        raise UserError(f"--train {pattern}: not a regular expression: {error}") from None

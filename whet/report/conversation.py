@@ -32,7 +32,7 @@ class EncodedLine:
 def encode_line(
     reference: str, tokenizer: Tokenizer, template_kwargs: dict[str, Any] | None = None
 ) -> EncodedLine:
-    """Encode the conversation at `FILE:LINE`, the line counted from 1.
+    """Encode the conversation at `FILE:LINE`, counted from 1; in `.json` and Parquet, the record.
 
     Raises UserError if there is no such line, and Refused, a UserError, with the reason if the
     conversation has no certain loss mask.
@@ -40,14 +40,17 @@ def encode_line(
     path, colon, number = reference.rpartition(":")
     if not colon or not number.isdecimal() or int(number) == 0:
         raise UserError(
-            f"--conversation {reference}: expected FILE.jsonl:LINE, the line counted from 1"
+            f"--conversation {reference}: expected FILE.jsonl:LINE, counted from 1; in .json and "
+            "Parquet the number of the record"
         )
     if not Path(path).is_file():
         raise UserError(f"--conversation {reference}: there is no file {path}")
     line = int(number)
     unit = next((unit for unit in read_units(path) if unit.line >= line), None)
     if unit is None or unit.line != line:
-        raise UserError(f"--conversation {reference}: {path} has no conversation at line {line:,}")
+        raise UserError(
+            f"--conversation {reference}: {path} has no conversation at line or record {line:,}"
+        )
     try:
         record = parse(unit)
     except UserError as error:

@@ -1,7 +1,6 @@
 """`whet inspect`: see what is trained, token by token, in the terminal or as a page."""
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import tyro
 
 from whet.config import problems
 from whet.errors import UserError
+from whet.files import replaced, unwritable
 from whet.progress import say
 from whet.report.page import page
 from whet.report.sheet import Sheet
@@ -35,7 +35,8 @@ class Config:
     html: Path | None = None
     """Write one self-contained page to this file instead of printing rows."""
     conversation: str | None = None
-    """FILE.jsonl:LINE, counted from 1: show how this conversation is encoded. Needs --tokenizer."""
+    """FILE.jsonl:LINE, counted from 1 (.json, .parquet: FILE:NUMBER of the record): show how this
+    conversation is encoded. Needs --tokenizer."""
     tokenizer: Path | None = None
     """Model or tokenizer directory; for a packed file the one that it was prepared with."""
     chat_template: str | None = None
@@ -85,6 +86,10 @@ def _check(config: Config) -> None:
         found.append("--row and --rows: give one of them")
     if config.conversation and (config.row is not None or config.rows is not None):
         found.append("--row and --rows: go with a packed file, not with --conversation")
+    if config.html is not None:
+        conversations = (config.conversation or "").rpartition(":")[0]
+        inputs = [config.file, conversations, config.tokenizer, config.chat_template]
+        found += unwritable("--html", config.html, inputs)
     problems(found)
 
 
@@ -131,13 +136,6 @@ def _print(lines: Iterator[str]) -> None:
 
 
 def _write(path: Path, sheet: Sheet) -> None:
-    """Write the page under a temporary name, then give it its own."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as aside:
         aside.write_text(page(sheet), encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"--html {path}: cannot be written ({error})") from None
     say(f"{path}: {len(sheet.tokens):,} rows, {path.stat().st_size / 1e6:.1f} MB")

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from whet.chat.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from whet.config import problems
-from whet.data.prepare import prepare_text
+from whet.data.prepare import flaws, prepare_text, text_config
 from whet.data.reader import parse, parse_source, read_units
 from whet.data.store import PackedStore
+from whet.files import unwritable
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
+from whet.model.weights import PT
 from whet.progress import track
 from whet.stages import sft
 from whet.train.distributed import Ranks
@@ -23,6 +25,8 @@ from whet.train.loop import Stage
 from whet.train.session import continues, run_stage
 from whet.train.settings import TrainSettings
 
+SMALLEST_VOCABULARY = 257
+"""Of a byte-level tokenizer: the bytes and the end of a text."""
 TOKENIZER_CHARACTERS = 50_000_000
 """Text that a new tokenizer is learnt from; more changes its merges hardly at all."""
 
@@ -44,7 +48,7 @@ class Config(TrainSettings, Inputs):
     vocab_size: int = 4096
     """Size of a new tokenizer."""
     dev_fraction: float = 0.02
-    """Share of the documents that is held out for the dev loss; one document alone is not split."""
+    """Share of the rows that is held out for the dev loss; 0 for a text of a single row."""
     context_length: int = 512
     """Tokens of a row, and the positions of the model."""
     width: int = 256
@@ -70,25 +74,31 @@ class Config(TrainSettings, Inputs):
 def prepare(config: Config, ranks: Ranks) -> Config:
     """Make tokenizer and packed files in the run folder, unless an earlier process did.
 
-    The packed files are written last and under their names only when complete. Without a
-    config.toml, an earlier process got no further, and it may have had other flags.
+    Nothing is written before all of the text has been read: what is refused leaves no folder.
     """
-    packed, dev = _packed(config), _packed_dev(config)
-    begun = continues(config) and (config.out / "config.toml").exists()
-    if begun and packed.exists() and (dev.exists() or not config.dev_fraction):
+    if _is_prepared(config):
         return config
-    config.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = _make_tokenizer(config)
     prepare_text(
         config.data,
-        _make_tokenizer(config),
+        tokenizer,
         config.context_length,
-        str(packed),
-        dev_out=str(dev) if config.dev_fraction else None,
+        str(_packed(config)),
+        dev_out=_dev_out(config),
         dev_fraction=config.dev_fraction,
         seed=config.seed,
         quiet=config.quiet,
     )
+    tokenizer.save(config.out / "tokenizer")
     return config
+
+
+def _is_prepared(config: Config) -> bool:
+    """Whether an earlier process of this run made the files. Without a config.toml it got no
+    further, and it may have had other flags."""
+    begun = continues(config) and (config.out / "config.toml").exists()
+    dev = _packed_dev(config).exists() or not config.dev_fraction
+    return begun and _packed(config).exists() and dev
 
 
 def _packed(config: Config) -> Path:
@@ -99,21 +109,22 @@ def _packed_dev(config: Config) -> Path:
     return config.out / "packed_dev.h5"
 
 
+def _dev_out(config: Config) -> str | None:
+    return str(_packed_dev(config)) if config.dev_fraction else None
+
+
 def _make_tokenizer(config: Config) -> Tokenizer:
-    """The given tokenizer, or one learnt from the text; kept in the run folder."""
+    """The given tokenizer, or one learnt from the text."""
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
-    else:
-        with track("Learning a tokenizer", unit="texts", quiet=config.quiet) as progress:
+        return load_tokenizer(config.tokenizer)
+    with track("Learning a tokenizer", unit="texts", quiet=config.quiet) as progress:
 
-            def counted() -> Iterator[str]:
-                for text in texts_of(config.data):
-                    progress.advance()
-                    yield text
+        def counted() -> Iterator[str]:
+            for text in texts_of(config.data):
+                progress.advance()
+                yield text
 
-            tokenizer = train_tokenizer(counted(), config.vocab_size)
-    tokenizer.save(config.out / "tokenizer")
-    return tokenizer
+        return train_tokenizer(counted(), config.vocab_size)
 
 
 def texts_of(data: tuple[str, ...], characters: int = TOKENIZER_CHARACTERS) -> Iterator[str]:
@@ -164,13 +175,32 @@ def build(config: Config, ranks: Ranks) -> Stage:
 def check(config: Config) -> None:
     """Refuse sizes that make no model, and files that are not there, all at once."""
     found = []
-    for name in ("vocab_size", "context_length", "width", "layers", "heads"):
+    for name in ("width", "layers", "heads"):
         if getattr(config, name) < 1:
             found.append(f"--{name} {getattr(config, name)}: expected a number above 0")
     if config.heads > 0 and config.width % (2 * config.heads):
         found.append(f"--width {config.width}: must be a multiple of 2 x --heads {config.heads}")
     if config.kv_heads is not None and (config.kv_heads < 1 or config.heads % config.kv_heads):
         found.append(f"--kv_heads {config.kv_heads}: must divide --heads {config.heads}")
+    if config.tokenizer is None and config.vocab_size < SMALLEST_VOCABULARY:
+        least = f"expected at least {SMALLEST_VOCABULARY}: the bytes and the end of a text"
+        found.append(f"--vocab_size {config.vocab_size}: {least}")
+    if not _is_prepared(config):
+        found += flaws(
+            text_config(
+                config.data,
+                config.context_length,
+                str(_packed(config)),
+                dev_out=_dev_out(config),
+                dev_fraction=config.dev_fraction,
+                seed=config.seed,
+            )
+        )
+        if config.tokenizer is not None and not config.tokenizer.is_dir():
+            found.append(f"--tokenizer {config.tokenizer}: is no directory")
+    if config.out_ckpt is not None:
+        others = [*config.data, config.tokenizer, config.out]
+        found += unwritable("--out_ckpt", config.out_ckpt, others, PT)
     problems(found)
 
 

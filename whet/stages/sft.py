@@ -21,7 +21,7 @@ from torch import nn
 
 from whet.chat.convert import find_convertible
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
-from whet.config import as_toml, problems, read_toml
+from whet.config import as_toml, collected, problems, read_toml
 from whet.data.batches import (
     Batch,
     global_batch_rows,
@@ -34,18 +34,21 @@ from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.dev import misfits
 from whet.evaluate.gsm8k import Problem, load_gsm8k
-from whet.hub import find_model
+from whet.files import unwritable
+from whet.hub import check_name, find_model
 from whet.model.adapter import base_of, find_base, is_adapter, tokenizer_home
 from whet.model.attention import plan_documents
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
+from whet.model.freeze import read_pattern
 from whet.model.lora import LoRA
 from whet.model.recompute import Recompute
-from whet.model.weights import saved_as
+from whet.model.weights import PT, saved_as
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.loop import Stage, Sums
+from whet.train.optim import parse_lr_groups
 from whet.train.session import fingerprint, run_stage, total_steps
 from whet.train.settings import TrainSettings
 
@@ -123,22 +126,27 @@ def build(config: Config, ranks: Ranks) -> Stage:
     tokenizer, new_rows = find_tokenizer(config.tokenizer, path), list[int]()
     if config.chat_template is not None and tokenizer is not None:
         tokenizer, new_rows = add_tokens(model, tokenizer, config.chat_template)
-    lora = choose_trained(
-        model,
-        train=config.train,
-        lora=lora_of(config) if adapter is None else None,
-        adapter=adapter,
-        new_rows=new_rows,
-        four_bits=config.lora_4bit,
-        device=ranks.device,
-        seed=config.seed,
-    )
+    found, lora = list[str](), None
+    with collected(found):
+        lora = choose_trained(
+            model,
+            train=config.train,
+            lora=lora_of(config) if adapter is None else None,
+            adapter=adapter,
+            new_rows=new_rows,
+            four_bits=config.lora_4bit,
+            device=ranks.device,
+            seed=config.seed,
+        )
+        parse_lr_groups(
+            config.lr_groups, [n for n, p in model.named_parameters() if p.requires_grad]
+        )
     if lora is not None:
         header.append(("adapter", told(lora, config.lora_4bit)))
         if config.lr < USUAL_ADAPTER_LR / 2:
             usual = "usual for an adapter are 1e-4 to 2e-4: ten times those of all weights"
             header.append(("note", f"--lr {config.lr:g}: {usual}"))
-    found = misfits(model, tokenizer, store, "--data")
+    found += misfits(model, tokenizer, store, "--data")
     found += misfits(model, tokenizer, dev, "--dev") if dev else []
     if gsm8k and tokenizer is None:
         found.append(f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR")
@@ -286,6 +294,30 @@ def lora_of(config: Config) -> LoRA | None:
     )
 
 
+def flaws(config: Config, ranks: Ranks) -> list[str]:
+    """All that can be said against flags and files before the model is loaded."""
+    found: list[str] = []
+    with collected(found):
+        check_name(config.model)
+    for file in filter(None, (config.data, config.dev)):
+        with collected(found):
+            PackedStore(file)
+    with collected(found):
+        if config.gsm8k_dev:
+            load_gsm8k(config.gsm8k_dev, config.gsm8k_limit)
+    if config.tokenizer is not None and not config.tokenizer.is_dir():
+        found.append(f"--tokenizer {config.tokenizer}: is no directory")
+    with collected(found):
+        read_pattern(config.train)
+    path = Path(config.model)
+    if path.exists():
+        found += unfit_flags(config, ranks, path if is_adapter(path) else None)
+    if config.out_ckpt is not None:
+        others = [config.data, config.dev, config.gsm8k_dev, config.tokenizer, config.out]
+        found += unwritable("--out_ckpt", config.out_ckpt, [config.model, *others], PT)
+    return found
+
+
 def unfit_flags(config: Config, ranks: Ranks, adapter: Path | None) -> list[str]:
     """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
     found = []
@@ -294,6 +326,11 @@ def unfit_flags(config: Config, ranks: Ranks, adapter: Path | None) -> list[str]
     fields = [f for f in dataclasses.fields(Config) if f.name.startswith("lora_")]
     given = [f.name for f in fields if getattr(config, f.name) != f.default]
     given = [name for name in given if name != "lora_4bit"]
+    trains_adapter = adapter is not None or config.lora_rank is not None
+    if config.lora_4bit and not trains_adapter:
+        found.append("--lora_4bit: needs an adapter to train; add --lora_rank 16")
+    if config.train != "all" and trains_adapter:
+        found.append("--train and an adapter exclude each other: the base is frozen")
     if adapter is not None:
         found += [
             f"--{name}: {adapter} is trained further, with its own settings; leave this out"
@@ -346,6 +383,7 @@ def lineage(config: Config, store: PackedStore, adapter: Path | None) -> dict:
 
 def prepare(config: Config, ranks: Ranks) -> Config:
     """`--auto`: settings that fit; a continued run keeps those that it has."""
+    problems(flaws(config, ranks))
     if not config.auto:
         return config
     saved = config.out / "config.toml"

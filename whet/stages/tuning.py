@@ -51,12 +51,8 @@ def choose_trained(
     further. Returns the adapter's settings, or None if the model itself is trained.
     """
     if lora is None and adapter is None:
-        if four_bits:
-            raise UserError("--lora_4bit: needs an adapter to train; add --lora_rank 16")
         select_trainable(model, train)
         return None
-    if train != "all":
-        raise UserError("--train and an adapter exclude each other: the base is frozen")
     if adapter is not None and new_rows:
         raise UserError(
             f"{adapter}: an adapter can't be given tokens that it lacks; merge it first: "

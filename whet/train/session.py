@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 from whet.config import problems, read_toml
 from whet.data.store import PackedStore
 from whet.errors import UserError
+from whet.files import unwritable_folder
 from whet.model.float8 import use_float8
 from whet.train import distributed, memory, optim, state
 from whet.train.curves import open_curves
@@ -217,9 +217,7 @@ def find_start(config: TrainSettings, command: str) -> Path | None:
     """
     marks = ("config.toml", "metrics.jsonl", "state", "model.safetensors", "config.json")
     holds = [mark for mark in marks if (config.out / mark).exists()]
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"--out {config.out}: is a file; expected a folder to write")
-    _try_to_write(config.out)
+    problems(unwritable_folder("--out", config.out))
     model = [mark for mark in holds if mark in ("model.safetensors", "config.json")]
     if continues(config) and model and not (config.out / "config.toml").exists():
         raise UserError(
@@ -239,16 +237,6 @@ def find_start(config: TrainSettings, command: str) -> Path | None:
     for line in passed_over:
         print(f"warning: {line}", file=sys.stderr)
     return start
-
-
-def _try_to_write(folder: Path) -> None:
-    """Raise UserError now, not when the model is loaded, if nothing can be written there."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
 
 
 def _check_same_flags(config: TrainSettings, path: Path) -> None:
