@@ -13,7 +13,8 @@ from torch import nn
 from tests.model import zoo
 from whet.errors import UserError
 from whet.model import adapter
-from whet.model.adapter import load_adapter, save_adapter
+from whet.model.adapter import load_adapter
+from whet.model.adapter_writing import save_adapter
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.embedding import grow_embedding
