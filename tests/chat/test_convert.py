@@ -1,13 +1,22 @@
 """SentencePiece and tiktoken files against the libraries that they belong to."""
 
 import base64
+import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 
-from whet.chat.convert import TIKTOKEN, _byte_letters, convert, find_convertible
+from whet.chat.convert import (
+    TIKTOKEN,
+    Converted,
+    _byte_letters,
+    convert,
+    find_convertible,
+    with_ends,
+)
 from whet.chat.tokenizer import load_tokenizer
 from whet.errors import UserError
 
@@ -56,32 +65,106 @@ def test_the_files_that_others_converted_agree(shared_data: Path) -> None:
         assert ids(found, text) == ids(theirs, text)
 
 
-@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
-@pytest.mark.parametrize("plain", [True, False])
-def test_trained_sentencepiece_models(tmp_path: Path, model_type: str, plain: bool) -> None:
+def trained(folder: Path, **options: Any) -> Path:
+    """A small SentencePiece model."""
     sentencepiece = pytest.importorskip("sentencepiece")
     text = "the shop sells three apples and two pears, she pays 12 coins\n"
-    (tmp_path / "text").write_text(text * 20 + "who counts what remains of them?\n" * 9)
+    (folder / "text").write_text(text * 20 + "who counts what remains of them?\n" * 9)
+    settings = {"vocab_size": 310, "byte_fallback": True, "hard_vocab_limit": False, **options}
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        model_type=model_type,
-        vocab_size=310,
-        byte_fallback=True,
-        add_dummy_prefix=plain,
-        remove_extra_whitespaces=not plain,
-        normalization_rule_name="identity" if plain else "nmt_nfkc",
-        user_defined_symbols=["<sep>"],
-        hard_vocab_limit=False,
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
         minloglevel=2,
+        **settings,
     )
-    file = find_convertible(tmp_path)
-    assert file == tmp_path / "tokenizer.model"
+    file = find_convertible(folder)
+    assert file == folder / "tokenizer.model"
+    return file
+
+
+SYMBOLS = {"user_defined_symbols": ["<sep>", "[x"]}
+PLAIN = {"add_dummy_prefix": False}
+IDENTITY = {"normalization_rule_name": "identity"}
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {**IDENTITY, "remove_extra_whitespaces": False},
+        {**IDENTITY},
+        {**SYMBOLS},
+        {**SYMBOLS, **IDENTITY, "remove_extra_whitespaces": False},
+        {**SYMBOLS, **PLAIN},
+        {**SYMBOLS, **PLAIN, **IDENTITY},
+        {**SYMBOLS, **PLAIN, **IDENTITY, "remove_extra_whitespaces": False},
+    ],
+    ids=str,
+)
+def test_trained_sentencepiece_models(
+    tmp_path: Path, model_type: str, options: dict[str, Any]
+) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = trained(tmp_path, model_type=model_type, **options)
     oracle = sentencepiece.SentencePieceProcessor(model_file=str(file))
     found = backend(file)
     texts = ["the three pears", " she  counts what\tthem", "ﬁve 日 shops", "apples<sep>remains"]
-    for text in texts[: 3 if plain else 4]:
+    texts += ["a<sep>b", "a <sep>  b ", "<sep> x<sep>", "[x[x<sep>", "＜sep＞ a", "\n[x a\n"]
+    texts += ["\n\nthe\n", "\u3000the ", ""]
+    texts += ["<sep>"] if options.keys() >= PLAIN.keys() else []  # else it has no space before it
+    for text in texts:
         assert ids(found, text) == oracle.encode(text), text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"user_defined_symbols": ["ﬁ"]}, "the 1 symbols .* 'ﬁ'"),
+        ({"treat_whitespace_as_suffix": True}, "spaces at the end of words"),
+    ],
+)
+def test_sentencepiece_models_that_would_get_other_ids_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"tokenizer.model: .*{message}"):
+        convert(trained(tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, {"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False}],
+    ids=str,
+)
+def test_bos_and_eos_stand_where_transformers_puts_them(
+    tmp_path: Path, said: dict[str, Any]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    trained(tmp_path, model_type="bpe", **IDENTITY, remove_extra_whitespaces=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "LlamaTokenizer", **names, **said}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = load_tokenizer(tmp_path)
+    found.save(tmp_path / "saved")
+    config = {"add_bos_token": True, **config}  # the older default, as the models were trained
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in ("three apples", "she  counts\n"):
+        expected = theirs(text).input_ids
+        assert found.backend.encode(text).ids == expected
+        assert again(text).input_ids == expected
+        assert found.encode(text) == [i for i in expected if i not in (1, 2)]
+
+
+def test_ends_are_added_where_the_file_says_so() -> None:
+    """GPT-2's files name their <|endoftext|> as bos, and do not put it first."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<b>": 1}, "a"))
+    made.add_special_tokens(["<b>"])
+    converted = Converted(made.to_str(), {})
+    for said, expected in (({}, [0]), ({"add_bos_token": True}, [1, 0])):
+        text = with_ends(converted, {"bos_token": "<b>"}, said)
+        assert tokenizers.Tokenizer.from_str(text).encode("a").ids == expected
 
 
 @pytest.mark.parametrize("name", ["r50k_base", "cl100k_base"])

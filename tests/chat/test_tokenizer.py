@@ -125,6 +125,18 @@ def test_where_the_template_comes_from(small: Tokenizer, tmp_path: Path) -> None
     assert "im_start" in load_tokenizer(tmp_path, "chatml").template.source
 
 
+@pytest.mark.parametrize("said", ["x", {"a": 1}, [[1]], [1, "x"], True, -1])
+def test_an_eos_that_is_no_id_is_told(small: Tokenizer, tmp_path: Path, said: object) -> None:
+    small.save(tmp_path)
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": said}))
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id is .*expected"):
+        load_tokenizer(tmp_path)
+    file.write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"generation_config.json is no valid JSON"):
+        load_tokenizer(tmp_path)
+
+
 def test_eos_from_generation_config(small: Tokenizer, tmp_path: Path) -> None:
     """GLM ends a reply where the next turn's header begins, and says so only there."""
     small.save(tmp_path)

@@ -32,6 +32,14 @@ def test_sampling_follows_the_softmax(temperature: float) -> None:
     torch.testing.assert_close(share, expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-42, 5e-324])
+def test_a_temperature_near_0_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[-800.0, 900.0, 899.0]])
+    for draw in (0.0, 0.5, 1.0 - 2**-24):
+        token = next_tokens(logits, torch.tensor([draw]), temperature=temperature, top_p=0.9)
+        assert token.tolist() == [1]
+
+
 def test_top_k_keeps_the_likeliest_and_their_proportions() -> None:
     probabilities, ids = candidates(LOGITS[:1], temperature=1.0, top_k=2)
     assert ids.tolist() == [[1, 2]]

@@ -79,7 +79,9 @@ def test_a_truncated_file_is_told(directory: Path, keep: int) -> None:
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
         b'{"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}}',
+        b"[" * 200_000,
     ],
+    ids=lambda header: header[:60].decode(),
 )
 def test_a_damaged_header_is_told(directory: Path, header: bytes) -> None:
     content = len(header).to_bytes(8, "little") + header + b"\0" * 4
@@ -121,8 +123,9 @@ def test_other_paths_are_told(tmp_path: Path, directory: Path) -> None:
     assert "there is no such path" in refused(tmp_path / "nowhere")
     (directory / "config.json").unlink()
     assert "no config.json" in refused(directory)
-    (directory / "config.json").write_text("{")
-    assert "cannot be read as JSON" in refused(directory)
+    for content in ("{", "[" * 200_000):
+        (directory / "config.json").write_text(content)
+        assert "cannot be read as JSON" in refused(directory)
 
 
 def test_a_tied_model_with_another_head_is_told(directory: Path) -> None:
@@ -200,6 +203,24 @@ def test_pt_files_without_the_sizes_are_told(model: Transformer, tmp_path: Path)
     assert "expected model_state_dict and cfg" in refused(tmp_path / "x.pt")
     torch.save({"model_state_dict": {"a": 3}, "cfg": TINY.to_hf()}, tmp_path / "x.pt")
     assert "not a tensor" in refused(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {"embed.weight": t.to_sparse()}, "embed.weight is a torch.sparse_coo tensor"),
+        (lambda t: {"embed.weight": t.to("meta")}, "embed.weight is a meta tensor"),
+        (lambda t: {"embed.weight": t.to(torch.complex64)}, "embed.weight is torch.complex64"),
+        (lambda t: {"module.embed.weight": t * 2}, "another tensor are both embed.weight"),
+    ],
+)
+def test_pt_files_with_other_tensors_are_told(
+    model: Transformer, tmp_path: Path, change: Any, message: str
+) -> None:
+    state = model.state_dict()
+    state |= change(state["embed.weight"])
+    torch.save({"model_state_dict": state, "cfg": TINY.to_hf()}, tmp_path / "x.pt")
+    assert message in refused(tmp_path / "x.pt")
 
 
 def test_pt_files_load_with_weights_only_and_wrapped_names(
@@ -447,6 +468,13 @@ def test_older_checkpoints_with_gaps_are_told(tmp_path: Path) -> None:
     )
     key = "attn_blocks.1.attn.heads.1.key.weight"
     assert "lacks some of its heads" in message(OLD, **{key: None})
+    assert "have the shapes [], [8, 24]; expected the same" in message(
+        OLD, **{key: torch.tensor(1.0)}
+    )
+    assert "have the shapes [8, 24], [8, 25]" in message(OLD, **{key: torch.zeros(8, 25)})
+    hidden = "attn_blocks.0.mlp.hidden.weight"
+    assert "layers.0.mlp.up.weight is []" in message(OLD, **{hidden: torch.tensor(1.0)})
+    assert "n_blocks = True" in message(OLD | {"n_blocks": True})
     assert "missing weights: layers.0.attn.o.bias" in message(
         OLD, **{"attn_blocks.0.attn.proj.bias": None}
     )

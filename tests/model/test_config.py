@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from tests.model import zoo
 from whet.errors import UserError
@@ -19,6 +19,11 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
+
+
+BEFORE = "original_max_position_embeddings"
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 @pytest.mark.parametrize("case", zoo.CASES)
@@ -99,14 +104,101 @@ def test_what_no_family_computes_is_written_in_own_terms():
         ({"hidden_size": "big"}, "hidden_size is 'big'"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"num_key_value_heads": 3}, "4 heads.*3 key/value heads"),
-        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types"),
         ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ({"head_dim": 7}, "rotary size 7"),
+        ({"is_causal": False}, "is_causal = False"),
+        ({"is_causal": None}, "is_causal = None"),
+        ({"add_cross_attention": True, "is_decoder": True}, "add_cross_attention"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"full": {"rope_type": "linear", "factor": 2.0}}}, "has full;"),
+        ({"rope_scaling": {"type": "linear"}}, "'linear' needs factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": None}}, "'dynamic' needs factor"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; expected a number"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "factor is -2; expected a number"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'"),
+        ({"rope_scaling": LONG | {"short_factor": [1.0]}}, r"short_factors is \[1.0\]"),
+        ({"rope_scaling": LONG | {"long_factor": [[1], 2, 3, 4]}}, "long_factors is"),
+        ({"rope_scaling": {**LONG, "short_factor": None}}, "needs short_factor"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1}, "rope_theta": 1.0}, "theta is 1.0"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast 1.0, beta_slow 2"),
+        ({"rope_scaling": {**YARN, BEFORE: "16"}}, f"{BEFORE} is '16'"),
+        ({"rope_scaling": {**YARN, BEFORE: -16}}, f"{BEFORE} is -16"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 0}, r"windows is"),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": "6"}, r"\['6', "),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": -3}, "-3, -3, -3"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": -4}, "query_pre_attn_scalar is -4"),
+        ({"model_type": "gemma2", "final_logit_softcapping": "3"}, "softcapping is '3'"),
+        ({"model_type": "gemma2", "sliding_window_pattern": 3}, "sliding_window_pattern = 3"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 2.0}, "attn_logit_softcapping"),
+        ({"model_type": "gemma3_text", "hidden_act": "relu"}, "hidden_act = 'relu'"),
+        ({"model_type": "phi3", "rope_scaling": {**LONG, BEFORE: 16}}, "is 16 within .* 4096"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
     ],
 )
 def test_what_is_not_understood_is_named(change, words):
     with pytest.raises(UserError, match=words):
         ModelConfig.from_hf({**LLAMA, **change})
+
+
+NEITHER = {
+    "gemma3_text": {"attn_logit_softcapping"}
+}  # it has the key, and computes nothing with it
+WITHOUT_FIELD = {
+    # read by a family, though no field of its configuration
+    "smollm3": {"max_window_layers"},  # in the published file
+    "gemma3_text": {"sliding_window_pattern", "rope_local_base_freq"},
+    "phi3": {"partial_rotary_factor"},
+}
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"whet", "gpt2"}))
+def test_a_family_reads_the_keys_that_its_configuration_has(family):
+    """transformers ignores any other, so a file with one would mean another model here."""
+    theirs = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family])}
+    ours = FAMILIES[family]["reads"]
+    some_read = {key for facts in FAMILIES.values() for key in facts.get("reads", ())}
+    assert theirs & some_read == (ours - WITHOUT_FIELD.get(family, set())) | NEITHER.get(
+        family, set()
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("partial_rotary_factor", 0.5),
+        ("query_pre_attn_scalar", 24),
+        ("attention_multiplier", 0.2),
+        ("embedding_multiplier", 2.0),
+        ("residual_multiplier", 0.5),
+        ("logits_scaling", 2.0),
+        ("attn_logit_softcapping", 2.0),
+        ("final_logit_softcapping", 2.0),
+        ("no_rope_layers", [1, 0, 1]),
+        ("no_rope_layer_interval", 2),
+        ("hidden_activation", "relu"),
+        ("rope_local_base_freq", 50.0),
+        ("layer_types", ["sliding_attention"] * 3),
+    ],
+)
+def test_keys_of_other_families_are_not_applied(key, value):
+    with pytest.raises(UserError, match=f"{key} = .* not understood for model_type 'llama'"):
+        ModelConfig.from_hf({**LLAMA, key: value})
+
+
+def test_where_two_keys_speak_of_windows_each_family_goes_by_its_own():
+    """SmolLM3 by layer_types, Qwen2 by use_sliding_window; test_parity holds both."""
+    types = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    said = {**LLAMA, **types, "sliding_window": 6, "use_sliding_window": False}
+    assert ModelConfig.from_hf({**said, "model_type": "smollm3"}).windows == (6, None, None)
+    assert ModelConfig.from_hf({**said, "model_type": "qwen2"}).windows == ()
 
 
 def test_a_missing_size_is_named():
@@ -123,6 +215,9 @@ def test_all_unknown_keys_are_told_at_once():
 def test_keys_that_are_off_or_harmless_are_ignored():
     plain = ModelConfig.from_hf(LLAMA)
     extra = {"alibi": False, "sliding_window": None, "attention_dropout": 0.1, "eos_token_id": 2}
+    extra |= {"is_causal": True, "is_decoder": True, "partial_rotary_factor": 1.0}
+    extra |= {"logits_scaling": 1.0, "embedding_multiplier": 1, "residual_multiplier": 1.0}
+    extra |= {"layer_types": ["full_attention"] * 3, "final_logit_softcapping": None}
     assert ModelConfig.from_hf({**LLAMA, **extra}) == plain
 
 
@@ -142,6 +237,65 @@ def test_keys_that_files_of_the_hub_carry_are_known():
     assert [rope is None for rope in config.ropes] == [False, False, False, True]
     assert config.ropes[0].theta == 2_000_000.0
     assert config.windows == ()
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize(
+    ("base", "extra"),
+    [
+        (GPT2, {"n_special": 0, "predict_special_tokens": True}),  # gpt2-medium
+        (GPT2, {"_num_labels": 1}),  # distilgpt2
+        (GPT2, {"output_past": True}),  # rugpt3large
+        (GPT2, {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}),
+        ({**LLAMA, "model_type": "phi3"}, {"full_attn_mod": 1, "interpolate_factor": 1}),
+        ({**LLAMA, "model_type": "gemma"}, {"hidden_act": "gelu", "hidden_activation": None}),
+        ({**LLAMA, "model_type": "gemma2"}, {"sliding_window_size": 4096}),
+    ],
+)
+def test_published_files_are_read(base, extra):
+    assert ModelConfig.from_hf({**base, **extra}) == ModelConfig.from_hf(base)
+
+
+@pytest.mark.parametrize(
+    ("base", "extra"),
+    [
+        (GPT2, {"hidden_size": 64}),
+        ({**LLAMA, "model_type": "phi3"}, {"full_attn_mod": 2}),
+        ({**LLAMA, "model_type": "gemma2"}, {"sliding_window_size": 64}),
+    ],
+)
+def test_what_they_say_must_agree(base, extra):
+    with pytest.raises(UserError, match=next(iter(extra))):
+        ModelConfig.from_hf({**base, **extra})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 96.0}, "vocab_size is 96.0; expected a whole number"),
+        ({"n_layers": True}, "n_layers is True"),
+        ({"activation": "foo"}, "activation is 'foo'; expected silu or gelu"),
+        ({"norm": "foo"}, "norm is 'foo'; expected rms or layer"),
+        ({"qk_norm": None}, "qk_norm is None"),
+        ({"attention_scale": "x"}, "attention_scale is 'x'"),
+        ({"norm_eps": None}, "norm_eps is None"),
+        ({"tied": "yes"}, "tied is 'yes'; expected True or False"),
+        ({"max_positions": "x"}, "max_positions is 'x'"),
+        ({"embed_scale": float("inf")}, "embed_scale is inf"),
+        ({"logit_softcap": 0.0}, "logit_softcap is 0.0"),
+        ({"windows": [None, -5]}, "windows is"),
+        ({"ropes": [{"theta": 1e4, "size": 8, "kind": "foo"}] * 2}, "rope: kind is 'foo'"),
+        ({"ropes": [{"theta": 1e4, "size": "8"}] * 2}, "rope: size is '8'"),
+        ({"ropes": [{"theta": float("nan"), "size": 8}] * 2}, "rope: theta is nan"),
+        ({"ropes": [{"theta": 1e4, "size": 8, "kind": "yarn"}] * 2}, "original_positions is 0"),
+    ],
+)
+def test_own_terms_of_the_wrong_kind_are_refused(change, words):
+    own = dataclasses.replace(llama(96, 32, 2, 4), tied=False, head_bias=True).to_hf()
+    with pytest.raises(UserError, match=words):
+        ModelConfig.from_hf(own | change)
 
 
 def test_a_window_that_no_layer_uses_is_no_window():

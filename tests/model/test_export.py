@@ -12,7 +12,7 @@ from whet.chat.tokenizer import Tokenizer, train_tokenizer
 from whet.cli import main
 from whet.errors import UserError
 from whet.model import export
-from whet.model.adapter import save_adapter
+from whet.model.adapter_writing import save_adapter
 from whet.model.checkpoint import file_places, load_backbone_from_ckpt, save_model
 from whet.model.config import ModelConfig, llama
 from whet.model.decoder import Transformer, init_weights

@@ -188,6 +188,48 @@ def test_new_tokens_get_mean_rows_and_the_files_precision_stays(
     assert values["torch_dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("bert-generation", zoo.SMALL),
+        ("gpt_neox", {**SMALL, "is_causal": False}),
+        ("xlm", {"vocab_size": 96, "emb_dim": 32, "n_layers": 1, "n_heads": 4}),
+        ("xlnet", {"vocab_size": 96, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    ],
+)
+def test_models_that_look_ahead_are_refused(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Their loss would fall by copying the answer from the tokens behind it."""
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}: .*tokens that come later"):
+        load_backbone_from_ckpt(tmp_path, quiet=True)
+
+
+def test_a_body_under_another_name_is_found(tmp_path: Path) -> None:
+    """Llama 4 keeps it under `model` and says `language_model`."""
+    settings = {**zoo.SMALL, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    config = transformers.AutoConfig.for_model("llama4_text", attention_chunk_size=6, **settings)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_backbone_from_ckpt(tmp_path, quiet=True)
+    tokens, segments = packed()
+    with torch.no_grad():
+        assert torch.allclose(model(tokens), theirs(tokens).logits, atol=1e-4)
+        expected = torch.cat([theirs(part).logits for part in documents()], dim=1)
+        found = model(tokens, segments=segments)[:1, :20]
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_model_that_does_not_run_is_told(tmp_path: Path) -> None:
+    settings = {**zoo.SMALL, "num_local_experts": 2, "num_experts_per_tok": 4}
+    config = transformers.AutoConfig.for_model("mixtral", **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"MixtralForCausalLM does not run .*k out of range"):
+        load_backbone_from_ckpt(tmp_path, quiet=True)
+
+
 def test_missing_weights_and_unknown_types_are_told(
     saved: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from tests.model import zoo
 from whet.errors import UserError
 from whet.model import adapter
-from whet.model.adapter import load_adapter, save_adapter
+from whet.model.adapter import load_adapter
+from whet.model.adapter_writing import save_adapter
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.embedding import grow_embedding
@@ -258,6 +259,20 @@ ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_pat
         ({"init_lora_weights": "pissa"}, "changes the base"),
         ({"r": 0}, "r is 0"),
         ({"use_qalora": True}, "use_qalora"),
+        ({"r": 4.0}, "r is 4.0; expected a whole number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_dropout": None}, "lora_dropout is None"),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; expected true or false"),
+        ({"alpha_pattern": ["q"]}, r"alpha_pattern is \['q'\]"),
+        ({"alpha_pattern": {"(": 8}}, "alpha_pattern is .*regular expression"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern is {'q_proj': '8'}"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}"),
+        ({"target_modules": "("}, "target_modules is"),
+        ({"target_modules": [1]}, "target_modules is"),
+        ({"trainable_token_indices": ["a"]}, "trainable_token_indices is"),
+        ({"trainable_token_indices": [-1]}, r"trainable_token_indices is \[-1\]"),
+        ({"trainable_token_indices": [3, 3]}, "expected different token ids"),
+        ({"layers_to_transform": "0"}, "layers_to_transform is '0'"),
     ],
 )
 def test_other_adapters_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -283,6 +298,96 @@ def test_adapters_of_other_models_are_refused(tmp_path: Path) -> None:
     put(77, 32)
     with pytest.raises(UserError, match="2 tensors fit no linear layer"):
         load_adapter(whet_model("llama"), tmp_path)
+
+
+def peft_adapter(directory: Path, case: str = "llama", **options: Any) -> Any:
+    """An adapter that PEFT made and saved, with random numbers."""
+    settings = {"r": 2, "lora_alpha": 5.0, "target_modules": ["q_proj", "up_proj"], **options}
+    theirs = peft.get_peft_model(zoo.oracle(case), peft.LoraConfig(**settings)).eval()
+    stir(theirs)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+def edit(directory: Path, change: dict[str, Any], without: str = "nothing") -> None:
+    """Change the configuration of a saved adapter, and leave out tensors with `without` in their
+    names."""
+    config = json.loads((directory / adapter.CONFIG).read_text())
+    (directory / adapter.CONFIG).write_text(json.dumps(config | change))
+    tensors = safetensors.torch.load_file(directory / adapter.WEIGHTS)
+    kept = {name: tensor for name, tensor in tensors.items() if without not in name}
+    safetensors.torch.save_file(kept, directory / adapter.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "without", "message"),
+    [
+        ({"use_dora": True}, {}, "magnitude", "8 tensors .* are missing, such as .*magnitude"),
+        ({}, {"use_dora": True}, "nothing", "8 tensors .* are missing, such as .*magnitude"),
+        ({"use_dora": True}, {"use_dora": False}, "nothing", "but use_dora is false"),
+        ({}, {}, "layers.1", "4 tensors .* are missing, such as .*layers.1"),
+        ({}, {}, "layers.1.self_attn.q_proj.lora_B", "1 tensors .* are missing"),
+        ({}, {"target_modules": ["q_proj"]}, "nothing", "8 tensors fit no linear layer"),
+        ({}, {"layers_to_transform": [0]}, "nothing", "12 tensors fit no linear layer"),
+        ({}, {"exclude_modules": ["up_proj"]}, "nothing", "8 tensors fit no linear layer"),
+        ({}, {"r": 8}, "nothing", "q_proj has rank 2, by adapter_config.json 8"),
+        ({}, {"rank_pattern": {"up_proj": 3}}, "nothing", "up_proj has rank 2, .* 3"),
+        ({"trainable_token_indices": [3]}, {}, "token_adapter", "1 tensors .* are missing"),
+        (
+            {"trainable_token_indices": [3]},
+            {"trainable_token_indices": None},
+            "nothing",
+            "1 tensors fit no linear layer",
+        ),
+    ],
+)
+def test_files_that_are_not_of_one_adapter_are_refused(
+    tmp_path: Path, options: dict[str, Any], change: dict[str, Any], without: str, message: str
+) -> None:
+    """Opened in part, the adapter would be another one than was trained."""
+    peft_adapter(tmp_path, **options)
+    edit(tmp_path, change, without)
+    with pytest.raises(UserError, match=message):
+        load_adapter(whet_model("llama"), tmp_path)
+
+
+def test_an_adapter_of_rank_0_is_refused(tmp_path: Path) -> None:
+    peft_adapter(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / adapter.WEIGHTS)
+    empty = {n: (t[:0] if "lora_A" in n else t[:, :0]).contiguous() for n, t in tensors.items()}
+    safetensors.torch.save_file(empty, tmp_path / adapter.WEIGHTS)
+    with pytest.raises(UserError, match="has rank 0"):
+        load_adapter(whet_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_to_transform": [0, 2]},
+        {"layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": r".*layers\.[02]\.mlp\.(up|down)_proj"},
+        {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+        {"target_modules": ["model.layers.1.mlp.up_proj", "layers.2.self_attn.k_proj"]},
+        {"trainable_token_indices": {"lm_head": [7]}},
+        {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [7]}},
+        {"trainable_token_indices": [5]},
+    ],
+    ids=str,
+)
+def test_the_choice_of_modules_is_peft_s_both_ways(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Read, and written again: PEFT finds the same modules, so it trains the same ones."""
+    theirs = peft_adapter(tmp_path / "a", **options)
+    model = whet_model("llama")
+    lora = adapter.continue_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "b", lora, "the/base", None, {})
+    with torch.no_grad():
+        expected = theirs(TOKENS).logits
+        assert torch.allclose(model(TOKENS), expected, atol=2e-4)
+    again = peft.PeftModel.from_pretrained(zoo.oracle("llama"), tmp_path / "b", is_trainable=True)
+    found = {name: p for name, p in again.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(p, trained[name]) for name, p in found.items())
 
 
 def test_wrong_settings_are_told() -> None:

@@ -14,7 +14,8 @@ from tests.numerics.test_layouts import command
 from tests.stages.test_sft import metrics
 from whet.cli import main
 from whet.errors import UserError
-from whet.model.adapter import load_adapter, save_adapter
+from whet.model.adapter import load_adapter
+from whet.model.adapter_writing import save_adapter
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.lora import LoRA, adapters, apply_lora, linears, quantize_base, set_module

@@ -70,6 +70,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {**SMALL, "head_dim": 16}),
     "smollm3": ("smollm3", SMALL),
+    "smollm3-window": (
+        "smollm3",
+        {
+            **SMALL,
+            "sliding_window": 6,
+            "use_sliding_window": False,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "gemma": ("gemma", {**SMALL, "head_dim": 16}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {**GEMMA, "num_hidden_layers": 7}),

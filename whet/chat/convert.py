@@ -11,11 +11,12 @@ The converted tokenizer gives the ids of the original library, which is the orac
 import base64
 import binascii
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from whet.errors import UserError
 
@@ -189,6 +190,11 @@ def _convert_sentencepiece(file: Path, content: bytes) -> Converted:
         raise UserError(f"{file}: neither a SentencePiece model nor a tiktoken file")
     kinds = protocol.ModelProto.SentencePiece
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
+    if trainer.treat_whitespace_as_suffix or not normal.escape_whitespaces:
+        raise UserError(
+            f"{file}: a SentencePiece model with spaces at the end of words, or kept as they are; "
+            "only spaces at the beginning of words can be converted; give a tokenizer.json"
+        )
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     model: models.Model
     if trainer.model_type == 1:
@@ -212,8 +218,16 @@ def _convert_sentencepiece(file: Path, content: bytes) -> Converted:
     if normal.precompiled_charsmap:
         steps.append(normalizers.Precompiled(normal.precompiled_charsmap))
     if normal.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    steps += [normalizers.Prepend(SPACE)] if normal.add_dummy_prefix else []
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), "")]  # spaces only, no other blanks
+        steps += [normalizers.Replace(Regex(" {2,}"), " ")]
+    own = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+    if normal.add_dummy_prefix and own:
+        # Before every text but one that is such a symbol: the symbols themselves are normalised
+        # like texts before they are looked for, and must stay what they are.
+        alone = "|".join(re.escape(text) for text in own)
+        steps += [normalizers.Replace(Regex(rf"\A(?!(?:{alone})?\z)"), SPACE)]
+    elif normal.add_dummy_prefix:
+        steps += [normalizers.Prepend(SPACE)]
     steps += [normalizers.Replace(" ", SPACE)]
     backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(
@@ -223,8 +237,16 @@ def _convert_sentencepiece(file: Path, content: bytes) -> Converted:
     for piece in proto.pieces:
         if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
             backend.add_special_tokens([AddedToken(piece.piece, normalized=False)])
-        elif piece.type == kinds.USER_DEFINED:
-            backend.add_tokens([AddedToken(piece.piece, normalized=False)])
+    changed = [text for text in own if backend.normalizer.normalize_str(text) != text]
+    whole_text = normal.add_dummy_prefix or normal.remove_extra_whitespaces
+    if whole_text and changed:
+        raise UserError(
+            f"{file}: a SentencePiece model that changes its texts around the {len(own)} symbols "
+            f"that its maker defined, such as {changed[0]!r}, in a way that a tokenizer.json can't "
+            "say; give a tokenizer.json"
+        )
+    # What is done with a text's spaces concerns the whole text, so symbols are cut out after it.
+    backend.add_tokens([AddedToken(text, normalized=bool(whole_text)) for text in own])
     named = {"bos_token": trainer.bos_piece, "eos_token": trainer.eos_piece}
     named["unk_token"] = trainer.unk_piece
     known = {piece for piece, _ in pieces}
@@ -240,6 +262,32 @@ def _score_merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> lis
         known.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         found += [(score, pair) for pair in known]
     return [pair for _, pair in sorted(found, key=lambda item: -item[0])]
+
+
+def with_ends(converted: Converted, named: dict[str, str], config: dict[str, Any]) -> str:
+    """The text of the tokenizer.json that also puts bos and eos around a whole text.
+
+    Whether it does stands in `config`, the tokenizer_config.json, under add_bos_token and
+    add_eos_token. `named` are the special tokens as the directory has them.
+    """
+    backend = tokenizers.Tokenizer.from_str(converted.json_text)
+    ends = []
+    for name in ("bos_token", "eos_token"):
+        text = named.get(name) if config.get(f"add_{name}") else None
+        token = None if text is None else backend.token_to_id(text)
+        ends.append(None if token is None else (text, token))
+    if not any(ends):
+        return converted.json_text
+    (bos, eos), known = ends, [end for end in ends if end]
+
+    def around(text: str, type_id: int) -> list[str]:
+        parts = [bos and f"{bos[0]}:{type_id}", f"${text}:{type_id}", eos and f"{eos[0]}:{type_id}"]
+        return [part for part in parts if part]
+
+    backend.post_processor = processors.TemplateProcessing(
+        single=around("A", 0), pair=[*around("A", 0), *around("B", 1)], special_tokens=known
+    )
+    return str(backend.to_str())
 
 
 def write_converted(file: Path, directory: Path) -> None:

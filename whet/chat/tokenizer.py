@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from whet.chat import dialect
-from whet.chat.convert import convert, find_convertible
+from whet.chat.convert import convert, find_convertible, with_ends
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
 
@@ -165,14 +165,14 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     """
     folder = Path(path)
     file, given = folder / "tokenizer.json", dict[str, str]()
+    config = _read_json(folder / "tokenizer_config.json")
     if file.is_file():
         text = file.read_text(encoding="utf-8")
     elif (other := find_convertible(folder)) is not None:
-        text, given = convert(other)
+        text, given, config = _converted(other, config)
     else:
         what = "is no directory" if not folder.is_dir() else "holds no tokenizer.json"
         raise UserError(f"{folder} {what}; expected a model or tokenizer directory")
-    config = _read_json(folder / "tokenizer_config.json")
     further = _eos_ids(folder)
     try:
         backend = _backend(text)
@@ -185,6 +185,15 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Tokeni
     else:
         template, tool_template = find_template(chat_template), None
     return Tokenizer(backend, text, named, template, tool_template, config, further)
+
+
+def _converted(file: Path, config: dict[str, Any]) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """The text of a tokenizer.json made of `file`, the tokens that `file` names, and `config`,
+    which says whether bos comes first, as libraries differ in what they take its silence for."""
+    made = convert(file)
+    if "bos_token" in made.named and config.get("add_bos_token") is None:
+        config = {**config, "add_bos_token": True}
+    return with_ends(made, {**made.named, **_said_names(config)}, config), made.named, config
 
 
 def find_template(name: str) -> ChatTemplate:
@@ -263,11 +272,7 @@ def _named_tokens(
 ) -> dict[str, str]:
     found: dict[str, str] = {}
     for source in (_read_json(folder / "special_tokens_map.json"), config):
-        for name in NAMED_TOKENS:
-            value = source.get(name)
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                found[name] = content
+        found |= _said_names(source)
     if "eos_token" not in found:
         known = [backend.id_to_token(i) for i in eos_ids]
         known += [text for text in COMMON_EOS if backend.token_to_id(text) is not None]
@@ -276,11 +281,28 @@ def _named_tokens(
     return found
 
 
+def _said_names(source: dict[str, Any]) -> dict[str, str]:
+    """The named tokens of a file; some write each as a text, some as an object."""
+    found = {}
+    for name in NAMED_TOKENS:
+        value = source.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            found[name] = content
+    return found
+
+
 def _eos_ids(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
-        ids = _read_json(folder / name).get("eos_token_id")
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+        said = _read_json(folder / name).get("eos_token_id")
+        if said is None:
+            continue
+        ids = said if isinstance(said, list) else [said]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(
+                f"{folder / name}: eos_token_id is {said!r}; expected a token id or a list of them"
+            )
+        return tuple(ids)
     return ()
 
 
@@ -311,7 +333,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # also nesting without end
         raise UserError(f"{file} is no valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object")

@@ -5,6 +5,7 @@ included. Standard output holds replies only; everything else goes to standard e
 `whet chat RUN --prompt "..." > reply.txt` does what it looks like.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -225,12 +226,14 @@ def _tell(text: str) -> None:
 
 def _check(config: Config) -> None:
     found = []
-    if config.temperature < 0:
-        found.append(f"--temperature {config.temperature}: expected 0 or more")
+    if not 0 <= config.temperature < math.inf:
+        found.append(f"--temperature {config.temperature}: expected a number of 0 or more")
     if config.top_p is not None and not 0 < config.top_p <= 1:
         found.append(f"--top_p {config.top_p}: expected a probability above 0, at most 1")
     if config.top_k is not None and config.top_k < 1:
         found.append(f"--top_k {config.top_k}: expected at least 1")
+    if config.seed < 0:
+        found.append(f"--seed {config.seed}: expected 0 or more")
     if config.max_new_tokens < 1:
         found.append(f"--max_new_tokens {config.max_new_tokens}: expected at least 1")
     if config.raw and config.system:

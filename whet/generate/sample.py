@@ -44,8 +44,10 @@ def candidates(
     Probabilities are float32 and sum to 1 in each row; an excluded token's is 0.
     """
     size = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
-    scaled, ids = (logits.float() / temperature).topk(size, dim=-1)
-    probabilities = scaled.softmax(dim=-1)
+    largest, ids = logits.float().topk(size, dim=-1)
+    # Less than the largest, in float64: no temperature, however small, makes an infinite number.
+    below = (largest - largest[:, :1]).double() / temperature
+    probabilities = below.softmax(dim=-1).float()
     if top_p is not None and top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities  # the mass of all likelier tokens
         excluded = before >= top_p

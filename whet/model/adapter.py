@@ -1,46 +1,33 @@
-"""Adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapter files in PEFT's format: opened, put on their base, and trained further.
 
 Names in them are the family's own (`families.py`). Where a family joins matrices that Whet keeps
-apart (GPT-2's and Phi-3's queries, keys and values), the adapters are joined as well: the A one
-above the other, the B as blocks on a diagonal, so that rank and alpha grow by the number of parts.
-New embedding rows are PEFT's `trainable_token_indices`. PEFT itself is the tests' oracle.
+apart (GPT-2's and Phi-3's queries, keys and values), the adapters are joined as well
+(`adapter_writing.py`). New embedding rows are PEFT's `trainable_token_indices`. PEFT itself is the
+tests' oracle.
 """
 
-import math
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from whet.config import problems
 from whet.errors import UserError
 from whet.hub import find_model
-from whet.model.atomic import read_json, write_json, written_aside
-from whet.model.checkpoint import SavesTokenizer, load_backbone_from_ckpt
+from whet.model.atomic import read_json
+from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.families import Place, place_modules
+from whet.model.hf_keys import LARGEST
 from whet.model.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
+from whet.model.peft_config import CONFIG, PeftConfig, read_peft_config
 from whet.model.weights import open_safetensors, read_into
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_ROWS = "token_adapter.trainable_tokens_delta"
-_UNSUPPORTED = (
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "megatron_config",
-)
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ROWS = "token_adapter.trainable_tokens_delta"
 
 
 def is_adapter(path: Path) -> bool:
@@ -52,9 +39,12 @@ def base_of(directory: Path) -> tuple[str, str | None]:
     """The model (path or Hub name) that the adapter in `directory` belongs to, and its revision."""
     values = read_json(directory / CONFIG)
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
-    if not base:
-        raise UserError(f"{directory / CONFIG}: names no base_model_name_or_path")
-    return str(base), None if revision is None or Path(str(base)).exists() else str(revision)
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"{directory / CONFIG}: base_model_name_or_path is {base!r}; expected the model that "
+            "the adapter belongs to"
+        )
+    return base, None if revision is None or Path(base).exists() else str(revision)
 
 
 def find_base(directory: Path, *, quiet: bool = False) -> Path:
@@ -71,166 +61,20 @@ def tokenizer_home(path: Path) -> Path:
     return path
 
 
-def save_adapter(
-    model: Transformer,
-    directory: str | Path,
-    lora: LoRA,
-    base: str,
-    tokenizer: SavesTokenizer | None,
-    lineage: dict[str, Any],
-    *,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write the adapter of `model` so that PEFT and Whet open it, whole or not at all.
-
-    `base` is the path or Hub name of the base; a "revision" in `lineage` is the base's. `state` are
-    the values if `model` does not hold them itself (FSDP). The file is read back and compared.
-    Raises UserError if the disk is full.
-    """
-    directory = Path(directory)
-    values = dict(model.state_dict() if state is None else state)
-    tensors, sizes = _joined_adapters(model, values, lora.rslora)
-    rows = _trained_rows(model, values, tensors)
-    base = str(Path(base).resolve()) if Path(base).exists() else base
-    config = {
-        **_peft_config(model, lora, sizes, rows),
-        "base_model_name_or_path": base,
-        "revision": lineage.get("revision"),
-    }
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    with written_aside(directory, nbytes) as aside:
-        safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-        again = safetensors.torch.load_file(aside / WEIGHTS)
-        for name, tensor in tensors.items():
-            if not torch.equal(again[name], tensor):
-                raise RuntimeError(f"{directory}: {name} was saved, but read back it differs")
-        os.chmod(aside / WEIGHTS, 0o644)
-        if tokenizer is not None:
-            tokenizer.save(aside)
-        write_json(aside / "whet.json", {**lineage, "vocab_size": model.config.vocab_size})
-        write_json(aside / CONFIG, config)
-
-
-class Size(NamedTuple):
-    """What makes an adapter's scale: alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
-
-    rank: int
-    alpha: float
-
-
-def _joined_adapters(
-    model: Transformer, state: Mapping[str, Tensor], rslora: bool
-) -> tuple[dict[str, Tensor], dict[str, Size]]:
-    """PEFT's tensors, and {family's module: its size}."""
-    adapted = dict(adapters(model))
-    tensors: dict[str, Tensor] = {}
-    sizes = {}
-    for module, names in _family_modules(model).items():
-        chosen = [adapted[name] for name in names if name in adapted]
-        if not chosen:
-            continue
-        rank, dora = len(chosen[0].a), chosen[0].magnitude is not None
-        parts = [_part(model, state, name, rank, dora) for name in names]
-        key = f"{_PREFIX}{module}"
-        tensors[f"{key}.lora_A.weight"] = torch.cat([a for a, _, _ in parts])
-        tensors[f"{key}.lora_B.weight"] = torch.block_diag(*[b for _, b, _ in parts])
-        if dora:
-            tensors[f"{key}.lora_magnitude_vector"] = torch.cat([m for _, _, m in parts])
-        whole = rank * len(parts)
-        alpha = chosen[0].scale * (math.sqrt(whole) if rslora else whole)
-        sizes[module] = Size(whole, round(alpha, 9))  # rid of the division's last digit
-    return tensors, sizes
-
-
-def _part(
-    model: Transformer, state: Mapping[str, Tensor], name: str, rank: int, dora: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, B, magnitude) of a module; for one without an adapter, those that change nothing."""
-    if f"{name}.a" in state:
-        values = [state[f"{name}.{kind}"] for kind in ("a", "b", *(["magnitude"] * dora))]
-        a, b, *magnitude = [value.detach().to("cpu", torch.float32) for value in values]
-        return a, b, magnitude[0] if dora else torch.empty(0)
-    base: Any = model.get_submodule(name)
-    lengths = torch.empty(0)
-    if dora:
-        lengths = state[f"{name}.weight"].detach().to("cpu", torch.float32).norm(dim=1)
-    return torch.zeros(rank, base.in_features), torch.zeros(base.out_features, rank), lengths
-
-
-def _family_modules(model: Transformer) -> dict[str, list[str]]:
+def family_modules(model: Transformer) -> dict[str, list[str]]:
     """{family's linear module: Whet's modules in it, in the file's order}."""
     names = [*linears(model), *(name for name, _ in adapters(model))]
-    places = _places(model, names)
+    places = places_of(model, names)
     grouped: dict[str, list[str]] = {}
     for name in sorted(places, key=lambda name: places[name].begin):
         grouped.setdefault(places[name].name, []).append(name)
     return grouped
 
 
-def _places(model: Transformer, names: Iterable[str]) -> dict[str, Place]:
+def places_of(model: Transformer, names: Iterable[str]) -> dict[str, Place]:
     if isinstance(model, Transformer):
         return place_modules(model.config, names)
     return {name: Place(name.removeprefix("inner.")) for name in names}  # of another architecture
-
-
-def _trained_rows(
-    model: Transformer, state: Mapping[str, Tensor], tensors: dict[str, Tensor]
-) -> dict[str, list[int]]:
-    """Add trained embedding rows to `tensors`; {family's module, its last name: row ids}."""
-    found = {}
-    for name in ("embed", "head"):
-        wrapper = getattr(model, name, None)
-        if isinstance(wrapper, TrainableRows):
-            module = place_modules(model.config, [name])[name].name
-            rows = state[f"{name}.rows"].detach().to("cpu", torch.float32)
-            tensors[f"{_PREFIX}{module}.{_ROWS}"] = rows.contiguous()
-            found[module.rpartition(".")[2]] = wrapper.ids.tolist()
-    return found
-
-
-def _peft_config(
-    model: Transformer, lora: LoRA, sizes: dict[str, Size], rows: dict[str, list[int]]
-) -> dict[str, Any]:
-    """The contents of `adapter_config.json`; keys that are left out have PEFT's defaults."""
-    targets = _target_names(model, sizes)
-    by_target: dict[str, dict[str, Size]] = {}
-    for module, size in sizes.items():
-        target = next(name for name in targets if f".{module}".endswith(f".{name}"))
-        by_target.setdefault(target, {})[module] = size
-    patterns: dict[str, Size] = {}
-    for target, found in by_target.items():
-        alike = len(set(found.values())) == 1
-        patterns |= {target: next(iter(found.values()))} if alike else found
-    usual = Size(lora.rank, lora.alpha)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": targets,
-        "rank_pattern": {key: s.rank for key, s in patterns.items() if s.rank != usual.rank},
-        "alpha_pattern": {key: s.alpha for key, s in patterns.items() if s.alpha != usual.alpha},
-        "use_rslora": lora.rslora,
-        "use_dora": lora.dora,
-        "bias": "none",
-        "fan_in_fan_out": any(
-            place.transposed for place in _places(model, dict(adapters(model))).values()
-        ),
-        "inference_mode": True,
-        "trainable_token_indices": (next(iter(rows.values())) if len(rows) == 1 else rows) or None,
-    }
-
-
-def _target_names(model: Transformer, chosen: Iterable[str]) -> list[str]:
-    """The shortest ends of module names that PEFT needs to find exactly the modules `chosen`."""
-    chosen = set(chosen)
-    other = {name.rpartition(".")[2] for name in _family_modules(model) if name not in chosen}
-    names = set()
-    for module in chosen:
-        parts = module.split(".")
-        names.add(".".join(parts[-2:]) if parts[-1] in other else parts[-1])
-    return sorted(names)
 
 
 def open_adapter(
@@ -270,8 +114,7 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
     tensors that do not fit.
     """
     directory = Path(directory)
-    config = read_json(directory / CONFIG)
-    _check_kind(config, directory / CONFIG)
+    config = read_peft_config(directory)
     tensors = _read_tensors(directory / WEIGHTS)
     rows = _rows_needed(config, tensors, directory)
     if isinstance(model, Transformer):
@@ -282,54 +125,55 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
             "tokens under an adapter need one of Whet's own families: merge it with PEFT"
         )
     model.requires_grad_(False)
+    missing: list[str] = []
     if isinstance(model, Transformer):
-        _put_embeddings(model, config, tensors, directory)
-    for module, names in _family_modules(model).items():
-        keys = [f"{_PREFIX}{module}.lora_{kind}" for kind in ("A.weight", "B.weight")]
-        if keys[0] in tensors and keys[1] in tensors:
-            a, b = (tensors.pop(key) for key in keys)
-            magnitude = tensors.pop(f"{_PREFIX}{module}.lora_magnitude_vector", None)
-            scale = _scale(config, module, len(a))
-            _put_adapter(model, names, a, b, magnitude, scale, config, directory)
-    if tensors:
-        raise UserError(
-            f"{directory / WEIGHTS}: {len(tensors)} tensors fit no linear layer of the base, such "
-            f"as {next(iter(tensors))}; is it an adapter of another model?"
-        )
+        missing += _put_embeddings(model, config, tensors, directory)
+    kinds = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] * config.dora))
+    for module, names in family_modules(model).items():
+        keys = [f"{PREFIX}{module}.{kind}" for kind in kinds]
+        there = [key for key in keys if key in tensors]
+        if not (there if config.targets is None else config.targeted(module)):
+            continue
+        missing += [key for key in keys if key not in tensors]
+        if len(there) == len(keys):
+            _put_adapter(
+                model, module, names, [tensors.pop(key) for key in keys], config, directory
+            )
+    _refuse_misfits(missing, tensors, config, directory)
     if not isinstance(model, Transformer):
         model.try_adapters()
     adapted = dict.fromkeys(name.rpartition(".")[2] for name, _ in adapters(model))
     own = isinstance(model, Transformer)
     return LoRA(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
+        rank=config.rank,
+        alpha=config.alpha,
         targets=",".join(k for k in (LINEARS if own else adapted) if k in adapted),
-        dropout=config.get("lora_dropout", 0.0),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
+        dropout=config.dropout,
+        rslora=config.rslora,
+        dora=config.dora,
     )
 
 
-def _check_kind(config: dict[str, Any], path: Path) -> None:
-    found = [
-        f"{path}: {key} = {config[key]!r} is not supported"
-        for key in _UNSUPPORTED
-        if config.get(key)
-    ]
-    if config.get("peft_type") != "LORA":
-        found.append(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
-    if config.get("bias", "none") != "none":
-        found.append(f"{path}: bias = {config['bias']!r}: trained biases are not supported")
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
-        found.append(
-            f"{path}: init_lora_weights = {start!r} changes the base; convert the adapter first "
-            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+def _refuse_misfits(
+    missing: list[str], left: Mapping[str, Tensor], config: PeftConfig, directory: Path
+) -> None:
+    """Raise UserError if the configuration and the weights are not of one adapter: opened in part,
+    it would be another one than was trained."""
+    if missing:
+        raise UserError(
+            f"{directory / WEIGHTS}: {len(missing)} tensors that {CONFIG} speaks of are missing, "
+            f"such as {missing[0]}; the two files are not of one adapter, or one is damaged"
         )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
-            found.append(f"{path}: {key} is {config.get(key)!r}; expected a number above 0")
-    problems(found)
+    if any(name.endswith("lora_magnitude_vector") for name in left) and not config.dora:
+        raise UserError(
+            f"{directory / WEIGHTS}: holds DoRA's magnitudes, but use_dora is false in {CONFIG}; "
+            "the two files are not of one adapter"
+        )
+    if left:
+        raise UserError(
+            f"{directory / WEIGHTS}: {len(left)} tensors fit no linear layer of the base that "
+            f"{CONFIG} names, such as {next(iter(left))}; is it an adapter of another model?"
+        )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -346,39 +190,49 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _rows_needed(config: dict[str, Any], tensors: Mapping[str, Tensor], directory: Path) -> int:
+def _rows_needed(config: PeftConfig, tensors: Mapping[str, Tensor], directory: Path) -> int:
     """How many rows the base's embedding must have."""
-    said = config.get("trainable_token_indices") or []
+    said = config.rows
     ids = [i for row_ids in said.values() for i in row_ids] if isinstance(said, dict) else said
     lineage = directory / "whet.json"
     saved = read_json(lineage).get("vocab_size", 0) if lineage.is_file() else 0
+    if type(saved) is not int or not 0 <= saved < LARGEST:
+        raise UserError(f"{lineage}: vocab_size is {saved!r}; expected a whole number")
     whole = [
-        len(t)
+        t.shape[0]
         for name, t in tensors.items()
-        if name.endswith(("embed_tokens.weight", "wte.weight"))
+        if name.endswith(("embed_tokens.weight", "wte.weight")) and t.dim()
     ]
     return max([saved, *whole, *(i + 1 for i in ids)], default=0)
 
 
 def _put_embeddings(
-    model: Transformer, config: dict[str, Any], tensors: dict[str, Tensor], directory: Path
-) -> None:
-    """Take whole and partly trained embeddings and heads out of `tensors`, into `model`."""
+    model: Transformer, config: PeftConfig, tensors: dict[str, Tensor], directory: Path
+) -> list[str]:
+    """Take whole and partly trained embeddings and heads out of `tensors`, into `model`.
+
+    Returns the names of trained rows that `config` speaks of and `tensors` lacks.
+    """
+    missing = []
     names = ["embed"] if model.config.tied else ["embed", "head"]
-    said: Any = config.get("trainable_token_indices")
     for name, place in place_modules(model.config, names).items():
         module: Any = getattr(model, name)
-        whole = tensors.pop(f"{_PREFIX}{place.name}.weight", None)
+        whole = tensors.pop(f"{PREFIX}{place.name}.weight", None)
         if whole is not None:
             _check_shape(whole, module.weight.shape, place.name, directory)
             module.weight.data.copy_(whole)
-        rows = tensors.pop(f"{_PREFIX}{place.name}.{_ROWS}", None)
-        if rows is not None:
-            ids = said[place.name.rpartition(".")[2]] if isinstance(said, dict) else said
-            _check_shape(rows, (len(ids), model.config.width), place.name, directory)
-            wrapper = TrainableRows(module, ids)
-            wrapper.rows.data.copy_(rows)
-            setattr(model, name, wrapper)
+        ids, key = config.rows_of(place.name, name == "embed"), f"{PREFIX}{place.name}.{ROWS}"
+        if not ids:
+            continue
+        if key not in tensors:
+            missing.append(key)
+            continue
+        rows = tensors.pop(key)
+        _check_shape(rows, (len(ids), model.config.width), place.name, directory)
+        wrapper = TrainableRows(module, ids)
+        wrapper.rows.data.copy_(rows)
+        setattr(model, name, wrapper)
+    return missing
 
 
 def _check_shape(found: Tensor, expected: Any, name: str, directory: Path) -> None:
@@ -389,42 +243,40 @@ def _check_shape(found: Tensor, expected: Any, name: str, directory: Path) -> No
         )
 
 
-def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    """s = alpha / r, with PEFT's patterns: the first key that ends the module's name counts."""
-    alpha = config["lora_alpha"]
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 def _put_adapter(
     model: Transformer,
+    module: str,
     names: list[str],
-    a: Tensor,
-    b: Tensor,
-    magnitude: Tensor | None,
-    scale: float,
-    config: dict[str, Any],
+    values: list[Tensor],
+    config: PeftConfig,
     directory: Path,
 ) -> None:
-    """Share one adapter of the files among the modules that are joined in them."""
+    """Share one adapter of the files, (A, B) or (A, B, magnitude), among the modules `names` that
+    are joined in the family's `module`."""
     found = linears(model)
     bases = [found[name] for name in names]
     outputs = [base.out_features for base in bases]
-    _check_shape(a, (len(a), bases[0].in_features), f"{names[0]} lora_A", directory)
-    _check_shape(b, (sum(outputs), len(a)), f"{names[0]} lora_B", directory)
+    a, b, *dora = values
+    rank = config.rank_of(module)
+    if a.dim() == 2 and len(a) != rank:
+        raise UserError(
+            f"{directory / WEIGHTS}: the adapter of {module} has rank {len(a)}, by {CONFIG} "
+            f"{rank}; the two files are not of one adapter"
+        )
+    _check_shape(a, (rank, bases[0].in_features), f"{names[0]} lora_A", directory)
+    _check_shape(b, (sum(outputs), rank), f"{names[0]} lora_B", directory)
+    for magnitude in dora:
+        _check_shape(magnitude, (sum(outputs),), f"{names[0]} lora_magnitude_vector", directory)
+    magnitudes = dora[0].split(outputs) if dora else [None] * len(names)
+    scale = config.scale_of(module)
     for name, base, (own_a, own_b), m in zip(
         names,
         bases,
         _split(a, list(b.split(outputs))),
-        magnitude.split(outputs) if magnitude is not None else [None] * len(names),
+        magnitudes,
         strict=True,
     ):
-        layer = LoRALinear(
-            base, len(own_a), scale, config.get("lora_dropout", 0.0), magnitude is not None
-        )
+        layer = LoRALinear(base, len(own_a), scale, config.dropout, m is not None)
         layer.a.data.copy_(own_a)
         layer.b.data.copy_(own_b)
         if m is not None and layer.magnitude is not None:

@@ -128,9 +128,7 @@ def _open_pt(path: Path) -> Opened:
             f"{path}: expected model_state_dict and cfg, found {keys or 'nothing'}; "
             "a bare state_dict does not say its sizes: open the model directory instead"
         )
-    state = {_unwrapped(str(name)): value for name, value in state.items()}
-    not_tensors = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    problems([f"{path}: model_state_dict holds {name}, not a tensor" for name in not_tensors])
+    state = _plain_tensors(state, path)
     if legacy.is_legacy(state):
         config = legacy.legacy_config(cfg, state, path)
         state = legacy.legacy_state(state, path)
@@ -138,6 +136,28 @@ def _open_pt(path: Path) -> Opened:
         config = _from_hf(cfg, path)
     own = {name: families.Place(name) for name in empty_model(config).state_dict()}
     return config, in_memory(state), own
+
+
+def _plain_tensors(state: dict[Any, Any], path: Path) -> dict[str, Tensor]:
+    """`state` under unwrapped names. Raises UserError for anything but tensors with a value for
+    each place, and for two that have the same name."""
+    found: dict[str, Tensor] = {}
+    wrong = []
+    for given, value in state.items():
+        name = _unwrapped(str(given))
+        if name in found:
+            wrong.append(f"{given} and another tensor are both {name}; which one is meant?")
+        if not isinstance(value, Tensor):
+            wrong.append(f"holds {name}, not a tensor")
+        elif value.layout != torch.strided or value.is_meta or value.is_quantized:
+            what = "meta" if value.is_meta else "quantized" if value.is_quantized else value.layout
+            wrong.append(f"{name} is a {what} tensor; expected one with all its values")
+        elif value.is_complex():
+            wrong.append(f"{name} is {value.dtype}; expected real numbers")
+        else:
+            found[name] = value
+    problems([f"{path}: model_state_dict: {problem}" for problem in wrong])
+    return found
 
 
 def _unwrapped(name: str) -> str:

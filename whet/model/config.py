@@ -7,8 +7,9 @@ Shape letters: D width, N heads, K key/value heads, H head size, V vocabulary.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from whet.config import problems
 
@@ -40,6 +41,36 @@ class Rope:
     long_factors: tuple[float, ...] = ()
     output_scale: float = 1.0
     """Multiplies cosine and sine (yarn and longrope: their `attention_factor`)."""
+
+    def __post_init__(self) -> None:
+        found = _not_among(vars(self), {"kind": get_args(RopeKind)})
+        positive = ("theta", "factor", "output_scale", "beta_fast", "beta_slow")
+        found += _no_numbers(vars(self), (*positive, "low_freq_factor", "high_freq_factor"))
+        found += _no_counts(vars(self), ("size",))
+        if self.kind not in ("default", "linear"):
+            found += _no_counts(vars(self), ("original_positions",))
+        if not found and self.kind == "longrope":
+            for name in ("short_factors", "long_factors"):
+                values: tuple[Any, ...] = getattr(self, name)
+                if len(values) != self.size // 2 or not all(map(_is_positive, values)):
+                    found.append(
+                        f"{name} is {list(values)}; expected {self.size // 2} numbers above 0"
+                    )
+        if (
+            not found
+            and self.kind == "yarn"
+            and (self.theta <= 1 or self.beta_fast < self.beta_slow)
+        ):
+            found.append(
+                f"theta is {self.theta}, beta_fast {self.beta_fast}, beta_slow {self.beta_slow}; "
+                "yarn needs a theta above 1, and a beta_fast of at least beta_slow"
+            )
+        if not found and self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            found.append(
+                f"low_freq_factor is {self.low_freq_factor}; "
+                f"expected less than high_freq_factor, {self.high_freq_factor}"
+            )
+        problems([f"model config: rope: {problem}" for problem in found])
 
 
 @dataclass(frozen=True)
@@ -99,19 +130,32 @@ class ModelConfig:
     """The `config.json` this was read from, so that saving keeps what Whet does not need."""
 
     def __post_init__(self) -> None:
-        found = [
-            f"model config: {name} is {value}; it must be at least 1"
-            for name in (
-                "vocab_size",
-                "width",
-                "n_layers",
-                "n_heads",
-                "n_kv_heads",
-                "head_size",
-                "mlp_width",
-            )
-            if (value := getattr(self, name)) < 1
+        counts = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_size")
+        flags = ("learned_positions", "tied", "pre_norm", "post_norm", "gated_mlp", "qkv_bias")
+        found = _no_counts(vars(self), (*counts, "mlp_width", "max_positions"))
+        found += _no_numbers(vars(self), ("embed_scale", "residual_scale", "logit_scale"))
+        found += _not_among(
+            vars(self),
+            {
+                "norm": ("rms", "layer"),
+                "qk_norm": ("none", "head", "full"),
+                "activation": get_args(Activation),
+                **dict.fromkeys((*flags, "out_bias", "mlp_bias", "head_bias"), (True, False)),
+            },
+        )
+        found += [
+            f"{name} is {value!r}; expected a number of at least 0"
+            for name in ("norm_eps", "norm_offset", "init_std")
+            if not is_number(value := getattr(self, name)) or value < 0
         ]
+        said = [n for n in ("attention_softcap", "logit_softcap") if getattr(self, n) is not None]
+        found += _no_numbers(vars(self), said)
+        if self.attention_scale is not None and not is_number(self.attention_scale):
+            found.append(f"attention_scale is {self.attention_scale!r}; expected a number")
+        windows = [window for window in self.windows if window is not None]
+        if not all(type(window) is int and window > 0 for window in windows):
+            found.append(f"windows is {windows}; expected whole numbers above 0")
+        problems([f"model config: {problem}" for problem in found])
         heads = self.n_heads * self.head_size
         if max(heads, self.width, self.vocab_size, self.mlp_width) > 2**28 or self.n_layers > 1024:
             found.append(
@@ -119,7 +163,7 @@ class ModelConfig:
                 f"{2**28:,}: it has {self.n_layers} layers, width {self.width}, {heads} in all "
                 f"heads, MLP {self.mlp_width}, vocabulary {self.vocab_size}"
             )
-        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+        if self.n_heads % self.n_kv_heads:
             found.append(
                 f"model config: {self.n_heads} heads can't share {self.n_kv_heads} key/value heads"
             )
@@ -163,6 +207,39 @@ class ModelConfig:
         from whet.model import hf_config
 
         return hf_config.write(self)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number, and no truth value."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
+def _no_counts(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    return [
+        f"{name} is {values[name]!r}; expected a whole number above 0"
+        for name in names
+        if type(values[name]) is not int or values[name] < 1
+    ]
+
+
+def _no_numbers(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    return [
+        f"{name} is {values[name]!r}; expected a number above 0"
+        for name in names
+        if not _is_positive(values[name])
+    ]
+
+
+def _not_among(values: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    return [
+        f"{name} is {values[name]!r}; expected {' or '.join(map(str, known))}"
+        for name, known in choices.items()
+        if not any(type(values[name]) is type(one) and values[name] == one for one in known)
+    ]
 
 
 def llama(

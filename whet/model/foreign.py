@@ -5,7 +5,8 @@ ones) can't. So it is tried on the instance, when it is opened: with a row of tw
 second must have the hidden states that it has alone, whatever stands in the first. The ways, in
 this order: positions that restart (transformers makes the mask from them), a mask of our own, and
 otherwise one document a row. In the same way it is tried how logits follow from hidden states, so
-that the loss can be formed at trained positions only.
+that the loss can be formed at trained positions only, and that no hidden state depends on later
+tokens.
 
 Shape letters: B batch, T tokens, D width, V vocabulary.
 """
@@ -30,6 +31,10 @@ SAYING = {
     "mask": "documents are packed; a mask keeps them apart",
     "alone": "it can't keep packed documents apart, so it runs one document a row",
 }
+
+
+_UNLIKE = (AssertionError, AttributeError, LookupError, TypeError, ValueError)
+"""What an architecture's code fails with when it is called in a way that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class ForeignModel(nn.Module):
             hf=inner.config.to_dict(),
         )
         self.logit_scale, self.softcap = _head(inner)
+        _refuse_looking_ahead(self)
         self.way: Way = _way(self)
 
     @property
@@ -161,7 +167,7 @@ class ForeignModel(nn.Module):
         return self._run(tokens, position_ids=restarted, attention_mask=seen[:, None])
 
     def _run(self, tokens: Tensor, **how: Tensor) -> Tensor:
-        return self.inner.base_model(tokens, use_cache=False, **how).last_hidden_state
+        return _body(self.inner)(tokens, use_cache=False, **how).last_hidden_state
 
     def _one_document_a_row(self, tokens: Tensor, segments: Tensor) -> Tensor:
         begins = segments != segments.roll(1, dims=1)
@@ -195,8 +201,8 @@ def load_foreign(
 ) -> ForeignModel:
     """Open a model directory by transformers' own class. Neither pickles nor foreign code are run.
 
-    Raises UserError without transformers, for an architecture it does not know, and if weights are
-    missing, left over or misshaped.
+    Raises UserError without transformers, for an architecture it does not know or that is no causal
+    language model, and if weights are missing, left over or misshaped.
     """
     try:
         import transformers
@@ -227,7 +233,17 @@ def load_foreign(
         if info.get(key):
             some = ", ".join(str(name) for name in sorted(info[key], key=str)[:5])
             raise UserError(f"{directory}: weights do not fit the configuration: {key}: {some}")
-    model = ForeignModel(inner.to(device))
+    inner.to(device)
+    try:
+        model = ForeignModel(inner)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    except (*_UNLIKE, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        raise UserError(
+            f"{directory}: {type(inner).__name__} does not run on tokens alone, as a causal "
+            f"language model of transformers does ({reason}); Whet can't train this architecture"
+        ) from None
     # transformers puts the opened precision in its place, and we no dropout; saving asks for what
     # the file has.
     said = read_json(directory / "config.json")
@@ -289,6 +305,13 @@ def _from_hidden(inner: Any, hidden: Tensor, scale: float, softcap: float | None
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def _body(inner: Any) -> Any:
+    """The part of the model that gives hidden states: all but the head."""
+    if inner.base_model is not inner:
+        return inner.base_model
+    return inner.model  # where the class's name for its body is not the one it is kept under
+
+
 def _probe_tokens(model: Any, n: int, seed: int) -> Tensor:
     embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
@@ -308,7 +331,7 @@ def _head(inner: Any) -> tuple[float, float | None]:
     training = inner.training
     inner.eval()
     expected = inner(tokens, use_cache=False).logits
-    hidden = inner.base_model(tokens, use_cache=False).last_hidden_state
+    hidden = _body(inner)(tokens, use_cache=False).last_hidden_state
     inner.train(training)
     config = inner.config.get_text_config()
     scales = {1.0, float(getattr(config, "logit_scale", None) or 1.0)}
@@ -321,6 +344,24 @@ def _head(inner: Any) -> tuple[float, float | None]:
         f"{type(inner).__name__}: its logits are not its head's product with the last hidden "
         "state; Whet can't form the loss of this architecture"
     )
+
+
+@torch.no_grad()
+def _refuse_looking_ahead(model: ForeignModel) -> None:
+    """Raise UserError if hidden states change with tokens that come later."""
+    head, tail = _probe_tokens(model.inner, 7, seed=2), _probe_tokens(model.inner, 9, seed=4)
+    other = (tail + 1) % model.config.vocab_size  # no token stays
+    training = model.training
+    model.eval()
+    expected = model._run(torch.cat([head, tail], dim=1))[:, :7]
+    found = model._run(torch.cat([head, other], dim=1))[:, :7]
+    model.train(training)
+    if not _close(found, expected):
+        raise UserError(
+            f"{type(model.inner).__name__}: what it gives for a token changes with the tokens that "
+            "come later, so it is no causal language model, and Whet trains no other; are "
+            "is_decoder and is_causal right in its config.json?"
+        )
 
 
 @torch.no_grad()
@@ -341,7 +382,7 @@ def _way(model: ForeignModel) -> Way:
         try:
             found = model._hidden(torch.cat([a, b], dim=1), segments)
             moved = model._hidden(torch.cat([other, b], dim=1), segments)
-        except (TypeError, ValueError, RuntimeError, IndexError):
+        except (*_UNLIKE, RuntimeError):
             continue  # the architecture takes no such argument
         if _close(found, expected) and _close(moved[:, 7:], expected[:, 7:]):
             model.train(training)

@@ -4,7 +4,7 @@ A `config.json` says most of what a model computes and leaves the rest to its `m
 Gemma's norms multiply by 1 + weight stands nowhere but in the type. `FAMILIES` holds just that
 rest; all else is read from the keys. Every key is accounted for: read, known to be harmless, or off
 (null, false, empty). What is left over might change the mathematics, so it is an error that names
-it.
+it. So is a key that another family reads and this one does not, unless its value changes nothing.
 
 Older and newer spellings are both read: `rope_theta` and `rope_scaling`, or `rope_parameters`.
 Dropout is ignored: Whet trains without.
@@ -21,22 +21,56 @@ from whet.model.hf_layers import read_layers
 
 Json = dict[str, Any]
 
+_WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+_GEMMA = {"attention_bias", "hidden_activation", "query_pre_attn_scalar", "layer_types"}
+_GEMMA |= {"sliding_window", "final_logit_softcapping"}
+_MULTIPLIERS = {"embedding_multiplier", "attention_multiplier", "residual_multiplier"}
+
 FAMILIES: dict[str, Json] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "windows": "all"},
-    "qwen2": {"qkv_bias": True, "windows": "upper"},
-    "qwen3": {"qk_norm": "head", "windows": "upper", "head_dim": 128},
+    "llama": {"reads": {"hidden_act", "attention_bias", "mlp_bias"}},
+    "mistral": {
+        "reads": {"hidden_act", "sliding_window"},
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "windows": "all",
+    },
+    "qwen2": {
+        "reads": {"hidden_act", *_WINDOWS},
+        "qkv_bias": True,
+        "sliding_window": 4096,
+        "windows": "upper",
+    },
+    "qwen3": {
+        "reads": {"hidden_act", "attention_bias", *_WINDOWS},
+        "qk_norm": "head",
+        "sliding_window": 4096,
+        "windows": "upper",
+        "head_dim": 128,
+    },
     "smollm3": {
+        "reads": {
+            *("hidden_act", "attention_bias", "mlp_bias", *_WINDOWS),
+            *("no_rope_layers", "no_rope_layer_interval"),
+        },
         "tie_word_embeddings": True,
         "rope_theta": 2_000_000.0,
         "no_rope_layer_interval": 4,
         "windows": "no rope",
     },
-    "gemma": {"gemma": True, "head_dim": 256},
+    "gemma": {
+        "reads": {"hidden_act", "attention_bias"},
+        "gemma": True,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
     "gemma2": {
+        "reads": {*_GEMMA, "attn_logit_softcapping"},
         "gemma": True,
         "post_norm": True,
         "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "sliding_window_pattern": 2,
@@ -45,10 +79,13 @@ FAMILIES: dict[str, Json] = {
         "attn_logit_softcapping": 50.0,
     },
     "gemma3_text": {
+        "reads": {*_GEMMA, "sliding_window_pattern", "rope_local_base_freq"},
         "gemma": True,
         "post_norm": True,
         "qk_norm": "head",
         "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
@@ -60,13 +97,30 @@ FAMILIES: dict[str, Json] = {
         "rope_local_base_freq": 10_000.0,
         "max_position_embeddings": 131_072,
     },
-    "phi3": {"windows": "all", "rms_norm_eps": 1e-5},
-    "olmo2": {"qk_norm": "full", "pre_norm": False, "post_norm": True, "rms_norm_eps": 1e-5},
-    "granite": {"attention_multiplier": 1.0},
+    "phi3": {
+        "reads": {"hidden_act", "sliding_window", "partial_rotary_factor"},
+        "windows": "all",
+        "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096,
+    },
+    "olmo2": {
+        "reads": {"hidden_act", "attention_bias"},
+        "qk_norm": "full",
+        "pre_norm": False,
+        "post_norm": True,
+        "rms_norm_eps": 1e-5,
+    },
+    "granite": {
+        "reads": {"hidden_act", "attention_bias", "mlp_bias", "logits_scaling", *_MULTIPLIERS},
+        "attention_multiplier": 1.0,
+    },
     "gpt2": {},
     "whet": {},
 }
-"""What the type of a model says: facts, and values of keys that its files may leave out."""
+"""What the type of a model says: facts, values of keys that its files may leave out, and under
+"reads" which of the keys that only some families have it looks at. transformers ignores the others,
+so a file that sets one may mean another model than the one that it gives."""
+_SOME_READ = frozenset(key for family in FAMILIES.values() for key in family.get("reads", ()))
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -93,7 +147,8 @@ def read(config: Json) -> ModelConfig:
         )
     if family == "whet":
         return _read_whet(config)
-    keys = Keys(config, FAMILIES[family])
+    facts = FAMILIES[family]
+    keys = Keys(config, facts, _SOME_READ - facts["reads"] if "reads" in facts else frozenset())
     try:
         found = _read_gpt2(keys) if family == "gpt2" else _read_llama(keys)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -114,9 +169,9 @@ def _read_llama(keys: Keys) -> ModelConfig:
     head_size = keys.count("head_dim", width // n_heads)
     max_positions = keys.count("max_position_embeddings", 2048)
     ropes, windows = read_layers(keys, n_layers, head_size, max_positions)
-    bias = bool(keys.take("attention_bias", False))
-    query_scalar = keys.take("query_pre_attn_scalar")
-    attention_scale = keys.take("attention_multiplier")
+    bias = keys.flag("attention_bias")
+    query_scalar = keys.optional("query_pre_attn_scalar")
+    attention_scale = keys.optional("attention_multiplier")
     return ModelConfig(
         vocab_size=keys.count("vocab_size"),
         width=width,
@@ -128,8 +183,8 @@ def _read_llama(keys: Keys) -> ModelConfig:
         max_positions=max_positions,
         windows=windows,
         ropes=ropes,
-        tied=bool(keys.take("tie_word_embeddings", gemma)),
-        norm_eps=float(keys.take("rms_norm_eps", 1e-6)),
+        tied=keys.flag("tie_word_embeddings", gemma),
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
         norm_offset=1.0 if gemma else 0.0,
         pre_norm=facts.get("pre_norm", True),
         post_norm=facts.get("post_norm", False),
@@ -137,47 +192,53 @@ def _read_llama(keys: Keys) -> ModelConfig:
         activation=_activation(keys, gemma),
         qkv_bias=bias or facts.get("qkv_bias", False),
         out_bias=bias,
-        mlp_bias=bool(keys.take("mlp_bias", False)),
+        mlp_bias=keys.flag("mlp_bias"),
         attention_scale=query_scalar**-0.5 if query_scalar else attention_scale,
-        attention_softcap=keys.take("attn_logit_softcapping"),
-        logit_softcap=keys.take("final_logit_softcapping"),
-        embed_scale=math.sqrt(width) if gemma else float(keys.take("embedding_multiplier", 1.0)),
-        residual_scale=float(keys.take("residual_multiplier", 1.0)),
-        logit_scale=1.0 / float(keys.take("logits_scaling", 1.0)),
-        init_std=float(keys.left.get("initializer_range", 0.02)),
+        attention_softcap=keys.optional("attn_logit_softcapping"),
+        logit_softcap=keys.optional("final_logit_softcapping"),
+        embed_scale=math.sqrt(width) if gemma else keys.number("embedding_multiplier", 1.0),
+        residual_scale=keys.number("residual_multiplier", 1.0),
+        logit_scale=1.0 / keys.number("logits_scaling", 1.0),
+        init_std=keys.number("initializer_range", 0.02),
     )
 
 
 def _read_gpt2(keys: Keys) -> ModelConfig:
     width, n_heads = keys.count("n_embd"), keys.count("n_head")
+    n_layers, max_positions = keys.count("n_layer"), keys.count("n_positions", 1024)
+    keys.same("hidden_size", width)
+    keys.same("num_attention_heads", n_heads)
+    keys.same("num_hidden_layers", n_layers)
+    keys.same("max_position_embeddings", max_positions)
     return ModelConfig(
         vocab_size=keys.count("vocab_size"),
         width=width,
-        n_layers=keys.count("n_layer"),
+        n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_heads,
         head_size=width // n_heads,
         mlp_width=keys.count("n_inner", 4 * width),
-        max_positions=keys.count("n_positions", 1024),
+        max_positions=max_positions,
         learned_positions=True,
-        tied=bool(keys.take("tie_word_embeddings", True)),
+        tied=keys.flag("tie_word_embeddings", True),
         norm="layer",
-        norm_eps=float(keys.take("layer_norm_epsilon", 1e-5)),
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5),
         activation=ACTIVATIONS[_known_activation(keys.take("activation_function", "gelu_new"))],
         gated_mlp=False,
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        attention_scale=None if keys.take("scale_attn_weights", True) else 1.0,
-        init_std=float(keys.left.get("initializer_range", 0.02)),
+        attention_scale=None if keys.flag("scale_attn_weights", True) else 1.0,
+        init_std=keys.number("initializer_range", 0.02),
     )
 
 
 def _activation(keys: Keys, gemma: bool) -> Activation:
-    name, newer = keys.take("hidden_act", "silu"), keys.take("hidden_activation")
-    if gemma and newer is None and name in ("silu", "gelu"):
-        newer = "gelu_pytorch_tanh"  # Gemma's first files said "gelu" and meant this
-    return ACTIVATIONS[_known_activation(newer or name)]
+    newer = "hidden_activation" in keys.defaults.get("reads", ())
+    name = keys.take("hidden_activation" if newer else "hidden_act", "silu")
+    if gemma and (name is None or (name == "gelu" and not newer)):
+        name = "gelu_pytorch_tanh"  # Gemma's first files said "gelu" and meant this
+    return ACTIVATIONS[_known_activation(name)]
 
 
 def _known_activation(name: Any) -> str:

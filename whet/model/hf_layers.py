@@ -5,7 +5,7 @@ from typing import Any
 
 from whet.config import problems
 from whet.errors import UserError
-from whet.model.config import Rope, RopeKind
+from whet.model.config import Rope, RopeKind, is_number
 from whet.model.hf_keys import Keys
 
 KINDS: dict[RopeKind, set[str]] = {
@@ -21,6 +21,15 @@ KINDS: dict[RopeKind, set[str]] = {
 }
 """The keys each kind reads, beside those that every kind may have."""
 
+NEEDED: dict[RopeKind, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""The keys without which a kind stretches nothing, or not as it was trained. Where yarn and
+longrope say no factor, it follows from the lengths of text before and after."""
+
 SHARED = {
     "rope_type",
     "type",
@@ -28,6 +37,7 @@ SHARED = {
     "partial_rotary_factor",
     "original_max_position_embeddings",
 }
+LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 def read_layers(
@@ -35,19 +45,16 @@ def read_layers(
 ) -> tuple[tuple[Rope | None, ...], tuple[int | None, ...]]:
     """(rotary positions, sliding window) of each layer. Raises UserError for what is not known."""
     turns = _turning_layers(keys, n_layers)
+    window = keys.take("sliding_window")
+    keys.same("sliding_window_size", window)  # an older name, which files have beside the other
     slides = _sliding_layers(keys, turns)
     full, sliding = _ropes(keys, head_size, max_positions)
     ropes = tuple(
         (sliding if slide else full) if turn else None
         for turn, slide in zip(turns, slides, strict=True)
     )
-    rule, window = keys.defaults.get("windows"), None
-    if rule is not None or any(slides):
-        window = keys.take("sliding_window", keys.take("sliding_window_size"))
-    if rule in ("upper", "no rope") and not keys.take("use_sliding_window"):
-        window = None
     windows = tuple(window if slide else None for slide in slides)
-    return ropes, windows if any(windows) else ()
+    return ropes, () if window is None or not any(slides) else windows
 
 
 def _turning_layers(keys: Keys, n_layers: int) -> list[bool]:
@@ -61,31 +68,36 @@ def _turning_layers(keys: Keys, n_layers: int) -> list[bool]:
 
 
 def _sliding_layers(keys: Keys, turns: list[bool]) -> list[bool]:
-    """Which layers have a sliding window, if the model uses one."""
+    """Which layers have the sliding window, if there is one."""
     rule, layers = keys.defaults.get("windows"), range(len(turns))
-    pattern = keys.take("_sliding_window_pattern", keys.take("sliding_window_pattern"))
-    first = keys.take("max_window_layers", 28) if rule in ("upper", "no rope") else 0
+    pattern = keys.take("sliding_window_pattern")
+    first, used = keys.take("max_window_layers", 28), keys.flag("use_sliding_window")
     types = keys.take("layer_types")
-    if types is not None:
-        known = ("full_attention", "sliding_attention")
-        if len(types) != len(turns) or not set(types) <= set(known):
+    if types is None:
+        keys.same("_sliding_window_pattern", pattern)
+    else:
+        keys.left.pop("_sliding_window_pattern", None)  # what layer_types were once made from
+        if len(types) != len(turns) or not set(types) <= set(LAYER_KINDS):
             raise UserError(
                 f"config.json: layer_types is {types!r}; "
-                f"expected {len(turns)} times {' or '.join(known)}"
+                f"expected {len(turns)} times {' or '.join(LAYER_KINDS)}"
             )
-        return [kind == "sliding_attention" for kind in types]
+        # Where both are said, Qwen goes by use_sliding_window and SmolLM3 by layer_types.
+        return [kind == "sliding_attention" and (used or rule != "upper") for kind in types]
     if rule == "pattern":
         return [(layer + 1) % pattern != 0 for layer in layers]
     if rule == "no rope":
-        return [not turn for turn in turns]
-    return [rule in ("all", "upper") and layer >= first for layer in layers]
+        return [used and not turn for turn in turns]
+    if rule == "upper":
+        return [used and layer >= first for layer in layers]
+    return [rule == "all" for layer in layers]
 
 
 def _ropes(keys: Keys, head_size: int, max_positions: int) -> tuple[Rope, Rope]:
     """Rotary positions of full and of sliding layers; they differ in Gemma 3."""
-    theta = keys.take("rope_theta") or keys.defaults.get("rope_theta", 10_000.0)
-    local_theta = keys.take("rope_local_base_freq")
-    fraction = keys.take("partial_rotary_factor") or 1.0
+    theta = keys.number("rope_theta", 10_000.0)
+    local_theta = keys.optional("rope_local_base_freq")
+    fraction = keys.number("partial_rotary_factor", 1.0)
     original = keys.take("original_max_position_embeddings")
     scaling, parameters = keys.take("rope_scaling"), keys.take("rope_parameters")
     by_type = parameters or {}
@@ -94,10 +106,20 @@ def _ropes(keys: Keys, head_size: int, max_positions: int) -> tuple[Rope, Rope]:
         by_type = {"full_attention": everywhere}
         if local_theta is None:
             by_type["sliding_attention"] = everywhere
+    elif local_theta is None or not set(by_type) <= set(LAYER_KINDS):
+        raise UserError(
+            f"config.json: rope_parameters has {', '.join(by_type)}; expected "
+            f"{' and '.join(LAYER_KINDS) if local_theta else 'the same for all layers'}"
+        )
     thetas = {"full_attention": theta, "sliding_attention": local_theta or theta}
     full, sliding = (
         _read_rope(
-            by_type.get(kind) or {}, thetas[kind], fraction, head_size, max_positions, original
+            by_type.get(kind) or {},
+            thetas[kind],
+            None if "partial_rotary_factor" in keys.unread else fraction,
+            head_size,
+            max_positions,
+            original,
         )
         for kind in thetas
     )
@@ -107,45 +129,74 @@ def _ropes(keys: Keys, head_size: int, max_positions: int) -> tuple[Rope, Rope]:
 def _read_rope(
     scaling: dict[str, Any],
     theta: float,
-    fraction: float,
+    fraction: float | None,
     head_size: int,
     max_positions: int,
     original: int | None,
 ) -> Rope:
     """The `Rope` of one `scaling` dictionary; what it lacks comes from the other arguments.
 
-    `original` is `original_max_position_embeddings` where it stands beside and not in the
-    dictionary (Phi-3). Raises UserError for a kind that is not known, or a key that the kind does
-    not have.
+    `fraction` is None where the family turns whole heads, whatever the dictionary says. `original`
+    is `original_max_position_embeddings` where it stands beside and not in the dictionary (Phi-3).
+    Raises UserError for a kind that is not known, a key that the kind does not have, and one that
+    it needs and lacks.
     """
     kind = _kind(scaling)
-    problems(
-        [
-            f"config.json: {key} = {value!r} is not understood for rope type {kind!r}"
-            for key, value in scaling.items()
-            if key not in KINDS[kind] | SHARED and value not in (None, False)
-        ]
-    )
-    fraction = scaling.get("partial_rotary_factor", fraction)
-    original = original or scaling.get("original_max_position_embeddings") or max_positions
+    inside = scaling.get("original_max_position_embeddings")
+    part = scaling.get("partial_rotary_factor", fraction)
+    found = [
+        f"config.json: {key} = {value!r} is not understood for rope type {kind!r}"
+        for key, value in scaling.items()
+        if key not in KINDS[kind] | SHARED and value not in (None, False)
+    ]
+    found += [
+        f"config.json: rope type {kind!r} needs {key}, which is missing"
+        for key in NEEDED.get(kind, ())
+        if scaling.get(key) is None
+    ]
+    if fraction is None and part not in (None, 1):
+        found.append(
+            f"config.json: partial_rotary_factor = {part!r} is not understood for this model_type"
+        )
+    if kind == "longrope" and original is not None and inside not in (None, original):
+        found.append(
+            f"config.json: original_max_position_embeddings is {inside!r} within the rope "
+            f"settings, and {original!r} (as said, or the family's own) beside them"
+        )
+    problems(found)
+    before = original or inside or max_positions
     if kind == "dynamic":
-        original = max_positions
-    factor = scaling.get("factor") or max_positions / original
+        before = max_positions
+    if type(before) is not int or before < 2:
+        raise UserError(
+            f"config.json: original_max_position_embeddings is {before!r}; "
+            "expected a whole number above 1"
+        )
+    factor = _number(scaling, "factor", max_positions / before)
     return Rope(
-        theta=float(scaling.get("rope_theta") or theta),
-        size=int(head_size * fraction),
+        theta=_number(scaling, "rope_theta", theta),
+        size=int(head_size * _number(scaling, "partial_rotary_factor", fraction or 1.0)),
         kind=kind,
-        factor=1.0 if kind == "default" else float(factor),
-        original_positions=0 if kind in ("default", "linear") else original,
-        low_freq_factor=float(scaling.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(scaling.get("high_freq_factor") or 4.0),
-        beta_fast=float(scaling.get("beta_fast") or 32.0),
-        beta_slow=float(scaling.get("beta_slow") or 1.0),
+        factor=1.0 if kind == "default" else factor,
+        original_positions=0 if kind in ("default", "linear") else before,
+        low_freq_factor=_number(scaling, "low_freq_factor", 1.0),
+        high_freq_factor=_number(scaling, "high_freq_factor", 4.0),
+        beta_fast=_number(scaling, "beta_fast", 32.0),
+        beta_slow=_number(scaling, "beta_slow", 1.0),
         truncate=bool(scaling.get("truncate", True)),
         short_factors=tuple(scaling.get("short_factor") or ()),
         long_factors=tuple(scaling.get("long_factor") or ()),
-        output_scale=_output_scale(kind, scaling, factor, original),
+        output_scale=_output_scale(kind, scaling, factor, before),
     )
+
+
+def _number(scaling: dict[str, Any], key: str, default: float) -> float:
+    """A finite number above 0, null being the default. Raises UserError for all else."""
+    value = scaling.get(key)
+    value = default if value is None else value
+    if not is_number(value) or value <= 0:
+        raise UserError(f"config.json: {key} is {value!r}; expected a number above 0")
+    return float(value)
 
 
 def _kind(scaling: dict[str, Any]) -> RopeKind:
@@ -162,14 +213,14 @@ def _output_scale(kind: str, scaling: dict[str, Any], factor: float, original: i
     """What cosine and sine are multiplied by, as the papers of yarn and longrope advise."""
     if kind not in ("yarn", "longrope"):
         return 1.0
-    said = scaling.get("attention_factor")
-    if said is not None:
-        return float(said)
+    if scaling.get("attention_factor") is not None:
+        return _number(scaling, "attention_factor", 1.0)
     if factor <= 1.0:
         return 1.0
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(original))
     above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
     if above and below:
+        above, below = _number(scaling, "mscale", 1.0), _number(scaling, "mscale_all_dim", 1.0)
         return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
     return 0.1 * math.log(factor) + 1

@@ -46,7 +46,7 @@ def legacy_config(cfg: Mapping[str, Any], state: Mapping[str, Tensor], path: Pat
         [
             f"{path}: its cfg has {key} = {cfg.get(key)!r}; expected a whole number of at least 1"
             for key in _SIZES
-            if not isinstance(cfg.get(key), int) or cfg[key] < 1
+            if type(cfg.get(key)) is not int or cfg[key] < 1
         ]
     )
     width, heads = cfg["n_embed"], cfg["n_head"]
@@ -60,7 +60,7 @@ def legacy_config(cfg: Mapping[str, Any], state: Mapping[str, Tensor], path: Pat
         n_heads=heads,
         n_kv_heads=heads,
         head_size=width // heads,
-        mlp_width=4 * width if hidden is None else len(hidden),
+        mlp_width=hidden.shape[0] if hidden is not None and hidden.dim() else 4 * width,
         max_positions=cfg["context_length"],
         learned_positions=True,
         norm="layer",
@@ -89,5 +89,11 @@ def legacy_state(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     for (layer, kind), parts in heads.items():
         if sorted(parts) != list(range(len(parts))):
             raise UserError(f"{path}: attn_blocks.{layer}.attn.heads lacks some of its heads")
+        shapes = {tuple(part.shape) for part in parts.values()}
+        if len(shapes) > 1 or () in shapes:
+            raise UserError(
+                f"{path}: the matrices {kind} of attn_blocks.{layer}.attn.heads have the shapes "
+                f"{', '.join(str(list(shape)) for shape in sorted(shapes))}; expected the same"
+            )
         found[f"layers.{layer}.attn.{kind}.weight"] = torch.cat([parts[j] for j in sorted(parts)])
     return found

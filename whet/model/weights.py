@@ -125,7 +125,7 @@ def _read_index(index: Path) -> dict[str, str]:
     """The index's {tensor: shard file name}; every shard must lie in the index's own directory."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{index}: expected JSON with a "weight_map"; download it again') from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: its weight_map is empty or not a table; download it again")
@@ -155,7 +155,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         tensors = {name: _describe(entry, path, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header is not valid ({error})") from None
     end = 8 + length
     for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):

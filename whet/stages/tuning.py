@@ -9,7 +9,8 @@ from torch import nn
 
 from whet.chat.tokenizer import Tokenizer, add_chat_tokens
 from whet.errors import UserError
-from whet.model.adapter import continue_adapter, save_adapter
+from whet.model.adapter import continue_adapter
+from whet.model.adapter_writing import save_adapter
 from whet.model.checkpoint import save_model, save_pt
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
