@@ -20,8 +20,8 @@ from whet.data.store import DOCUMENT, PackedStore, StoreWriter
 from whet.model import attention
 from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.train.evaluation import Evaluator
-from whet.train.loop import Evaluation
 from whet.train.session import fingerprint
+from whet.train.stage import Evaluation
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tests.numerics.test_layouts import command
 from whet.cli import main
 from whet.stages import sft
 from whet.train.incidents import FACTOR, NEEDED, judge, remember
-from whet.train.loop import Sums
+from whet.train.stage import Sums
 from whet.train.state import Facts
 
 

@@ -20,8 +20,9 @@ from whet.model.loss import sft_loss
 from whet.stages import sft
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, gradient_norm
-from whet.train.loop import Stage, autocast, forward_backward
 from whet.train.signals import Stop
+from whet.train.stage import Stage
+from whet.train.step import autocast, forward_backward
 
 Tell = Callable[[str], None]
 Half = Callable[[], float]

@@ -23,8 +23,8 @@ from whet.stages import sft
 from whet.train import distributed, dry, memory
 from whet.train.distributed import Ranks
 from whet.train.dry import Cost
-from whet.train.loop import Stage
 from whet.train.session import DEFAULT_MICRO_BATCH, check_settings, make_optimizers, resolve
+from whet.train.stage import Stage
 from whet.train.state import saving_bytes
 
 FITS = 0.9

@@ -21,9 +21,9 @@ from whet.model.weights import PT
 from whet.progress import track
 from whet.stages import sft
 from whet.train.distributed import Ranks
-from whet.train.loop import Stage
 from whet.train.session import continues, run_stage
 from whet.train.settings import TrainSettings
+from whet.train.stage import Stage
 
 SMALLEST_VOCABULARY = 257
 """Of a byte-level tokenizer: the bytes and the end of a text."""

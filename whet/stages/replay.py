@@ -23,11 +23,12 @@ from whet.stages import pretrain, sft
 from whet.train import incidents, ledger, state, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
-from whet.train.loop import Stage, apply_step, count_step, dtype_of, forward_backward
 from whet.train.session import make_optimizers
 from whet.train.settings import TrainSettings
 from whet.train.signals import Stop
+from whet.train.stage import Stage
 from whet.train.state import Facts
+from whet.train.step import apply_step, count_step, dtype_of, forward_backward
 
 STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain}
 

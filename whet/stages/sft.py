@@ -47,10 +47,10 @@ from whet.model.weights import PT, saved_as
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
-from whet.train.loop import Stage, Sums
 from whet.train.optim import parse_lr_groups
 from whet.train.session import fingerprint, run_stage, total_steps
 from whet.train.settings import TrainSettings
+from whet.train.stage import Stage, Sums
 
 USUAL_ADAPTER_LR = 1e-4
 

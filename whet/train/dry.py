@@ -23,9 +23,10 @@ from whet.errors import UserError
 from whet.train import memory, verdict
 from whet.train.ahead import Micro, to_device
 from whet.train.distributed import Ranks
-from whet.train.loop import Stage, apply_step, dtype_of, forward_backward
 from whet.train.settings import TrainSettings
 from whet.train.signals import Stop
+from whet.train.stage import Stage
+from whet.train.step import apply_step, dtype_of, forward_backward
 
 R = TypeVar("R")
 STEPS = 5

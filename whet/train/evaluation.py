@@ -14,8 +14,8 @@ from whet.evaluate.gsm8k import Problem, gsm8k_accuracy
 from whet.generate.engine import generate
 from whet.train.breakdown import breakdown
 from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
-from whet.train.loop import Evaluation
 from whet.train.signals import Interrupted, Stop
+from whet.train.stage import Evaluation
 
 SAMPLE_TOKENS = 128
 """New tokens of a sample reply."""

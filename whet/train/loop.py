@@ -1,89 +1,38 @@
-"""The only optimizer loop. A stage brings model, batches and loss; this brings the steps.
-
-The loss of a step is sum(weight x nll) / sum(weight) over the global batch. Each micro-batch of
-each rank gives its part of the upper sum; the lower one, `total`, is known beforehand. So
-micro-batch size, accumulation and ranks change nothing but rounding.
-"""
+"""The only optimizer loop. It puts steps, evaluations and saves into their order."""
 
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.profiler import record_function
 
-from whet.data.batches import Batch
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.progress import Progress, track
-from whet.train import distributed, incidents, ledger, memory, optim, verdict
-from whet.train.ahead import Micro, batches_ahead
+from whet.train import distributed, incidents, ledger, memory, verdict
+from whet.train.ahead import batches_ahead
 from whet.train.distributed import Ranks
 from whet.train.profile import profiled
 from whet.train.run import RunFolder
 from whet.train.settings import TrainSettings
 from whet.train.signals import Interrupted, Stop
-from whet.train.state import Facts, tensors_of
+from whet.train.stage import Stage
+from whet.train.state import tensors_of
+from whet.train.step import (
+    StepResult,
+    apply_step,
+    autocast,
+    count_step,
+    dtype_of,
+    forward_backward,
+    lr_of,
+)
 
 LEDGER_EVERY = 32  # steps whose documents wait on the device before they are read
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What a loss function gives for a micro-batch: sums, never means."""
-
-    loss: Tensor
-    """sum(weight x nll), a float32 scalar with a gradient."""
-    nll: Tensor
-    """(B, T) float32, detached: the loss of each token, 0 where the weight is 0."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found; `metrics["dev_loss"]` decides which model is the best."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What differs between pretraining, SFT and what comes after them."""
-
-    model: nn.Module
-    """As it was loaded; `session` spreads it over the ranks."""
-    store: PackedStore
-    """Where the rows come from; the ledger names their documents."""
-    total_steps: int
-    batches: Callable[[int], list[Batch]]
-    """Step -> this rank's micro-batches of that global batch, on the CPU."""
-    loss_fn: Callable[[nn.Module, Batch], Sums]
-    evaluate: Callable[[nn.Module, Ranks, Stop], Evaluation]
-    """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop."""
-    save_model: Callable[[nn.Module, Path, dict[str, float]], None]
-    """Write a model directory with these metrics in its lineage; all ranks call it."""
-    header: Sequence[tuple[str, str]] = ()
-    """What to tell before training: (word, line)."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step's forward and backward passes, queued on the device; nothing is applied yet."""
-
-    step: int
-    """From 0."""
-    sums: Tensor
-    """(4,) float64 on the device: loss, gradient norm, tokens, ranks that were asked to stop."""
-    weight: float
-    epoch: int
-    seen: list[ledger.Seen]
 
 
 @dataclass(frozen=True)
@@ -179,66 +128,6 @@ def steps_behind(device: torch.device) -> int:
     return 1 if device.type == "cuda" else 0
 
 
-def forward_backward(
-    stage: Stage,
-    step: int,
-    micros: Sequence[Micro],
-    settings: TrainSettings,
-    ranks: Ranks,
-    stop: Stop,
-    dtype: torch.dtype | None,
-) -> StepResult:
-    """Add up the gradient of global batch `step` on this rank and over all ranks."""
-    model = stage.model.train()
-    seed_step(settings.seed, step, ranks.rank)
-    total = micros[0].batch.total
-    factor = distributed.gradient_factor(model, ranks) / total if total else 0.0
-    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    asked, seen = float(stop.number != 0), []
-    for i, micro in enumerate(micros):
-        with distributed.sync_gradients(model, now=i == len(micros) - 1):
-            with record_function("forward"), autocast(ranks.device, dtype):
-                part = stage.loss_fn(model, micro.batch)
-            with record_function("backward"):
-                (part.loss * factor).backward()
-        loss += part.loss.detach()
-        seen.append(ledger.see(step + 1, micro.batch, micro.segments, part.nll))
-    norm = distributed.gradient_norm(list(stage.model.parameters())).to(loss)
-    # One exchange a step: the loss, the tokens, and whether some rank was asked to stop. A signal
-    # that comes from here on counts in the next step: all ranks must decide alike.
-    tokens = float(sum(micro.tokens for micro in micros))
-    sums = torch.stack([loss, loss.new_full((), tokens), loss.new_full((), asked)])
-    loss, *counts = distributed.add_over_ranks(sums, ranks).unbind()
-    return StepResult(
-        step=step,
-        sums=torch.stack([loss / total if total else torch.zeros_like(loss), norm, *counts]),
-        weight=total,
-        epoch=micros[0].batch.epoch,
-        seen=seen,
-    )
-
-
-def apply_step(
-    result: StepResult,
-    stage: Stage,
-    settings: TrainSettings,
-    optimizers: Sequence[torch.optim.Optimizer],
-    recent: verdict.Recent,
-) -> None:
-    """Clip and take the optimizer step, unless the device finds that it must not be applied."""
-    if result.weight:  # where nothing is trained, not even weight decay moves the weights
-        loss, norm = result.sums[0], result.sums[1]
-        with record_function("optimizer"):
-            bad = recent.judge(loss, norm, settings.clip)
-            if settings.clip:
-                parameters = list(stage.model.parameters())
-                distributed.scale_gradients(parameters, norm.float(), settings.clip)
-            optim.set_lr(optimizers, lr_of(settings, result.step, stage.total_steps))
-            verdict.step_unless(bad, optimizers)
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-
-
 def settle_step(
     result: StepResult, stage: Stage, settings: TrainSettings, run: RunFolder, ranks: Ranks
 ) -> StepNumbers:
@@ -261,48 +150,6 @@ def settle_step(
             "earlier states are kept"
         )
     return numbers
-
-
-def count_step(result: StepResult, facts: Facts, clip: float) -> str | None:
-    """Take a step into `facts`; returns why it is not applied, or None if it is."""
-    loss, norm, *_ = result.sums.tolist()
-    reason = incidents.judge(loss, norm, facts, clip)
-    if reason is not None:
-        facts.spikes_in_a_row += 1
-        facts.incident_step = result.step + 1
-    elif result.weight:
-        incidents.remember(norm, facts)
-    return reason
-
-
-def lr_of(settings: TrainSettings, step: int, total_steps: int) -> float:
-    """Learning rate of a step of this run."""
-    return optim.lr_at(
-        step,
-        total_steps,
-        peak=settings.lr,
-        schedule=settings.schedule,
-        warmup=settings.warmup,
-        final=settings.final_lr,
-    )
-
-
-def dtype_of(settings: TrainSettings) -> torch.dtype | None:
-    """The dtype of autocast; None leaves everything in float32."""
-    return torch.bfloat16 if settings.precision == "bf16" else None
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make everything random in a step (dropout) a function of (seed, step, rank).
-
-    So no random state has to be saved, and resuming on another number of ranks is well defined.
-    """
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Mixed precision: matrix products in `dtype`, weights and reductions in float32."""
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def _due(step: int, every: int) -> bool:

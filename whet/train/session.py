@@ -27,11 +27,12 @@ from whet.model.float8 import use_float8
 from whet.train import distributed, memory, optim, state
 from whet.train.curves import open_curves
 from whet.train.distributed import Ranks
-from whet.train.loop import Stage, train
+from whet.train.loop import train
 from whet.train.profile import check_profile
 from whet.train.run import RunFolder
 from whet.train.settings import FREE_ON_RESUME, TrainSettings
 from whet.train.signals import stop_on_signals
+from whet.train.stage import Stage
 from whet.train.state import Facts
 
 C = TypeVar("C", bound=TrainSettings)
