@@ -1,4 +1,4 @@
-"""What a stage brings to the loop: the model, its batches, its loss, how it is measured and saved."""
+"""What a stage brings to the loop: model, batches, loss, and how it is measured and saved."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
