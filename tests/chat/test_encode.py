@@ -288,6 +288,72 @@ def test_template_that_drops_thinking_or_calls_is_refused(chatml: Tokenizer) -> 
         encode_chat([user("a"), said("b", tool_calls=[suite.call()])], tokenizer)
 
 
+def writing(said: str) -> str:
+    """ChatML with `said` as what an assistant's message `m` becomes."""
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    source += "{% if m.role == 'assistant' %}" + said + "{% else %}{{ m.content }}{% endif %}"
+    source += "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    return source + "{% endif %}"
+
+
+CONTENT_ALONE = writing("{{ m.content }}")
+FIRST_CALL = writing("{{ m.content }}{{ (m.tool_calls or [''])[0]|tojson }}")
+NAMES = writing("{{ m.content }}{% for c in m.tool_calls %}<{{ c.function.name }}>{% endfor %}")
+THOUGHT_OR_CALL = writing(
+    "{% if m.tool_calls %}{{ m.tool_calls }}{% else %}{{ m.content }}{% endif %}"
+)
+NAMES_CALL = said("I call get_weather.", tool_calls=[suite.call()])
+
+
+@pytest.mark.parametrize(
+    ("source", "reply", "reason"),
+    [
+        (CONTENT_ALONE, NAMES_CALL, "the call of get_weather"),
+        (FIRST_CALL, said("", tool_calls=[suite.call(1), suite.call(2)]), "call of get_weather"),
+        (NAMES, said("Now", tool_calls=[suite.call()]), "city in the call of get_weather"),
+        (NAMES, said("Now", tool_calls=[suite.call(1, {"n": [7]})]), "n in the call"),
+        (THOUGHT_OR_CALL, said("👍", tool_calls=[suite.call()]), "message's content"),
+        (CONTENT_ALONE, said("4", reasoning_content="4"), "reasoning_content"),
+        (CONTENT_ALONE, said("It is 4.", reasoning_content="It is"), "reasoning_content"),
+        (CONTENT_ALONE, said("It is 4.", reasoning_content="???"), "reasoning_content"),
+        (writing("{{ m.content|replace('👍', '') }}"), said("Fine 👍"), "message's content"),
+        (writing("{{ m.content|replace('?', '') }}"), said("??"), "message's content"),
+    ],
+)
+def test_what_stands_in_the_reply_by_chance_is_not_taken_for_written(
+    chatml: Tokenizer, source: str, reply: dict[str, Any], reason: str
+) -> None:
+    tokenizer = suite.with_template(chatml, source)
+    with pytest.raises(Refused, match=f"does not write .*{reason}") as caught:
+        encode_chat([user("a"), reply], tokenizer)
+    assert caught.value.refusal.kind == "dropped"
+
+
+ARGUMENTS = {"a": 1, "b": True, "c": None, "d": [{"e": "<ß>\n'x'"}], "f": "", "g": "🙂", "h": 2.5}
+XML = "<{{ k }}>{{ v|string|escape }}</{{ k }}>"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "{{ c.function|tojson }}",
+        "{{ c.function.arguments|tojson(ensure_ascii=true) }}{{ c.function.name }}",
+        "{{ c.function.arguments|tojson|tojson }}{{ c.function.name|upper }}",
+        "{{ c.function.name }}({% for k, v in c.function.arguments|dictsort %}{{ v }}{% endfor %})",
+        "{{ c.function.name }}{% for k, v in c.function.arguments|items %}" + XML + "{% endfor %}",
+        "{{ c.id }}{{ c.function.arguments|string }}",
+        "{% if c.function.name == 'f' %}f{{ c.function.arguments }}{% endif %}",
+    ],
+)
+def test_calls_may_be_written_in_any_form(chatml: Tokenizer, call: str) -> None:
+    said_so = "{{ m.content|trim }}<think>{{ m.thinking }}{% for c in m.tool_calls %}" + call
+    tokenizer = suite.with_template(chatml, writing(said_so + "{% endfor %}"))
+    calls = [{"id": "functions.f:0", "function": {"name": "f", "arguments": ARGUMENTS}}]
+    reply = said(" 4 ", reasoning_content="4\n", tool_calls=calls)
+    encoded = encode_chat([user("a"), reply], tokenizer)
+    assert encoded.certificate.same_ids
+
+
 def test_date_is_fixed(chatml: Tokenizer) -> None:
     source = "{{ strftime_now('%d %B %Y') }}" + chatml.template.source
     tokenizer = suite.with_template(chatml, source)

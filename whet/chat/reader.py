@@ -20,6 +20,7 @@ from whet.chat.certificate import Refusal, Refused
 from whet.chat.dialect import Dialect, Ending, beginning_of
 from whet.chat.escape import Escapes, holds
 from whet.chat.messages import Conversation, Message, half_character
+from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
 
 BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
@@ -269,27 +270,39 @@ class Reader:
     def _check_said(self, index: int, words: str, switch: dict[str, Any] | None) -> None:
         """Refuse if the template leaves out what the model said: it would be lost silently."""
         message = self.messages[index]
+        content = message.get("content")
+        alone = "reasoning_content" not in message and "tool_calls" not in message
+        if alone and written(content).strip() in words:
+            return  # there is nothing else that the words could be
         for key in ("content", "reasoning_content"):
-            content = message.get(key)
+            text = written(message.get(key))
             # What the generation prompt opens for the model (`<think>`) may stand in the data, too.
-            if not (
-                _stands_in(words, content)
-                or _stands_in(self._generation_prompt(index, switch) + words, content)
+            if not stands_in(words, text) and not stands_in(
+                self._generation_prompt(index, switch) + words, text
             ):
-                raise self.refused(
-                    "dropped",
-                    f"the template does not write this message's {key} as it stands; "
-                    f"remove {key} or take another template with --chat_template",
-                    index,
-                )
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in words:
-                raise self.refused(
-                    "dropped",
-                    f"the template does not write the call of {call['function']['name']}; "
-                    "take a template that knows tool calls with --chat_template",
-                    index,
-                )
+                raise self._dropped(f"this message's {key} as it stands", index)
+        marked = Marked(message)
+        trial = self._changed(index, marked, switch)
+        for mark in [mark for mark in marked.marks if mark not in trial]:
+            # A template may know some names, say, and write no other: then all the rest changes.
+            single = self._changed(index, Marked(message, only=mark), switch)
+            if mark not in single and single == self.render(index + 1, switch=switch):
+                raise self._dropped(marked.marks[mark], index)
+
+    def _changed(self, index: int, marked: Marked, switch: dict[str, Any] | None) -> str:
+        """The rendering up to message `index` with `marked` in its place; "" if it is refused."""
+        try:
+            return self._render([*self.messages[:index], marked.message], False, switch)
+        except TemplateError:
+            return ""
+
+    def _dropped(self, what: str, index: int) -> Refused:
+        return self.refused(
+            "dropped",
+            f"the template does not write {what}; remove it from the data or take another template "
+            "with --chat_template",
+            index,
+        )
 
     def _generation_prompt(self, index: int, switch: dict[str, Any] | None) -> str:
         """What the prompt of message `index` adds to the messages before it."""
@@ -374,21 +387,6 @@ def _any_text_holds(messages: list[Message], pattern: re.Pattern[str]) -> bool:
             if search(value) if type(value) is str else holds(value, pattern):
                 return True
     return False
-
-
-def _stands_in(words: str, content: Any) -> bool:
-    """Whether `content` is written in `words`, perhaps with other blanks and marks between."""
-    if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content)
-    if not content or content.strip() in words:
-        return True
-    at = 0
-    for run in re.findall(r"\w+", content):
-        at = words.find(run, at)
-        if at < 0:
-            return False
-        at += len(run)
-    return True
 
 
 def _end_of(text: str, limit: int = 40) -> str:
