@@ -221,6 +221,20 @@ def test_template_that_ends_no_reply_gets_the_eos(chatml: Tokenizer) -> None:
     assert words(tokenizer, [user("a"), said(" b \n")]) == ["  b \n</s>"]
 
 
+@pytest.mark.parametrize("header", ["<|im_start|>", "## "])
+def test_last_reply_left_open_gets_the_stop_that_the_middle_has(
+    chatml: Tokenizer, header: str
+) -> None:
+    """Not the eos, which the model would have seen nowhere else."""
+    source = "{% for m in messages %}" + header + "{{ m.role }}\n{{ m.content }}"
+    source += "{% if not (loop.last and m.role == 'assistant') %}<|im_end|>\n{% endif %}"
+    source += "{% endfor %}{% if add_generation_prompt %}" + header + "assistant\n{% endif %}"
+    tokenizer = suite.with_template(chatml, source)
+    encoded = rules.check(TALK, None, tokenizer, rules.Oracle(tokenizer))
+    assert encoded.certificate.closed
+    assert words(tokenizer, TALK) == ["Hello!<|im_end|>", "Good bye.<|im_end|>"]
+
+
 OTHER_BLANKS = """{%- for m in messages %}
    [{{ m.role }}] {{ m.content }}</s>
 {% endfor -%}

@@ -314,6 +314,13 @@ class Dialect:
             stop, end = self._stop_in(text, set())
             if len(tail) < end and (self._is_eos(stop) or text in asking):
                 return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
+        stop = next(iter(self._tokens(middle[len(tail) :])), "")
+        end = middle.find(stop, len(tail)) + len(stop)
+        first = stop and middle[len(tail) : end].strip() == stop and stop not in self.headers
+        # Or it could be the next turn's own header: one ends a turn of the user's, too.
+        asked = _behind(self._tried(whole[:-1], tools, prompt=True), ASKED) or ""
+        if first and (self._begins_turn(middle[end:]) or asked.lstrip().startswith(stop)):
+            return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
         return None
 
     def _unwritten(
