@@ -185,3 +185,22 @@ def test_a_named_token_of_the_ordinary_vocabulary_is_one_token(
     assert ours.encode("<s>the sum") == expected
     assert pickle.loads(pickle.dumps(ours)).encode("<s>the sum") == expected
     assert expected[0] == ours.bos_id == vocab["<s>"]
+
+
+def test_templates_see_every_named_token(small: Tokenizer, tmp_path: Path) -> None:
+    """As in transformers: those of extra_special_tokens and each other key of the config."""
+    source = "{{ boi }}{{ video_token }}{{ eos_token }}" + small.template.source
+    grown = suite.with_template(small, source + "{# <|boi|><|video|> #}")
+    config = {"extra_special_tokens": {"boi": "<|boi|>"}, "video_token": "<|video|>"}
+    config |= {"add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"}
+    grown.save(tmp_path)
+    config |= {"eos_token": "</s>", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for number in range(2):
+        folder = tmp_path / str(number) if number else tmp_path
+        ours = load_tokenizer(folder)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        expected = theirs.apply_chat_template(TALK, tokenize=True, return_dict=False)
+        assert list(encode_chat(TALK, ours).ids) == expected
+        assert ours.decode(expected, skip_special=False).startswith("<|boi|><|video|></s>")
+        ours.save(tmp_path / "1")

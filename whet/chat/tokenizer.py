@@ -262,11 +262,13 @@ def _named_tokens(
     folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer, eos_ids: tuple[int, ...]
 ) -> dict[str, str]:
     found: dict[str, str] = {}
-    for source in (_read_json(folder / "special_tokens_map.json"), config):
-        for name in NAMED_TOKENS:
-            value = source.get(name)
+    extra = config.get("extra_special_tokens")  # image_token and the like; in some files a list
+    extra = extra if isinstance(extra, dict) else {}
+    for source in (_read_json(folder / "special_tokens_map.json"), config, extra):
+        for name, value in source.items():
             content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
+            # Templates see each of them, as in transformers
+            if isinstance(content, str) and (name.endswith("_token") or source is extra):
                 found[name] = content
     if "eos_token" not in found:
         known = [backend.id_to_token(i) for i in eos_ids]
