@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ASKED, SAID, THOUGHT, NEXT = "Qaskedq", "Qsaidq", "Qthoughtq", "Qnextq"
 FUNCTION, VALUE = "qcallq", "Qvalueq"
 UNDEFINED = re.compile(r"'(\w+)' is undefined")  # as jinja says it
+HEADER_WORDS = 3  # a header is short; longer texts may name tokens in prose
 KNOWN = {"messages", "tools", "documents", "add_generation_prompt"}
 
 Tools = list[dict[str, Any]] | None
@@ -182,6 +183,35 @@ class Dialect:
                 found.difference_update(self._tokens(text.partition(word)[2])[:1])
             return frozenset(token for token in found if not self._is_eos(token))
         return frozenset()
+
+    @cached_property
+    def borders(self) -> frozenset[str]:
+        """The tokens with which the template begins and ends turns, flagged as special or not.
+
+        Nobody's text may hold them as tokens. Those that it writes within replies are the model's:
+        data may well hold `<think>`.
+        """
+        stops = {ending.stop for ending in self.endings}
+        found = set(stops)
+        for before in self._openings[::-1]:
+            text = self._tried(self.form(before).shape(before), prompt=True)
+            if before[0]["content"] not in text:
+                continue
+            *headers, rest = re.split("|".join(m["content"] for m in before), text)
+            for header in headers:
+                for stop in stops:
+                    header = header.rpartition(stop)[2]
+                if len(header.split()) <= HEADER_WORDS:
+                    found.update(self._added(header))
+            more = True
+            while more:  # what ends the question, and what begins the reply
+                rest = rest.lstrip()
+                token = next((t for t in self._added(rest)[:1] if rest.startswith(t)), "")
+                found.update(token and [token])
+                rest = rest.removeprefix(token)
+                more = token in stops
+            break
+        return frozenset(found)
 
     @cached_property
     def switches(self) -> tuple[dict[str, Any], ...]:
@@ -368,15 +398,12 @@ class Dialect:
 
     def _tokens(self, text: str) -> list[str]:
         """The control tokens in `text`, in order; if there are none, its other added tokens."""
+        added = self._added(text)
+        return [token for token in added if token in self.tokenizer.flagged] or added
+
+    def _added(self, text: str) -> list[str]:
         names = {i: name for name, i in self.tokenizer.added.items()}
-        ids = self.tokenizer.encode(text)
-        control = [names[i] for i in ids if names.get(i) in self.tokenizer.flagged]
-        return control or [names[i] for i in ids if i in names]
-
-
-def stops(tokenizer: "Tokenizer") -> list[str]:
-    """The template's stop tokens."""
-    return list(dict.fromkeys(ending.stop for ending in Dialect(tokenizer).endings))
+        return [names[i] for i in self.tokenizer.encode(text) if i in names]
 
 
 CALL_ID = "call12345"  # nine letters and digits: some templates insist

@@ -6,7 +6,7 @@ The rules that every result keeps, or is refused, stand in docs/chat_templates.m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, Literal
 
@@ -181,9 +181,12 @@ class Encoder:
     """A tokenizer, its template as tried out, and the options: encodes conversations."""
 
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
+        if options.template_kwargs:  # without them a template may show neither stops nor headers
+            variables = {**tokenizer.variables, **options.template_kwargs}
+            tokenizer = replace(tokenizer, variables=variables, memo={})
         self.tokenizer = tokenizer
         self.options = options
-        self.dialect = Dialect(tokenizer, dict(options.template_kwargs), _date(options.date))
+        self.dialect = Dialect(tokenizer, tokenizer.variables, _date(options.date))
         self.aligner = Aligner(tokenizer)
         self.pattern = pattern_of(tokenizer.control)
 

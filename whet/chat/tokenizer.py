@@ -18,8 +18,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from whet.chat import dialect
 from whet.chat.convert import convert, find_convertible
+from whet.chat.dialect import Dialect
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
 
@@ -45,6 +45,7 @@ class Tokenizer:
     tool_template: ChatTemplate | None = None  # used instead of `template` when there are tools
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     further_eos_ids: tuple[int, ...] = ()  # of generation_config.json
+    variables: dict[str, Any] = field(default_factory=dict)  # of the template, as the user set them
     memo: dict[str, Any] = field(default_factory=dict, repr=False)  # encoders, made once
 
     def encode(self, text: str) -> list[int]:
@@ -78,10 +79,15 @@ class Tokenizer:
     def control(self) -> dict[str, int]:
         """The added tokens that steer the model and that nobody's text may contain as tokens.
 
-        These are the `flagged`, and what ends a reply, which some files do not flag.
+        These are the `flagged`, and what begins and ends turns, which some files do not flag.
         """
-        ends = {END_OF_TEXT, "</s>", *dialect.stops(self)}
-        return {t: i for t, i in self.added.items() if t in self.flagged or t in ends}
+        borders = {END_OF_TEXT, "</s>", *self.dialect.borders}
+        return {t: i for t, i in self.added.items() if t in self.flagged or t in borders}
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """The template as tried out with the variables."""
+        return Dialect(self, self.variables)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -119,7 +125,7 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """The ids at which a reply ends: the template's stop tokens first, then every eos."""
         stops = [
-            *(self.added[stop] for stop in dialect.stops(self)),
+            *(self.added[ending.stop] for ending in self.dialect.endings),
             self.eos_id,
             *self.further_eos_ids,
         ]
