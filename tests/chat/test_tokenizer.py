@@ -125,6 +125,28 @@ def test_where_the_template_comes_from(small: Tokenizer, tmp_path: Path) -> None
     assert "im_start" in load_tokenizer(tmp_path, "chatml").template.source
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([{"template": "x"}], r"tokenizer_config.json: chat_template must be .*--chat_template"),
+        ([{"name": "default"}], "must be a text or a list"),
+        (["x"], "must be a text or a list"),
+        ({"default": "x"}, "must be a text or a list"),
+        ([{"name": "rag", "template": "x"}], "templates rag, but none is called default"),
+    ],
+)
+def test_a_broken_template_is_never_replaced_by_another(
+    small: Tokenizer, tmp_path: Path, given: object, reason: str
+) -> None:
+    small.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": given}), encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, "plain").template.name == "plain"
+
+
 def test_eos_from_generation_config(small: Tokenizer, tmp_path: Path) -> None:
     """GLM ends a reply where the next turn's header begins, and says so only there."""
     small.save(tmp_path)

@@ -207,7 +207,7 @@ class Dialect:
             while more:  # what ends the question, and what begins the reply
                 rest = rest.lstrip()
                 token = next((t for t in self._added(rest)[:1] if rest.startswith(t)), "")
-                found.update(token and [token])
+                found |= {token} - {""}
                 rest = rest.removeprefix(token)
                 more = token in stops
             break

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from whet.chat.convert import convert, find_convertible
 from whet.chat.dialect import Dialect
+from whet.chat.messages import shown
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
 
@@ -300,18 +301,35 @@ def _own_templates(
     in_config = config.get("chat_template")
     if isinstance(in_config, str):
         found["default"] = in_config
-    elif isinstance(in_config, list):  # [{"name": "default", "template": ...}, ...]
+    elif isinstance(in_config, list) and all(map(_is_template_entry, in_config)):
         found.update({entry["name"]: entry["template"] for entry in in_config})
+    elif in_config is not None:
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of objects "
+            f"with the texts name and template, got {shown(in_config)}; mend it or give another "
+            "with --chat_template"
+        )
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = file.read_text(encoding="utf-8")
     file = folder / "chat_template.jinja"
     if file.is_file():
         found["default"] = file.read_text(encoding="utf-8")
-    if "default" not in found:
+    if found and "default" not in found:
+        raise UserError(
+            f"{folder}: has the chat templates {', '.join(found)}, but none is called default; "
+            "give one with --chat_template"
+        )
+    if not found:
         return find_template("plain"), None
     tool_use = found.get("tool_use")
     name = f"{folder}: chat template"
     return ChatTemplate(found["default"], name), ChatTemplate(tool_use, name) if tool_use else None
+
+
+def _is_template_entry(entry: Any) -> bool:
+    """Whether it is as in `[{"name": "default", "template": ...}, ...]`."""
+    texts = [entry.get("name"), entry.get("template")] if isinstance(entry, dict) else [None]
+    return all(isinstance(text, str) for text in texts)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
