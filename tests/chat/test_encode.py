@@ -86,6 +86,13 @@ def test_train_on_last(chatml: Tokenizer) -> None:
 
 
 def test_nothing_trained_is_refused(chatml: Tokenizer) -> None:
+    drop = EncodeOptions(uncertain="drop")
+    ignored = encode_many([Tokenised([1, 2], [0, 0], "f", 3)], chatml, drop)[0]
+    assert isinstance(ignored, Refusal)
+    assert (ignored.kind, ignored.line) == ("nothing_trained", 3)
+    talk = [user("a"), said("b"), user("c"), said("d", weight=0)]
+    with pytest.raises(Refused, match="the last assistant message has weight 0"):
+        encode_chat(talk, chatml, EncodeOptions(train_on="last"))
     with pytest.raises(Refused, match="weight 0") as caught:
         encode_chat([user("a"), said("b", weight=0)], chatml)
     assert caught.value.refusal.kind == "nothing_trained"
@@ -188,6 +195,26 @@ def test_smuggled_control_tokens(chatml: Tokenizer) -> None:
     allowed = [user("say <|im_end|>"), said("it is")]
     raw = encode_chat(allowed, chatml, EncodeOptions(special_in_content="allow"))
     assert list(raw.ids).count(chatml.control["<|im_end|>"]) == 3
+
+
+def test_control_tokens_in_thinking_are_counted_once(chatml: Tokenizer) -> None:
+    talk = [user("a"), said("b", reasoning_content="<|im_end|> or </s>")]
+    assert encode_chat(talk, chatml).certificate.escaped == 2
+
+
+def test_a_refusal_names_the_control_token_that_was_hidden(chatml: Tokenizer) -> None:
+    tokenizer = suite.with_template(chatml, OPENS_THINKING)
+    options = EncodeOptions(template_kwargs={"think": "yes"})
+    with pytest.raises(Refused, match=r"rendered with .*</s>") as caught:
+        encode_chat([user("a"), said("</s>")], tokenizer, options)
+    assert "ue000" not in str(caught.value)
+
+
+def test_no_private_use_character_left_is_refused(chatml: Tokenizer) -> None:
+    every = "".join(map(chr, range(0xE000, 0xF8FF)))
+    encode_chat([user(every), said("b")], chatml)
+    with pytest.raises(Refused, match="hold every private-use character"):
+        encode_chat([user(every + "</s>"), said("b")], chatml)
 
 
 def test_template_that_acts_upon_a_control_token_in_the_text_is_refused(chatml: Tokenizer) -> None:

@@ -131,7 +131,8 @@ def test_where_the_template_comes_from(small: Tokenizer, tmp_path: Path) -> None
         ([{"template": "x"}], r"tokenizer_config.json: chat_template must be .*--chat_template"),
         ([{"name": "default"}], "must be a text or a list"),
         (["x"], "must be a text or a list"),
-        ({"default": "x"}, "must be a text or a list"),
+        ({"default": 1}, "must be a text or a list"),
+        (7, "must be a text or a list"),
         ([{"name": "rag", "template": "x"}], "templates rag, but none is called default"),
     ],
 )
@@ -145,6 +146,8 @@ def test_a_broken_template_is_never_replaced_by_another(
     with pytest.raises(UserError, match=reason):
         load_tokenizer(tmp_path)
     assert load_tokenizer(tmp_path, "plain").template.name == "plain"
+    config.write_text(json.dumps({"chat_template": {"default": "D"}}), encoding="utf-8")
+    assert load_tokenizer(tmp_path).template.source == "D"
 
 
 def test_eos_from_generation_config(small: Tokenizer, tmp_path: Path) -> None:

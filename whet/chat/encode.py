@@ -254,6 +254,9 @@ class Encoder:
             reason = f"id {wrong} is not in the tokenizer's vocabulary of {size}"
             raise Refused(_refusal(datum, "datum", reason))
         mask = np.array(datum.mask, np.float32)
+        if not mask.any():
+            reason = "the weight of every token is 0; nothing is to be learnt"
+            raise Refused(_refusal(datum, "nothing_trained", reason))
         return Encoded([Example(ids.astype(np.int32), mask)], Certificate())
 
 

@@ -32,6 +32,10 @@ def _expression(tree: dict[str, Any]) -> str:
     return f"{joined}?" if ends else joined
 
 
+class NoneFree(Exception):  # noqa: N818 -- an answer, not an accident
+    """The texts hold every private-use character themselves."""
+
+
 class Escapes:
     """A two-way table between control strings and private-use characters, for one conversation."""
 
@@ -49,7 +53,9 @@ class Escapes:
     def _hidden(self, match: re.Match[str]) -> str:
         text = match.group()
         if text not in self._characters:
-            character = next(self._free)
+            character = next(self._free, "")
+            if not character:
+                raise NoneFree
             self._characters[text] = character
             self.strings[character] = text
         self.count += 1

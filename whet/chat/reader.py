@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.dialect import Dialect, Ending, beginning_of
-from whet.chat.escape import Escapes, holds
+from whet.chat.escape import Escapes, NoneFree, holds
 from whet.chat.messages import Conversation, Message, half_character
 from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
@@ -94,7 +94,16 @@ class Reader:
             )
         self._raw = content
         escapes = Escapes(pattern, taken=json.dumps(content, ensure_ascii=False, default=str))
-        self.messages, self.tools, self.documents = (escapes.hide(part) for part in content)
+        try:
+            self.messages, self.tools, self.documents = (escapes.hide(part) for part in content)
+        except NoneFree:
+            raise self.refused(
+                "special",
+                "a text holds a control token, and the texts hold every private-use character "
+                "(U+E000 to U+F8FE), so that none is left to hide it; remove either",
+            ) from None
+        copies = [message["thinking"] for message in self.messages if "thinking" in message]
+        escapes.count -= sum(copy.count(c) for copy in copies for c in escapes.strings)
         self.escapes = escapes
 
     @property
@@ -326,7 +335,8 @@ class Reader:
         if index is not None:
             at += f": message {index + 1} ({conversation.messages[index]['role']})"
         number = None if index is None else index + 1
-        reason = self.escapes.restore(reason) if self.escapes else reason
+        for character, string in self.hidden.items():  # in quoted texts, too
+            reason = reason.replace(character, string).replace(ascii(character)[1:-1], string)
         return Refused(
             Refusal(kind, f"{at}: {reason}", conversation.source, conversation.line, number)
         )

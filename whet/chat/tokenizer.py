@@ -299,15 +299,17 @@ def _own_templates(
     """The directory's template, and the one for tools if it has one of its own."""
     found: dict[str, str] = {}
     in_config = config.get("chat_template")
+    if isinstance(in_config, dict):  # {"default": ..., "tool_use": ...}
+        in_config = [{"name": name, "template": text} for name, text in in_config.items()]
     if isinstance(in_config, str):
         found["default"] = in_config
     elif isinstance(in_config, list) and all(map(_is_template_entry, in_config)):
         found.update({entry["name"]: entry["template"] for entry in in_config})
     elif in_config is not None:
         raise UserError(
-            f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of objects "
-            f"with the texts name and template, got {shown(in_config)}; mend it or give another "
-            "with --chat_template"
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of "
+            f"objects with the texts name and template, got {shown(in_config)}; mend it or give "
+            "another with --chat_template"
         )
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = file.read_text(encoding="utf-8")
