@@ -14,7 +14,7 @@ import numpy as np
 
 from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.dialect import Dialect
-from whet.chat.escape import pattern_of
+from whet.chat.escape import Joints, pattern_of
 from whet.chat.messages import (
     Conversation,
     RawText,
@@ -189,11 +189,13 @@ class Encoder:
         self.dialect = Dialect(tokenizer, tokenizer.variables, _date(options.date))
         self.aligner = Aligner(tokenizer)
         self.pattern = pattern_of(tokenizer.control)
+        templates = (tokenizer.template, tokenizer.tool_template)
+        self.joints = Joints(tokenizer.control, " ".join(t.source for t in templates if t))
 
     def reader(self, conversation: Conversation) -> Reader:
         """`conversation` as the template renders it."""
         special = self.options.special_in_content
-        return Reader(conversation, self.dialect, self.pattern, special)
+        return Reader(conversation, self.dialect, self.pattern, special, self.joints)
 
     def encode(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         """The results for `data`, in order, tokenised together."""

@@ -66,6 +66,40 @@ class Escapes:
         return re.sub(f"[{''.join(self.strings)}]", lambda found: self.strings[found.group()], text)
 
 
+CUTS = re.compile(r"replace|split|join|remove|strip|trim|truncate|\[[^\]\[]*:")  # in jinja source
+
+
+class Joints:
+    """Whether a template could make control strings out of texts that hold none.
+
+    It could by joining texts, where one ends with the beginning of such a string, and by cutting
+    something out of a text that has all the signs of one.
+    """
+
+    def __init__(self, strings: Iterable[str], source: str) -> None:
+        strings = list(strings)
+        self.beginnings = {text[:end] for text in strings for end in range(1, len(text))}
+        self.firsts = {text[0] for text in strings}
+        self.longest = max(map(len, strings), default=0)
+        signs = {frozenset(signs_of(text)) for text in strings}
+        least = [one for one in signs if one and not any(other < one for other in signs if other)]
+        self.signs = [sorted(one) for one in least] if CUTS.search(source) else []
+
+    def possible(self, text: str) -> bool:
+        """Whether `text` could be a part of it. Asked for every text, so it must be quick."""
+        tail = text.rstrip()[-self.longest :]
+        if not self.firsts.isdisjoint(tail):
+            for at in range(len(tail)):
+                if tail[at:] in self.beginnings:
+                    return True
+        return any(all(sign in text for sign in signs) for signs in self.signs)
+
+
+def signs_of(text: str) -> list[str]:
+    """The characters of a control string that are neither letters nor digits, blanks nor _."""
+    return sorted({c for c in text if not (c.isalnum() or c.isspace() or c == "_")})
+
+
 def mapped(value: Any, change: Callable[[str], str]) -> Any:
     """`value` with `change` applied to each text in it, keys included."""
     if isinstance(value, str):
@@ -77,12 +111,12 @@ def mapped(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def holds(value: Any, pattern: re.Pattern[str]) -> bool:
-    """Whether `pattern` matches in any text within `value`."""
+def holds(value: Any, test: Callable[[str], Any]) -> bool:
+    """Whether `test` finds something in any text within `value`."""
     if isinstance(value, str):
-        return pattern.search(value) is not None
+        return bool(test(value))
     if isinstance(value, dict):
-        return any(holds(key, pattern) or holds(item, pattern) for key, item in value.items())
+        return any(holds(key, test) or holds(item, test) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return any(holds(item, pattern) for item in value)
+        return any(holds(item, test) for item in value)
     return False

@@ -12,13 +12,16 @@ end of the context, and stand behind the prompt as it is at inference.
 
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.dialect import Dialect, Ending, beginning_of
-from whet.chat.escape import Escapes, NoneFree, holds
+from whet.chat.escape import Escapes, Joints, NoneFree, holds, mapped, signs_of
 from whet.chat.messages import Conversation, Message, half_character
 from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
@@ -71,6 +74,7 @@ class Reader:
         dialect: Dialect,
         pattern: re.Pattern[str] | None,
         special: str,
+        joints: Joints,
     ) -> None:
         self.conversation = conversation
         self.dialect = dialect
@@ -78,14 +82,16 @@ class Reader:
         self.tools = conversation.tools
         self.documents = conversation.documents
         self.escapes: Escapes | None = None
-        if pattern and special != "allow":
-            self._escape(pattern, special)
+        self._pattern = pattern if special != "allow" else None
+        self._joints = joints
+        if self._pattern:
+            self._escape(self._pattern, special)
 
     def _escape(self, pattern: re.Pattern[str], special: str) -> None:
         content = (self.messages, self.tools, self.documents)
         beside = self.tools or self.documents
-        if not _any_text_holds(self.messages, pattern) and not (
-            beside and holds(content[1:], pattern)
+        if not _any_text_holds(self.messages, pattern.search) and not (
+            beside and holds(content[1:], pattern.search)
         ):
             return
         if special == "error":
@@ -120,7 +126,10 @@ class Reader:
         return self.dialect.render(messages, self.tools, self.documents, prompt, switch)
 
     def check_escapes(self, text: str, count: int, prompt: bool, switch: Any) -> None:
-        """Show that the template treats the private-use characters as it treats what they hide."""
+        """Show that the template treats the private-use characters as it treats what they hide,
+        and that it makes no control string out of texts that hold none."""
+        if self._pattern and self._could_join:
+            self._check_joints(self._pattern, text, count, prompt, switch)
         if not self.escapes:
             return
         messages, tools, documents = self._raw
@@ -131,6 +140,42 @@ class Reader:
                 "special",
                 f"the template acts upon {found} in a text, so these cannot be told apart from its "
                 "own control tokens; --special_in_content allow takes them for control tokens",
+            )
+
+    @cached_property
+    def _could_join(self) -> bool:
+        possible = self._joints.possible
+        beside = self.tools or self.documents
+        return _any_text_holds(self.messages, possible) or bool(
+            beside and holds((self.tools, self.documents), possible)
+        )
+
+    def _check_joints(
+        self, pattern: re.Pattern[str], text: str, count: int, prompt: bool, switch: Any
+    ) -> None:
+        """Show of each control string in `text` that the template wrote it: it stands there as
+        often if one of its signs is replaced in all texts by another character."""
+        found = Counter(pattern.findall(text))
+        left = {string for string in found if signs_of(string)}
+        content = (self.messages[:count], self.tools, self.documents)
+        for sign in signs_of("".join(left)):
+
+            def without(value: str, sign: str = sign) -> str:
+                return value.replace(sign, BORDER)
+
+            messages, tools, documents = (mapped(part, without) for part in content)
+            with suppress(TemplateError):
+                other = self.dialect.render(messages, tools, documents, prompt, switch)
+                counts = Counter(pattern.findall(other))
+                left -= {s for s in left if sign in s and counts[s] == found[s]}
+            if not left:
+                break
+        if left:
+            raise self.refused(
+                "special",
+                f"the template makes {', '.join(sorted(left))} out of texts that do not hold it, "
+                "by cutting or joining them; remove what it cuts out, or --special_in_content "
+                "allow takes it for a control token",
             )
 
     def check_characters(self, text: str) -> None:
@@ -279,10 +324,6 @@ class Reader:
     def _check_said(self, index: int, words: str, switch: dict[str, Any] | None) -> None:
         """Refuse if the template leaves out what the model said: it would be lost silently."""
         message = self.messages[index]
-        content = message.get("content")
-        alone = "reasoning_content" not in message and "tool_calls" not in message
-        if alone and written(content).strip() in words:
-            return  # there is nothing else that the words could be
         for key in ("content", "reasoning_content"):
             text = written(message.get(key))
             # What the generation prompt opens for the model (`<think>`) may stand in the data, too.
@@ -290,6 +331,8 @@ class Reader:
                 self._generation_prompt(index, switch) + words, text
             ):
                 raise self._dropped(f"this message's {key} as it stands", index)
+        if "reasoning_content" not in message and "tool_calls" not in message:
+            return  # there is nothing else that its words could belong to
         marked = Marked(message)
         trial = self._changed(index, marked, switch)
         for mark in [mark for mark in marked.marks if mark not in trial]:
@@ -389,12 +432,11 @@ def _text_of(message: Message) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _any_text_holds(messages: list[Message], pattern: re.Pattern[str]) -> bool:
+def _any_text_holds(messages: list[Message], test: Callable[[str], Any]) -> bool:
     """`holds`, quick for messages that are texts: most are searched, few hold anything."""
-    search = pattern.search
     for message in messages:
         for value in message.values():
-            if search(value) if type(value) is str else holds(value, pattern):
+            if test(value) if type(value) is str else holds(value, test):
                 return True
     return False
 
