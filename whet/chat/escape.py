@@ -78,8 +78,8 @@ class Joints:
 
     def __init__(self, strings: Iterable[str], source: str) -> None:
         strings = list(strings)
-        self.beginnings = {text[:end] for text in strings for end in range(1, len(text))}
-        self.firsts = {text[0] for text in strings}
+        begun = pattern_of(text[:end] for text in strings for end in range(1, len(text)))
+        self.begun = re.compile(f"{begun.pattern if begun else '(?!)'}\\Z")
         self.longest = max(map(len, strings), default=0)
         signs = {frozenset(signs_of(text)) for text in strings}
         least = [one for one in signs if one and not any(other < one for other in signs if other)]
@@ -87,11 +87,8 @@ class Joints:
 
     def possible(self, text: str) -> bool:
         """Whether `text` could be a part of it. Asked for every text, so it must be quick."""
-        tail = text.rstrip()[-self.longest :]
-        if not self.firsts.isdisjoint(tail):
-            for at in range(len(tail)):
-                if tail[at:] in self.beginnings:
-                    return True
+        if self.begun.search(text.rstrip()[-self.longest :]):
+            return True
         return any(all(sign in text for sign in signs) for signs in self.signs)
 
 
