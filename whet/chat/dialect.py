@@ -15,12 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from whet.chat.messages import Message
 from whet.chat.template import ChatTemplate, TemplateError
+from whet.chat.trials import (
+    ASKED,
+    CALL_ID,
+    FUNCTION,
+    NEXT,
+    SAID,
+    THOUGHT,
+    TOOLS,
+    VALUE,
+    call,
+    say,
+)
 
 if TYPE_CHECKING:
     from whet.chat.tokenizer import Tokenizer
 
-ASKED, SAID, THOUGHT, NEXT = "Qaskedq", "Qsaidq", "Qthoughtq", "Qnextq"
-FUNCTION, VALUE = "qcallq", "Qvalueq"
 UNDEFINED = re.compile(r"'(\w+)' is undefined")  # as jinja says it
 HEADER_WORDS = 3  # a header is short; longer texts may name tokens in prose
 KNOWN = {"messages", "tools", "documents", "add_generation_prompt"}
@@ -128,14 +138,14 @@ class Dialect:
         before = self._openings[1 if system else 0]
         for parts in (False, True):
             if not calls:
-                text = self._tried(Form(parts).shape([*before, _say(SAID)]))
+                text = self._tried(Form(parts).shape([*before, say(SAID)]))
                 if ASKED in text and SAID in text:
                     return Form(parts)
                 continue
             for json_arguments in (False, True):
                 for missing in ("absent", "none", "empty"):
                     form = Form(parts, json_arguments, missing)
-                    text = self._tried(form.shape([*before, _call()]), TOOLS)
+                    text = self._tried(form.shape([*before, call()]), TOOLS)
                     inner = text[text.rfind(ASKED) :]
                     if FUNCTION in inner and _printed_once(inner):
                         return form
@@ -151,8 +161,8 @@ class Dialect:
         result: list[Message] = [
             {"role": "tool", "content": NEXT, "tool_call_id": CALL_ID, "name": FUNCTION}
         ]
-        plain = [_say(SAID), _say(SAID, THOUGHT)]
-        calls = [_call(), _call(content=SAID), _call(thought=THOUGHT), _call(calls=2)]
+        plain = [say(SAID), say(SAID, THOUGHT)]
+        calls = [call(), call(content=SAID), call(thought=THOUGHT), call(calls=2)]
         found = [self._ending(before, reply, user) for before in self._openings for reply in plain]
         known = {ending.stop for ending in found if ending}
         found += [
@@ -223,7 +233,7 @@ class Dialect:
         before = next((b for b in self._openings if self._tried(b, prompt=True)), None)
         if before is None:
             return ()
-        reply = self.form(before).shape([*before, _say(SAID)])
+        reply = self.form(before).shape([*before, say(SAID)])
         before = reply[:-1]
         prompt, whole = self._tried(before, prompt=True), self._tried(reply)
         seen = {(prompt, whole)}
@@ -404,37 +414,6 @@ class Dialect:
     def _added(self, text: str) -> list[str]:
         names = {i: name for name, i in self.tokenizer.added.items()}
         return [names[i] for i in self.tokenizer.encode(text) if i in names]
-
-
-CALL_ID = "call12345"  # nine letters and digits: some templates insist
-PARAMETERS = {
-    "type": "object",
-    "properties": {"value": {"type": "string", "description": "a value"}},
-    "required": ["value"],
-}
-TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {"name": FUNCTION, "description": "a tool", "parameters": PARAMETERS},
-    }
-]
-
-
-def _say(content: str, thought: str = "") -> Message:
-    reasoning = {"reasoning_content": thought} if thought else {}
-    return {"role": "assistant", "content": content, **reasoning}
-
-
-def _call(content: str = "", thought: str = "", calls: int = 1) -> Message:
-    call = {
-        "type": "function",
-        "id": CALL_ID,
-        "function": {"name": FUNCTION, "arguments": {"value": VALUE}},
-    }
-    message = {**_say(content, thought), "tool_calls": [call] * calls}
-    if not content:
-        del message["content"]
-    return message
 
 
 def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
