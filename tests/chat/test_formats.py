@@ -90,6 +90,13 @@ def test_prompt_completion_trains_the_completion_alone():
     assert turns({"prompt": "a", "response": "b"}) == [("user", "a"), ("assistant", "b")]
 
 
+def test_a_null_weight_does_not_train_the_prompt():
+    """Tables with one schema for all messages hold nulls where a message says nothing."""
+    prompt = [*({**message, "weight": None} for message in HELLO), {**HELLO[0], "weight": None}]
+    read = to_example({"prompt": prompt, "completion": [{**HELLO[1], "weight": None}]})
+    assert read.weights == [None, 0, None, None]
+
+
 def test_text_and_tokenised():
     assert to_example({"text": " a "}, line=3) == RawText(" a ", line=3)
     assert to_example({"ids": [5, 6], "mask": [0, 0.5]}) == Tokenised([5, 6], [0.0, 0.5])

@@ -137,6 +137,31 @@ def test_an_eos_that_is_no_id_is_told(small: Tokenizer, tmp_path: Path, said: ob
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([{"template": "x"}], r"tokenizer_config.json: chat_template must be .*--chat_template"),
+        ([{"name": "default"}], "must be a text or a list"),
+        (["x"], "must be a text or a list"),
+        ({"default": 1}, "must be a text or a list"),
+        (7, "must be a text or a list"),
+        ([{"name": "rag", "template": "x"}], "templates rag, but none is called default"),
+    ],
+)
+def test_a_broken_template_is_never_replaced_by_another(
+    small: Tokenizer, tmp_path: Path, given: object, reason: str
+) -> None:
+    small.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": given}), encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, "plain").template.name == "plain"
+    config.write_text(json.dumps({"chat_template": {"default": "D"}}), encoding="utf-8")
+    assert load_tokenizer(tmp_path).template.source == "D"
+
+
 def test_eos_from_generation_config(small: Tokenizer, tmp_path: Path) -> None:
     """GLM ends a reply where the next turn's header begins, and says so only there."""
     small.save(tmp_path)
@@ -197,3 +222,22 @@ def test_a_named_token_of_the_ordinary_vocabulary_is_one_token(
     assert ours.encode("<s>the sum") == expected
     assert pickle.loads(pickle.dumps(ours)).encode("<s>the sum") == expected
     assert expected[0] == ours.bos_id == vocab["<s>"]
+
+
+def test_templates_see_every_named_token(small: Tokenizer, tmp_path: Path) -> None:
+    """As in transformers: those of extra_special_tokens and each other key of the config."""
+    source = "{{ boi }}{{ video_token }}{{ eos_token }}" + small.template.source
+    grown = suite.with_template(small, source + "{# <|boi|><|video|> #}")
+    config = {"extra_special_tokens": {"boi": "<|boi|>"}, "video_token": "<|video|>"}
+    config |= {"add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"}
+    grown.save(tmp_path)
+    config |= {"eos_token": "</s>", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for number in range(2):
+        folder = tmp_path / str(number) if number else tmp_path
+        ours = load_tokenizer(folder)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        expected = theirs.apply_chat_template(TALK, tokenize=True, return_dict=False)
+        assert list(encode_chat(TALK, ours).ids) == expected
+        assert ours.decode(expected, skip_special=False).startswith("<|boi|><|video|></s>")
+        ours.save(tmp_path / "1")

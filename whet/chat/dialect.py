@@ -15,13 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from whet.chat.messages import Message
 from whet.chat.template import ChatTemplate, TemplateError
+from whet.chat.trials import (
+    ASKED,
+    CALL_ID,
+    FUNCTION,
+    NEXT,
+    SAID,
+    THOUGHT,
+    TOOLS,
+    VALUE,
+    call,
+    say,
+)
 
 if TYPE_CHECKING:
     from whet.chat.tokenizer import Tokenizer
 
-ASKED, SAID, THOUGHT, NEXT = "Qaskedq", "Qsaidq", "Qthoughtq", "Qnextq"
-FUNCTION, VALUE = "qcallq", "Qvalueq"
 UNDEFINED = re.compile(r"'(\w+)' is undefined")  # as jinja says it
+HEADER_WORDS = 3  # a header is short; longer texts may name tokens in prose
 KNOWN = {"messages", "tools", "documents", "add_generation_prompt"}
 
 Tools = list[dict[str, Any]] | None
@@ -127,14 +138,14 @@ class Dialect:
         before = self._openings[1 if system else 0]
         for parts in (False, True):
             if not calls:
-                text = self._tried(Form(parts).shape([*before, _say(SAID)]))
+                text = self._tried(Form(parts).shape([*before, say(SAID)]))
                 if ASKED in text and SAID in text:
                     return Form(parts)
                 continue
             for json_arguments in (False, True):
                 for missing in ("absent", "none", "empty"):
                     form = Form(parts, json_arguments, missing)
-                    text = self._tried(form.shape([*before, _call()]), TOOLS)
+                    text = self._tried(form.shape([*before, call()]), TOOLS)
                     inner = text[text.rfind(ASKED) :]
                     if FUNCTION in inner and _printed_once(inner):
                         return form
@@ -150,8 +161,8 @@ class Dialect:
         result: list[Message] = [
             {"role": "tool", "content": NEXT, "tool_call_id": CALL_ID, "name": FUNCTION}
         ]
-        plain = [_say(SAID), _say(SAID, THOUGHT)]
-        calls = [_call(), _call(content=SAID), _call(thought=THOUGHT), _call(calls=2)]
+        plain = [say(SAID), say(SAID, THOUGHT)]
+        calls = [call(), call(content=SAID), call(thought=THOUGHT), call(calls=2)]
         found = [self._ending(before, reply, user) for before in self._openings for reply in plain]
         known = {ending.stop for ending in found if ending}
         found += [
@@ -184,6 +195,35 @@ class Dialect:
         return frozenset()
 
     @cached_property
+    def borders(self) -> frozenset[str]:
+        """The tokens with which the template begins and ends turns, flagged as special or not.
+
+        Nobody's text may hold them as tokens. Those that it writes within replies are the model's:
+        data may well hold `<think>`.
+        """
+        stops = {ending.stop for ending in self.endings}
+        found = set(stops)
+        for before in self._openings[::-1]:
+            text = self._tried(self.form(before).shape(before), prompt=True)
+            if before[0]["content"] not in text:
+                continue
+            *headers, rest = re.split("|".join(m["content"] for m in before), text)
+            for header in headers:
+                for stop in stops:
+                    header = header.rpartition(stop)[2]
+                if len(header.split()) <= HEADER_WORDS:
+                    found.update(self._added(header))
+            more = True
+            while more:  # what ends the question, and what begins the reply
+                rest = rest.lstrip()
+                token = next((t for t in self._added(rest)[:1] if rest.startswith(t)), "")
+                found |= {token} - {""}
+                rest = rest.removeprefix(token)
+                more = token in stops
+            break
+        return frozenset(found)
+
+    @cached_property
     def switches(self) -> tuple[dict[str, Any], ...]:
         """Settings of single variables that change the generation prompt, best first.
 
@@ -193,7 +233,7 @@ class Dialect:
         before = next((b for b in self._openings if self._tried(b, prompt=True)), None)
         if before is None:
             return ()
-        reply = self.form(before).shape([*before, _say(SAID)])
+        reply = self.form(before).shape([*before, say(SAID)])
         before = reply[:-1]
         prompt, whole = self._tried(before, prompt=True), self._tried(reply)
         seen = {(prompt, whole)}
@@ -314,6 +354,13 @@ class Dialect:
             stop, end = self._stop_in(text, set())
             if len(tail) < end and (self._is_eos(stop) or text in asking):
                 return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
+        stop = next(iter(self._tokens(middle[len(tail) :])), "")
+        end = middle.find(stop, len(tail)) + len(stop)
+        first = stop and middle[len(tail) : end].strip() == stop and stop not in self.headers
+        # Or it could be the next turn's own header: one ends a turn of the user's, too.
+        asked = _behind(self._tried(whole[:-1], tools, prompt=True), ASKED) or ""
+        if first and (self._begins_turn(middle[end:]) or asked.lstrip().startswith(stop)):
+            return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
         return None
 
     def _unwritten(
@@ -361,46 +408,12 @@ class Dialect:
 
     def _tokens(self, text: str) -> list[str]:
         """The control tokens in `text`, in order; if there are none, its other added tokens."""
+        added = self._added(text)
+        return [token for token in added if token in self.tokenizer.flagged] or added
+
+    def _added(self, text: str) -> list[str]:
         names = {i: name for name, i in self.tokenizer.added.items()}
-        ids = self.tokenizer.encode(text)
-        control = [names[i] for i in ids if names.get(i) in self.tokenizer.flagged]
-        return control or [names[i] for i in ids if i in names]
-
-
-def stops(tokenizer: "Tokenizer") -> list[str]:
-    """The template's stop tokens."""
-    return list(dict.fromkeys(ending.stop for ending in Dialect(tokenizer).endings))
-
-
-CALL_ID = "call12345"  # nine letters and digits: some templates insist
-PARAMETERS = {
-    "type": "object",
-    "properties": {"value": {"type": "string", "description": "a value"}},
-    "required": ["value"],
-}
-TOOLS: list[dict[str, Any]] = [
-    {
-        "type": "function",
-        "function": {"name": FUNCTION, "description": "a tool", "parameters": PARAMETERS},
-    }
-]
-
-
-def _say(content: str, thought: str = "") -> Message:
-    reasoning = {"reasoning_content": thought} if thought else {}
-    return {"role": "assistant", "content": content, **reasoning}
-
-
-def _call(content: str = "", thought: str = "", calls: int = 1) -> Message:
-    call = {
-        "type": "function",
-        "id": CALL_ID,
-        "function": {"name": FUNCTION, "arguments": {"value": VALUE}},
-    }
-    message = {**_say(content, thought), "tool_calls": [call] * calls}
-    if not content:
-        del message["content"]
-    return message
+        return [names[i] for i in self.tokenizer.encode(text) if i in names]
 
 
 def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:

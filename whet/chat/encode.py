@@ -6,7 +6,7 @@ The rules that every result keeps, or is refused, stand in docs/chat_templates.m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.dialect import Dialect
-from whet.chat.escape import pattern_of
+from whet.chat.escape import Joints, pattern_of
 from whet.chat.messages import (
     Conversation,
     RawText,
@@ -181,16 +181,21 @@ class Encoder:
     """A tokenizer, its template as tried out, and the options: encodes conversations."""
 
     def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
+        if options.template_kwargs:  # without them a template may show neither stops nor headers
+            variables = {**tokenizer.variables, **options.template_kwargs}
+            tokenizer = replace(tokenizer, variables=variables, memo={})
         self.tokenizer = tokenizer
         self.options = options
-        self.dialect = Dialect(tokenizer, dict(options.template_kwargs), _date(options.date))
+        self.dialect = Dialect(tokenizer, tokenizer.variables, _date(options.date))
         self.aligner = Aligner(tokenizer)
         self.pattern = pattern_of(tokenizer.control)
+        templates = (tokenizer.template, tokenizer.tool_template)
+        self.joints = Joints(tokenizer.control, " ".join(t.source for t in templates if t))
 
     def reader(self, conversation: Conversation) -> Reader:
         """`conversation` as the template renders it."""
         special = self.options.special_in_content
-        return Reader(conversation, self.dialect, self.pattern, special)
+        return Reader(conversation, self.dialect, self.pattern, special, self.joints)
 
     def encode(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         """The results for `data`, in order, tokenised together."""
@@ -251,6 +256,9 @@ class Encoder:
             reason = f"id {wrong} is not in the tokenizer's vocabulary of {size}"
             raise Refused(_refusal(datum, "datum", reason))
         mask = np.array(datum.mask, np.float32)
+        if not mask.any():
+            reason = "the weight of every token is 0; nothing is to be learnt"
+            raise Refused(_refusal(datum, "nothing_trained", reason))
         return Encoded([Example(ids.astype(np.int32), mask)], Certificate())
 
 

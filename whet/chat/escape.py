@@ -32,6 +32,10 @@ def _expression(tree: dict[str, Any]) -> str:
     return f"{joined}?" if ends else joined
 
 
+class NoneFree(Exception):  # noqa: N818 -- an answer, not an accident
+    """The texts hold every private-use character themselves."""
+
+
 class Escapes:
     """A two-way table between control strings and private-use characters, for one conversation."""
 
@@ -49,7 +53,9 @@ class Escapes:
     def _hidden(self, match: re.Match[str]) -> str:
         text = match.group()
         if text not in self._characters:
-            character = next(self._free)
+            character = next(self._free, "")
+            if not character:
+                raise NoneFree
             self._characters[text] = character
             self.strings[character] = text
         self.count += 1
@@ -58,6 +64,37 @@ class Escapes:
     def restore(self, text: str) -> str:
         """`text` with the control strings back in their places."""
         return re.sub(f"[{''.join(self.strings)}]", lambda found: self.strings[found.group()], text)
+
+
+CUTS = re.compile(r"replace|split|join|remove|strip|trim|truncate|\[[^\]\[]*:")  # in jinja source
+
+
+class Joints:
+    """Whether a template could make control strings out of texts that hold none.
+
+    It could by joining texts, where one ends with the beginning of such a string, and by cutting
+    something out of a text that has all the signs of one.
+    """
+
+    def __init__(self, strings: Iterable[str], source: str) -> None:
+        strings = list(strings)
+        begun = pattern_of(text[:end] for text in strings for end in range(1, len(text)))
+        self.begun = re.compile(f"{begun.pattern if begun else '(?!)'}\\Z")
+        self.longest = max(map(len, strings), default=0)
+        signs = {frozenset(signs_of(text)) for text in strings}
+        least = [one for one in signs if one and not any(other < one for other in signs if other)]
+        self.signs = [sorted(one) for one in least] if CUTS.search(source) else []
+
+    def possible(self, text: str) -> bool:
+        """Whether `text` could be a part of it. Asked for every text, so it must be quick."""
+        if self.begun.search(text.rstrip()[-self.longest :]):
+            return True
+        return any(all(sign in text for sign in signs) for signs in self.signs)
+
+
+def signs_of(text: str) -> list[str]:
+    """The characters of a control string that are neither letters nor digits, blanks nor _."""
+    return sorted({c for c in text if not (c.isalnum() or c.isspace() or c == "_")})
 
 
 def mapped(value: Any, change: Callable[[str], str]) -> Any:
@@ -71,12 +108,12 @@ def mapped(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def holds(value: Any, pattern: re.Pattern[str]) -> bool:
-    """Whether `pattern` matches in any text within `value`."""
+def holds(value: Any, test: Callable[[str], Any]) -> bool:
+    """Whether `test` finds something in any text within `value`."""
     if isinstance(value, str):
-        return pattern.search(value) is not None
+        return bool(test(value))
     if isinstance(value, dict):
-        return any(holds(key, pattern) or holds(item, pattern) for key, item in value.items())
+        return any(holds(key, test) or holds(item, test) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return any(holds(item, pattern) for item in value)
+        return any(holds(item, test) for item in value)
     return False

@@ -275,8 +275,8 @@ def _prompt_completion(record: Record, at: Origin) -> Conversation:
     prompt = _side(record["prompt"], "prompt", "user", at)
     completion = _side(record[key], key, "assistant", at)
     for message in prompt:
-        if message.get("role") == "assistant":
-            message.setdefault("weight", 0)
+        if message.get("role") == "assistant" and message.get("weight") is None:
+            message["weight"] = 0  # null, too: tables with one schema for all rows write it
     if completion[0].get("role") != "assistant":
         raise at.error(f"{key} must begin with a message of the assistant")
     return read_conversation(

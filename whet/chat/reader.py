@@ -12,14 +12,18 @@ end of the context, and stand behind the prompt as it is at inference.
 
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.dialect import Dialect, Ending, beginning_of
-from whet.chat.escape import Escapes, holds
+from whet.chat.escape import Escapes, Joints, NoneFree, holds, mapped, signs_of
 from whet.chat.messages import Conversation, Message, half_character
+from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
 
 BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
@@ -70,6 +74,7 @@ class Reader:
         dialect: Dialect,
         pattern: re.Pattern[str] | None,
         special: str,
+        joints: Joints,
     ) -> None:
         self.conversation = conversation
         self.dialect = dialect
@@ -77,14 +82,16 @@ class Reader:
         self.tools = conversation.tools
         self.documents = conversation.documents
         self.escapes: Escapes | None = None
-        if pattern and special != "allow":
-            self._escape(pattern, special)
+        self._pattern = pattern if special != "allow" else None
+        self._joints = joints
+        if self._pattern:
+            self._escape(self._pattern, special)
 
     def _escape(self, pattern: re.Pattern[str], special: str) -> None:
         content = (self.messages, self.tools, self.documents)
         beside = self.tools or self.documents
-        if not _any_text_holds(self.messages, pattern) and not (
-            beside and holds(content[1:], pattern)
+        if not _any_text_holds(self.messages, pattern.search) and not (
+            beside and holds(content[1:], pattern.search)
         ):
             return
         if special == "error":
@@ -93,7 +100,16 @@ class Reader:
             )
         self._raw = content
         escapes = Escapes(pattern, taken=json.dumps(content, ensure_ascii=False, default=str))
-        self.messages, self.tools, self.documents = (escapes.hide(part) for part in content)
+        try:
+            self.messages, self.tools, self.documents = (escapes.hide(part) for part in content)
+        except NoneFree:
+            raise self.refused(
+                "special",
+                "a text holds a control token, and the texts hold every private-use character "
+                "(U+E000 to U+F8FE), so that none is left to hide it; remove either",
+            ) from None
+        copies = [message["thinking"] for message in self.messages if "thinking" in message]
+        escapes.count -= sum(copy.count(c) for copy in copies for c in escapes.strings)
         self.escapes = escapes
 
     @property
@@ -110,7 +126,10 @@ class Reader:
         return self.dialect.render(messages, self.tools, self.documents, prompt, switch)
 
     def check_escapes(self, text: str, count: int, prompt: bool, switch: Any) -> None:
-        """Show that the template treats the private-use characters as it treats what they hide."""
+        """Show that the template treats the private-use characters as it treats what they hide,
+        and that it makes no control string out of texts that hold none."""
+        if self._pattern and self._could_join:
+            self._check_joints(self._pattern, text, count, prompt, switch)
         if not self.escapes:
             return
         messages, tools, documents = self._raw
@@ -121,6 +140,42 @@ class Reader:
                 "special",
                 f"the template acts upon {found} in a text, so these cannot be told apart from its "
                 "own control tokens; --special_in_content allow takes them for control tokens",
+            )
+
+    @cached_property
+    def _could_join(self) -> bool:
+        possible = self._joints.possible
+        beside = self.tools or self.documents
+        return _any_text_holds(self.messages, possible) or bool(
+            beside and holds((self.tools, self.documents), possible)
+        )
+
+    def _check_joints(
+        self, pattern: re.Pattern[str], text: str, count: int, prompt: bool, switch: Any
+    ) -> None:
+        """Show of each control string in `text` that the template wrote it: it stands there as
+        often if one of its signs is replaced in all texts by another character."""
+        found = Counter(pattern.findall(text))
+        left = {string for string in found if signs_of(string)}
+        content = (self.messages[:count], self.tools, self.documents)
+        for sign in signs_of("".join(left)):
+
+            def without(value: str, sign: str = sign) -> str:
+                return value.replace(sign, BORDER)
+
+            messages, tools, documents = (mapped(part, without) for part in content)
+            with suppress(TemplateError):
+                other = self.dialect.render(messages, tools, documents, prompt, switch)
+                counts = Counter(pattern.findall(other))
+                left -= {s for s in left if sign in s and counts[s] == found[s]}
+            if not left:
+                break
+        if left:
+            raise self.refused(
+                "special",
+                f"the template makes {', '.join(sorted(left))} out of texts that do not hold it, "
+                "by cutting or joining them; remove what it cuts out, or --special_in_content "
+                "allow takes it for a control token",
             )
 
     def check_characters(self, text: str) -> None:
@@ -270,26 +325,36 @@ class Reader:
         """Refuse if the template leaves out what the model said: it would be lost silently."""
         message = self.messages[index]
         for key in ("content", "reasoning_content"):
-            content = message.get(key)
+            text = written(message.get(key))
             # What the generation prompt opens for the model (`<think>`) may stand in the data, too.
-            if not (
-                _stands_in(words, content)
-                or _stands_in(self._generation_prompt(index, switch) + words, content)
+            if not stands_in(words, text) and not stands_in(
+                self._generation_prompt(index, switch) + words, text
             ):
-                raise self.refused(
-                    "dropped",
-                    f"the template does not write this message's {key} as it stands; "
-                    f"remove {key} or take another template with --chat_template",
-                    index,
-                )
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in words:
-                raise self.refused(
-                    "dropped",
-                    f"the template does not write the call of {call['function']['name']}; "
-                    "take a template that knows tool calls with --chat_template",
-                    index,
-                )
+                raise self._dropped(f"this message's {key} as it stands", index)
+        if "reasoning_content" not in message and "tool_calls" not in message:
+            return  # there is nothing else that its words could belong to
+        marked = Marked(message)
+        trial = self._changed(index, marked, switch)
+        for mark in [mark for mark in marked.marks if mark not in trial]:
+            # A template may know some names, say, and write no other: then all the rest changes.
+            single = self._changed(index, Marked(message, only=mark), switch)
+            if mark not in single and single == self.render(index + 1, switch=switch):
+                raise self._dropped(marked.marks[mark], index)
+
+    def _changed(self, index: int, marked: Marked, switch: dict[str, Any] | None) -> str:
+        """The rendering up to message `index` with `marked` in its place; "" if it is refused."""
+        try:
+            return self._render([*self.messages[:index], marked.message], False, switch)
+        except TemplateError:
+            return ""
+
+    def _dropped(self, what: str, index: int) -> Refused:
+        return self.refused(
+            "dropped",
+            f"the template does not write {what}; remove it from the data or take another template "
+            "with --chat_template",
+            index,
+        )
 
     def _generation_prompt(self, index: int, switch: dict[str, Any] | None) -> str:
         """What the prompt of message `index` adds to the messages before it."""
@@ -313,7 +378,8 @@ class Reader:
         if index is not None:
             at += f": message {index + 1} ({conversation.messages[index]['role']})"
         number = None if index is None else index + 1
-        reason = self.escapes.restore(reason) if self.escapes else reason
+        for character, string in self.hidden.items():  # in quoted texts, too
+            reason = reason.replace(character, string).replace(ascii(character)[1:-1], string)
         return Refused(
             Refusal(kind, f"{at}: {reason}", conversation.source, conversation.line, number)
         )
@@ -366,29 +432,13 @@ def _text_of(message: Message) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _any_text_holds(messages: list[Message], pattern: re.Pattern[str]) -> bool:
+def _any_text_holds(messages: list[Message], test: Callable[[str], Any]) -> bool:
     """`holds`, quick for messages that are texts: most are searched, few hold anything."""
-    search = pattern.search
     for message in messages:
         for value in message.values():
-            if search(value) if type(value) is str else holds(value, pattern):
+            if test(value) if type(value) is str else holds(value, test):
                 return True
     return False
-
-
-def _stands_in(words: str, content: Any) -> bool:
-    """Whether `content` is written in `words`, perhaps with other blanks and marks between."""
-    if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content)
-    if not content or content.strip() in words:
-        return True
-    at = 0
-    for run in re.findall(r"\w+", content):
-        at = words.find(run, at)
-        if at < 0:
-            return False
-        at += len(run)
-    return True
 
 
 def _end_of(text: str, limit: int = 40) -> str:

@@ -37,10 +37,12 @@ def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Dr
     }
     trained = [index for index, weight in weights.items() if weight]
     if train_on == "last":
-        trained = trained[-1:]
+        trained = [index for index in trained if index == max(weights)]
     if not trained:
         raise reader.refused(
-            "nothing_trained", "every assistant message has weight 0; nothing is to be learnt"
+            "nothing_trained",
+            f"{'the last' if train_on == 'last' else 'every'} assistant message has weight 0; "
+            "nothing is to be learnt",
         )
     turns = _turns(reader, weights, trained)
     remaining = list(trained)

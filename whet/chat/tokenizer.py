@@ -18,8 +18,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from whet.chat import dialect
 from whet.chat.convert import convert, find_convertible, with_ends
+from whet.chat.dialect import Dialect
+from whet.chat.messages import shown
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
 
@@ -45,6 +46,7 @@ class Tokenizer:
     tool_template: ChatTemplate | None = None  # used instead of `template` when there are tools
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     further_eos_ids: tuple[int, ...] = ()  # of generation_config.json
+    variables: dict[str, Any] = field(default_factory=dict)  # of the template, as the user set them
     memo: dict[str, Any] = field(default_factory=dict, repr=False)  # encoders, made once
 
     def encode(self, text: str) -> list[int]:
@@ -78,10 +80,15 @@ class Tokenizer:
     def control(self) -> dict[str, int]:
         """The added tokens that steer the model and that nobody's text may contain as tokens.
 
-        These are the `flagged`, and what ends a reply, which some files do not flag.
+        These are the `flagged`, and what begins and ends turns, which some files do not flag.
         """
-        ends = {END_OF_TEXT, "</s>", *dialect.stops(self)}
-        return {t: i for t, i in self.added.items() if t in self.flagged or t in ends}
+        borders = {END_OF_TEXT, "</s>", *self.dialect.borders}
+        return {t: i for t, i in self.added.items() if t in self.flagged or t in borders}
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """The template as tried out with the variables."""
+        return Dialect(self, self.variables)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -119,7 +126,7 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """The ids at which a reply ends: the template's stop tokens first, then every eos."""
         stops = [
-            *(self.added[stop] for stop in dialect.stops(self)),
+            *(self.added[ending.stop] for ending in self.dialect.endings),
             self.eos_id,
             *self.further_eos_ids,
         ]
@@ -282,10 +289,12 @@ def _named_tokens(
 
 
 def _said_names(source: dict[str, Any]) -> dict[str, str]:
-    """The named tokens of a file; some write each as a text, some as an object."""
+    """The named tokens of a file, each a text or an object; templates see all of them, as in
+    transformers: `*_token`, and what `extra_special_tokens` holds if it is no list."""
+    extra = source.get("extra_special_tokens")
+    named = {name: value for name, value in source.items() if name.endswith("_token")}
     found = {}
-    for name in NAMED_TOKENS:
-        value = source.get(name)
+    for name, value in {**named, **(extra if isinstance(extra, dict) else {})}.items():
         content = value.get("content") if isinstance(value, dict) else value
         if isinstance(content, str):
             found[name] = content
@@ -312,20 +321,39 @@ def _own_templates(
     """The directory's template, and the one for tools if it has one of its own."""
     found: dict[str, str] = {}
     in_config = config.get("chat_template")
+    if isinstance(in_config, dict):  # {"default": ..., "tool_use": ...}
+        in_config = [{"name": name, "template": text} for name, text in in_config.items()]
     if isinstance(in_config, str):
         found["default"] = in_config
-    elif isinstance(in_config, list):  # [{"name": "default", "template": ...}, ...]
+    elif isinstance(in_config, list) and all(map(_is_template_entry, in_config)):
         found.update({entry["name"]: entry["template"] for entry in in_config})
+    elif in_config is not None:
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of "
+            f"objects with the texts name and template, got {shown(in_config)}; mend it or give "
+            "another with --chat_template"
+        )
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = file.read_text(encoding="utf-8")
     file = folder / "chat_template.jinja"
     if file.is_file():
         found["default"] = file.read_text(encoding="utf-8")
-    if "default" not in found:
+    if found and "default" not in found:
+        raise UserError(
+            f"{folder}: has the chat templates {', '.join(found)}, but none is called default; "
+            "give one with --chat_template"
+        )
+    if not found:
         return find_template("plain"), None
     tool_use = found.get("tool_use")
     name = f"{folder}: chat template"
     return ChatTemplate(found["default"], name), ChatTemplate(tool_use, name) if tool_use else None
+
+
+def _is_template_entry(entry: Any) -> bool:
+    """Whether it is as in `[{"name": "default", "template": ...}, ...]`."""
+    texts = [entry.get("name"), entry.get("template")] if isinstance(entry, dict) else [None]
+    return all(isinstance(text, str) for text in texts)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
