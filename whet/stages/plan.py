@@ -115,7 +115,7 @@ def cost_of(
     if config.float8:
         use_float8(model, device)
     optimizers = make_optimizers(model, config)
-    batches = fullest_first(stage)
+    batches = dry_batches(stage)
     micros = batches[0]
     cost = dry.dry_run(stage, config, optimizers, batches, recompute, process, device)
     flops, head = 0.0, 0
@@ -134,10 +134,14 @@ def cost_of(
     )
 
 
-def fullest_first(stage: Stage) -> list[list[Batch]]:
-    """A rank's micro-batches of early steps; those that compute the most tokens first."""
+def dry_batches(stage: Stage) -> list[list[Batch]]:
+    """A rank's micro-batches of the run's first steps, in their order, and at last the step of the
+    early ones that computes the most tokens.
+
+    In their order, since an allocator's need depends on it: a block fits where a larger one was.
+    """
     found = [stage.batches(step) for step in range(min(stage.total_steps, LOOKED_AT))]
-    return sorted(found, key=lambda micros: -sum(micros[0].plan.sizes))
+    return [*found[: dry.STEPS - 1], max(found, key=lambda micros: sum(micros[0].plan.sizes))]
 
 
 def memory_limit(config: sft.Config, device: torch.device) -> float:
