@@ -12,7 +12,7 @@ import tokenizers
 from whet.chat.convert import (
     TIKTOKEN,
     Converted,
-    _byte_letters,
+    byte_letters,
     convert,
     find_convertible,
     with_ends,
@@ -199,7 +199,7 @@ def test_r50k_is_gpt2(shared_data: Path) -> None:
 def test_qwen_tiktoken_is_its_tokenizer_json(shared_data: Path, tmp_path: Path) -> None:
     """Qwen's file of ranks, written again from the tokenizer.json that was made of it."""
     theirs = tokenizers.Tokenizer.from_file(str(shared_data / "tokenizers/qwen2/tokenizer.json"))
-    byte = {letter: b for b, letter in _byte_letters().items()}
+    byte = {letter: b for b, letter in byte_letters().items()}
     vocab = theirs.get_vocab(with_added_tokens=False)
     lines = [
         base64.b64encode(bytes(byte[letter] for letter in token)) + b" %d" % rank

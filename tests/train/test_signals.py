@@ -46,6 +46,14 @@ def steps_logged(out: Path) -> int:
     return path.read_text().count("train_loss") if path.exists() else 0
 
 
+def two_at_work(world: Path, out: Path, **flags) -> tuple[list, list[Path]]:
+    """Two ranks that have taken some steps, and their logs."""
+    words = command(world, out, **LONG, **flags)
+    ranks, logs = start_ranks([words], size=2, folder=out.parent)
+    until(lambda: steps_logged(out) >= 3)
+    return ranks, logs
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"]
 )
@@ -63,8 +71,7 @@ def test_saves_and_leaves(world, tmp_path, number, code):
 def test_one_rank_of_two_is_asked(world, tmp_path):
     """In a training step: both save the same step and leave."""
     out = tmp_path / "out"
-    ranks, logs = start_ranks([command(world, out, **LONG)], size=2, folder=tmp_path)
-    until(lambda: steps_logged(out) >= 3)
+    ranks, logs = two_at_work(world, out)
     os.kill(ranks[1].pid, signal.SIGTERM)
     assert wait(ranks, logs, 30) == [143, 143]
     state, passed_over = newest_valid(out / "state")
@@ -140,9 +147,7 @@ def test_grace_seconds_are_a_bound(world, tmp_path):
 def test_a_dead_rank_ends_the_others(world, tmp_path):
     """Killed without a word, one rank of two: the other ends by itself, and not with success."""
     out = tmp_path / "out"
-    words = command(world, out, rank_timeout=20, **LONG)
-    ranks, logs = start_ranks([words], size=2, folder=tmp_path)
-    until(lambda: steps_logged(out) >= 2)
+    ranks, logs = two_at_work(world, out, rank_timeout=20)
     os.kill(ranks[1].pid, signal.SIGKILL)
     codes = wait(ranks, logs, 60)
     assert codes[1] == -signal.SIGKILL
@@ -152,9 +157,7 @@ def test_a_dead_rank_ends_the_others(world, tmp_path):
 def test_a_rank_that_hangs_ends_the_others(world, tmp_path):
     """Stopped, not dead, one rank of two: the other waits --rank_timeout seconds and no longer."""
     out = tmp_path / "out"
-    words = command(world, out, rank_timeout=5, **LONG)
-    ranks, _ = start_ranks([words], size=2, folder=tmp_path)
-    until(lambda: steps_logged(out) >= 2)
+    ranks, _ = two_at_work(world, out, rank_timeout=5)
     os.kill(ranks[1].pid, signal.SIGSTOP)
     try:
         ranks[0].join(60)

@@ -10,7 +10,6 @@ The converted tokenizer gives the ids of the original library, which is the orac
 
 import base64
 import binascii
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +120,7 @@ def _convert_tiktoken(file: Path, content: bytes) -> Converted:
             f"{file}: a tiktoken file of {len(ranks)} ranks; how it splits text does not stand in "
             f"it and is known for {known} only; give a tokenizer.json"
         )
-    letters = _byte_letters()
+    letters = byte_letters()
     written = {token: "".join(letters[b] for b in token) for token in ranks}
     merges = [(written[left], written[right]) for left, right in _merges(ranks)]
     vocab = {written[token]: rank for token, rank in ranks.items()} | vocabulary.special
@@ -144,7 +143,7 @@ def _convert_tiktoken(file: Path, content: bytes) -> Converted:
     return Converted(backend.to_str(), named)
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The printable letter that byte-level BPE writes for each byte (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -288,12 +287,3 @@ def with_ends(converted: Converted, named: dict[str, str], config: dict[str, Any
         single=around("A", 0), pair=[*around("A", 0), *around("B", 1)], special_tokens=known
     )
     return str(backend.to_str())
-
-
-def write_converted(file: Path, directory: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` for `file` into `directory`."""
-    converted = convert(file)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.json").write_text(converted.json_text, encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **converted.named}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

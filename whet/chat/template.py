@@ -279,3 +279,14 @@ def _compared_constants(tree: nodes.Template) -> dict[str, frozenset[Any]]:
                 if isinstance(value, nodes.Const) and isinstance(value.value, str | bool | int):
                     found.setdefault(compare.expr.name, set()).add(value.value)
     return {name: frozenset(values) for name, values in found.items()}
+
+
+def read_variables(text: str | None) -> dict[str, Any]:
+    """The variables of `--template_kwargs`, a JSON object. Raises UserError for anything else."""
+    try:
+        given = json.loads(text or "{}")
+    except ValueError as error:
+        raise UserError(f"--template_kwargs: not JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise UserError(f"--template_kwargs: expected a JSON object, got {text}")
+    return given

@@ -9,7 +9,6 @@ any number of workers.
 
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 
 from whet.chat.encode import EncodeOptions
 from whet.chat.formats import FORMATS
+from whet.chat.template import read_variables
 from whet.chat.tokenizer import Tokenizer, add_chat_tokens, find_template, load_tokenizer
 from whet.config import collected, problems
 from whet.data.account import SourceAccount, count, table, totals
@@ -245,18 +245,12 @@ def _prepare(
 
 
 def _encode_options(config: Config) -> EncodeOptions:
-    try:
-        kwargs = json.loads(config.template_kwargs or "{}")
-    except ValueError as error:
-        raise UserError(f"--template_kwargs: not JSON ({error})") from None
-    if not isinstance(kwargs, dict):
-        raise UserError(f"--template_kwargs: expected a JSON object, got {config.template_kwargs}")
     return EncodeOptions(
         train_on=config.train_on,
         rewritten_turns=config.rewritten_turns,
         special_in_content=config.special_in_content,
         uncertain="drop",  # the workers hand refusals on; `stop_at_refusals` judges them
-        template_kwargs=kwargs,
+        template_kwargs=read_variables(config.template_kwargs),
         date=config.date,
     )
 

@@ -223,8 +223,7 @@ class PackedStore:
             with self._undamaged():
                 return np.asarray(self._file["loss_tokens"][...], np.float64)
         parts = []
-        for start in range(0, len(self), SCAN_ROWS):
-            rows = self._read(slice(start, start + SCAN_ROWS))
+        for start, rows in self._blocks():
             wrong = ~(rows.loss_mask >= 0) | np.isinf(rows.loss_mask)
             if wrong.any():
                 row, place = np.argwhere(wrong)[0]
@@ -238,11 +237,8 @@ class PackedStore:
     @cached_property
     def id_range(self) -> tuple[int, int]:
         """The smallest and the largest token id of all places; reads the whole file."""
-        blocks = [
-            self._read(slice(start, start + SCAN_ROWS)).tokens
-            for start in range(0, len(self), SCAN_ROWS)
-        ]
-        return min(int(b.min()) for b in blocks), max(int(b.max()) for b in blocks)
+        ends = [(int(rows.tokens.min()), int(rows.tokens.max())) for _, rows in self._blocks()]
+        return min(low for low, _ in ends), max(high for _, high in ends)
 
     @cached_property
     def documents(self) -> np.ndarray:
@@ -262,8 +258,7 @@ class PackedStore:
             return np.ascontiguousarray(self.documents["row"])  # numpy would copy it at each use
         if self._segments is None:
             return np.arange(len(self))
-        starts = range(0, len(self), SCAN_ROWS)
-        counts = [self._read(slice(i, i + SCAN_ROWS)).segment_ids.max(1) for i in starts]
+        counts = [rows.segment_ids.max(1) for _, rows in self._blocks()]
         return np.repeat(np.arange(len(self)), np.concatenate(counts))
 
     def document_ids(self, rows: np.ndarray) -> np.ndarray:
@@ -302,6 +297,11 @@ class PackedStore:
                 for target, values in zip(read, part, strict=True):
                     target[run] = values
         return read
+
+    def _blocks(self) -> Iterator[tuple[int, Rows]]:
+        """The whole file in blocks, each with the number of its first row."""
+        for start in range(0, len(self), SCAN_ROWS):
+            yield start, self._read(slice(start, start + SCAN_ROWS))
 
     def _read(self, rows: slice) -> Rows:
         with self._undamaged():

@@ -1,11 +1,10 @@
 """`whet inspect`: see what is trained, token by token, in the terminal or as a page."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 
@@ -49,11 +48,12 @@ def main(config: Config) -> None:
     """Print or write what `config` asks for."""
     _check(config)
     if config.conversation:
+        from whet.chat.template import read_variables
         from whet.chat.tokenizer import load_tokenizer
         from whet.report.conversation import conversation_lines, encode_line, encoded_sheet
 
         tokenizer = load_tokenizer(_required(config.tokenizer), config.chat_template)
-        shown = encode_line(config.conversation, tokenizer, _template_kwargs(config))
+        shown = encode_line(config.conversation, tokenizer, read_variables(config.template_kwargs))
         if config.html:
             _write(config.html, encoded_sheet(shown))
         else:
@@ -96,16 +96,6 @@ def _check(config: Config) -> None:
 def _required(value: T | None) -> T:
     assert value is not None  # _check saw to it
     return value
-
-
-def _template_kwargs(config: Config) -> dict[str, Any]:
-    try:
-        given = json.loads(config.template_kwargs or "{}")
-    except ValueError as error:
-        raise UserError(f"--template_kwargs: not JSON ({error})") from None
-    if not isinstance(given, dict):
-        raise UserError(f"--template_kwargs: expected a JSON object, got {config.template_kwargs}")
-    return given
 
 
 def _range(config: Config, n_rows: int) -> tuple[int, int]:

@@ -90,18 +90,12 @@ def _bytes(token: str) -> str | bytes:
     """
     if token.startswith("<0x") and token.endswith(">"):
         return bytes.fromhex(token[3:-1])
-    table = _byte_of_character()
+    from whet.chat.convert import byte_letters  # with the tokenizers, which a page may do without
+
+    table = {letter: byte for byte, letter in byte_letters().items()}
     if not all(character in table for character in token):
         return token
     return bytes(table[character] for character in token)
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's table backwards: printable bytes stand for themselves, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def _runs(chosen: np.ndarray) -> list[slice]:

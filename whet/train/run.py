@@ -29,6 +29,7 @@ import torch
 
 from whet.config import save
 from whet.errors import UserError
+from whet.files import replaced
 from whet.progress import say
 from whet.train import state
 from whet.train.curves import Curves
@@ -127,7 +128,8 @@ class RunFolder:
         try:
             self.states.mkdir(parents=True, exist_ok=True)
             self._lock()
-            state.write_json(self.path / "run.json", about)
+            with replaced(self.path / "run.json") as aside:
+                state.write_json(aside, about)
             save(config, self.path / "config.toml")
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be written: {error.strerror}") from None

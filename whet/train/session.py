@@ -206,8 +206,8 @@ def continues(config: TrainSettings) -> bool:
     """
     if config.resume or distributed.restarts() == 0:
         return config.resume
-    marks = config.out / "run.json"
-    return not marks.exists() or json.loads(marks.read_text()).get("job") == distributed.job()
+    run = config.out / "run.json"
+    return not run.exists() or json.loads(run.read_text()).get("job") == distributed.job()
 
 
 def find_start(config: TrainSettings, command: str) -> Path | None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from whet.train.distributed import job
+
 # torchrun passes on a signal that a terminal has already sent to the whole process group; its copy,
 # which comes within moments, is not the user asking a second time.
 TORCHRUN_REPEATS_WITHIN_S = 2.0
@@ -47,7 +49,7 @@ class Stop:
         now = time.monotonic()
         if self.number:
             repeated = now - self.asked_at < TORCHRUN_REPEATS_WITHIN_S
-            if "TORCHELASTIC_RUN_ID" in os.environ and repeated:
+            if job() and repeated:
                 return
             self.leave("leaving at once, without saving")
         self.number, self.asked_at = number, now

@@ -26,7 +26,6 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from whet.errors import UserError
-from whet.model.weights import empty_on_cpu
 from whet.train.distributed import Ranks, from_first, unwrap
 from whet.train.optim import create_state, plain_tensors
 
@@ -82,10 +81,6 @@ def tensors_of(
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy on the CPU, from which a state is saved while training goes on."""
-    if all(t.device.type == "cpu" and not hasattr(t, "full_tensor") for t in tensors.values()):
-        # Memory apart: taken from the C library's heap, it would lie across what steps free and
-        # take again, and the peak of the run would rise by twice its size.
-        return {name: empty_on_cpu(t.shape, t.dtype).copy_(t) for name, t in tensors.items()}
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     stager = DefaultStager(StagingOptions(False, False, False, False))
