@@ -66,9 +66,9 @@ def main() -> None:
 
 def make(folder: Path, kind: str, gb: float) -> None:
     """Write a random model of about `gb` GB."""
-    from whet.model.checkpoint import save_model
     from whet.model.config import llama
     from whet.model.decoder import Transformer
+    from whet.model.hf.checkpoint import save_model
 
     if (folder / "config.json").exists():
         return
@@ -92,7 +92,7 @@ def child(folder: Path, side: str, cache: str) -> dict[str, Any]:
 
 def measure(folder: Path, what: str, cold: bool) -> dict[str, Any]:
     """Read the file of weights, or open the model as `what`, in this process."""
-    from whet.model.checkpoint import load_backbone_from_ckpt
+    from whet.model.hf.checkpoint import load_backbone_from_ckpt
 
     file = folder / "model.safetensors"
     size = file.stat().st_size

@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.lines import emit, origin
 from whet.chat.encode import Encoded, encode_many
-from whet.chat.formats import to_example
 from whet.chat.tokenizer import load_tokenizer
+from whet.data.formats import to_example
 from whet.data.packing import fill, pack
 from whet.data.reader import parse, read_units
 

@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.lines import cpu_of, emit, installed, origin, spread
-from whet.chat.formats import Datum, to_example
-from whet.chat.messages import Conversation
+from whet.chat.conversation import Conversation
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.data.account import totals
+from whet.data.formats import Datum, to_example
 from whet.data.prepare import Config, prepare
 from whet.data.reader import parse, read_units
 

@@ -43,9 +43,9 @@ from benchmarks.lines import emit, installed, origin, spread
 from benchmarks.run import RESULTS, TRL
 from whet.chat.tokenizer import train_tokenizer
 from whet.data.store import DOCUMENT, StoreWriter
-from whet.model.checkpoint import save_model
 from whet.model.config import ModelConfig, llama
 from whet.model.decoder import Transformer, init_weights
+from whet.model.hf.checkpoint import save_model
 
 WARM_STEPS = 4  # of each run, not counted: compilation, first allocations
 SEES = "import torch, trl, liger_kernel; assert torch.cuda.is_available()"

@@ -41,8 +41,8 @@ def data_folder() -> Path:
 def build(folder: Path, documents: int = 1000) -> None:
     """Write model, examples and packed rows into `folder` unless they are there already."""
     from whet.chat.encode import encode_chat
-    from whet.chat.formats import to_example
     from whet.chat.tokenizer import load_tokenizer
+    from whet.data.formats import to_example
 
     done = folder / "done"
     if done.exists():
@@ -65,9 +65,9 @@ def build(folder: Path, documents: int = 1000) -> None:
 
 
 def _write_model(folder: Path, tokenizer: object) -> None:
-    from whet.model.checkpoint import save_model
     from whet.model.config import ModelConfig
     from whet.model.decoder import Transformer, init_weights
+    from whet.model.hf.checkpoint import save_model
 
     model = Transformer(ModelConfig.from_hf(MODEL))
     init_weights(model, seed=0)

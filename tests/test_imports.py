@@ -17,6 +17,7 @@ ORDER = {
     "config": 0,
     "progress": 0,
     "hub": 0,
+    "tokenizer_files": 0,
     "chat": 1,
     "data": 2,
     "model": 3,
@@ -72,7 +73,7 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_torch_is_not_needed_for_text_and_help() -> None:
     code = (
-        "import sys, whet.cli, whet.config, whet.chat.messages, whet.chat.formats, "
+        "import sys, whet.cli, whet.config, whet.chat.conversation, whet.data.formats, "
         "whet.chat.template, whet.chat.tokenizer, whet.chat.encode, whet.data.store, "
         "whet.data.packing, whet.report.inspect\n"
         "whet.cli.main(['--help'])\n"

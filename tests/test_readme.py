@@ -16,10 +16,10 @@ def test_the_tree_is_that_of_today() -> None:
     import sys
 
     sys.path.insert(0, str(REPOSITORY / "scripts"))
-    from readme_tree import with_tree
+    from tree import PAGE, with_tree
 
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert with_tree(readme) == readme, "run: python scripts/readme_tree.py"
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_tree(page) == page, "run: python scripts/tree.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -6,9 +6,9 @@ import numpy as np
 
 from whet.chat.tokenizer import Tokenizer, train_tokenizer
 from whet.data.store import DOCUMENT, StoreWriter
-from whet.model.checkpoint import save_model
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
+from whet.model.hf.checkpoint import save_model
 
 T = 24
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "sum", "of", "plus")

@@ -8,9 +8,9 @@ import numpy as np
 import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from whet.chat.conversation import Conversation, read_conversation
 from whet.chat.dialect import Dialect
 from whet.chat.encode import Encoded, EncodeOptions, Example, Span, encode_chat, encode_prompt
-from whet.chat.messages import Conversation, read_conversation
 from whet.chat.tokenizer import Tokenizer
 
 

@@ -13,8 +13,8 @@ from tokenizers import AddedToken
 from tests.chat import rules, suite
 from tests.chat.suite import said, system, user
 from whet.chat.certificate import Refusal, Refused
+from whet.chat.conversation import Conversation, RawText, Tokenised, read_conversation
 from whet.chat.encode import EncodeOptions, encode_chat, encode_many, encode_prompt
-from whet.chat.messages import Conversation, RawText, Tokenised, read_conversation
 from whet.chat.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from whet.errors import UserError
 

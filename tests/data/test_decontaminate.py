@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from whet.chat.messages import Conversation, RawText
+from whet.chat.conversation import Conversation, RawText
 from whet.data.decontaminate import Evaluations, read_evaluations, words_of
 from whet.errors import UserError
 

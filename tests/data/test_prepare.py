@@ -15,11 +15,11 @@ import pytest
 from tests import processes
 from tests.tiny import tokenizer as make_tokenizer
 from whet.chat.encode import EncodeOptions, encode_chat
-from whet.chat.formats import to_example
 from whet.chat.tokenizer import add_chat_tokens, load_tokenizer
 from whet.data import reader
 from whet.data.account import totals
 from whet.data.batches import get_sft_batch_iterator
+from whet.data.formats import to_example
 from whet.data.prepare import Config, prepare, prepare_text
 from whet.data.store import PackedStore
 from whet.errors import UserError

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from whet.chat.tokenizer import Tokenizer, train_tokenizer
-from whet.model.checkpoint import save_model
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
+from whet.model.hf.checkpoint import save_model
 
 TEXTS = ["How many eggs does she sell? She sells 16 - 3 = 13 eggs.", "<think></think><answer>"]
 

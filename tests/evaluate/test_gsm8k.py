@@ -72,7 +72,7 @@ def test_samples_tell_what_was_said(monkeypatch, model, tokenizer, tmp_path) -> 
 
 
 @pytest.mark.parametrize("world_size", [2, 5, 40])
-def test_ranks_share_the_problems(monkeypatch, model, tokenizer, world_size) -> None:
+def test_distributed_share_the_problems(monkeypatch, model, tokenizer, world_size) -> None:
     replying(monkeypatch, tokenizer, lambda i: f"{i % 4 and i}")
     alone = gsm8k_accuracy(model, tokenizer, PROBLEMS, quiet=True)
     counts = []

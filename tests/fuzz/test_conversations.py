@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests import tiny
 from tests.fuzz.harness import SCALARS, counts, damaged, fuzz, json_like
 from whet.chat.encode import EncodeOptions, encode_many
-from whet.chat.formats import IDS_KEYS, MASK_KEYS, SIGNATURES, to_example
+from whet.data.formats import IDS_KEYS, MASK_KEYS, SIGNATURES, to_example
 from whet.data.reader import parse, read_units
 from whet.errors import UserError
 

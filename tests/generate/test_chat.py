@@ -10,9 +10,9 @@ from whet.errors import UserError
 from whet.generate import chat
 from whet.generate.chat import Config, Talk, repl, text_pieces
 from whet.generate.engine import generate
-from whet.model.checkpoint import save_model
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
+from whet.model.hf.checkpoint import save_model
 
 
 @pytest.fixture(scope="module")

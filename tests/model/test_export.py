@@ -12,12 +12,12 @@ from whet.chat.tokenizer import Tokenizer, train_tokenizer
 from whet.cli import main
 from whet.errors import UserError
 from whet.model import export
-from whet.model.adapter_writing import save_adapter
-from whet.model.checkpoint import file_places, load_backbone_from_ckpt, save_model
 from whet.model.config import ModelConfig, llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.export import check_gguf, is_gguf_name
-from whet.model.lora import LoRA, adapters, apply_lora
+from whet.model.hf.checkpoint import file_places, load_backbone_from_ckpt, save_model
+from whet.model.lora.lora import LoRA, adapters, apply_lora
+from whet.model.lora.write import save_adapter
 
 TOKENS = torch.arange(5, 25)[None]
 

@@ -12,9 +12,9 @@ import torch
 from tests.model import zoo
 from whet.errors import UserError
 from whet.generate.engine import generate
-from whet.model.checkpoint import load_backbone_from_ckpt, save_model
 from whet.model.foreign import ForeignModel
-from whet.model.weights import saved_as
+from whet.model.hf.checkpoint import load_backbone_from_ckpt, save_model
+from whet.model.hf.weights import saved_as
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.families import place_parameters
+from whet.model.hf.families import place_parameters
 
 SMALL = {
     "vocab_size": 96,

@@ -103,7 +103,7 @@ def test_micro_batches(world, reference, tmp_path, micro):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks(world, reference, tmp_path, size):
+def test_distributed(world, reference, tmp_path, size):
     layouts = {
         "ddp_1": {"micro_batch_size": 1},
         "ddp_4": {"micro_batch_size": 4},

@@ -9,7 +9,7 @@ from torch import nn
 from whet.errors import UserError
 from whet.model.config import llama
 from whet.model.decoder import Transformer
-from whet.model.lora import LoRA, apply_lora
+from whet.model.lora.lora import LoRA, apply_lora
 from whet.train import state
 from whet.train.distributed import Ranks
 from whet.train.optim import (

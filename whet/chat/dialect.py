@@ -13,7 +13,7 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from whet.chat.messages import Message
+from whet.chat.conversation import Message
 from whet.chat.template import ChatTemplate, TemplateError
 from whet.chat.trials import (
     ASKED,

@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from whet.chat.align import Aligner, Located, Unclear
 from whet.chat.certificate import Certificate, Refusal, Refused
-from whet.chat.dialect import Dialect
-from whet.chat.escape import Joints, pattern_of
-from whet.chat.messages import (
+from whet.chat.conversation import (
     Conversation,
     RawText,
     Tokenised,
@@ -23,10 +22,11 @@ from whet.chat.messages import (
     read_conversation,
     read_prompt,
 )
-from whet.chat.reader import Reader
-from whet.chat.spans import Draft, drafts, prompt_draft
+from whet.chat.dialect import Dialect
+from whet.chat.examples import Draft, drafts, prompt_draft
+from whet.chat.hidden import Joints, pattern_of
 from whet.chat.tokenizer import Tokenizer
-from whet.chat.tokens import Aligner, Located, Unclear
+from whet.chat.turns import Reader
 from whet.errors import UserError
 
 BATCH = 256  # conversations that are tokenised at once: enough to keep the tokenizer's threads busy

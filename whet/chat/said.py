@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from whet.chat.messages import Message
+from whet.chat.conversation import Message
 
 SIGNS = re.compile(r"\w+|[^\s\x00-\x7f]")  # words and emoji; marks such as quotes may be rewritten
 

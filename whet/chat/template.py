@@ -21,7 +21,7 @@ import jinja2.sandbox
 from jinja2 import nodes
 
 from whet.chat.bounds import GROWING, MACRO_STEPS, Budget, TemplateError
-from whet.chat.messages import Message
+from whet.chat.conversation import Message
 from whet.errors import UserError
 
 CHAIN = 8  # additions of one expression that are measured together

@@ -18,11 +18,11 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from whet.chat.convert import convert, find_convertible, with_ends
+from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
-from whet.chat.messages import shown
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
+from whet.tokenizer_files import convert, find_convertible, with_ends
 
 END_OF_TEXT = "<|endoftext|>"
 COMMON_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # where no file names the eos

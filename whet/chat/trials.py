@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from whet.chat.messages import Message
+from whet.chat.conversation import Message
 
 ASKED, SAID, THOUGHT, NEXT = "Qaskedq", "Qsaidq", "Qthoughtq", "Qnextq"
 FUNCTION, VALUE = "qcallq", "Qvalueq"

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from whet.chat.formats import Datum, to_example
-from whet.chat.messages import Conversation, RawText
+from whet.chat.conversation import Conversation, RawText
+from whet.data.formats import Datum, to_example
 from whet.data.reader import parse, read_units
 from whet.errors import UserError
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from whet.chat.certificate import Refusal
+from whet.chat.conversation import Conversation, RawText, Tokenised
 from whet.chat.encode import Encoded, EncodeOptions, encode_many
-from whet.chat.formats import IDS_KEYS, Datum, to_example
-from whet.chat.messages import Conversation, RawText, Tokenised
 from whet.chat.tokenizer import Tokenizer
 from whet.data.decontaminate import Evaluations
+from whet.data.formats import IDS_KEYS, Datum, to_example
 from whet.data.reader import GOES_ON, Block, Unit, parse
 from whet.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from whet.chat.certificate import REASONS, Refusal
-from whet.chat.messages import place
+from whet.chat.conversation import place
 from whet.config import problems
 from whet.data.account import SourceAccount
 from whet.data.decontaminate import Evaluations

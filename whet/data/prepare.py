@@ -19,13 +19,13 @@ from typing import Literal
 import numpy as np
 
 from whet.chat.encode import EncodeOptions
-from whet.chat.formats import FORMATS
 from whet.chat.template import read_variables
 from whet.chat.tokenizer import Tokenizer, add_chat_tokens, find_template, load_tokenizer
 from whet.config import collected, problems
 from whet.data.account import SourceAccount, count, table, totals
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import BlockEncoder
+from whet.data.formats import FORMATS
 from whet.data.left_out import LeftOut, fates, notes, stop_at_refusals
 from whet.data.mixing import KEPT, Overlong, select
 from whet.data.parallel import ordered_map, start_server, usable_cores

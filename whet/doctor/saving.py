@@ -10,9 +10,9 @@ from torch import Tensor
 
 from whet.doctor.finding import Finding, judge, skipped, worse
 from whet.doctor.subject import Subject
-from whet.model import families
-from whet.model.checkpoint import OWN_LAYOUT, load_backbone_from_ckpt, save_pt
 from whet.model.decoder import Transformer
+from whet.model.hf import families
+from whet.model.hf.checkpoint import OWN_LAYOUT, load_backbone_from_ckpt, save_pt
 
 EXPORT_BOUND = 1e-4
 """Relative norm of the difference of logits: another code that rounds otherwise."""

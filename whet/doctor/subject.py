@@ -18,14 +18,14 @@ from torch import Tensor
 
 from whet.chat.certificate import Refusal
 from whet.chat.encode import EncodeOptions, encode_many
-from whet.chat.formats import Datum, to_example
 from whet.chat.tokenizer import Tokenizer
 from whet.data.batches import Batch, make_batch
+from whet.data.formats import Datum, to_example
 from whet.data.reader import parse, read_units
 from whet.data.store import PackedStore, Rows, StoreWriter, row_weights
 from whet.errors import UserError
-from whet.model.checkpoint import empty_model, save_model
 from whet.model.decoder import Transformer
+from whet.model.hf.checkpoint import empty_model, save_model
 
 ROWS = 5
 """With batches of 4 rows the last one has a single row: a rank of two then has none."""

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from whet.chat.certificate import Refusal
+from whet.chat.conversation import Conversation
 from whet.chat.encode import Encoded, EncodeOptions, encode_many, encode_prompt
-from whet.chat.messages import Conversation
 from whet.chat.tokenizer import Tokenizer
 from whet.data.store import row_weights
 from whet.doctor.finding import Finding, failed, judge, skipped, worse

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from whet.errors import UserError
-from whet.model.weights import INDEX
+from whet.model.hf.weights import INDEX
 
 _WEIGHTS = re.compile(r"(adapter_)?model\.safetensors|model-\d{5}-of-\d{5}\.safetensors")
 

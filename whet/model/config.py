@@ -198,13 +198,13 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
         """Read the contents of a `config.json`; see `hf_config.read`."""
-        from whet.model import hf_config
+        from whet.model.hf import config as hf_config
 
         return hf_config.read(config)
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that `from_hf` reads back; see `hf_config.write`."""
-        from whet.model import hf_config
+        from whet.model.hf import config as hf_config
 
         return hf_config.write(self)
 

@@ -19,19 +19,19 @@ from whet.config import problems
 from whet.errors import UserError
 from whet.files import replaced, unwritable, unwritable_folder
 from whet.hub import find_model
-from whet.model import adapter
 from whet.model.atomic import read_json
-from whet.model.checkpoint import (
+from whet.model.config import ModelConfig
+from whet.model.decoder import Transformer
+from whet.model.hf.checkpoint import (
     OWN_LAYOUT,
     file_places,
     load_backbone_from_ckpt,
     save_model,
     save_pt,
 )
-from whet.model.config import ModelConfig
-from whet.model.decoder import Transformer
-from whet.model.lora import merge_lora
-from whet.model.weights import PT, SaveDtype, saved_as
+from whet.model.hf.weights import PT, SaveDtype, saved_as
+from whet.model.lora import read as adapter
+from whet.model.lora.lora import merge_lora
 from whet.progress import say
 
 GGUF_ARCHITECTURES = {

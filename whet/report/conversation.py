@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from whet.chat.certificate import Certificate
+from whet.chat.conversation import Conversation
 from whet.chat.encode import Encoded, EncodeOptions, Example, encode_chat
-from whet.chat.formats import Datum, to_example
-from whet.chat.messages import Conversation
 from whet.chat.tokenizer import Tokenizer
+from whet.data.formats import Datum, to_example
 from whet.data.reader import parse, read_units
 from whet.data.store import DOCUMENT
 from whet.errors import UserError

@@ -90,7 +90,9 @@ def _bytes(token: str) -> str | bytes:
     """
     if token.startswith("<0x") and token.endswith(">"):
         return bytes.fromhex(token[3:-1])
-    from whet.chat.convert import byte_letters  # with the tokenizers, which a page may do without
+    from whet.tokenizer_files import (
+        byte_letters,  # with the tokenizers, which a page may do without
+    )
 
     table = {letter: byte for byte, letter in byte_letters().items()}
     if not all(character in table for character in token):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from whet.chat.certificate import REASONS
-from whet.chat.messages import place
+from whet.chat.conversation import place
 from whet.data.account import SourceAccount, totals
 from whet.data.left_out import TOLD
 from whet.data.store import DOCUMENT, PackedStore

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from whet.chat.messages import place
+from whet.chat.conversation import place
 from whet.data.account import table
 from whet.report.sheet import Sheet, document_name, short_names
 

@@ -17,7 +17,7 @@ from whet.data.store import PackedStore
 from whet.files import unwritable
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
-from whet.model.weights import PT
+from whet.model.hf.weights import PT
 from whet.progress import track
 from whet.stages import sft
 from whet.train.distributed import Ranks

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from whet.chat.convert import find_convertible
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.config import as_toml, collected, problems, read_toml
 from whet.data.batches import (
@@ -36,15 +35,16 @@ from whet.evaluate.dev import misfits
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.files import unwritable
 from whet.hub import check_name, find_model
-from whet.model.adapter import base_of, find_base, is_adapter, tokenizer_home
 from whet.model.attention import plan_documents
-from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
-from whet.model.freeze import read_pattern
-from whet.model.lora import LoRA
+from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.hf.weights import PT, saved_as
+from whet.model.lora.lora import LoRA
+from whet.model.lora.read import base_of, find_base, is_adapter, tokenizer_home
+from whet.model.lora.trained import read_pattern
 from whet.model.recompute import Recompute
-from whet.model.weights import PT, saved_as
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
+from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.optim import parse_lr_groups

@@ -9,13 +9,13 @@ from torch import nn
 
 from whet.chat.tokenizer import Tokenizer, add_chat_tokens
 from whet.errors import UserError
-from whet.model.adapter import continue_adapter
-from whet.model.adapter_writing import save_adapter
-from whet.model.checkpoint import save_model, save_pt
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
-from whet.model.freeze import select_trainable
-from whet.model.lora import LoRA, apply_lora, quantize_base
+from whet.model.hf.checkpoint import save_model, save_pt
+from whet.model.lora.lora import LoRA, apply_lora, quantize_base
+from whet.model.lora.read import continue_adapter
+from whet.model.lora.trained import select_trainable
+from whet.model.lora.write import save_adapter
 from whet.train.distributed import is_first, unwrap, whole_weights
 
 

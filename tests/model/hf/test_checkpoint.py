@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from whet.errors import UserError
-from whet.model import atomic, checkpoint
-from whet.model.checkpoint import load_backbone_from_ckpt, read_config, save_model, save_pt
+from whet.model import atomic
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
+from whet.model.hf import checkpoint
+from whet.model.hf.checkpoint import load_backbone_from_ckpt, read_config, save_model, save_pt
 
 TINY = llama(64, 16, 2, 2, max_positions=32, tied=False)
 
@@ -486,7 +487,7 @@ def test_older_checkpoints_with_gaps_are_told(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from whet.model.checkpoint import load_backbone_from_ckpt
+from whet.model.hf.checkpoint import load_backbone_from_ckpt
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -20,9 +20,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
+from whet.chat.conversation import Conversation, Message, half_character
 from whet.chat.dialect import Dialect, Ending, beginning_of
-from whet.chat.escape import Escapes, Joints, NoneFree, holds, mapped, signs_of
-from whet.chat.messages import Conversation, Message, half_character
+from whet.chat.hidden import Escapes, Joints, NoneFree, holds, mapped, signs_of
 from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
 

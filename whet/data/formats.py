@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from whet.chat.messages import (
+from whet.chat.conversation import (
     LARGEST_WEIGHT,
     Conversation,
     RawText,

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from tests.model import zoo
 from whet.errors import UserError
 from whet.model.config import ModelConfig, llama
-from whet.model.hf_config import FAMILIES
+from whet.model.hf.config import FAMILIES
 
 LLAMA = {
     "model_type": "llama",

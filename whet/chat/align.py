@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from whet.chat.cuts import Cut, Cutter
-from whet.chat.reader import Mark
-from whet.chat.spans import Draft
+from whet.chat.examples import Draft
 from whet.chat.tokenizer import Tokenizer
+from whet.chat.turns import Mark
 
 MAX_HEADERS = 64  # stretches that are remembered; a template has one or two
 ANCHORS = ("\n", "a", "1", ".", " ")

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from whet.config import problems
 from whet.errors import UserError
 from whet.files import replaced
-from whet.model import families, legacy
 from whet.model.atomic import on_full_disk, read_json, sync, write_json, written_aside
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.fill import empty_model, fill_model
-from whet.model.hf_config import FAMILIES
-from whet.model.weights import (
+from whet.model.hf import families, legacy
+from whet.model.hf.config import FAMILIES
+from whet.model.hf.fill import empty_model, fill_model
+from whet.model.hf.weights import (
     Stored,
     in_memory,
     open_directory,
@@ -51,8 +51,8 @@ def load_backbone_from_ckpt(
     """
     path, device = Path(path), torch.device(device)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        from whet.model.adapter import open_adapter  # which opens its base by this function
-        from whet.model.lora import merge_lora
+        from whet.model.lora.lora import merge_lora
+        from whet.model.lora.read import open_adapter  # which opens its base by this function
 
         model = open_adapter(path, dtype=dtype, device=device, quiet=quiet)
         merge_lora(model)

@@ -7,8 +7,8 @@ template rewrites the past they do not, and get texts of their own (rule 3).
 from typing import Any, NamedTuple
 
 from whet.chat.certificate import Certificate
-from whet.chat.reader import Mark, Reader, Turn
 from whet.chat.template import TemplateError
+from whet.chat.turns import Mark, Reader, Turn
 
 
 class Draft(NamedTuple):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from whet.chat.messages import read_conversation
+from whet.chat.conversation import read_conversation
 from whet.errors import UserError
 
 USER = {"role": "user", "content": "Hi"}

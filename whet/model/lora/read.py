@@ -16,14 +16,14 @@ from torch import Tensor
 from whet.errors import UserError
 from whet.hub import find_model
 from whet.model.atomic import read_json
-from whet.model.checkpoint import load_backbone_from_ckpt
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
-from whet.model.families import Place, place_modules
-from whet.model.hf_keys import LARGEST
-from whet.model.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
-from whet.model.peft_config import CONFIG, PeftConfig, read_peft_config
-from whet.model.weights import open_safetensors, read_into
+from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.hf.families import Place, place_modules
+from whet.model.hf.keys import LARGEST
+from whet.model.hf.weights import open_safetensors, read_into
+from whet.model.lora.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
+from whet.model.lora.peft_config import CONFIG, PeftConfig, read_peft_config
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -15,14 +15,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from whet.model.adapter import PREFIX, ROWS, WEIGHTS, family_modules, places_of
 from whet.model.atomic import write_json, written_aside
-from whet.model.checkpoint import SavesTokenizer
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows
-from whet.model.families import place_modules
-from whet.model.lora import LoRA, adapters
-from whet.model.peft_config import CONFIG
+from whet.model.hf.checkpoint import SavesTokenizer
+from whet.model.hf.families import place_modules
+from whet.model.lora.lora import LoRA, adapters
+from whet.model.lora.peft_config import CONFIG
+from whet.model.lora.read import PREFIX, ROWS, WEIGHTS, family_modules, places_of
 
 
 def save_adapter(

@@ -12,14 +12,14 @@ from torch import nn
 
 from tests.model import zoo
 from whet.errors import UserError
-from whet.model import adapter
-from whet.model.adapter import load_adapter
-from whet.model.adapter_writing import save_adapter
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.embedding import grow_embedding
-from whet.model.freeze import select_trainable
-from whet.model.lora import LoRA, adapters, apply_lora, merge_lora
+from whet.model.lora import read as adapter
+from whet.model.lora.lora import LoRA, adapters, apply_lora, merge_lora
+from whet.model.lora.read import load_adapter
+from whet.model.lora.trained import select_trainable
+from whet.model.lora.write import save_adapter
 
 peft = pytest.importorskip("peft")
 

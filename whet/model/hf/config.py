@@ -16,8 +16,8 @@ from typing import Any
 
 from whet.errors import UserError
 from whet.model.config import Activation, ModelConfig, Rope
-from whet.model.hf_keys import Keys, refuse_leftovers
-from whet.model.hf_layers import read_layers
+from whet.model.hf.keys import Keys, refuse_leftovers
+from whet.model.hf.layers import read_layers
 
 Json = dict[str, Any]
 

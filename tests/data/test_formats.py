@@ -1,7 +1,7 @@
 import pytest
 
-from whet.chat.formats import FORMATS, SIGNATURES, detect_format, to_example
-from whet.chat.messages import Conversation, RawText, Tokenised
+from whet.chat.conversation import Conversation, RawText, Tokenised
+from whet.data.formats import FORMATS, SIGNATURES, detect_format, to_example
 from whet.errors import UserError
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

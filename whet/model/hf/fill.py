@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from whet.config import problems
 from whet.errors import UserError
-from whet.model import families
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.weights import PROGRESS_FROM_BYTES, READERS, Stored, empty_on_cpu, read_into
+from whet.model.hf import families
+from whet.model.hf.weights import PROGRESS_FROM_BYTES, READERS, Stored, empty_on_cpu, read_into
 from whet.progress import track
 
 _SHOWN = 5

@@ -6,7 +6,7 @@ from typing import Any
 from whet.config import problems
 from whet.errors import UserError
 from whet.model.config import Rope, RopeKind, is_number
-from whet.model.hf_keys import Keys
+from whet.model.hf.keys import Keys
 
 KINDS: dict[RopeKind, set[str]] = {
     "default": set(),

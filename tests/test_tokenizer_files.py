@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import tokenizers
 
-from whet.chat.convert import (
+from whet.chat.tokenizer import load_tokenizer
+from whet.errors import UserError
+from whet.tokenizer_files import (
     TIKTOKEN,
     Converted,
     byte_letters,
@@ -17,8 +19,6 @@ from whet.chat.convert import (
     find_convertible,
     with_ends,
 )
-from whet.chat.tokenizer import load_tokenizer
-from whet.errors import UserError
 
 TEXTS = [
     "Hello world",

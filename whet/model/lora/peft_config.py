@@ -14,7 +14,7 @@ from typing import Any
 from whet.config import problems
 from whet.model.atomic import read_json
 from whet.model.config import is_number
-from whet.model.hf_keys import LARGEST
+from whet.model.hf.keys import LARGEST
 
 CONFIG = "adapter_config.json"
 _UNSUPPORTED = (
