@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from whet.chat.conversation import Message
-from whet.chat.template import ChatTemplate, TemplateError
+from whet.chat.template import BoundsError, ChatTemplate, TemplateError
 from whet.chat.trials import (
     ASKED,
     CALL_ID,
@@ -111,7 +111,7 @@ class Dialect:
             documents=documents,
             add_generation_prompt=prompt,
             today=self.today,
-            **variables,
+            variables=variables,
         )
 
     @cached_property
@@ -300,6 +300,8 @@ class Dialect:
         for attempt in (tools, TOOLS):
             try:
                 return self.render(messages, attempt, **how)
+            except BoundsError:  # not the fault of so short a conversation: it would be each one's
+                raise
             except TemplateError:
                 continue
         return ""
