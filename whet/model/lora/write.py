@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from whet.chat.chat import Chat
 from whet.model.atomic import write_json, written_aside
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows
-from whet.model.hf.checkpoint import SavesTokenizer
 from whet.model.hf.families import place_modules
 from whet.model.lora.lora import LoRA, adapters
 from whet.model.lora.peft_config import CONFIG
@@ -30,7 +30,7 @@ def save_adapter(
     directory: str | Path,
     lora: LoRA,
     base: str,
-    tokenizer: SavesTokenizer | None,
+    chat: Chat | None,
     lineage: dict[str, Any],
     *,
     state: Mapping[str, Tensor] | None = None,
@@ -59,8 +59,8 @@ def save_adapter(
             if not torch.equal(again[name], tensor):
                 raise RuntimeError(f"{directory}: {name} was saved, but read back it differs")
         os.chmod(aside / WEIGHTS, 0o644)
-        if tokenizer is not None:
-            tokenizer.save(aside)
+        if chat is not None:
+            chat.save(aside)
         write_json(aside / "whet.json", {**lineage, "vocab_size": model.config.vocab_size})
         write_json(aside / CONFIG, config)
 
