@@ -7,7 +7,6 @@ template does with them stands in `chat.py`.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from whet.errors import UserError
+from whet.files import replaced
 from whet.tokenizer_files import convert, find_convertible, with_ends
 
 END_OF_TEXT = "<|endoftext|>"
@@ -260,6 +260,5 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def write_text(file: Path, text: str) -> None:
     """Write `text` whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    with replaced(file) as aside:
+        aside.write_text(text, encoding="utf-8")
