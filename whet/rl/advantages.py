@@ -11,8 +11,8 @@ batch           (R - mean) / (std of all replies + 1e-4) arXiv:2508.08221
 leave_one_out   R - mean of the others                   RLOO, arXiv:2402.14740
 ==============  =======================================  ==========================================
 
-std divides by one less than the number of rewards. A group whose rewards are all equal says nothing:
-its advantages are 0 exactly, decided by max == min and not by a quotient of two roundings.
+std divides by one less than the number of rewards. A group whose rewards are all equal says
+nothing: its advantages are 0 exactly, decided by max == min and not by a quotient of two roundings.
 """
 
 from typing import Literal
