@@ -45,7 +45,8 @@ class Facts:
     evaluated: int = -1
     """The last step at which an evaluation was completed and logged."""
     best_step: int = -1
-    best_dev_loss: float = float("inf")
+    best_value: float | None = None
+    """Of the metric that decides (`Stage.best`), at `best_step`."""
     recent_norms: list[float] = dataclasses.field(default_factory=list)
     spikes_in_a_row: int = 0
     incident_step: int = -1
