@@ -12,7 +12,6 @@ What a row produced behind its stop token is cut then.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,7 +166,8 @@ def generate_without_cache(
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-class _Piece(NamedTuple):
+@dataclass(frozen=True)
+class _Piece:
     """The next tokens of a reply."""
 
     index: int
