@@ -207,7 +207,7 @@ def test_bfloat16_model_keeps_a_bfloat16_cache() -> None:
 def test_a_really_pretrained_model_writes_what_its_author_documents(shared_data) -> None:
     """karpathy/tinyllamas: greedy text of stories260K; here 4 prompts beside it in the batch."""
     from whet.chat.chat import load_tokenizer
-    from whet.model.hf.checkpoint import load_backbone_from_ckpt
+    from whet.model.open import load_backbone_from_ckpt
 
     folder = shared_data / "models/stories260K"
     model, chat = load_backbone_from_ckpt(folder, quiet=True), load_tokenizer(folder)

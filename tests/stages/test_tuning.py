@@ -13,8 +13,9 @@ from tests.numerics.test_layouts import command
 from tests.stages.test_sft import metrics
 from whet.cli import main
 from whet.generate.opened import open_model
-from whet.model.hf.checkpoint import load_backbone_from_ckpt, save_model, save_pt
+from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.lora.read import CONFIG, WEIGHTS
+from whet.model.open import load_backbone_from_ckpt
 
 
 @pytest.fixture(scope="module")
