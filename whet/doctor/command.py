@@ -12,9 +12,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -34,41 +33,11 @@ from whet.doctor.subject import (
 )
 from whet.errors import UserError
 from whet.files import replaced, unwritable
+from whet.flags.doctor import Config
 from whet.hub import find_model
 from whet.model.hf.checkpoint import load_backbone_from_ckpt
 from whet.progress import say, track
 from whet.train.session import multiplies_bf16
-
-
-@dataclass
-class Config:
-    """Prove what Whet promises, on your own model, data and machine."""
-
-    model: str
-    """Model directory, `.pt` file, or owner/model on the Hub."""
-    data: Path | None = None
-    """Packed file made by `whet prepare`."""
-    conversations: Path | None = None
-    """The conversations themselves: their template is examined."""
-    format: str | None = None
-    """Format of --conversations; by default it is recognised."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; by default the model's own."""
-    chat_template: str | None = None
-    """chatml, plain or a file; by default the model's own."""
-    layers: int | None = None
-    """Examine the first so many layers only, where the model is too large for this machine."""
-    row_tokens: int = 192
-    """Length of the rows that are made of the documents."""
-    processes: bool = True
-    """Also train a few steps in processes of their own: ranks, kill and resume."""
-    precision: Literal["auto", "bf16", "float32"] = "auto"
-    """The precision you train in: checked beside float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where you train: checked beside the CPU."""
-    json: Path | None = None
-    """Also write the table here."""
-
 
 Check = Callable[[Subject, Callable[[str], None]], Iterator[Finding]]
 

@@ -3,49 +3,17 @@
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tyro.conf import Positional
 
 from whet.config import problems
 from whet.data.store import PackedStore
 from whet.evaluate.dev import dev_loss, misfits
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
 from whet.files import replaced, unwritable
-from whet.generate.opened import Device, Opened, Precision, open_model
+from whet.flags.eval import Config
+from whet.generate.opened import Opened, open_model
 from whet.progress import say
-
-
-@dataclass
-class Config:
-    """Measure a model: loss on packed rows, accuracy on word problems."""
-
-    run: Positional[Path]
-    """Run folder, model directory or `.pt` file."""
-    gsm8k: Path | None = None
-    """Problems to answer: GSM8K's test.jsonl, or SVAMP."""
-    dev: Path | None = None
-    """Packed file to measure the loss on, made by `whet prepare`."""
-    limit: int | None = None
-    """Only the first so many problems."""
-    json: Path | None = None
-    """Write the numbers here."""
-    samples: Path | None = None
-    """Write every question, reply, extracted and gold answer here, one JSON object a line."""
-    max_new_tokens: int = 256
-    """Longest reply."""
-    batch_size: int = 32
-    """Problems that are answered at once."""
-    micro_rows: int = 4
-    """Rows of the packed file in one forward."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; default: the model's own."""
-    device: Device = "auto"
-    """Where to compute."""
-    precision: Precision = "auto"
-    """Precision of the weights; auto: bf16 on CUDA."""
 
 
 def main(config: Config) -> int:
@@ -102,7 +70,7 @@ def _check(config: Config) -> None:
         value = getattr(config, flag)
         if value is not None and value < 1:
             found.append(f"--{flag} {value}: expected at least 1")
-    others: list[Path | None] = [config.run, config.gsm8k, config.dev, config.tokenizer]
+    others: list[str | Path | None] = [config.run, config.gsm8k, config.dev, config.tokenizer]
     for flag in ("json", "samples"):
         path = getattr(config, flag)
         if path and not path.absolute().parent.is_dir():

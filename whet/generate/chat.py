@@ -9,51 +9,19 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from tyro.conf import Positional
 
 from whet.chat.encode import encode_prompt
 from whet.chat.tokenizer import Tokenizer
 from whet.config import problems
 from whet.errors import UserError
+from whet.flags.chat import Config
 from whet.generate.engine import Sampling, stream
-from whet.generate.opened import Device, Precision, open_model
+from whet.generate.opened import open_model
 from whet.model.decoder import Transformer
 
 LEAST_ROOM = 32
 """Tokens that a reply should have at least; older turns make room for them."""
 HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops a reply"
-
-
-@dataclass
-class Config:
-    """Talk to a model."""
-
-    run: Positional[Path]
-    """Run folder, model directory or `.pt` file."""
-    prompt: str | None = None
-    """Answer this once and leave; only the reply is printed."""
-    raw: bool = False
-    """Continue the text as it is, without a chat template, and show control tokens, too."""
-    system: str | None = None
-    """System message before the conversation."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; 1 samples from the model's own probabilities."""
-    top_k: int | None = None
-    """Sample among the so many likeliest tokens only."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability only."""
-    seed: int = 0
-    """Seed of the sampling."""
-    max_new_tokens: int = 512
-    """Longest reply."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; default: the model's own."""
-    device: Device = "auto"
-    """Where to compute."""
-    precision: Precision = "auto"
-    """Precision of the weights; auto: bf16 on CUDA."""
 
 
 def main(config: Config) -> int:

@@ -2,15 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-
-import tyro
 
 from whet.config import problems
 from whet.errors import UserError
 from whet.files import replaced, unwritable
+from whet.flags.inspect import Config
 from whet.progress import say
 from whet.report.page import page
 from whet.report.sheet import Sheet
@@ -19,29 +17,6 @@ from whet.report.terminal import choose_ink, header_lines, row_lines
 T = TypeVar("T")
 PAGE_ROWS = 1000
 """Rows on a page unless --rows says otherwise."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Show packed rows, or one conversation, with what is trained."""
-
-    file: tyro.conf.Positional[Path | None] = None
-    """A packed file that `whet prepare` wrote, or any HDF5 file with tokens and loss_mask."""
-    row: int | None = None
-    """Show this row, from 0. Without --row and --rows: row 0, or a page of the first 1,000."""
-    rows: str | None = None
-    """Show rows A:B, from A up to but not including B; either may be left out."""
-    html: Path | None = None
-    """Write one self-contained page to this file instead of printing rows."""
-    conversation: str | None = None
-    """FILE.jsonl:LINE, counted from 1 (.json, .parquet: FILE:NUMBER of the record): show how this
-    conversation is encoded. Needs --tokenizer."""
-    tokenizer: Path | None = None
-    """Model or tokenizer directory; for a packed file the one that it was prepared with."""
-    chat_template: str | None = None
-    """plain, chatml or a jinja file, for --conversation; the tokenizer's own if not given."""
-    template_kwargs: str | None = None
-    """Further variables for that template: a JSON object, as '{"enable_thinking": false}'."""
 
 
 def main(config: Config) -> None:

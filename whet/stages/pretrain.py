@@ -6,7 +6,7 @@ is here so that the whole path can be tried on a laptop, and for small models of
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from whet.chat.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -15,6 +15,7 @@ from whet.data.prepare import flaws, prepare_text, text_config
 from whet.data.reader import parse, parse_source, read_units
 from whet.data.store import PackedStore
 from whet.files import unwritable
+from whet.flags.pretrain import Config
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf.weights import PT
@@ -22,53 +23,12 @@ from whet.progress import track
 from whet.stages import sft
 from whet.train.distributed import Ranks
 from whet.train.session import continues, run_stage
-from whet.train.settings import TrainSettings
 from whet.train.stage import Stage
 
 SMALLEST_VOCABULARY = 257
 """Of a byte-level tokenizer: the bytes and the end of a text."""
 TOKENIZER_CHARACTERS = 50_000_000
 """Text that a new tokenizer is learnt from; more changes its merges hardly at all."""
-
-
-@dataclass(kw_only=True)
-class Inputs:
-    """What pretraining starts from: a base of `Config` of its own, so that help begins with it."""
-
-    data: tuple[str, ...]
-    """Text files (.txt, or .jsonl with `text`; also .gz and .zst); FILE:WEIGHT repeats or thins."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; by default a new byte-level BPE is learnt from the text."""
-
-
-@dataclass(kw_only=True)
-class Config(TrainSettings, Inputs):
-    """Train a small base model on plain text."""
-
-    vocab_size: int = 4096
-    """Size of a new tokenizer."""
-    dev_fraction: float = 0.02
-    """Share of the rows that is held out for the dev loss; 0 for a text of a single row."""
-    context_length: int = 512
-    """Tokens of a row, and the positions of the model."""
-    width: int = 256
-    """Width of the model."""
-    layers: int = 6
-    """Number of layers."""
-    heads: int = 4
-    """Attention heads."""
-    kv_heads: int | None = None
-    """Key/value heads; by default as many as heads."""
-    mlp_width: int | None = None
-    """Width of the MLP; by default 8/3 of the width."""
-    tied: bool = True
-    """Use the embedding as the output head, too."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary positions."""
-    lr: float = 3e-3
-    """Peak learning rate; small models bear more than large ones."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay; norms, biases and embeddings have none."""
 
 
 def prepare(config: Config, ranks: Ranks) -> Config:

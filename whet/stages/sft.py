@@ -10,7 +10,7 @@ what it does with it: it answers, in the answer's form, and stops.
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from whet.errors import UserError
 from whet.evaluate.dev import misfits
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.files import unwritable
+from whet.flags.sft import Config
+from whet.flags.training import TrainSettings
 from whet.hub import check_name, find_model
 from whet.model.attention import plan_documents
 from whet.model.decoder import Transformer
@@ -42,68 +44,15 @@ from whet.model.hf.weights import PT, saved_as
 from whet.model.lora.lora import LoRA
 from whet.model.lora.read import base_of, find_base, is_adapter, tokenizer_home
 from whet.model.lora.trained import read_pattern
-from whet.model.recompute import Recompute
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.optim import parse_lr_groups
 from whet.train.session import fingerprint, run_stage, total_steps
-from whet.train.settings import TrainSettings
 from whet.train.stage import Stage, Sums
 
 USUAL_ADAPTER_LR = 1e-4
-
-
-@dataclass(kw_only=True)
-class Inputs:
-    """What fine-tuning starts from: a base of `Config` of its own, so that help begins with it."""
-
-    model: str
-    """Model to start from: a directory, a `.pt` file, OWNER/NAME on the Hugging Face Hub, or an
-    adapter's directory, to train that adapter further."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub model."""
-    data: Path
-    """Packed file to train on, made by `whet prepare`."""
-    dev: Path | None = None
-    """Packed file to evaluate on."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; by default --model's own."""
-    chat_template: str | None = None
-    """chatml, plain or a file, for a base without chat tokens; the data must be made with it."""
-
-
-@dataclass(kw_only=True)
-class Config(TrainSettings, Inputs):
-    """Fine-tune a base model on packed rows."""
-
-    train: str = "all"
-    """What is trained: all, or re:EXPRESSION on parameter names, such as 're:layers[.]1[.]'."""
-    lora_rank: int | None = None
-    """Train a LoRA adapter of this rank instead of the model."""
-    lora_alpha: float = 32.0
-    """Scale of the adapter: alpha / rank."""
-    lora_targets: str = "all-linear"
-    """all-linear, or some of q,k,v,o,gate,up,down (other architectures: their modules' names)."""
-    lora_dropout: float = 0.0
-    """Dropout before the adapter."""
-    lora_rslora: bool = False
-    """Scale by alpha / sqrt(rank)."""
-    lora_dora: bool = False
-    """DoRA: train the lengths of the rows apart from their directions."""
-    lora_4bit: bool = False
-    """QLoRA: hold the frozen base in 4 bits (NF4), through bitsandbytes."""
-    recompute: Recompute = "none"
-    """Make activations again in the backward pass, not keep them: less memory, more work."""
-    auto: bool = False
-    """Measure first, as `whet plan` does, and take its --micro_batch_size and --recompute."""
-    memory_gb: float | None = None
-    """Memory that --auto and `whet plan` may use on a rank; by default what there is."""
-    gsm8k_dev: Path | None = None
-    """GSM8K-like problems to answer at each evaluation."""
-    gsm8k_limit: int = 100
-    """How many of them."""
 
 
 def build(config: Config, ranks: Ranks) -> Stage:

@@ -5,7 +5,6 @@ numbers of the packed file's table, which knows file and line; so the ledger tak
 document and step.
 """
 
-import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tyro.conf import Positional
 
 from whet.data.batches import Batch
 from whet.data.store import PackedStore
 from whet.errors import UserError
+from whet.flags.ledger import Config
 from whet.progress import say
 
 RECORD = np.dtype([("step", "<u4"), ("document", "<u4"), ("trained", "<u4"), ("loss", "<f4")])
@@ -92,18 +91,6 @@ def source_name(sources: Sequence, index: int) -> str:
     """The file of a source; the packed file keeps names, or objects that hold one."""
     entry = sources[index] if 0 <= index < len(sources) else f"source {index}"
     return str(entry.get("path", entry) if isinstance(entry, dict) else entry)
-
-
-@dataclasses.dataclass
-class Config:
-    """Look up what a run trained on, and when."""
-
-    run: Positional[Path]
-    """The run folder."""
-    step: int | None = None
-    """List the documents of this step, counted from 1 as in metrics.jsonl."""
-    document: str | None = None
-    """List the steps that saw this document, as FILE:LINE; the file's end of name is enough."""
 
 
 def main(config: Config) -> int:

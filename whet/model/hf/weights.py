@@ -16,13 +16,14 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from whet.errors import UserError
+from whet.flags.choices import SaveDtype
 from whet.progress import track
 
 INDEX = "model.safetensors.index.json"
@@ -48,7 +49,6 @@ READERS = min(4, os.cpu_count() or 1)
 """Threads that read and convert at once."""
 _HUGE = 1 << 21
 _STAGING_BYTES = 1 << 20  # stays in a core's own cache between reading and converting
-SaveDtype = Literal["same", "bfloat16", "float16", "float32"]
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
