@@ -17,7 +17,7 @@ ORDER = {
     "config": 0,
     "command_line": 0,
     "elsewhere": 0,
-    "flags": 0,
+    "flags": 2,
     "progress": 0,
     "hub": 0,
     "tokenizer_files": 0,

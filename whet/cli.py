@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 COMMANDS = {
@@ -61,7 +62,8 @@ def _run(command: str, flags: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{nearest_command(command, list(COMMANDS))}")
     try:
-        config: Any = parse(config_class(command), flags, command)
+        flaws = getattr(flags_of(command), "flaws", lambda config: ())
+        config: Any = parse(config_class(command), flags, command, flaws)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun: one of a machine reports it
             return 2
@@ -69,9 +71,14 @@ def _run(command: str, flags: list[str]) -> int:
     return importlib.import_module(COMMANDS[command][0]).main(config) or 0
 
 
+def flags_of(command: str) -> ModuleType:
+    """The module with the command's `Config`, and maybe `flaws(config)`."""
+    return importlib.import_module(f"whet.flags.{command}")
+
+
 def config_class(command: str) -> type:
     """The flags of a command."""
-    return importlib.import_module(f"whet.flags.{command}").Config
+    return flags_of(command).Config
 
 
 def _help() -> str:

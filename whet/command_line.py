@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,10 +27,16 @@ from whet.errors import UserError
 C = TypeVar("C")
 
 
-def parse(config_class: type[C], argv: Sequence[str], command: str) -> C:
+def parse(
+    config_class: type[C],
+    argv: Sequence[str],
+    command: str,
+    flaws: Callable[[C], Sequence[str]] = lambda config: (),
+) -> C:
     """Build a `config_class` from `argv`, the flags that follow `whet <command>`.
 
-    Raises UserError with all that is wrong: unknown flags and keys, wrong values, missing ones.
+    `flaws` finds what speaks against flags that do not go together. Raises UserError with all that
+    is wrong: unknown flags and keys, wrong values, missing ones.
     """
     path, flags = _take_config_flag(list(argv))
     found: list[str] = []
@@ -49,7 +55,7 @@ def parse(config_class: type[C], argv: Sequence[str], command: str) -> C:
     ]
     problems([f"{flag}: is missing; see whet {command} --help" for flag in missing])
     config = config_class(**values)
-    check(config)
+    check(config, flaws(config))
     return config
 
 
@@ -218,7 +224,7 @@ def _plain(text: Any, hint: Any) -> Any:
     bare = _bare(hint)
     if typing.get_origin(bare) is tuple:
         return _plain(text, typing.get_args(bare)[0])
-    if text in ("None", "none") and type(None) in typing.get_args(hint):
+    if text == "None" and type(None) in typing.get_args(hint):
         return None
     for kind in (int, float):
         if bare is kind:

@@ -11,14 +11,14 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from whet.elsewhere import nearest_flag
 from whet.errors import UserError
-from whet.files import replaced, unwritable
+from whet.files import replaced, unwritable, unwritable_folder
 
 POSITIONAL = "positional"
 """Mark of a field that is given without its name, such as RUN in `whet chat RUN`."""
@@ -47,9 +47,12 @@ def from_0(value: float) -> str:
     return "" if 0 <= value < 2**31 else "expected 0 or more"
 
 
-def from_1(value: int) -> str:
-    """A count of at least one."""
-    return "" if 1 <= value < 2**31 else "expected 1 or more"
+def at_least(least: int) -> Callable[[float], str]:
+    """A check for counts."""
+    return lambda value: "" if least <= value < 2**31 else f"expected {least} or more"
+
+
+from_1 = at_least(1)
 
 
 def share(value: float) -> str:
@@ -66,14 +69,12 @@ def existing_file(value: Path) -> str:
     """A file that is there."""
     if Path(value).is_dir():
         return "is a directory; expected a file"
-    return "" if Path(value).exists() else "there is no such file"
+    return "" if Path(value).exists() else "no such file"
 
 
 def existing_dir(value: Path) -> str:
     """A directory that is there."""
-    if Path(value).is_file():
-        return "is a file; expected a directory"
-    return "" if Path(value).is_dir() else "there is no such directory"
+    return "" if Path(value).is_dir() else "is no directory"
 
 
 def packed_file(value: Path) -> str:
@@ -81,6 +82,17 @@ def packed_file(value: Path) -> str:
     if Path(value).is_dir():
         return "is a directory; expected a packed file of `whet prepare`"
     return "" if Path(value).exists() else "no such file; `whet prepare` makes packed files"
+
+
+def in_folder(value: Path) -> str:
+    """A file to be written, into a folder that is there."""
+    parent = value.absolute().parent
+    return "" if parent.is_dir() else f"its folder {parent} does not exist"
+
+
+def writable_folder(value: Path) -> str:
+    """A folder to be written."""
+    return "".join(unwritable_folder("", value)).removeprefix(f" {value}: ")
 
 
 InputFile = Annotated[Path, existing_file, READ]
@@ -104,9 +116,13 @@ def collected(found: list[str]) -> Iterator[None]:
         found += str(error).splitlines()
 
 
-def check(config: Any) -> None:
-    """Refuse values that a field's own checks refuse, and outputs that would replace an input."""
-    found, read = [], []
+def check(config: Any, also: Sequence[str] = ()) -> None:
+    """Refuse values that a field's own checks refuse, and outputs that would replace an input.
+
+    `also` are further problems, which are reported with these.
+    """
+    found: list[str] = []
+    read: list[Any] = []
     hints = typing.get_type_hints(type(config), include_extras=True)
     for name, hint in hints.items():
         value = getattr(config, name)
@@ -122,7 +138,7 @@ def check(config: Any) -> None:
         if WRITTEN in marks(hint) and value is not None:
             found += unwritable(flag_of(type(config), name), value, read)
             read.append(value)
-    problems(found)
+    problems([*found, *also])
 
 
 def marks(hint: Any) -> list[Any]:

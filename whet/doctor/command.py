@@ -23,7 +23,6 @@ from whet.data.store import PackedStore
 from whet.doctor import generating, numbers, runs, saving, templates
 from whet.doctor.finding import Finding, failed
 from whet.doctor.subject import (
-    DOCUMENTS_PER_ROW,
     Setting,
     Subject,
     first_layers,
@@ -31,7 +30,7 @@ from whet.doctor.subject import (
     sample_rows,
 )
 from whet.errors import UserError
-from whet.files import replaced, unwritable, write_json
+from whet.files import replaced, write_json
 from whet.flags.doctor import Config
 from whet.hub import find_model
 from whet.model.hf.checkpoint import load_backbone_from_ckpt
@@ -80,17 +79,8 @@ def main(config: Config) -> int:
 def check(config: Config) -> None:
     """Refuse what cannot be examined, all at once."""
     found = []
-    if config.layers is not None and config.layers < 1:
-        found.append(f"--layers {config.layers}: expected 1 or more")
-    if config.row_tokens < 8 * DOCUMENTS_PER_ROW:
-        found.append(f"--row_tokens {config.row_tokens}: expected {8 * DOCUMENTS_PER_ROW} or more")
     if config.device == "cuda" and not torch.cuda.is_available():
         found.append("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
-    if config.json is not None and not config.json.absolute().parent.is_dir():
-        found.append(f"--json {config.json}: its folder does not exist")
-    elif config.json is not None:
-        inputs = [config.model, config.data, config.conversations, config.tokenizer]
-        found += unwritable("--json", config.json, [*inputs, config.chat_template])
     problems(found)
 
 

@@ -1,15 +1,13 @@
 """`whet eval`: dev loss and GSM8K accuracy of a model."""
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 from whet.config import problems
 from whet.data.store import PackedStore
 from whet.evaluate.dev import dev_loss, misfits
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
-from whet.files import replaced, unwritable, write_json
+from whet.files import replaced, write_json
 from whet.flags.eval import Config
 from whet.generate.opened import Opened, open_model
 from whet.progress import say
@@ -17,7 +15,6 @@ from whet.progress import say
 
 def main(config: Config) -> int:
     """Run `whet eval`."""
-    _check(config)
     started = time.monotonic()
     numbers: dict[str, Any] = {"run": str(config.run)}
     samples: list[Sample] = []
@@ -56,29 +53,6 @@ def main(config: Config) -> int:
     if config.samples:
         write_samples(samples, config.samples)
     return 0
-
-
-def _check(config: Config) -> None:
-    found = []
-    if config.gsm8k is None and config.dev is None:
-        found.append("nothing to measure: give --gsm8k FILE, --dev FILE, or both")
-    if config.samples and config.gsm8k is None:
-        found.append("--samples: there are samples with --gsm8k only")
-    for flag in ("limit", "max_new_tokens", "batch_size", "micro_rows"):
-        value = getattr(config, flag)
-        if value is not None and value < 1:
-            found.append(f"--{flag} {value}: expected at least 1")
-    others: list[str | Path | None] = [config.run, config.gsm8k, config.dev, config.tokenizer]
-    for flag in ("json", "samples"):
-        path = getattr(config, flag)
-        if path and not path.absolute().parent.is_dir():
-            found.append(f"--{flag} {path}: the folder {path.absolute().parent} does not exist")
-        elif path:
-            found += unwritable(f"--{flag}", path, others)
-            others.append(path)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        found.append("whet eval runs in one process; start it without torchrun")
-    problems(found)
 
 
 def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[str, Any]:

@@ -36,3 +36,13 @@ class Config:
     """Where to compute."""
     precision: Precision = "auto"
     """Precision of the weights; auto: bf16 on CUDA."""
+
+
+def flaws(config: Config) -> list[str]:
+    """Flags that do not go together."""
+    found = []
+    if config.raw and config.system:
+        found.append("--system belongs to a conversation; --raw has none")
+    if config.temperature == 0 and (config.top_k or config.top_p):
+        found.append("--top_k and --top_p need a --temperature above 0")
+    return found

@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import PLACE, InputDir, InputFile, OutputFile, PackedFile, Place, from_1
+from whet.config import (
+    PLACE,
+    InputDir,
+    InputFile,
+    OutputFile,
+    PackedFile,
+    Place,
+    at_least,
+    from_1,
+    in_folder,
+)
 from whet.flags.choices import Device, Precision
 from whet.hub import known_model
 
@@ -26,7 +36,7 @@ class Config:
     """chatml, plain or a file; by default the model's own."""
     layers: Annotated[int | None, from_1] = None
     """Examine the first so many layers only, where the model is too large for this machine."""
-    row_tokens: int = 192
+    row_tokens: Annotated[int, at_least(24)] = 192
     """Length of the rows that are made of the documents."""
     processes: bool = True
     """Also train a few steps in processes of their own: ranks, kill and resume."""
@@ -34,5 +44,5 @@ class Config:
     """The precision you train in: checked beside float32."""
     device: Device = "auto"
     """Where you train: checked beside the CPU."""
-    json: OutputFile | None = None
+    json: Annotated[OutputFile | None, in_folder] = None
     """Also write the table here."""

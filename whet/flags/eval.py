@@ -1,9 +1,19 @@
 """The flags of `whet eval`."""
 
+import os
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import POSITIONAL, InputDir, InputFile, OutputFile, PackedFile, Place, from_1
+from whet.config import (
+    POSITIONAL,
+    InputDir,
+    InputFile,
+    OutputFile,
+    PackedFile,
+    Place,
+    from_1,
+    in_folder,
+)
 from whet.flags.choices import Device, Precision
 from whet.hub import known_model
 
@@ -20,9 +30,9 @@ class Config:
     """Packed file to measure the loss on, made by `whet prepare`."""
     limit: Annotated[int | None, from_1] = None
     """Only the first so many problems."""
-    json: OutputFile | None = None
+    json: Annotated[OutputFile | None, in_folder] = None
     """Write the numbers here."""
-    samples: OutputFile | None = None
+    samples: Annotated[OutputFile | None, in_folder] = None
     """Write every question, reply, extracted and gold answer here, one JSON object a line."""
     max_new_tokens: Annotated[int, from_1] = 256
     """Longest reply."""
@@ -36,3 +46,15 @@ class Config:
     """Where to compute."""
     precision: Precision = "auto"
     """Precision of the weights; auto: bf16 on CUDA."""
+
+
+def flaws(config: Config) -> list[str]:
+    """Flags that do not go together."""
+    found = []
+    if config.gsm8k is None and config.dev is None:
+        found.append("nothing to measure: give --gsm8k FILE, --dev FILE, or both")
+    if config.samples and config.gsm8k is None:
+        found.append("--samples: there are samples with --gsm8k only")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        found.append("whet eval runs in one process; start it without torchrun")
+    return found

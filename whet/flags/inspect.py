@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from whet.config import PLACE, POSITIONAL, InputDir, OutputFile, PackedFile
+from whet.files import unwritable
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,25 @@ class Config:
     """plain, chatml or a jinja file, for --conversation; the tokenizer's own if not given."""
     template_kwargs: str | None = None
     """Further variables for that template: a JSON object, as '{"enable_thinking": false}'."""
+
+
+def flaws(config: Config) -> list[str]:
+    """Flags that do not go together."""
+    found = []
+    if (config.file is None) == (config.conversation is None):
+        found.append("whet inspect: give a packed file, or --conversation FILE.jsonl:LINE")
+    if config.conversation and not config.tokenizer:
+        found.append("--conversation: needs --tokenizer DIR, whose template renders it")
+    if (config.chat_template or config.template_kwargs) and not config.conversation:
+        found.append(
+            "--chat_template and --template_kwargs: a packed file is rendered already; "
+            "they go with --conversation"
+        )
+    if config.row is not None and config.rows is not None:
+        found.append("--row and --rows: give one of them")
+    if config.conversation and (config.row is not None or config.rows is not None):
+        found.append("--row and --rows: go with a packed file, not with --conversation")
+    conversations = (config.conversation or "").rpartition(":")[0]
+    if config.html is not None and conversations:
+        found += unwritable("--html", config.html, [conversations, config.chat_template])
+    return found

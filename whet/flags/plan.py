@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from whet.flags import sft
+from whet.flags.sft import flaws
+
+__all__ = ["Config", "flaws"]
 
 
 @dataclass(kw_only=True)

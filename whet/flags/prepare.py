@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from whet.config import FIRST, PLACE, Place, below_1, from_0
+from whet.config import FIRST, PLACE, Place, at_least, below_1, from_0
 from whet.flags.choices import Overlong
 
 
@@ -11,14 +11,14 @@ from whet.flags.choices import Overlong
 class Config:
     """Make packed rows with loss masks of conversations."""
 
-    data: Annotated[tuple[str, ...], FIRST] = ()
+    data: Annotated[tuple[Annotated[str, PLACE], ...], FIRST] = ()
     """Files (.jsonl, .json, .parquet, .txt, each also .gz or .zst) or hub data sets
     NAME[@CONFIG][#SPLIT]. FILE:WEIGHT uses its conversations WEIGHT times (0.5: a random half)."""
     tokenizer: Annotated[Place, FIRST] = ""
     """Model or tokenizer directory, or Hub name, of the model that is to be trained."""
     out: Annotated[str, FIRST, PLACE] = "data/sft_packed.h5"
     """The packed file that is written."""
-    context_length: Annotated[int, FIRST] = 1024
+    context_length: Annotated[int, FIRST, at_least(2)] = 1024
     """Places of a row: the longest example that the model sees whole."""
     dev_out: Annotated[str | None, PLACE] = None
     """Packed file of the conversations that are held out for the dev loss."""
@@ -33,7 +33,7 @@ class Config:
     """Lines that cannot be read: tell them and stop, or leave them out, counted and recorded."""
     uncertain: Literal["error", "drop"] = "error"
     """The same for conversations without a provably right loss mask."""
-    decontaminate: tuple[str, ...] = ()
+    decontaminate: tuple[Annotated[str, PLACE], ...] = ()
     """Evaluation files; conversations that share a question with them are left out."""
     chat_template: Annotated[str | None, PLACE] = None
     """plain, chatml or a template file instead of the tokenizer's own."""

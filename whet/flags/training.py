@@ -5,13 +5,36 @@ the same flag must mean the same everywhere. Each class is a group of the help, 
 of its docstring. Nothing but data is inherited.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from whet.config import FIRST, FREE, PLACE, InputDir, Place, above_0, below_1, from_0, share
+from whet.config import (
+    FIRST,
+    FREE,
+    PLACE,
+    InputDir,
+    Place,
+    above_0,
+    below_1,
+    from_0,
+    share,
+    writable_folder,
+)
 from whet.flags.choices import Device, Precision, Recompute, SaveDtype, Schedule
 from whet.hub import known_model
+
+
+def parameters(pattern: str) -> str:
+    """`all`, or `re:` and a regular expression that names parameters."""
+    if pattern != "all" and not pattern.startswith("re:"):
+        return "expected all, or re: and a regular expression"
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"not a regular expression: {error}"
+    return ""
 
 
 @dataclass(kw_only=True)
@@ -33,7 +56,7 @@ class Model:
 class Tuning:
     """What of the model is trained."""
 
-    train: str = "all"
+    train: Annotated[str, parameters] = "all"
     """What is trained: all, or re:EXPRESSION on parameter names, such as 're:layers[.]1[.]'."""
     lora_rank: Annotated[int | None, above_0] = None
     """Train a LoRA adapter of this rank instead of the model."""
@@ -93,7 +116,7 @@ class Optimizer:
 class Run:
     """Run folder, evaluation and saves."""
 
-    out: Annotated[Path, FIRST, FREE]
+    out: Annotated[Path, FIRST, FREE, writable_folder]
     """Run folder to write: metrics, resume state and, at the end, the model directory."""
     out_ckpt: Annotated[Path | None, FREE] = None
     """Also write the final model as one `.pt` file here."""

@@ -5,14 +5,12 @@ included. Standard output holds replies only; everything else goes to standard e
 `whet chat RUN --prompt "..." > reply.txt` does what it looks like.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from whet.chat.encode import encode_prompt
 from whet.chat.tokenizer import Tokenizer
-from whet.config import problems
 from whet.errors import UserError
 from whet.flags.chat import Config
 from whet.generate.engine import Sampling, stream
@@ -26,7 +24,6 @@ HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops a reply"
 
 def main(config: Config) -> int:
     """Run `whet chat`."""
-    _check(config)
     opened = open_model(config.run, config.tokenizer, config.device, config.precision)
     talk = Talk(*opened, config)
     answer = talk.continue_text if config.raw else talk.answer
@@ -190,22 +187,3 @@ def _print_pieces(pieces: Iterable[str]) -> None:
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _check(config: Config) -> None:
-    found = []
-    if not 0 <= config.temperature < math.inf:
-        found.append(f"--temperature {config.temperature}: expected a number of 0 or more")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        found.append(f"--top_p {config.top_p}: expected a probability above 0, at most 1")
-    if config.top_k is not None and config.top_k < 1:
-        found.append(f"--top_k {config.top_k}: expected at least 1")
-    if config.seed < 0:
-        found.append(f"--seed {config.seed}: expected 0 or more")
-    if config.max_new_tokens < 1:
-        found.append(f"--max_new_tokens {config.max_new_tokens}: expected at least 1")
-    if config.raw and config.system:
-        found.append("--system belongs to a conversation; --raw has none")
-    if config.temperature == 0 and (config.top_k or config.top_p):
-        found.append("--top_k and --top_p need a --temperature above 0")
-    problems(found)

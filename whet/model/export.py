@@ -15,7 +15,7 @@ import torch
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
-from whet.files import read_json, replaced, unwritable, unwritable_folder
+from whet.files import PT, read_json, replaced, unwritable, unwritable_folder
 from whet.flags.export import Config
 from whet.hub import find_model
 from whet.model.config import ModelConfig
@@ -27,7 +27,7 @@ from whet.model.hf.checkpoint import (
     save_model,
     save_pt,
 )
-from whet.model.hf.weights import PT, saved_as
+from whet.model.hf.weights import saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora
 from whet.progress import say

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from whet.config import problems
 from whet.errors import UserError
-from whet.files import replaced, unwritable
+from whet.files import replaced
 from whet.flags.inspect import Config
 from whet.progress import say
 from whet.report.page import page
@@ -21,7 +20,6 @@ PAGE_ROWS = 1000
 
 def main(config: Config) -> None:
     """Print or write what `config` asks for."""
-    _check(config)
     if config.conversation:
         from whet.chat.template import read_variables
         from whet.chat.tokenizer import load_tokenizer
@@ -44,28 +42,6 @@ def main(config: Config) -> None:
         _write(config.html, sheet)
     else:
         _print(_sheet_lines(sheet))
-
-
-def _check(config: Config) -> None:
-    found = []
-    if (config.file is None) == (config.conversation is None):
-        found.append("whet inspect: give a packed file, or --conversation FILE.jsonl:LINE")
-    if config.conversation and not config.tokenizer:
-        found.append("--conversation: needs --tokenizer DIR, whose template renders it")
-    if (config.chat_template or config.template_kwargs) and not config.conversation:
-        found.append(
-            "--chat_template and --template_kwargs: a packed file is rendered already; "
-            "they go with --conversation"
-        )
-    if config.row is not None and config.rows is not None:
-        found.append("--row and --rows: give one of them")
-    if config.conversation and (config.row is not None or config.rows is not None):
-        found.append("--row and --rows: go with a packed file, not with --conversation")
-    if config.html is not None:
-        conversations = (config.conversation or "").rpartition(":")[0]
-        inputs = [config.file, conversations, config.tokenizer, config.chat_template]
-        found += unwritable("--html", config.html, inputs)
-    problems(found)
 
 
 def _required(value: T | None) -> T:

@@ -261,7 +261,7 @@ def main(config: Config) -> int:
             return 0
         resolved = resolve(dataclasses.replace(config, resume=False), ranks)
         check(resolved)
-        problems(sft.flaws(resolved, ranks))
+        problems(sft.flaws(resolved))
         plan = make_plan(resolved, ranks.device, ranks.size, config.quiet)
         if config.json:
             rows = {"flagged": plan.flagged, "proposed": plan.proposed}

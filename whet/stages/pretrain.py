@@ -14,19 +14,15 @@ from whet.config import problems
 from whet.data.prepare import flaws, prepare_text, text_config
 from whet.data.reader import parse, parse_source, read_units
 from whet.data.store import PackedStore
-from whet.files import unwritable
 from whet.flags.pretrain import Config
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
-from whet.model.hf.weights import PT
 from whet.progress import track
 from whet.stages import sft
 from whet.train.distributed import Ranks
 from whet.train.session import continues, run_stage
 from whet.train.stage import Documents, Stage
 
-SMALLEST_VOCABULARY = 257
-"""Of a byte-level tokenizer: the bytes and the end of a text."""
 TOKENIZER_CHARACTERS = 50_000_000
 """Text that a new tokenizer is learnt from; more changes its merges hardly at all."""
 
@@ -133,35 +129,20 @@ def build(config: Config, ranks: Ranks) -> Stage:
 
 
 def check(config: Config) -> None:
-    """Refuse sizes that make no model, and files that are not there, all at once."""
-    found = []
-    for name in ("width", "layers", "heads"):
-        if getattr(config, name) < 1:
-            found.append(f"--{name} {getattr(config, name)}: expected a number above 0")
-    if config.heads > 0 and config.width % (2 * config.heads):
-        found.append(f"--width {config.width}: must be a multiple of 2 x --heads {config.heads}")
-    if config.kv_heads is not None and (config.kv_heads < 1 or config.heads % config.kv_heads):
-        found.append(f"--kv_heads {config.kv_heads}: must divide --heads {config.heads}")
-    if config.tokenizer is None and config.vocab_size < SMALLEST_VOCABULARY:
-        least = f"expected at least {SMALLEST_VOCABULARY}: the bytes and the end of a text"
-        found.append(f"--vocab_size {config.vocab_size}: {least}")
+    """Refuse what `whet prepare` would refuse of the text, unless it is prepared already."""
     if not _is_prepared(config):
-        found += flaws(
-            text_config(
-                config.data,
-                config.context_length,
-                str(_packed(config)),
-                dev_out=_dev_out(config),
-                dev_fraction=config.dev_fraction,
-                seed=config.seed,
+        problems(
+            flaws(
+                text_config(
+                    config.data,
+                    config.context_length,
+                    str(_packed(config)),
+                    dev_out=_dev_out(config),
+                    dev_fraction=config.dev_fraction,
+                    seed=config.seed,
+                )
             )
         )
-        if config.tokenizer is not None and not config.tokenizer.is_dir():
-            found.append(f"--tokenizer {config.tokenizer}: is no directory")
-    if config.out_ckpt is not None:
-        others = [*config.data, config.tokenizer, config.out]
-        found += unwritable("--out_ckpt", config.out_ckpt, others, PT)
-    problems(found)
 
 
 def documents(config: Config) -> Documents:

@@ -7,7 +7,6 @@ everything else. The context is read but not learnt. What changes is less what t
 what it does with it: it answers, in the answer's form, and stops.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,17 +32,15 @@ from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.dev import misfits
 from whet.evaluate.gsm8k import Problem, load_gsm8k
-from whet.files import unwritable
-from whet.flags.sft import Config
+from whet.flags.sft import Config, unfit_flags
 from whet.flags.training import TrainSettings
-from whet.hub import check_name, find_model
+from whet.hub import find_model
 from whet.model.attention import plan_documents
 from whet.model.decoder import Transformer
 from whet.model.hf.checkpoint import load_backbone_from_ckpt
-from whet.model.hf.weights import PT, saved_as
+from whet.model.hf.weights import saved_as
 from whet.model.lora.lora import LoRA
 from whet.model.lora.read import base_of, find_base, is_adapter, tokenizer_home
-from whet.model.lora.trained import read_pattern
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
@@ -64,7 +61,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
     path = find_model(config.model, config.revision, quiet=quiet)
     adapter = path if is_adapter(path) else None
     base = path if adapter is None else find_base(adapter, quiet=quiet)
-    problems(unfit_flags(config, ranks, adapter))
+    problems(unfit_flags(config, ranks.size, adapter))
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
     halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
     model = load_backbone_from_ckpt(
@@ -244,50 +241,15 @@ def lora_of(config: Config) -> LoRA | None:
     )
 
 
-def flaws(config: Config, ranks: Ranks) -> list[str]:
-    """All that can be said against flags and files before the model is loaded."""
+def flaws(config: Config) -> list[str]:
+    """What speaks against the files' contents before the model is loaded."""
     found: list[str] = []
-    with collected(found):
-        check_name(config.model)
     for file in filter(None, (config.data, config.dev)):
         with collected(found):
             PackedStore(file)
     with collected(found):
         if config.gsm8k_dev:
             load_gsm8k(config.gsm8k_dev, config.gsm8k_limit)
-    if config.tokenizer is not None and not config.tokenizer.is_dir():
-        found.append(f"--tokenizer {config.tokenizer}: is no directory")
-    with collected(found):
-        read_pattern(config.train)
-    path = Path(config.model)
-    if path.exists():
-        found += unfit_flags(config, ranks, path if is_adapter(path) else None)
-    if config.out_ckpt is not None:
-        others = [config.data, config.dev, config.gsm8k_dev, config.tokenizer, config.out]
-        found += unwritable("--out_ckpt", config.out_ckpt, [config.model, *others], PT)
-    return found
-
-
-def unfit_flags(config: Config, ranks: Ranks, adapter: Path | None) -> list[str]:
-    """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
-    found = []
-    if config.lora_4bit and config.shard and ranks.size > 1:
-        found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
-    fields = [f for f in dataclasses.fields(Config) if f.name.startswith("lora_")]
-    given = [f.name for f in fields if getattr(config, f.name) != f.default]
-    given = [name for name in given if name != "lora_4bit"]
-    trains_adapter = adapter is not None or config.lora_rank is not None
-    if config.lora_4bit and not trains_adapter:
-        found.append("--lora_4bit: needs an adapter to train; add --lora_rank 16")
-    if config.train != "all" and trains_adapter:
-        found.append("--train and an adapter exclude each other: the base is frozen")
-    if adapter is not None:
-        found += [
-            f"--{name}: {adapter} is trained further, with its own settings; leave this out"
-            for name in given
-        ]
-    elif config.lora_rank is None:
-        found += [f"--{name}: there is no adapter; add --lora_rank 16" for name in given]
     return found
 
 
@@ -333,7 +295,7 @@ def lineage(config: Config, store: PackedStore, adapter: Path | None) -> dict:
 
 def prepare(config: Config, ranks: Ranks) -> Config:
     """`--auto`: settings that fit; a continued run keeps those that it has."""
-    problems(flaws(config, ranks))
+    problems(flaws(config))
     if not config.auto:
         return config
     saved = config.out / "config.toml"
