@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.test_lora import stir
+from tests.model.lora.test_lora import stir
 
 from tests.model import zoo
 from tests.model.test_foreign import CASES, original
