@@ -1,9 +1,9 @@
 """Promises 1, 6 and 7: the same global batch gives the same numbers in every layout.
 
 Each run is the real command on real processes; what is compared is the loss and gradient norm of
-every step, the dev loss, and the weights after the last step. In float32 they are equal to the
-rounding of sums in another order; in bf16 each product is rounded to 8 bits, and what counts is that
-the run goes the same way.
+every step, the dev loss, and the weights after the last step. In float32 they are equal up to the
+rounding of sums in another order; in bf16 each product is rounded to 8 bits, and what counts is
+that the run goes the same way.
 """
 
 import json
@@ -114,9 +114,7 @@ def assert_same(world: Path, out: Path, reference: Numbers, precision: str) -> N
     assert apart <= bounds.weights
     if precision == "float32":
         for name, value in expected_weights.items():
-            np.testing.assert_allclose(
-                weights[name], value, atol=WEIGHT_ATOL, rtol=0, err_msg=name
-            )
+            np.testing.assert_allclose(weights[name], value, atol=WEIGHT_ATOL, rtol=0, err_msg=name)
 
 
 def test_reference_moves(world, reference):

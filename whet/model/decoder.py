@@ -232,7 +232,7 @@ class Transformer(nn.Module):
         if self.config.learned_positions:
             x = x + self.positions(plan.positions)
         rotary = {
-            rope: cos_sin(rope, plan.positions, plan.lengths)
+            rope: cos_sin(rope, plan.positions, plan.lengths, plan.reach)
             for rope in set(self.config.ropes)
             if rope is not None
         }

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.lora.test_lora import stir
 
 from tests.model import zoo
+from tests.model.lora.test_lora import stir
 from tests.model.test_foreign import CASES, original
 from whet.errors import UserError
 from whet.model.foreign import ForeignModel

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.lora.test_lora import TOKENS, stir
 
 from tests import tiny
 from tests.model import zoo
+from tests.model.lora.test_lora import TOKENS, stir
 from tests.numerics.test_layouts import command
 from tests.stages.test_sft import metrics
 from whet.cli import main
