@@ -22,6 +22,7 @@ from whet.demo import world
 from whet.errors import UserError
 from whet.evaluate import command as evaluate
 from whet.evaluate.answers import extract_answer, same_number
+from whet.files import write_json
 from whet.generate.engine import generate
 from whet.generate.opened import open_model
 from whet.progress import say
@@ -83,7 +84,7 @@ def run(out: Path, seed: int, size: Size) -> dict[str, Any]:
         "seed": seed,
     }
     _show_result(out, summary, made.test[0], told[0])
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "summary.json", summary)
     return summary
 
 
@@ -166,14 +167,14 @@ def _measure_prose(model_path: Path, problems: Sequence[world.Problem]) -> tuple
 
     Checked as any answer: the last number of what it writes must be the result.
     """
-    model, tokenizer = open_model(model_path)
+    model, chat = open_model(model_path)
     replies = generate(
         model,
-        [tokenizer.encode(problem.story) for problem in problems],
+        [chat.tokenizer.encode(problem.story) for problem in problems],
         max_new_tokens=LONGEST_REPLY,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=chat.stop_ids,
     )
-    texts = [tokenizer.decode(reply).strip() for reply in replies]
+    texts = [chat.tokenizer.decode(reply).strip() for reply in replies]
     right = [
         same_number(extract_answer(text), str(problem.result))
         for text, problem in zip(texts, problems, strict=True)

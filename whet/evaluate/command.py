@@ -1,6 +1,5 @@
 """`whet eval`: dev loss and GSM8K accuracy of a model."""
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from whet.config import problems
 from whet.data.store import PackedStore
 from whet.evaluate.dev import dev_loss, misfits
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
-from whet.files import replaced, unwritable
+from whet.files import replaced, unwritable, write_json
 from whet.generate.opened import Device, Opened, Precision, open_model
 from whet.progress import say
 
@@ -85,8 +84,7 @@ def main(config: Config) -> int:
     numbers["seconds"] = round(time.monotonic() - started, 3)
     if config.json:
         with replaced(config.json) as aside:
-            text = json.dumps(numbers, indent=2, ensure_ascii=False)
-            aside.write_text(f"{text}\n", encoding="utf-8")
+            write_json(aside, numbers)
     if config.samples:
         write_samples(samples, config.samples)
     return 0
@@ -116,15 +114,15 @@ def _check(config: Config) -> None:
 
 
 def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[str, Any]:
-    model, tokenizer = opened
-    problems(misfits(model, tokenizer, store, "--dev"))
+    model, chat = opened
+    problems(misfits(model, chat, store, "--dev"))
     device = next(model.parameters()).device
     found = dev_loss(
         model,
         store,
         micro_rows=micro_rows,
         device=device,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=chat.stop_ids,
         quiet=False,
     )
     stops = "none" if found.stop_probability is None else f"{found.stop_probability:.3f}"

@@ -1,7 +1,7 @@
 """What a decoder is made of: sizes, norms, positions and the few scales in which families differ.
 
 `ModelConfig` holds numbers and choices, never a model's name; the decoder reads nothing else.
-`ModelConfig.from_hf` reads the `config.json` of a model directory (see `hf_config`).
+`hf/config.py` reads it from the `config.json` of a model directory.
 
 Shape letters: D width, N heads, K key/value heads, H head size, V vocabulary.
 """
@@ -94,6 +94,9 @@ class ModelConfig:
     """Adds a trained vector per position to the embedding (GPT-2)."""
     tied: bool = False
     """The head is the embedding matrix."""
+    score: bool = False
+    """One number a token in place of logits: a reward model or a critic (a row of weights, no
+    bias)."""
 
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
@@ -126,12 +129,23 @@ class ModelConfig:
     logit_softcap: float | None = None
 
     init_std: float = 0.02
+    family: str = "whet"
+    """The ecosystem's `model_type`: how files name and lay out the weights. "whet" is Whet's own
+    layout, for what no family of the ecosystem computes."""
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The `config.json` this was read from, so that saving keeps what Whet does not need."""
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_size")
-        flags = ("learned_positions", "tied", "pre_norm", "post_norm", "gated_mlp", "qkv_bias")
+        flags = (
+            "learned_positions",
+            "tied",
+            "score",
+            "pre_norm",
+            "post_norm",
+            "gated_mlp",
+            "qkv_bias",
+        )
         found = _no_counts(vars(self), (*counts, "mlp_width", "max_positions"))
         found += _no_numbers(vars(self), ("embed_scale", "residual_scale", "logit_scale"))
         found += _not_among(
@@ -194,19 +208,6 @@ class ModelConfig:
     def scale(self) -> float:
         """The factor on q.k."""
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
-        """Read the contents of a `config.json`; see `hf_config.read`."""
-        from whet.model.hf import config as hf_config
-
-        return hf_config.read(config)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The contents of a `config.json` that `from_hf` reads back; see `hf_config.write`."""
-        from whet.model.hf import config as hf_config
-
-        return hf_config.write(self)
 
 
 def is_number(value: Any) -> bool:
@@ -278,4 +279,5 @@ def llama(
         tied=tied,
         norm_eps=norm_eps,
         init_std=math.sqrt(2 / (5 * width)),
+        family="llama",
     )

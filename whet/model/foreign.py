@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.errors import UserError
-from whet.model.atomic import read_json
+from whet.files import read_json
 from whet.model.attention import KVCache
 from whet.model.decoder import TokenLoss
 from whet.model.loss import linear_cross_entropy
@@ -47,9 +47,10 @@ class ForeignConfig:
     n_layers: int
     hf: dict[str, Any]
 
-    def to_hf(self) -> dict[str, Any]:
-        """The contents of `config.json`."""
-        return dict(self.hf)
+    @property
+    def family(self) -> str:
+        """The ecosystem's `model_type`."""
+        return str(self.hf.get("model_type"))
 
 
 class ForeignModel(nn.Module):

@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from whet.model.atomic import write_json, written_aside
+from whet.chat.chat import Chat
+from whet.files import write_json
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows
-from whet.model.hf.checkpoint import SavesTokenizer
 from whet.model.hf.families import place_modules
+from whet.model.hf.weights import replaced_model
 from whet.model.lora.lora import LoRA, adapters
 from whet.model.lora.peft_config import CONFIG
 from whet.model.lora.read import PREFIX, ROWS, WEIGHTS, family_modules, places_of
@@ -30,7 +31,7 @@ def save_adapter(
     directory: str | Path,
     lora: LoRA,
     base: str,
-    tokenizer: SavesTokenizer | None,
+    chat: Chat | None,
     lineage: dict[str, Any],
     *,
     state: Mapping[str, Tensor] | None = None,
@@ -52,15 +53,15 @@ def save_adapter(
         "revision": lineage.get("revision"),
     }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    with written_aside(directory, nbytes) as aside:
+    with replaced_model(directory, nbytes) as aside:
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         again = safetensors.torch.load_file(aside / WEIGHTS)
         for name, tensor in tensors.items():
             if not torch.equal(again[name], tensor):
                 raise RuntimeError(f"{directory}: {name} was saved, but read back it differs")
         os.chmod(aside / WEIGHTS, 0o644)
-        if tokenizer is not None:
-            tokenizer.save(aside)
+        if chat is not None:
+            chat.save(aside)
         write_json(aside / "whet.json", {**lineage, "vocab_size": model.config.vocab_size})
         write_json(aside / CONFIG, config)
 
