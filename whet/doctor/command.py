@@ -34,8 +34,8 @@ from whet.files import replaced, write_json
 from whet.flags.doctor import Config
 from whet.hub import find_model
 from whet.model.open import load_backbone_from_ckpt
+from whet.model.precision import multiplies_bf16
 from whet.progress import say, track
-from whet.train.session import multiplies_bf16
 
 Check = Callable[[Subject, Callable[[str], None]], Iterator[Finding]]
 
