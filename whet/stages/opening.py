@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from whet.chat.tokenizer import Tokenizer, add_chat_tokens, load_tokenizer
+from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
 from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
@@ -20,10 +20,10 @@ from whet.evaluate.dev import misfits
 from whet.hub import check_name, find_model
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
 from whet.model.lora.lora import LoRA, apply_lora, quantize_base
 from whet.model.lora.read import base_of, continue_adapter, find_base, is_adapter, tokenizer_home
 from whet.model.lora.trained import read_pattern, select_trainable
+from whet.model.open import load_backbone_from_ckpt
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
 from whet.train.optim import parse_lr_groups
@@ -36,7 +36,7 @@ class Opened:
     """A model that is ready to be trained."""
 
     model: Transformer
-    tokenizer: Tokenizer | None
+    chat: Chat | None
     lora: LoRA | None
     """The adapter that is trained in place of the model."""
     lineage: dict[str, Any]
@@ -72,9 +72,9 @@ def open_for_training(
     )
     model.recompute = config.recompute
     header = [("model", f"{config.model}: {describe(model)}")]
-    tokenizer, new_rows = find_tokenizer(config.tokenizer, path), list[int]()
-    if config.chat_template is not None and tokenizer is not None:
-        tokenizer, new_rows = add_tokens(model, tokenizer, config.chat_template)
+    chat, new_rows = find_chat(config.tokenizer, path), list[int]()
+    if config.chat_template is not None and chat is not None:
+        chat, new_rows = add_tokens(model, chat, config.chat_template)
     lora = None
     with collected(found):
         lora = choose_trained(
@@ -91,7 +91,7 @@ def open_for_training(
             config.lr_groups, [n for n, p in model.named_parameters() if p.requires_grad]
         )
     for flag, store in data.items():
-        found += misfits(model, tokenizer, store, flag)
+        found += misfits(model, chat, store, flag)
     problems(found)
     if lora is not None:
         header.append(("adapter", adapter_in_words(lora, config.lora_4bit)))
@@ -101,23 +101,21 @@ def open_for_training(
     name, revision = base_of(adapter) if adapter else (config.model, config.revision)
     lineage = {"base": name, "revision": revision}
     lineage |= {"adapter": str(adapter)} if adapter else {}
-    return Opened(model, tokenizer, lora, lineage, header)
+    return Opened(model, chat, lora, lineage, header)
 
 
-def add_tokens(
-    model: Transformer, tokenizer: Tokenizer, chat_template: str
-) -> tuple[Tokenizer, list[int]]:
+def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat, list[int]]:
     """Give tokenizer and model the control tokens of a template that the base does not know.
 
-    Returns the new tokenizer and the ids whose rows are new.
+    Returns the new chat and the ids whose rows are new.
     """
-    tokenizer, added = add_chat_tokens(tokenizer, chat_template)
+    chat, added = add_chat_tokens(chat, chat_template)
     if isinstance(model, Transformer):
-        grow_embedding(model, tokenizer.vocab_size)
+        grow_embedding(model, chat.tokenizer.vocab_size)
     else:
-        model.grow(tokenizer.vocab_size)  # another architecture: foreign.py
-    ids = [tokenizer.backend.token_to_id(token) for token in added]
-    return tokenizer, [i for i in ids if i is not None]
+        model.grow(chat.tokenizer.vocab_size)  # another architecture: foreign.py
+    ids = [chat.tokenizer.backend.token_to_id(token) for token in added]
+    return chat, [i for i in ids if i is not None]
 
 
 def choose_trained(
@@ -198,7 +196,7 @@ def adapter_in_words(lora: LoRA, four_bits: bool) -> str:
     return ", ".join(words + [word for word, used in kinds if used])
 
 
-def find_tokenizer(directory: Path | None, model: Path) -> Tokenizer | None:
+def find_chat(directory: Path | None, model: Path) -> Chat | None:
     """--tokenizer's, or the model's own; a `.pt` has none, and a directory may have none."""
     home = directory or tokenizer_home(model)
     has_one = (home / "tokenizer.json").is_file() or find_convertible(home) is not None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from whet.chat.tokenizer import Tokenizer
+from whet.chat.chat import Chat
 from whet.config import as_toml
 from whet.data.batches import (
     Batch,
@@ -38,7 +38,7 @@ def packed_stage(
     config: TrainSettings,
     ranks: Ranks,
     model: Transformer,
-    tokenizer: Tokenizer | None,
+    chat: Chat | None,
     store: PackedStore,
     dev: PackedStore | None,
     *,
@@ -66,13 +66,13 @@ def packed_stage(
         loss_fn=token_loss,
         evaluate=Evaluator(
             dev,
-            tokenizer,
+            chat,
             config.micro_batch_size,
             n_samples=config.samples,
             quiet=config.quiet or not ranks.first,
             questions=questions,
         ),
-        save_model=writer(config, model, tokenizer, store, lineage, lora),
+        save_model=writer(config, model, chat, store, lineage, lora),
         header=[*header, *data_in_words(config, store, dev, f"{trained:,.0f} trained tokens")],
     )
 
@@ -80,7 +80,7 @@ def packed_stage(
 def writer(
     config: TrainSettings,
     model: Transformer,
-    tokenizer: Tokenizer | None,
+    chat: Chat | None,
     store: PackedStore,
     lineage: dict[str, Any],
     lora: LoRA | None,
@@ -96,7 +96,7 @@ def writer(
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
     dtype = saved_as(config.save_dtype, model.config.hf)
-    return ModelWriter(tokenizer, lineage, config.out_ckpt, config.out, lora, dtype)
+    return ModelWriter(chat, lineage, config.out_ckpt, config.out, lora, dtype)
 
 
 def data_in_words(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from whet.chat.tokenizer import Tokenizer
+from whet.chat.chat import Chat
 from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.lora.lora import LoRA
 from whet.model.lora.write import save_adapter
@@ -18,7 +18,7 @@ from whet.train.distributed import is_first, unwrap, whole_weights
 class ModelWriter:
     """Writes the trained model, or its adapter, with its lineage; and the `.pt` if asked for."""
 
-    tokenizer: Tokenizer | None
+    chat: Chat | None
     lineage: dict[str, Any] = field(default_factory=dict)
     out_ckpt: Path | None = None
     """A `.pt` file besides, of the final model."""
@@ -37,9 +37,9 @@ class ModelWriter:
         lineage = {**self.lineage, "metrics": metrics}
         if self.lora is not None:
             base = str(self.lineage["base"])
-            save_adapter(whole, directory, self.lora, base, self.tokenizer, lineage, state=state)
+            save_adapter(whole, directory, self.lora, base, self.chat, lineage, state=state)
             return
-        save_model(whole, directory, self.tokenizer, lineage, self.dtype, state=state)
+        save_model(whole, directory, self.chat, lineage, self.dtype, state=state)
         if self.out_ckpt is not None and directory == self.out:
             step, stage = int(metrics.get("step", 0)), self.lineage["stage"]
             save_pt(whole, self.out_ckpt, stage, step, metrics, self.dtype, state=state)

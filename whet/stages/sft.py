@@ -89,13 +89,13 @@ def build(config: Config, ranks: Ranks) -> Stage:
         others = [config.data, config.dev, config.gsm8k_dev, config.tokenizer, config.out]
         found += unwritable("--out_ckpt", config.out_ckpt, [config.model, *others], PT)
     opened = open_for_training(config, ranks, found, data)
-    if questions and opened.tokenizer is None:
+    if questions and opened.chat is None:
         problems([f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR"])
     return packed_stage(
         config,
         ranks,
         opened.model,
-        opened.tokenizer,
+        opened.chat,
         data["--data"],
         data.get("--dev"),
         lineage={"stage": "sft", **opened.lineage},
