@@ -5,10 +5,13 @@ the same flag must mean the same everywhere. Each class is a group of the help, 
 of its docstring. Nothing but data is inherited.
 """
 
+import dataclasses
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from whet.config import (
     FIRST,
@@ -22,8 +25,9 @@ from whet.config import (
     share,
     writable_folder,
 )
+from whet.files import PT, unwritable
 from whet.flags.choices import Device, Precision, Recompute, SaveDtype, Schedule
-from whet.hub import known_model
+from whet.hub import is_adapter, known_model
 
 
 def parameters(pattern: str) -> str:
@@ -179,3 +183,40 @@ class Memory:
 @dataclass(kw_only=True)
 class TrainSettings(Machine, Run, Optimizer):
     """Flags of the optimizer loop, the run folder and the machine."""
+
+
+def tuning_flaws(config: Any, data: Sequence[Path | None]) -> list[str]:
+    """What speaks against the flags of a stage that trains a model on `data`, before anything is
+    opened; of a model on the Hub more is known when it is here."""
+    found: list[str] = []
+    path = Path(config.model)
+    if path.exists():
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        found += unfit_flags(config, ranks, path if is_adapter(path) else None)
+    if config.out_ckpt is not None:
+        others = [config.model, *data, config.tokenizer, config.out]
+        found += unwritable("--out_ckpt", config.out_ckpt, others, PT)
+    return found
+
+
+def unfit_flags(config: Any, ranks: int, adapter: Path | None) -> list[str]:
+    """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
+    found = []
+    if config.lora_4bit and config.shard and ranks > 1:
+        found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
+    fields = [f for f in dataclasses.fields(config) if f.name.startswith("lora_")]
+    given = [f.name for f in fields if getattr(config, f.name) != f.default]
+    given = [name for name in given if name != "lora_4bit"]
+    trains_adapter = adapter is not None or config.lora_rank is not None
+    if config.lora_4bit and not trains_adapter:
+        found.append("--lora_4bit: needs an adapter to train; add --lora_rank 16")
+    if config.train != "all" and trains_adapter:
+        found.append("--train and an adapter exclude each other: the base is frozen")
+    if adapter is not None:
+        found += [
+            f"--{name}: {adapter} is trained further, with its own settings; leave this out"
+            for name in given
+        ]
+    elif config.lora_rank is None:
+        found += [f"--{name}: there is no adapter; add --lora_rank 16" for name in given]
+    return found

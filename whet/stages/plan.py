@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from whet.config import check, problems
+from whet.config import check
 from whet.data.batches import Batch
 from whet.errors import UserError
 from whet.flags.plan import Config
@@ -261,7 +261,6 @@ def main(config: Config) -> int:
             return 0
         resolved = resolve(dataclasses.replace(config, resume=False), ranks)
         check(resolved)
-        problems(sft.flaws(resolved))
         plan = make_plan(resolved, ranks.device, ranks.size, config.quiet)
         if config.json:
             rows = {"flagged": plan.flagged, "proposed": plan.proposed}

@@ -6,7 +6,6 @@ is here so that the whole path can be tried on a laptop, and for small models of
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from whet.chat.chat import Chat, load_tokenizer
@@ -19,7 +18,8 @@ from whet.flags.pretrain import Config
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.progress import track
-from whet.stages import sft
+from whet.stages.opening import describe
+from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
 from whet.train.session import continues, run_stage
 from whet.train.stage import Documents, Stage
@@ -117,7 +117,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
         )
     )
     init_weights(model, config.seed)
-    stage = sft.make_stage(
+    return packed_stage(
         config,
         ranks,
         model,
@@ -125,8 +125,8 @@ def build(config: Config, ranks: Ranks) -> Stage:
         store,
         dev,
         lineage={"stage": "pretrain", "data": list(config.data)},
+        header=[("model", f"new: {describe(model)}")],
     )
-    return replace(stage, header=[("model", f"new: {sft.describe(model)}"), *stage.header[1:]])
 
 
 def check(config: Config) -> None:
