@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.data.store import PackedStore, Rows, shifted_weight
+from whet.data.rows import Rows, shifted_weight
+from whet.data.store import PackedStore
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from whet.chat.certificate import Refusal
 from whet.chat.conversation import Conversation
 from whet.chat.encode import Encoded, EncodeOptions, encode_many, encode_prompt
 from whet.chat.tokenizer import Tokenizer
-from whet.data.store import row_weights
+from whet.data.rows import row_weights
 from whet.doctor.finding import Finding, failed, judge, skipped, worse
 from whet.doctor.subject import Subject
 from whet.evaluate.dev import misfits
