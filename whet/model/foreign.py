@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.errors import UserError
-from whet.model.atomic import read_json
+from whet.files import read_json
 from whet.model.attention import KVCache
 from whet.model.decoder import TokenLoss
 from whet.model.loss import linear_cross_entropy

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from whet.errors import UserError
+from whet.files import read_json
 from whet.hub import find_model
-from whet.model.atomic import read_json
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.hf.checkpoint import load_backbone_from_ckpt
