@@ -23,12 +23,12 @@ def extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
     most = int(nth.max(initial=-1)) + 1
     if store.kind == "labels":
         labels = np.zeros((len(rows), most + 1), np.float32)
-        labels[row, nth + 1] = np.where(store.numbers("labels", 1)[ids] > 0, 1, -1)
+        labels[row, nth + 1] = np.where(store.values("labels", 1)[ids] > 0, 1, -1)
         return {"labels": labels}
+    stored = store.values("margins", 2)
     pairs, margins = np.zeros((2, len(rows), most // 2), np.float32)
     chosen = nth % 2 == 0
-    pairs[row[chosen], nth[chosen] // 2] = 1
-    margins[row[chosen], nth[chosen] // 2] = np.nan_to_num(
-        store.numbers("margins", 2)[ids[chosen] // 2]
-    )
+    place = row[chosen], nth[chosen] // 2
+    pairs[place] = 1
+    margins[place] = np.nan_to_num(stored[ids[chosen] // 2])
     return {"pairs": pairs, "margins": margins}

@@ -59,7 +59,8 @@ def main(config: Config) -> None:
         else:
             _print(conversation_lines(shown, choose_ink()))
         return
-    from whet.data.store import KINDS, PackedStore
+    from whet.data.check import KINDS
+    from whet.data.store import PackedStore
     from whet.report.read import read_sheet
 
     store = PackedStore(_required(config.file), KINDS)
