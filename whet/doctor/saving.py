@@ -11,8 +11,9 @@ from torch import Tensor
 from whet.doctor.finding import Finding, judge, skipped, worse
 from whet.doctor.subject import Subject
 from whet.model.decoder import Transformer
-from whet.model.hf import families
-from whet.model.hf.checkpoint import OWN_LAYOUT, load_backbone_from_ckpt, save_pt
+from whet.model.hf.checkpoint import save_pt
+from whet.model.hf.config import OWN_LAYOUT
+from whet.model.open import load_backbone_from_ckpt
 
 EXPORT_BOUND = 1e-4
 """Relative norm of the difference of logits: another code that rounds otherwise."""
@@ -75,21 +76,21 @@ def export_agrees(subject: Subject, tell: Callable[[str], None]) -> Iterator[Fin
     worst = math.sqrt(sum(float((a - b).norm()) ** 2 for a, b in pairs))
     worst /= math.sqrt(sum(float(b.norm()) ** 2 for _, b in pairs)) or 1.0
     yield judge(opens, worst, EXPORT_BOUND, version)
-    if subject.tokenizer is None:
+    if subject.chat is None:
         yield skipped(same_ids, "the model has no tokenizer")
         return
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    texts = [subject.tokenizer.decode(d.ids, skip_special=False) for d in subject.documents]
+    other = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = subject.chat.tokenizer
+    texts = [tokenizer.decode(d.ids, skip_special=False) for d in subject.documents]
     different = sum(
-        tokenizer.encode(text, add_special_tokens=False) != subject.tokenizer.encode(text)
-        for text in texts
+        other.encode(text, add_special_tokens=False) != tokenizer.encode(text) for text in texts
     )
     yield judge(same_ids, different, 0, f"{len(texts)} texts, {version}")
 
 
 def _no_transformers(subject: Subject) -> str:
     """Why transformers cannot be asked, or nothing."""
-    if families.model_type(subject.model.config) == OWN_LAYOUT:
+    if subject.model.config.family == OWN_LAYOUT:
         return "no family of transformers computes this model"
     try:
         import transformers  # noqa: F401

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from whet.chat.certificate import Refusal
+from whet.chat.chat import Chat
 from whet.chat.encode import EncodeOptions, encode_many
-from whet.chat.tokenizer import Tokenizer
 from whet.data.batches import Batch, make_batch
 from whet.data.formats import Datum, to_example
 from whet.data.reader import parse, read_units
@@ -26,6 +26,7 @@ from whet.data.store import PackedStore, Rows, StoreWriter, row_weights
 from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.hf.checkpoint import empty_model, save_model
+from whet.model.hf.config import from_hf, to_hf
 
 ROWS = 5
 """With batches of 4 rows the last one has a single row: a rank of two then has none."""
@@ -63,7 +64,7 @@ class Subject:
     """What the checks are given."""
 
     model: Transformer
-    tokenizer: Tokenizer | None
+    chat: Chat | None
     store: PackedStore | None
     data: list[Datum]
     """The first conversations of --conversations."""
@@ -119,7 +120,7 @@ class Subject:
         """The model as a directory that Whet has saved."""
         path = self.scratch / "model"
         if not path.exists():
-            save_model(self.model.cpu(), path, self.tokenizer, {"stage": "doctor"})
+            save_model(self.model.cpu(), path, self.chat, {"stage": "doctor"})
         return path
 
     def small_model(self) -> tuple[Path, str]:
@@ -129,7 +130,7 @@ class Subject:
         path = self.scratch / "small"
         if not path.exists():
             small = first_layers(self.model, 2)
-            save_model(small.cpu(), path, self.tokenizer, {"stage": "doctor"})
+            save_model(small.cpu(), path, self.chat, {"stage": "doctor"})
         return path, "on the first 2 layers of the model"
 
 
@@ -145,15 +146,12 @@ def alone(document: Document, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 def first_layers(model: Transformer, n: int) -> Transformer:
     """The model of the first `n` layers, which shares the weights of `model`."""
-    config, hf = model.config, dict(model.config.hf)
-    hf |= {key: n for key in ("num_hidden_layers", "n_layer") if key in hf}
-    if isinstance(hf.get("layer_types"), list):
-        hf["layer_types"] = hf["layer_types"][:n]
-    shorter = empty_model(
-        dataclasses.replace(
-            config, n_layers=n, ropes=config.ropes[:n], windows=config.windows[:n], hf=hf
-        )
-    )
+    values = to_hf(model.config)
+    values |= {key: n for key in ("num_hidden_layers", "n_layer", "n_layers") if key in values}
+    values |= {
+        key: values[key][:n] for key in ("layer_types", "ropes", "windows") if values.get(key)
+    }
+    shorter = empty_model(from_hf(values))
     kept = shorter.state_dict().keys()
     state = {name: value for name, value in model.state_dict().items() if name in kept}
     shorter.load_state_dict(state, assign=True)
@@ -181,7 +179,7 @@ def sample_rows(
     row_tokens: int,
     store: PackedStore | None,
     data: Sequence[Datum],
-    tokenizer: Tokenizer | None,
+    chat: Chat | None,
     options: EncodeOptions,
 ) -> list[list[Document]]:
     """Rows of documents from the packed file, else of the conversations, else of random ids."""
@@ -189,8 +187,8 @@ def sample_rows(
     refused: list[Refusal] = []
     if store is not None:
         found = list(_stored(store))
-    elif data and tokenizer is not None:
-        results = encode_many(data, tokenizer, dataclasses.replace(options, uncertain="drop"))
+    elif data and chat is not None:
+        results = encode_many(data, chat, dataclasses.replace(options, uncertain="drop"))
         refused = [result for result in results if isinstance(result, Refusal)]
         found = [
             Document(example.ids.astype(np.int64), example.loss_mask)
