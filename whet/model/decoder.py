@@ -224,13 +224,18 @@ class Transformer(nn.Module):
             plan = plan_documents(tokens.shape, tokens.device, segments, weight)
         if positions is not None:
             plan = plan.at(positions)
+        filled = (
+            tokens.device.type == "cpu" and product_type(next(self.parameters())) == torch.bfloat16
+        )
         if targets is None and not self.config.score:
+            plan = plan.filled() if filled else plan
             x = plan.unpack(self._layers(plan.pack(tokens), plan), tokens.shape)
             return self._logits(x, logits_at)
         assert weight is not None, "targets and scores need weights"
         if tokens.device.type == "cpu" and positions is None and self.prefixes_are_equal:
             plan = share_prefixes(plan, plan.pack(tokens))
-        x = self._layers(plan.pack(tokens), plan, plan.trained)
+        plan = plan.filled() if filled else plan
+        x = self._layers(plan.pack(tokens), plan, plan.trained if plan.kept is None else plan.kept)
         if self.config.score:
             with torch.autocast(x.device.type, enabled=False):  # one row: in float32 at no cost
                 scores = F.linear(x.float(), self.score.weight.float())[:, 0]
@@ -275,13 +280,12 @@ class Transformer(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _loss(self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan) -> TokenLoss:
-        """x (S, D) at the trained tokens of the plan."""
-        where = plan.trained_index
+        """x (S', D) at the trained tokens of the plan, and what fills them up."""
         loss, nll = linear_cross_entropy(
             x,
             self.head_weight,
-            targets.flatten()[where],
-            weight.flatten()[where],
+            _at_trained(targets, plan, len(x)),
+            _at_trained(weight, plan, len(x)),
             bias=self.head_bias,
             softcap=self.config.logit_softcap,
             logit_scale=self.config.logit_scale,
@@ -296,7 +300,7 @@ class Transformer(nn.Module):
         nll = linear_nll(
             x,
             self.head_weight,
-            targets.flatten()[plan.trained_index],
+            _at_trained(targets, plan, len(x)),
             bias=self.head_bias,
             softcap=None if cap is None else cap / temperature,
             logit_scale=self.config.logit_scale / temperature,
@@ -321,10 +325,17 @@ class Transformer(nn.Module):
         return None if self.config.tied else self.head.bias
 
 
+def _at_trained(x: Tensor, plan: AttentionPlan, size: int) -> Tensor:
+    """x (B, T) -> (size,): the S trained tokens, then zeros."""
+    found = x.flatten()[plan.trained_index]
+    return F.pad(found, (0, size - len(found)))
+
+
 def _spread(values: Tensor, plan: AttentionPlan, weight: Tensor) -> Tensor:
-    """values (S,) of the trained tokens -> (B, T) float32, 0 elsewhere."""
+    """values (S',), the first S of the trained tokens -> (B, T) float32, 0 elsewhere."""
+    where = plan.trained_index
     zeros = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
-    return zeros.index_put((plan.trained_index,), values.float()).view(weight.shape)
+    return zeros.index_put((where,), values[: len(where)].float()).view(weight.shape)
 
 
 @torch.no_grad()

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from whet.model.precision import product_type
 
+CACHED_LOGITS = 2**20
+"""Logits that are softmaxed at a time on a CPU: 4 MB of float32 stay in its cache."""
+
 
 def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
     """The loss of supervised fine-tuning, a float32 scalar.
@@ -61,7 +64,7 @@ def linear_cross_entropy(
     its type; softmax, sums and the accumulated gradient of `weight` stay float32. M may be 0: the
     sum is 0 with a gradient of 0.
     """
-    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
     if not torch.is_grad_enabled():
         # A Function is told that a parameter needs its gradient even where none will be asked for;
         # forming it would make evaluation three times as slow.
@@ -90,19 +93,19 @@ def linear_nll(
     instead of three, and still never all logits. A frozen head (`weight` without a gradient) saves
     one of them.
     """
-    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
     nll: Tensor = _LinearNll.apply(hidden, weight, bias, targets, softcap, logit_scale, chunk)
     return nll
 
 
-def chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """How many tokens' float32 logits exist at a time: up to 64 MiB of them, 256 on a GPU.
+def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many tokens' logits, of `dtype`, exist at a time: up to 64 MiB of them, 256 on a GPU.
 
     A multiple of 128, at least 128: fewer or odd numbers make the matrix products slow, more bring
     nothing (docs/numerics.md has the measurement).
     """
     size = 2**28 if device.type == "cuda" else 2**26
-    return max(1, size // (4 * vocab_size) // 128) * 128
+    return max(1, size // (dtype.itemsize * vocab_size) // 128) * 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -195,20 +198,28 @@ class _Head:
         self, hidden: Tensor, targets: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """For each chunk of m tokens: where it lies, its hidden states (m, D) in the type of
-        products, nll (m,), and d nll / d logits up to `logit_scale` (m, V), float32."""
+        products, nll (m,), and d nll / d logits up to `logit_scale` (m, V) in that type."""
         # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
-        size = min(self.chunk, len(hidden))
-        buffer = hidden.new_empty(size, len(self.matrix), dtype=self.matrix.dtype)
+        size, vocab = min(self.chunk, len(hidden)), len(self.matrix)
+        buffer = hidden.new_empty(size, vocab, dtype=self.matrix.dtype)
+        # A few rows at a time are softmaxed in float32, and stay in the processor's cache.
+        rows = max(1, CACHED_LOGITS // vocab) if hidden.device.type == "cpu" else size
         for start in range(0, len(hidden), self.chunk):
             part = slice(start, start + self.chunk)
             x = hidden[part].to(self.matrix.dtype)
-            logits = torch.mm(x, self.matrix.t(), out=buffer[: len(x)]).float()
-            if self.bias is not None:
-                logits += self.bias
-            nll, slope = _softmax_minus_target(
-                logits, targets[part], self.softcap, self.logit_scale
-            )
-            yield part, x, nll, slope
+            logits = torch.mm(x, self.matrix.t(), out=buffer[: len(x)])
+            nll = hidden.new_empty(len(x), dtype=torch.float32)
+            for few, wanted, found in zip(
+                logits.split(rows), targets[part].split(rows), nll.split(rows), strict=True
+            ):
+                exact = few.float()  # `few` itself if it is float32
+                if self.bias is not None:
+                    exact += self.bias
+                some, slope = _softmax_minus_target(exact, wanted, self.softcap, self.logit_scale)
+                found.copy_(some)
+                if slope is not few:
+                    few.copy_(slope)
+            yield part, x, nll, logits
 
 
 @dataclass
@@ -237,8 +248,7 @@ class _Gradients:
 
     def add(self, part: slice, x: Tensor, slope: Tensor, factor: Tensor, head: _Head) -> None:
         """Add a chunk of m tokens: x (m, D), slope (m, V) of `passes`, factor (m,)."""
-        dtype = head.matrix.dtype
-        slope, factor = slope.to(dtype), (factor * head.logit_scale)[:, None]
+        dtype, factor = head.matrix.dtype, (factor * head.logit_scale)[:, None]
         if self.hidden is not None:
             self.hidden[part] = (slope @ head.matrix) * factor
         if self.weight is not None:
