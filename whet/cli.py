@@ -20,6 +20,8 @@ COMMANDS = {
     "inspect": ("whet.report.inspect", "see what is trained, token by token"),
     "plan": ("whet.stages.plan", "what `whet sft` will need, and settings that fit"),
     "sft": ("whet.stages.sft", "fine-tune a base model on packed rows"),
+    "reward": ("whet.stages.reward", "train a reward model on pairs of replies"),
+    "dpo": ("whet.stages.dpo", "train a model on pairs of replies (DPO, IPO, SimPO, ORPO, KTO)"),
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
     "chat": ("whet.generate.chat", "talk to a model"),
     "export": ("whet.model.export", "write a model for other tools, merge adapters"),

@@ -1,5 +1,6 @@
 """How a stage writes its model: whole, or its adapter, with its lineage; and a `.pt` if asked."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import nn
 
 from whet.chat.chat import Chat
 from whet.model.hf.checkpoint import save_model, save_pt
-from whet.model.lora.lora import LoRA
+from whet.model.lora.lora import LoRA, merge_lora
 from whet.model.lora.write import save_adapter
 from whet.train.distributed import is_first, unwrap, whole_weights
 
@@ -35,7 +36,11 @@ class ModelWriter:
             return
         whole: Any = unwrap(model)
         lineage = {**self.lineage, "metrics": metrics}
-        if self.lora is not None:
+        if self.lora is not None and whole.config.score:
+            # PEFT would save the score beside the adapter; a whole model opens everywhere.
+            whole = deepcopy(whole).float()
+            merge_lora(whole)
+        elif self.lora is not None:
             base = str(self.lineage["base"])
             save_adapter(whole, directory, self.lora, base, self.chat, lineage, state=state)
             return
