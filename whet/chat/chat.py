@@ -16,6 +16,7 @@ import tokenizers
 
 from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
+from whet.chat.hidden import Joints, pattern_of
 from whet.chat.template import ChatTemplate
 from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer, write_text
 from whet.errors import UserError
@@ -65,6 +66,25 @@ class Chat:
         flagged = self.tokenizer.flagged
         borders = {END_OF_TEXT, "</s>", *self.dialect.borders}
         return {t: i for t, i in self.tokenizer.added.items() if t in flagged or t in borders}
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str] | None:
+        """Finds the strings of `control` in a text."""
+        return pattern_of(self.control)
+
+    @cached_property
+    def joints(self) -> Joints:
+        """Tells which texts a template could make control strings of."""
+        templates = (self.template, self.tool_template)
+        return Joints(self.control, " ".join(t.source for t in templates if t))
+
+    @cached_property
+    def alternatives(self) -> list[tuple[dict[str, Any], "Chat"]]:
+        """This chat with one more template variable, for each setting that changes anything."""
+        return [
+            (setting, replace(self, variables={**self.variables, **setting}))
+            for setting in self.dialect.settings
+        ]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
