@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -231,3 +232,16 @@ def _unwritable_in(what: str, folder: Path) -> list[str]:
             return []
     except OSError as error:
         return [f"{what}: cannot be written: {error.strerror}"]
+
+
+def is_pt(path: Path) -> bool:
+    """Whether `path` is a file as torch.save writes them, a zip archive with a pickle in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+PT = (".pt file of torch", is_pt)
+"""What a new `.pt` may replace: a `Kind`."""

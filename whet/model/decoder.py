@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
-from whet.model.loss import linear_cross_entropy, linear_nll, product_type
+from whet.model.loss import linear_cross_entropy, linear_nll
+from whet.model.precision import product_type
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
 
@@ -231,10 +232,9 @@ class Transformer(nn.Module):
             plan = share_prefixes(plan, plan.pack(tokens))
         x = self._layers(plan.pack(tokens), plan, plan.trained)
         if self.config.score:
-            with torch.autocast(
-                x.device.type, enabled=False
-            ):  # one row: its rounding is not worth it
-                return _spread(self.score(x.float())[:, 0], plan, weight)
+            with torch.autocast(x.device.type, enabled=False):  # one row: in float32 at no cost
+                scores = F.linear(x.float(), self.score.weight.float())[:, 0]
+                return _spread(scores, plan, weight)
         assert targets is not None
         if per_token:
             return self._token_nll(x, targets, weight, plan, temperature)
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
         if self.config.learned_positions:
             x = x + self.positions(plan.positions)
         rotary = {
-            rope: cos_sin(rope, plan.positions, plan.lengths)
+            rope: cos_sin(rope, plan.positions, plan.lengths, plan.reach)
             for rope in set(self.config.ropes)
             if rope is not None
         }

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from whet.errors import UserError
+from whet.flags.training import TrainSettings
 from whet.progress import Progress, track
 from whet.train import distributed, incidents, ledger, memory, verdict
 from whet.train.ahead import batches_ahead
 from whet.train.distributed import Ranks
 from whet.train.profile import profiled
 from whet.train.run import RunFolder
-from whet.train.settings import TrainSettings
 from whet.train.signals import Interrupted, Stop
 from whet.train.stage import Documents, Stage
 from whet.train.state import tensors_of
