@@ -17,7 +17,7 @@ import tokenizers
 from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
 from whet.chat.hidden import Joints, pattern_of
-from whet.chat.template import ChatTemplate
+from whet.chat.template import TAKEN, ChatTemplate
 from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer, write_text
 from whet.errors import UserError
 
@@ -80,11 +80,20 @@ class Chat:
 
     @cached_property
     def alternatives(self) -> list[tuple[dict[str, Any], "Chat"]]:
-        """This chat with one more template variable, for each setting that changes anything."""
-        return [
-            (setting, replace(self, variables={**self.variables, **setting}))
-            for setting in self.dialect.settings
-        ]
+        """Settings of one template variable each that change what is rendered, with their chats.
+
+        The variables are those that the template reads, their values True, False and what the
+        template compares them with. No two settings render the same.
+        """
+        seen, found = [self.dialect.sample()], []
+        for name in sorted(self.template.variables - TAKEN - set(self.tokenizer.named)):
+            constants = self.template.compared.get(name, frozenset())
+            for value in (False, True, *sorted(constants - {False, True}, key=str)):
+                chat = replace(self, variables={**self.variables, name: value})
+                if (sample := chat.dialect.sample()) not in seen:
+                    seen.append(sample)
+                    found.append(({name: value}, chat))
+        return found
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

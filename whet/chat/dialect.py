@@ -7,14 +7,13 @@ token, and which of its switches change the generation prompt.
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from typing import Any
 
 from whet.chat.conversation import Message
-from whet.chat.template import TAKEN, BoundsError, ChatTemplate, TemplateError
+from whet.chat.template import BoundsError, ChatTemplate, TemplateError
 from whet.chat.tokenizer import Tokenizer
 
 UNDEFINED = re.compile(r"'(\w+)' is undefined")  # as jinja says it
@@ -217,22 +216,7 @@ class Dialect:
             break
         return frozenset(found)
 
-    @cached_property
-    def settings(self) -> tuple[dict[str, Any], ...]:
-        """Settings of one template variable each that change what is rendered.
-
-        The variables are those that the template reads and that nobody sets, their values True,
-        False and what the template compares them with. No two settings render the same.
-        """
-        seen, found = [self._sample()], []
-        for setting in self._candidates():
-            sample = replace(self, variables={**self.variables, **setting})._sample()
-            if sample not in seen:
-                seen.append(sample)
-                found.append(setting)
-        return tuple(found)
-
-    def _sample(self) -> list[str]:
+    def sample(self) -> list[str]:
         """A prompt, a reply, one with thinking and a call, each "" if the template refuses it."""
         before = next((b for b in self._openings if self._tried(b, prompt=True)), self._openings[0])
         replies = [say(SAID), say(SAID, THOUGHT), call()]
@@ -284,13 +268,6 @@ class Dialect:
         except TemplateError:
             return False
         return True
-
-    def _candidates(self) -> Iterator[dict[str, Any]]:
-        taken = TAKEN | set(self.tokenizer.named) | set(self.variables)
-        for name in sorted(self.plain_template.variables - taken):
-            constants = self.plain_template.compared.get(name, frozenset())
-            for value in (False, True, *sorted(constants - {False, True}, key=str)):
-                yield {name: value}
 
     @property
     def _openings(self) -> tuple[list[Message], ...]:

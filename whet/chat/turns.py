@@ -317,11 +317,10 @@ class Rendered:
         missing = [mark for mark in marked.marks if mark not in trial]
         # A template may know some names, say, and write no other: then all the rest changes.
         lost = [m for m in missing if self._is_lost(index, m)]
-        calls = [mark for mark, what in marked.marks.items() if "the call of" in what]
-        if calls and lost == calls:
-            raise self._dropped("tool calls at all", index)
         if lost:
-            raise self._dropped(marked.marks[lost[0]], index)
+            calls = [mark for mark, what in marked.marks.items() if "the call of" in what]
+            none = ", as it writes no tool calls" if lost == calls else ""
+            raise self._dropped(marked.marks[lost[0]] + none, index)
 
     def _is_lost(self, index: int, mark: str) -> bool:
         single = self._changed(index, Marked(self.messages[index], only=mark))
@@ -412,6 +411,8 @@ class Rendered:
         opened = prompt.removeprefix(head)
         held = any(token in opened for token in self.chat.control)
         if not head or opened == prompt or not opened.strip() or held:
+            return []
+        if self._ends_thought(opened.strip(), index):
             return []
         return [f"give it a content that begins with {opened!r}, as the model's own words do"]
 
