@@ -57,8 +57,8 @@ def load_backbone_from_ckpt(
         model = open_adapter(path, dtype=dtype, device=device, quiet=quiet)
         merge_lora(model)
         return model
-    if _is_foreign(path):
-        from whet.model.foreign import load_foreign
+    if is_foreign(path):
+        from whet.model.foreign_files import load_foreign
 
         return cast(Transformer, load_foreign(path, dtype=dtype, device=device, quiet=quiet))
     if path.is_dir():
@@ -70,7 +70,7 @@ def load_backbone_from_ckpt(
     return fill_model(config, stored, places, path, dtype, device, quiet)
 
 
-def _is_foreign(path: Path) -> bool:
+def is_foreign(path: Path) -> bool:
     """Whether a model directory is of an architecture that is not Whet's own."""
     file = path / "config.json"
     if not file.is_file():
@@ -226,7 +226,7 @@ def save_model(
         if isinstance(model, Transformer):
             _write_weights(model.config, state, aside, dtype, shard_bytes)
         else:
-            from whet.model.foreign import write_foreign
+            from whet.model.foreign_files import write_foreign
 
             write_foreign(model, state, aside, dtype, shard_bytes)
         _write_configs(model.config, tokenizer, lineage, aside, dtype or _dtype_of(state))

@@ -8,7 +8,7 @@ bfloat16 or 4-bit.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.embedding import merge_rows, train_rows
 
+_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Names of modules that PEFT maps onto fused experts, where a model has these."""
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -104,19 +106,11 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     found = linears(model)
     if not found:
         raise UserError("--lora_rank: this architecture has no linear modules; it is trained whole")
-    last_names = tuple(sorted({_last(name) for name in found}))
-    known = LINEARS if isinstance(model, Transformer) else last_names
-    kinds = known if lora.targets == "all-linear" else tuple(lora.targets.split(","))
-    unknown = sorted(set(kinds) - set(known))
-    if unknown:
-        raise UserError(
-            f"--lora_targets {lora.targets}: unknown {', '.join(unknown)}; "
-            f"expected all-linear, or some of {','.join(known)}"
-        )
+    kinds = _chosen_kinds(model, lora.targets, found)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, base in found.items():
-        if _last(name) not in kinds:
+        if kind_of(name) not in kinds:
             continue
         layer = LoRALinear(base, lora.rank, lora.scale, lora.dropout, lora.dora)
         bound = 1.0 / math.sqrt(layer.a.shape[1])  # as nn.Linear begins
@@ -126,7 +120,62 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     if isinstance(model, Transformer):
         train_rows(model, new_rows)
     else:
-        model.try_adapters()
+        refuse_readers(model)
+
+
+def _chosen_kinds(
+    model: Transformer, targets: str, found: Mapping[str, nn.Linear]
+) -> tuple[str, ...]:
+    """The kinds of modules that `targets` names, of the linear modules `found`."""
+    known = LINEARS if isinstance(model, Transformer) else sorted(set(map(kind_of, found)))
+    as_experts = [kind for kind in known if kind in _EXPERTS] if _has_fused_experts(model) else []
+    possible = tuple(kind for kind in known if kind not in as_experts)
+    kinds = possible if targets == "all-linear" else tuple(targets.split(","))
+    unknown = sorted(set(kinds) - set(known))
+    if unknown:
+        raise UserError(
+            f"--lora_targets {targets}: unknown {', '.join(unknown)}; "
+            f"expected all-linear, or some of {','.join(possible)}"
+        )
+    fused = [kind for kind in kinds if kind in as_experts]
+    if fused:
+        raise UserError(
+            f"--lora_targets {targets}: PEFT takes {','.join(fused)} for this architecture's fused "
+            "experts, so it would open the adapter as another one; leave them out: "
+            f"--lora_targets {','.join(kind for kind in kinds if kind in possible) or 'all-linear'}"
+        )
+    return kinds
+
+
+def _has_fused_experts(model: nn.Module) -> bool:
+    """Whether another architecture holds the matrices of all experts in one tensor."""
+    return any(
+        p.dim() == 3 and name.rpartition(".")[2] in ("gate_up_proj", "down_proj")
+        for name, p in model.named_parameters()
+    )
+
+
+def refuse_readers(model: Any) -> None:
+    """Raise UserError, naming the modules, if another architecture reads matrices of modules that
+    have adapters now, where it should call the modules."""
+    if model.runs():
+        return
+    layers = list(adapters(model))
+    for name, layer in layers:
+        set_module(model, name, layer.base)
+    read, fine = [], []
+    for kind in dict.fromkeys(kind_of(name) for name, _ in layers):
+        mine = [(name, layer) for name, layer in layers if kind_of(name) == kind]
+        for name, layer in mine:
+            set_module(model, name, layer)
+        (fine if model.runs() else read).append(kind)
+        for name, layer in mine:
+            set_module(model, name, layer.base)
+    instead = f": --lora_targets {','.join(fine)}" if fine else "; train the model whole"
+    raise UserError(
+        f"--lora_targets: {type(model.inner).__name__} reads the matrices of {', '.join(read)} "
+        f"where it should call these modules, so no adapter can stand there; leave them out{instead}"
+    )
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -136,14 +185,17 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if isinstance(model, Transformer):
-        return {name: m for name, m in found.items() if _last(name) in LINEARS}
+        return {name: m for name, m in found.items() if kind_of(name) in LINEARS}
     inner: Any = model.get_submodule("inner")
     taken = {id(inner.get_output_embeddings()), *(id(layer.base) for _, layer in adapters(model))}
     return {name: m for name, m in found.items() if id(m) not in taken}
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+def kind_of(name: str) -> str:
+    """The last part of a module's name; of a numbered one with its parent: `mlp.0`."""
+    parts = name.split(".")
+    words = [at for at, part in enumerate(parts) if not part.isdigit()]
+    return ".".join(parts[words[-1] if words else 0 :])
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
