@@ -10,7 +10,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "design.md"
 LONGEST = 90  # characters, so that a line of the tree fits a window
-ROOMS = ["chat", "data", "model", "generate", "evaluate", "train", "stages"]
+ROOMS = ["chat", "data", "model", "generate", "evaluate", "train", "rl", "stages"]
 ROOMS += ["report", "doctor", "demo"]
 
 

@@ -1,11 +1,22 @@
 """Whether a file can be written is told before the work, and it is written whole or not at all."""
 
 import os
+import subprocess
+from contextlib import suppress
 
 import pytest
 
 from whet.errors import UserError
-from whet.files import nearest, replaced, unwritable, unwritable_folder
+from whet.files import (
+    nearest,
+    read_json,
+    remove_leftovers,
+    replaced,
+    replaced_folder,
+    unwritable,
+    unwritable_folder,
+    write_json,
+)
 
 READ = "the command reads or writes this already; give another path"
 TEXT = ("text", lambda path: path.suffix == ".txt")
@@ -83,3 +94,33 @@ def write(path, error):
         aside.write_text("other")
         if error:
             raise error
+
+
+def test_a_folder_is_replaced_or_stays(folder):
+    with replaced_folder(folder / "new", 10) as aside:
+        write_json(aside / "a.json", {"a": "ä"})
+    assert read_json(folder / "new/a.json") == {"a": "ä"}
+    with suppress(KeyError), replaced_folder(folder / "new", 10) as aside:
+        write_json(aside / "a.json", {})
+        raise KeyError
+    assert read_json(folder / "new/a.json") == {"a": "ä"}
+    assert os.listdir(folder / "new") == ["a.json"]
+    with pytest.raises(UserError, match=r"read\.txt: expected a folder to write into"):  # noqa: SIM117
+        with replaced_folder(folder / "read.txt", 10):
+            pass
+
+
+def test_what_a_killed_process_left_is_removed(folder):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    leftovers = [f".best.{dead.pid}.saving", f".x.json.{dead.pid}.saving"]
+    kept = [f".y.{os.getppid()}.saving", ".notes.saving", "z.1.saving"]
+    os.makedirs(folder / leftovers[0] / "deep")
+    for name in [leftovers[1], *kept]:
+        (folder / name).touch()
+    before = set(os.listdir(folder))
+    with replaced(folder / "empty") as aside:
+        aside.touch()
+    assert set(os.listdir(folder)) == before - set(leftovers)
+    remove_leftovers(folder, locked=True)
+    assert set(os.listdir(folder)) == before - {*leftovers, kept[0]}

@@ -24,12 +24,13 @@ ORDER = {
     "generate": 4,
     "evaluate": 5,
     "train": 6,
-    "stages": 7,
-    "report": 8,  # stands aside: nothing imports it
-    "doctor": 8,  # stands aside: nothing imports it
-    "demo": 8,  # stands aside: nothing imports it
-    "cli": 9,
-    "__main__": 10,
+    "rl": 7,
+    "stages": 8,
+    "report": 9,  # stands aside: nothing imports it
+    "doctor": 9,  # stands aside: nothing imports it
+    "demo": 9,  # stands aside: nothing imports it
+    "cli": 10,
+    "__main__": 11,
     "__init__": 0,
 }
 FORBIDDEN = {

@@ -21,7 +21,7 @@ COMMANDS = {
     "export": ("whet.model.export", "write a model for other tools, merge adapters"),
     "doctor": ("whet.doctor.command", "prove it: every promise on your model, data and machine"),
     "replay": ("whet.stages.replay", "run one step of a run again and look at it"),
-    "ledger": ("whet.train.ledger", "which documents a step saw, which steps saw a document"),
+    "ledger": ("whet.stages.ledger", "which documents a step saw, which steps saw a document"),
 }
 
 

@@ -1,10 +1,14 @@
-"""Files that are written: whether a path can be, told before the work, and whole or not at all."""
+"""Files that are written: checked before the work, and whole or not at all."""
 
+import errno
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from whet.errors import UserError
 
@@ -15,7 +19,7 @@ Kind = tuple[str, Callable[[Path], bool]]
 def unwritable(
     flag: str, path: str | Path, others: Iterable[str | Path | None] = (), kind: Kind | None = None
 ) -> list[str]:
-    """What speaks against writing the file `path`; empty if nothing does.
+    """The problems of writing the file `path`; empty if there are none.
 
     `others` are what the command reads or writes besides: none of it may be lost. With `kind`, a
     file that exists must be of this kind to be replaced.
@@ -34,7 +38,7 @@ def unwritable(
 def unwritable_folder(
     flag: str, path: str | Path, others: Iterable[str | Path | None] = ()
 ) -> list[str]:
-    """The same for a folder that files are written into."""
+    """The problems of writing files into the folder `path`; empty if there are none."""
     if _is_any(path, others):
         return [f"{flag} {path}: the command reads or writes this already; give another path"]
     if os.path.exists(path) and not os.path.isdir(path):
@@ -43,9 +47,38 @@ def unwritable_folder(
 
 
 def nearest(folder: str | Path) -> Path:
-    """`folder`, or what is there of the folders above it."""
+    """`folder`, or the nearest folder above it that exists."""
     path = Path(folder).absolute()
     return next(place for place in (path, *path.parents) if os.path.exists(place))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`. Raises UserError if it is missing or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except (OSError, ValueError, RecursionError) as error:  # also nesting without end
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented UTF-8 JSON and flush it to the disk."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -55,16 +88,131 @@ def replaced(path: str | Path) -> Iterator[Path]:
     Raises UserError where it cannot be written.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.saving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         yield aside
+        flush(aside)
         os.replace(aside, path)
+        flush(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+@contextmanager
+def replaced_folder(
+    folder: Path,
+    nbytes: int,
+    last: Iterable[str] = (),
+    outdated: Callable[[Path], Iterable[Path]] = lambda folder: (),
+) -> Iterator[Path]:
+    """A temporary folder whose files replace those of `folder` when the block succeeds.
+
+    `nbytes` is the space they will take. A new folder appears by one rename. In an existing one the
+    files named in `last` are removed first and written last, so that a kill in between leaves a
+    folder without them, never a mixture; its other files stay, except those `outdated` lists.
+    Raises UserError if `folder` is a file or the disk is full.
+    """
+    created = not folder.exists()
+    if not created and not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder to write into, found a file")
+    parent = folder.parent if created else folder
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(parent)
+    aside = parent / f".{folder.name}.{os.getpid()}.saving"
+    try:
+        with full_disk_reported(folder, nbytes):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            yield aside
+            for path in [*aside.rglob("*"), aside]:
+                flush(path)
+            if created:
+                os.rename(aside, folder)
+            else:
+                _replace_files(aside, folder, set(last), outdated)
+            flush(folder)
+            flush(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace_files(
+    aside: Path, folder: Path, last: set[str], outdated: Callable[[Path], Iterable[Path]]
+) -> None:
+    for name in last:
+        (folder / name).unlink(missing_ok=True)
+    flush(folder)
+    for path in outdated(folder):
+        path.unlink(missing_ok=True)
+    for path in sorted(aside.iterdir(), key=lambda path: path.name in last):
+        if path.is_dir():  # such as further chat templates; one rename cannot replace a directory
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        os.replace(path, folder / path.name)
+
+
+def remove_leftovers(folder: Path, *, locked: bool = False) -> None:
+    """Remove what killed processes left half-written in `folder` (`.NAME.PROCESS.saving`).
+
+    `locked`: nobody writes there now. Else the files of processes that run are kept; in a container
+    that was started again, a number may be another process's by now.
+    """
+    for path in folder.glob(".*.saving"):
+        process = path.name.split(".")[-2]
+        if not process.isdigit() or (not locked and _runs(int(process))):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def full_disk_reported(path: Path, nbytes: int) -> Iterator[None]:
+    """Raise UserError if `nbytes` do not fit on the disk of `path`, or if the block finds it full.
+
+    A limit on the size of a file (`ulimit -f`) and a quota count as a full disk.
+    """
+    free = shutil.disk_usage(nearest(path)).free
+    needed = f"{path}: no space: it needs {_size(nbytes)}, {_size(free)} are free"
+    if nbytes > free:
+        raise UserError(f"{needed}; free some or choose another --out")
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not (reason := _full(error)):
+            raise
+        raise UserError(f"{needed} ({reason}); nothing was written under its name") from None
+
+
+def _full(error: Exception) -> str | None:
+    """The system's words for a full disk if that is what `error` means. The libraries for weights
+    report it in exceptions of their own."""
+    if getattr(error, "errno", None) in _FULL:
+        return os.strerror(error.errno)  # type: ignore[attr-defined]
+    found = next((os.strerror(e) for e in _FULL if os.strerror(e) in str(error)), None)
+    return "torch.save failed" if not found and "enforce fail" in str(error) else found
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _is_any(path: str | Path, others: Iterable[str | Path | None]) -> bool:
@@ -77,9 +225,9 @@ def _is_same(path: str | Path, other: str | Path) -> bool:
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
-def _unwritable_in(told: str, folder: Path) -> list[str]:
+def _unwritable_in(what: str, folder: Path) -> list[str]:
     try:
         with tempfile.TemporaryFile(dir=nearest(folder)):
             return []
     except OSError as error:
-        return [f"{told}: cannot be written: {error.strerror}"]
+        return [f"{what}: cannot be written: {error.strerror}"]

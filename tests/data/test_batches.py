@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import h5py
@@ -14,6 +15,7 @@ from whet.data.batches import (
     global_batch_rows,
     micro_batch_count,
     micro_batches,
+    per_document,
     positions_of,
     steps_per_epoch,
 )
@@ -158,3 +160,25 @@ def test_a_store_in_another_process_reads_the_same(store):
     copy = pickle.loads(pickle.dumps(store))
     assert isinstance(copy, PackedStore)
     assert (copy.rows([3]).tokens == store.rows([3]).tokens).all()
+
+
+def test_named_tensors_are_cut_moved_and_filled_up_with_the_rest(store):
+    batch = next(get_sft_batch_iterator(store, 5))
+    tokens, documents = torch.rand(batch.tokens.shape), torch.rand(5, 4)
+    batch = dataclasses.replace(batch, extra={"place": tokens, "document": documents})
+    parts = micro_batches(batch, 2, 4)
+    for name, whole in (("place", tokens), ("document", documents)):
+        assert torch.equal(torch.cat([part.extra[name] for part in parts])[:5], whole)
+        assert not torch.cat([part.extra[name] for part in parts])[5:].any()
+    assert {v.device.type for v in parts[0].to("meta").extra.values()} == {"meta"}
+
+
+def test_sums_per_document_by_the_definition():
+    segments = torch.tensor([[1, 1, 2, 0], [1, 2, 3, 3]])
+    x = torch.tensor([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0]], requires_grad=True)
+    expected = torch.tensor([[8.0, 3.0, 4.0, 0.0], [0.0, 16.0, 32.0, 192.0]])
+    assert torch.equal(per_document(x, segments), expected)
+    assert torch.equal(per_document(x, segments, 5)[:, :4], expected)
+    per_document(x, segments)[:, 3].sum().backward()
+    assert x.grad.tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
+    assert per_document(x[:0], segments[:0]).shape == (0, 1)

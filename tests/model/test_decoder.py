@@ -169,3 +169,47 @@ def test_a_new_model_starts_at_the_loss_of_guessing():
     init_weights(decoder, 0)
     result = decoder(tokens, targets=targets, weight=weight)
     assert float(result.loss.detach() / weight.sum()) == pytest.approx(3.912, abs=0.05)  # ln 50
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_losses_with_a_gradient_are_those_of_the_logits(temperature):
+    decoder = model()
+    tokens, targets, weight = batch()
+    parameters = list(decoder.parameters())
+    logits = decoder(tokens) / temperature
+    full = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+    expected = torch.where(weight != 0, full, 0.0)
+    found = decoder(tokens, targets=targets, weight=weight, per_token=True, temperature=temperature)
+    assert torch.allclose(found.nll, expected, atol=1e-5)
+    assert torch.allclose(found.loss, (weight * expected).sum(), rtol=1e-5)
+    wanted = torch.autograd.grad(expected.tanh().sum(), parameters)
+    got = torch.autograd.grad(found.nll.tanh().sum(), parameters)
+    for mine, other in zip(got, wanted, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_score_is_the_same_padded_packed_and_alone():
+    """One number at a document's last token, which depends on the document alone."""
+    decoder = Transformer(dataclasses.replace(model().config, score=True))
+    init_weights(decoder, 2)
+    assert torch.equal(decoder.score.weight, torch.zeros(1, decoder.config.width))
+    torch.nn.init.normal_(decoder.score.weight)
+    documents = [
+        torch.randint(1, 50, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 3)
+    ]
+    alone = []
+    for document in documents:
+        weight = torch.zeros(1, len(document))
+        weight[0, -1] = 1.0
+        alone.append(decoder(document[None], weight=weight)[0, -1])
+    packed = torch.cat([*documents, torch.zeros(7, dtype=torch.long)])[None]
+    segments = torch.repeat_interleave(torch.tensor([1, 2, 3, 0]), torch.tensor([5, 9, 3, 7]))[None]
+    weight = torch.zeros(packed.shape)
+    ends = torch.tensor([5, 9, 3]).cumsum(0) - 1
+    weight[0, ends] = 1.0
+    found = decoder(packed, None, segments, weight=weight)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found[0, ends], torch.stack(alone), atol=1e-6)
+    assert torch.equal(found != 0, weight != 0)
+    found.sum().backward()
+    assert decoder.embed.weight.grad is not None

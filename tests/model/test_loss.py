@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whet.model.loss import chunk_tokens, linear_cross_entropy, sft_loss
+from whet.model.loss import chunk_tokens, linear_cross_entropy, linear_nll, sft_loss
 
 
 def random_logits(rows=2, length=7, vocab=11, seed=0):
@@ -201,3 +201,75 @@ def test_no_more_logits_than_a_chunk_exist(monkeypatch):
 @pytest.mark.parametrize(("vocab", "tokens"), [(32_000, 512), (49_152, 256), (10**9, 128)])
 def test_the_chunk_shrinks_as_the_vocabulary_grows(vocab, tokens):
     assert chunk_tokens(vocab, torch.device("cpu")) == tokens
+
+
+def any_function(nll):
+    """No weighted sum of the tokens' losses: a product of means, and a clipped part."""
+    return nll[:6].mean().exp() * nll[6:].mean() + (nll - 2.0).clamp(min=0).square().sum()
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 13])
+@pytest.mark.parametrize(("softcap", "logit_scale"), [(None, 1.0), (2.0, 1.0), (3.0, 0.5)])
+def test_any_function_of_token_losses_has_the_gradient_of_full_logits(chunk, softcap, logit_scale):
+    hidden, weight, offsets, targets, _ = head()
+    leaves = (hidden, weight, offsets)
+    ones = torch.ones(len(targets))
+    logits = F.linear(hidden, weight, offsets) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    nll = linear_nll(
+        hidden,
+        weight,
+        targets,
+        bias=offsets,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk=chunk,
+    )
+    assert torch.allclose(nll, expected, atol=1e-5)
+    wanted = torch.autograd.grad(any_function(expected), leaves)
+    for mine, other in zip(torch.autograd.grad(any_function(nll), leaves), wanted, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5)
+    summed, _ = linear_cross_entropy(
+        hidden, weight, targets, ones, bias=offsets, softcap=softcap, logit_scale=logit_scale
+    )
+    assert torch.allclose(nll.sum(), summed, rtol=1e-6)
+
+
+def test_token_losses_agree_with_finite_differences():
+    hidden, weight, bias, targets, _ = head(tokens=4, dtype=torch.float64)
+
+    def losses(h, w, b):
+        return linear_nll(h, w, targets, bias=b, chunk=3)
+
+    # float32 by contract, hence the wide step and tolerance.
+    assert torch.autograd.gradcheck(
+        losses, (hidden, weight, bias), eps=1e-2, atol=1e-3, rtol=1e-2, nondet_tol=0.0
+    )
+
+
+def test_token_losses_of_a_frozen_head_and_of_nothing():
+    hidden, weight, _, targets, _ = head()
+    weight.requires_grad_(False)
+    linear_nll(hidden, weight, targets).sum().backward()
+    assert weight.grad is None
+    assert hidden.grad.abs().sum() > 0
+    none = torch.zeros(0, dtype=torch.long)
+    hidden, weight, bias, targets, _ = head()
+    linear_nll(hidden[none], weight, targets[none], bias=bias).sum().backward()
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in (hidden, weight, bias))
+
+
+def test_token_losses_under_autocast_are_near_float32():
+    hidden, weight, bias, targets, _ = head(tokens=64, width=32, vocab=50)
+    leaves = (hidden, weight, bias)
+    exact = linear_nll(hidden, weight, targets, bias=bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        nll = linear_nll(hidden, weight, targets, bias=bias, chunk=9)
+    assert nll.dtype == torch.float32
+    assert float((nll - exact).abs().max()) <= 0.1
+    wanted = torch.autograd.grad(exact.square().sum(), leaves)
+    for mine, other in zip(torch.autograd.grad(nll.square().sum(), leaves), wanted, strict=True):
+        assert mine.dtype == other.dtype
+        assert (mine - other).norm() <= 2e-2 * other.norm()

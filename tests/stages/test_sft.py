@@ -20,7 +20,6 @@ from whet.data.store import DOCUMENT, PackedStore, StoreWriter
 from whet.model import attention
 from whet.model.hf.checkpoint import load_backbone_from_ckpt
 from whet.train.evaluation import Evaluator
-from whet.train.session import fingerprint
 from whet.train.stage import Evaluation
 
 
@@ -101,7 +100,7 @@ def test_out_ckpt_and_lineage(world, tmp_path):
     assert lineage["base"] == str(world / "base")
     assert lineage["metrics"]["dev_loss"] > 0
     assert lineage["config_hash"] == sha256((out / "config.toml").read_bytes()).hexdigest()
-    assert lineage["data_hash"] == fingerprint(PackedStore(world / "train.h5"))
+    assert lineage["data_hash"] == PackedStore(world / "train.h5").fingerprint
     assert lineage["tokenizer_hash"] == tiny.tokenizer().hash
 
 

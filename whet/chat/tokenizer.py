@@ -6,7 +6,6 @@ which token ends a text, which strings are control tokens, which template the di
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
+from whet.files import replaced
 from whet.tokenizer_files import convert, find_convertible, with_ends
 
 END_OF_TEXT = "<|endoftext|>"
@@ -369,6 +369,5 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    with replaced(file) as aside:
+        aside.write_text(text, encoding="utf-8")

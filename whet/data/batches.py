@@ -6,8 +6,8 @@ resuming at any step costs nothing, and another number of ranks reads the same g
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ class Batch:
     rows: np.ndarray  # (B,) row numbers in the file, -1 for an empty row
     documents: np.ndarray  # numbers of the documents in the file's table
     plan: Any = None  # how the model lays the tokens out, if the stage has worked it out on the CPU
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What a stage needs besides, by name: (B, T), a number for each place, or (B, S + 1), one for
+    each document as `per_document` orders them."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch, with its plan, on `device`."""
@@ -46,9 +49,12 @@ class Batch:
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A dataclass with `function` applied to the tensors in it, and in dataclasses in it."""
+    """A dataclass with `function` applied to the tensors in it, also in its dataclasses and
+    mappings."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, Mapping):
+        return {name: map_tensors(item, function) for name, item in value.items()}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -146,6 +152,17 @@ def make_batch(
     )
 
 
+def per_document(x: Tensor, segments: Tensor, count: int | None = None) -> Tensor:
+    """Sums of `x` (B, T) over the documents `segments` (B, T) -> (B, count + 1), with a gradient.
+
+    Column s is document s of the row, column 0 the padding. `count` is the most documents in a row;
+    None asks the tensor for it, and so waits for a GPU.
+    """
+    if count is None:
+        count = int(segments.max()) if segments.numel() else 0
+    return x.new_zeros(len(x), count + 1).scatter_add(1, segments, x)
+
+
 def positions_of(segment_ids: np.ndarray) -> np.ndarray:
     """Positions (B, T) int64 that count from 0 wherever the segment changes."""
     places = np.arange(segment_ids.shape[1])
@@ -179,9 +196,9 @@ def micro_batches(batch: Batch, micro_batch_size: int, count: int | None = None)
 def _cut(batch: Batch, start: int, size: int) -> Batch:
     rows = batch.rows[start : start + size]
     empty = size - len(rows)
-    cut: dict[str, Any] = {
-        field.name: torch.nn.functional.pad(value[start : start + size], (0, 0, 0, empty))
-        for field in dataclasses.fields(batch)
-        if isinstance(value := getattr(batch, field.name), Tensor)
-    }
-    return dataclasses.replace(batch, rows=np.append(rows, np.full(empty, -1)), **cut)
+
+    def part(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor[start : start + size], (0, 0, 0, empty))
+
+    cut = map_tensors(dataclasses.replace(batch, plan=None), part)
+    return dataclasses.replace(cut, rows=np.append(rows, np.full(empty, -1)))

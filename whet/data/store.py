@@ -6,6 +6,7 @@ under the file's own name. `PackedStore` reads it, and any HDF5 file that has `t
 `loss_mask`.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -272,6 +273,58 @@ class PackedStore:
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
         """The entries of `documents` that lie in `rows`, row after row; none without a table."""
         return self.documents[self.document_ids(rows)] if len(self.documents) else self.documents
+
+    @property
+    def fingerprint(self) -> str:
+        """Distinguishes packed files without reading all tokens."""
+        digest = hashlib.sha256(self.loss_tokens.tobytes())
+        digest.update(json.dumps(self.attrs, sort_keys=True, default=str).encode())
+        return digest.hexdigest()[:32]
+
+    def numbers(self, rows: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        """The number, in `documents`, of document `segments[i]` (from 1) of row `rows[i]`."""
+        rows = np.asarray(rows, self.document_rows.dtype)
+        return np.searchsorted(self.document_rows, rows, "left") + np.maximum(segments - 1, 0)
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """The files that the documents were read from; the attribute holds names, or objects with
+        a `path`."""
+        entries = self.attrs.get("sources")
+        entries = entries if isinstance(entries, list) else []
+        return [str(e.get("path", e) if isinstance(e, dict) else e) for e in entries]
+
+    def places(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """`file` and `line` of documents; without a table the packed file and the row, from 1."""
+        found = []
+        for number in numbers:
+            if number < len(self.documents):
+                entry = self.documents[number]
+                source = int(entry["source"])
+                known = 0 <= source < len(self.sources)
+                name = self.sources[source] if known else f"source {source}"
+                found.append({"file": name, "line": int(entry["line"])})
+            else:
+                row = int(self.document_rows[number])
+                found.append({"file": str(self.path), "line": row + 1})
+        return found
+
+    def find(self, file: str, line: int) -> np.ndarray:
+        """The numbers of the documents of a line; the end of the file's name is enough.
+
+        Raises UserError if there is no such source or document.
+        """
+        if len(self.documents) == 0 and Path(file).name == self.path.name:
+            return np.flatnonzero(self.document_rows == line - 1)
+        fits = [i for i, s in enumerate(self.sources) if s == file or s.endswith("/" + file)]
+        if not fits:
+            names = ", ".join(self.sources)
+            raise UserError(f"{file}:{line}: no such source; there are {names}")
+        table = self.documents
+        found = np.flatnonzero(np.isin(table["source"], fits) & (table["line"] == line))
+        if len(found) == 0:
+            raise UserError(f"{file}:{line}: no document of {self.path} comes from there")
+        return found
 
     def texts(self, name: str) -> list[str]:
         """A dataset of texts (`refusals`: a JSON object each); empty if the file has none."""

@@ -22,6 +22,7 @@ from whet.demo import world
 from whet.errors import UserError
 from whet.evaluate import command as evaluate
 from whet.evaluate.answers import extract_answer, same_number
+from whet.files import write_json
 from whet.generate.engine import generate
 from whet.generate.opened import open_model
 from whet.progress import say
@@ -83,7 +84,7 @@ def run(out: Path, seed: int, size: Size) -> dict[str, Any]:
         "seed": seed,
     }
     _show_result(out, summary, made.test[0], told[0])
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "summary.json", summary)
     return summary
 
 

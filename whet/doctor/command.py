@@ -5,7 +5,6 @@ the reason. Exit code 1 if anything fails.
 """
 
 import dataclasses
-import json
 import os
 import platform
 import tempfile
@@ -33,7 +32,7 @@ from whet.doctor.subject import (
     sample_rows,
 )
 from whet.errors import UserError
-from whet.files import replaced, unwritable
+from whet.files import replaced, unwritable, write_json
 from whet.hub import find_model
 from whet.model.hf.checkpoint import load_backbone_from_ckpt
 from whet.progress import say, track
@@ -105,7 +104,7 @@ def main(config: Config) -> int:
     if config.json is not None:
         content = {"machine": machine(), **_settings(config), **count, "claims": rows}
         with replaced(config.json) as aside:
-            aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_json(aside, content)
     return 1 if count["fail"] else 0
 
 

@@ -1,6 +1,5 @@
 """`whet eval`: dev loss and GSM8K accuracy of a model."""
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from whet.config import problems
 from whet.data.store import PackedStore
 from whet.evaluate.dev import dev_loss, misfits
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
-from whet.files import replaced, unwritable
+from whet.files import replaced, unwritable, write_json
 from whet.generate.opened import Device, Opened, Precision, open_model
 from whet.progress import say
 
@@ -85,8 +84,7 @@ def main(config: Config) -> int:
     numbers["seconds"] = round(time.monotonic() - started, 3)
     if config.json:
         with replaced(config.json) as aside:
-            text = json.dumps(numbers, indent=2, ensure_ascii=False)
-            aside.write_text(f"{text}\n", encoding="utf-8")
+            write_json(aside, numbers)
     if config.samples:
         write_samples(samples, config.samples)
     return 0

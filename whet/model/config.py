@@ -94,6 +94,9 @@ class ModelConfig:
     """Adds a trained vector per position to the embedding (GPT-2)."""
     tied: bool = False
     """The head is the embedding matrix."""
+    score: bool = False
+    """One number a token in place of logits: a reward model or a critic (a row of weights, no
+    bias)."""
 
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
@@ -131,7 +134,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_size")
-        flags = ("learned_positions", "tied", "pre_norm", "post_norm", "gated_mlp", "qkv_bias")
+        flags = (
+            "learned_positions",
+            "tied",
+            "score",
+            "pre_norm",
+            "post_norm",
+            "gated_mlp",
+            "qkv_bias",
+        )
         found = _no_counts(vars(self), (*counts, "mlp_width", "max_positions"))
         found += _no_numbers(vars(self), ("embed_scale", "residual_scale", "logit_scale"))
         found += _not_among(

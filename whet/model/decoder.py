@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
-from whet.model.loss import linear_cross_entropy, product_type
+from whet.model.loss import linear_cross_entropy, linear_nll, product_type
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
 
@@ -43,7 +43,7 @@ class TokenLoss(NamedTuple):
     loss: Tensor
     """Sum of weight x nll, a float32 scalar with a gradient."""
     nll: Tensor
-    """-ln p(target) (B, T), float32, detached; 0 where the weight is 0."""
+    """-ln p(target) (B, T), float32, 0 where the weight is 0; detached unless `per_token`."""
 
 
 class RMSNorm(nn.Module):
@@ -174,7 +174,9 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(config.max_positions, config.width)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config, config.width)
-        if not config.tied:
+        if config.score:
+            self.score = nn.Linear(config.width, 1, bias=False)
+        elif not config.tied:
             self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
         self.recompute: Recompute = "none"
 
@@ -186,11 +188,13 @@ class Transformer(nn.Module):
         *,
         targets: Tensor | None = None,
         weight: Tensor | None = None,
+        per_token: bool = False,
+        temperature: float = 1.0,
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
         plan: AttentionPlan | None = None,
     ) -> Tensor | TokenLoss:
-        """Logits, or with `targets` the loss.
+        """Logits, or with `targets` the loss, or of a model with a score its numbers.
 
         tokens (B, T). `segments` (B, T): 0 is padding, each run of another number one document;
         None is one document a row. `positions` (B, T): None counts from 0 in each document.
@@ -201,6 +205,11 @@ class Transformer(nn.Module):
 
         With `targets` and `weight` (B, T): TokenLoss, made without the logits of untrained
         positions. Where nothing is trained, the loss is 0 with a gradient (of 0) to all parameters.
+        With `per_token` its nll has a gradient, too, so that a loss may be any function of it; the
+        distribution is then softmax(logits / `temperature`), from which a policy has sampled.
+
+        A model with a `score` (reward model, critic) gives with `weight` its number at each token
+        that has one, (B, T) float32, and 0 elsewhere; it has no logits.
 
         `plan` is what `plan_documents` gives for these segments and weights. Passing one that was
         made on the CPU saves the GPU a synchronisation.
@@ -214,13 +223,21 @@ class Transformer(nn.Module):
             plan = plan_documents(tokens.shape, tokens.device, segments, weight)
         if positions is not None:
             plan = plan.at(positions)
-        if targets is None:
+        if targets is None and not self.config.score:
             x = plan.unpack(self._layers(plan.pack(tokens), plan), tokens.shape)
             return self._logits(x, logits_at)
-        assert weight is not None, "targets need weights"
+        assert weight is not None, "targets and scores need weights"
         if tokens.device.type == "cpu" and positions is None and self.prefixes_are_equal:
             plan = share_prefixes(plan, plan.pack(tokens))
         x = self._layers(plan.pack(tokens), plan, plan.trained)
+        if self.config.score:
+            with torch.autocast(
+                x.device.type, enabled=False
+            ):  # one row: its rounding is not worth it
+                return _spread(self.score(x.float())[:, 0], plan, weight)
+        assert targets is not None
+        if per_token:
+            return self._token_nll(x, targets, weight, plan, temperature)
         return self._loss(x, targets, weight, plan)
 
     def _layers(self, tokens: Tensor, plan: Plan, keep: Tensor | None = None) -> Tensor:
@@ -269,9 +286,23 @@ class Transformer(nn.Module):
             softcap=self.config.logit_softcap,
             logit_scale=self.config.logit_scale,
         )
-        return TokenLoss(
-            loss, weight.new_zeros(weight.numel()).index_put((where,), nll).view_as(weight)
+        return TokenLoss(loss, _spread(nll, plan, weight))
+
+    def _token_nll(
+        self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
+    ) -> TokenLoss:
+        """The same with a gradient for each token's nll."""
+        cap = self.config.logit_softcap  # z/T = cap/T tanh((scale/T) z / (cap/T))
+        nll = linear_nll(
+            x,
+            self.head_weight,
+            targets.flatten()[plan.trained_index],
+            bias=self.head_bias,
+            softcap=None if cap is None else cap / temperature,
+            logit_scale=self.config.logit_scale / temperature,
         )
+        spread = _spread(nll, plan, weight)
+        return TokenLoss((weight * spread).sum(), spread)
 
     @property
     def prefixes_are_equal(self) -> bool:
@@ -290,6 +321,12 @@ class Transformer(nn.Module):
         return None if self.config.tied else self.head.bias
 
 
+def _spread(values: Tensor, plan: AttentionPlan, weight: Tensor) -> Tensor:
+    """values (S,) of the trained tokens -> (B, T) float32, 0 elsewhere."""
+    zeros = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
+    return zeros.index_put((plan.trained_index,), values.float()).view(weight.shape)
+
+
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
     """Initial values, the one table of them.
@@ -298,7 +335,7 @@ def init_weights(model: Transformer, seed: int) -> None:
     embedding, positions, q k v, gate up     normal, std = config.init_std
     o and down (write to the residual)       normal, std = init_std / sqrt(2 n_layers)
     untied head                              normal, std = init_std
-    biases                                   0
+    biases, score                            0
     norms                                    the identity
     ======================================  ==========================================
 
@@ -313,7 +350,7 @@ def init_weights(model: Transformer, seed: int) -> None:
         if "norm" in module:
             offset = model.config.norm_offset if model.config.norm == "rms" else 0.0
             parameter.fill_(0.0 if kind == "bias" else 1.0 - offset)
-        elif kind == "bias":
+        elif kind == "bias" or module == "score":
             parameter.zero_()
         else:
             values = torch.empty(parameter.shape, dtype=torch.float32)

@@ -17,9 +17,8 @@ from tyro.conf import Positional
 from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
-from whet.files import replaced, unwritable, unwritable_folder
+from whet.files import read_json, replaced, unwritable, unwritable_folder
 from whet.hub import find_model
-from whet.model.atomic import read_json
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
 from whet.model.hf.checkpoint import (

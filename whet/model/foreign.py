@@ -67,7 +67,7 @@ class ForeignModel(nn.Module):
             hf=inner.config.to_dict(),
         )
         self.switch = _switch(inner)
-        self.recompute_: Recompute = "none"
+        self.recomputing = False
         self.train()
         self.logit_scale, self.softcap = _head(inner)
         _refuse_looking_ahead(self)
@@ -94,18 +94,19 @@ class ForeignModel(nn.Module):
 
     @property
     def recompute(self) -> Recompute:
-        """Which activations are recomputed in the backward pass."""
-        return self.recompute_
+        """Which activations are recomputed in the backward pass: `none`, or all of them: `full`."""
+        return "full" if self.recomputing else "none"
 
     @recompute.setter
     def recompute(self, which: Recompute) -> None:
-        if which != "none" and self.recompute_ == "none":
+        # What `selective` keeps is changed in place by the layers of some architectures.
+        if which != "none" and not self.recomputing:
             for layer in self.layers:
                 layer.forward = partial(self._run_layer, layer.forward)
-        self.recompute_ = which
+        self.recomputing = which != "none"
 
     def _run_layer(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        return run_layer(partial(forward, **kwargs), self.recompute_, *args)
+        return run_layer(partial(forward, **kwargs), self.recompute, *args)
 
     @torch.no_grad()
     def grow(self, n_tokens: int, multiple: int = 64) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from whet.errors import UserError
-from whet.model.atomic import read_json
+from whet.files import read_json
 from whet.model.foreign import UNLIKE, ForeignModel
 
 WAYS = {

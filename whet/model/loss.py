@@ -1,12 +1,16 @@
 """The masked loss of supervised fine-tuning: its definition, and the fast way to the same number.
 
-`sft_loss` is the definition: readable, from full logits. Training goes through
-`linear_cross_entropy`, which makes logits only where something is trained, a chunk at a time, and
-forms the gradient while it has them. The tests hold the two equal in value and gradient.
+`sft_loss` is the definition: readable, from full logits. SFT trains through `linear_cross_entropy`,
+which makes logits only where something is trained, a chunk at a time, and forms the gradient while
+it has them. The stages after SFT train through `linear_nll`: -ln p of each token, with a gradient,
+for losses that are any other function of them. The tests hold all three equal in value and
+gradient.
 
 Shape letters: B batch, T tokens, D width, V vocabulary, M trained tokens.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +71,28 @@ def linear_cross_entropy(
     return loss, nll
 
 
+def linear_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """-ln p(target) of each token (M,), float32, with gradients to hidden, weight and bias.
+
+    Arguments as in `linear_cross_entropy`. Any function of the result may be differentiated. The
+    backward pass makes the logits a second time, a chunk at a time: four products with the head
+    instead of three, and still never all logits. A frozen head (`weight` without a gradient) saves
+    one of them.
+    """
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
+    nll: Tensor = _LinearNll.apply(hidden, weight, bias, targets, softcap, logit_scale, chunk)
+    return nll
+
+
 def product_type(x: Tensor) -> torch.dtype:
     """The type in which a linear layer would multiply `x` here: autocast's, or its own."""
     device = x.device.type
@@ -85,12 +111,7 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forms the gradients of the summed loss in the forward pass; the backward only scales them.
-
-    With p the softmax, y the one-hot target and f = token_weight * logit_scale, the gradient in the
-    logits is f * (p - y). The factor f, one number per token, is applied to the small matrices
-    beside it and not to the (m, V) one.
-    """
+    """Forms the gradients of the summed loss in the forward pass; the backward only scales them."""
 
     @staticmethod
     def forward(
@@ -106,36 +127,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = product_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            matrix = weight.to(dtype)
+            head = _Head(weight.to(dtype), bias, softcap, logit_scale, chunk)
             token_weight = token_weight.float()
-            factor = (token_weight * logit_scale)[:, None]
             nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-            needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-            grad_bias = None
-            if bias is not None and needs_bias:
-                grad_bias = torch.zeros_like(bias, dtype=torch.float32)
-            # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
-            buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
-
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
-                x = hidden[part].to(dtype)
-                logits = torch.mm(x, matrix.t(), out=buffer[: len(x)]).float()
-                if bias is not None:
-                    logits += bias
-                nll[part], slope = _softmax_minus_target(
-                    logits, targets[part], softcap, logit_scale
-                )
-                slope = slope.to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = (slope @ matrix) * factor[part]
-                if grad_weight is not None:
-                    _add_product(grad_weight, slope.t(), (x * factor[part]).to(dtype))
-                if grad_bias is not None:
-                    grad_bias += (slope.t() @ factor[part].to(dtype))[:, 0]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            gradients = _Gradients.of(ctx.needs_input_grad, hidden, weight, bias)
+            for part, x, found, slope in head.passes(hidden, targets):
+                nll[part] = found
+                gradients.add(part, x, slope, token_weight[part], head)
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.weight_dtype = weight.dtype
         nll.masked_fill_(token_weight == 0, 0.0)
         ctx.mark_non_differentiable(nll)
@@ -149,6 +148,108 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         weight = weight if weight is None else weight.to(ctx.weight_dtype)
         return hidden, weight, bias, None, None, None, None, None
+
+
+class _LinearNll(torch.autograd.Function):
+    """Keeps the inputs alone; the backward makes each chunk's logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        logit_scale: float,
+        chunk: int,
+    ) -> Tensor:
+        ctx.dtype, ctx.options = product_type(hidden), (softcap, logit_scale, chunk)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _Head(weight.to(ctx.dtype), bias, *ctx.options)
+            nll = hidden.new_empty(len(hidden), dtype=torch.float32)
+            for part, _, found, _ in head.passes(hidden, targets):
+                nll[part] = found
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _Head(weight.to(ctx.dtype), bias, *ctx.options)
+            gradients = _Gradients.of(ctx.needs_input_grad, hidden, weight, bias)
+            for part, x, _, slope in head.passes(hidden, targets):
+                gradients.add(part, x, slope, grad_nll[part].float(), head)
+        found = gradients.weight
+        found = found if found is None else found.to(weight.dtype)
+        return gradients.hidden, found, gradients.bias, None, None, None, None
+
+
+@dataclass
+class _Head:
+    """The head as it multiplies: its matrix (V, D) in the type of products."""
+
+    matrix: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    chunk: int
+
+    def passes(
+        self, hidden: Tensor, targets: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """For each chunk of m tokens: where it lies, its hidden states (m, D) in the type of
+        products, nll (m,), and d nll / d logits up to `logit_scale` (m, V), float32."""
+        # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
+        size = min(self.chunk, len(hidden))
+        buffer = hidden.new_empty(size, len(self.matrix), dtype=self.matrix.dtype)
+        for start in range(0, len(hidden), self.chunk):
+            part = slice(start, start + self.chunk)
+            x = hidden[part].to(self.matrix.dtype)
+            logits = torch.mm(x, self.matrix.t(), out=buffer[: len(x)]).float()
+            if self.bias is not None:
+                logits += self.bias
+            nll, slope = _softmax_minus_target(
+                logits, targets[part], self.softcap, self.logit_scale
+            )
+            yield part, x, nll, slope
+
+
+@dataclass
+class _Gradients:
+    """The gradients of a sum of f x nll, each None where nobody asks for it.
+
+    With p the softmax and y the one-hot target, the gradient in the logits is f x logit_scale x
+    (p - y). The factor, one number per token, is applied to the small matrices beside (p - y) and
+    not to the (m, V) one.
+    """
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls, needed: Sequence[bool], hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> "_Gradients":
+        """All of them 0; `needed` says which of hidden, weight and bias want one."""
+        return cls(
+            torch.empty_like(hidden) if needed[0] else None,  # each row is written once
+            torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+            torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
+        )
+
+    def add(self, part: slice, x: Tensor, slope: Tensor, factor: Tensor, head: _Head) -> None:
+        """Add a chunk of m tokens: x (m, D), slope (m, V) of `passes`, factor (m,)."""
+        dtype = head.matrix.dtype
+        slope, factor = slope.to(dtype), (factor * head.logit_scale)[:, None]
+        if self.hidden is not None:
+            self.hidden[part] = (slope @ head.matrix) * factor
+        if self.weight is not None:
+            _add_product(self.weight, slope.t(), (x * factor).to(dtype))
+        if self.bias is not None:
+            self.bias += (slope.t() @ factor.to(dtype))[:, 0]
 
 
 def _softmax_minus_target(

@@ -23,7 +23,7 @@ from whet.stages import sft
 from whet.train.distributed import Ranks
 from whet.train.session import continues, run_stage
 from whet.train.settings import TrainSettings
-from whet.train.stage import Stage
+from whet.train.stage import Documents, Stage
 
 SMALLEST_VOCABULARY = 257
 """Of a byte-level tokenizer: the bytes and the end of a text."""
@@ -202,6 +202,11 @@ def check(config: Config) -> None:
         others = [*config.data, config.tokenizer, config.out]
         found += unwritable("--out_ckpt", config.out_ckpt, others, PT)
     problems(found)
+
+
+def documents(config: Config) -> Documents:
+    """What the ledger of a run with these settings names."""
+    return PackedStore(_packed(config))
 
 
 def main(config: Config) -> int:

@@ -91,6 +91,8 @@ def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: R
     recent = verdict.recent(facts.recent_norms, ranks.device)
     with track("Replaying", step - 1 - facts.step, "steps") as bar:
         while True:
+            if stage.before_step is not None:
+                stage.before_step(facts.step, stage.model, ranks, stop)
             micros = to_device(stage.batches(facts.step), ranks.device)
             result = forward_backward(stage, facts.step, micros, settings, ranks, stop, dtype)
             if facts.step == step - 1:
@@ -99,7 +101,8 @@ def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: R
             count_step(result, facts, settings.clip)
             facts.step += 1
             bar.advance()
-    loss, norm, *_ = result.sums.tolist()
+    loss, norm = result.sums[:2].tolist()
     reason = incidents.judge(loss, norm, facts, settings.clip) or "an ordinary step"
-    documents = ledger.describe(ledger.records_of(result.seen, stage.store), stage.store)
+    records = ledger.records_of(result.seen, stage.documents)
+    documents = ledger.describe(records, stage.documents)
     return incidents.record(step, reason, loss, norm, documents, run)

@@ -48,9 +48,9 @@ from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.optim import parse_lr_groups
-from whet.train.session import fingerprint, run_stage, total_steps
+from whet.train.session import run_stage, total_steps
 from whet.train.settings import TrainSettings
-from whet.train.stage import Stage, Sums
+from whet.train.stage import Documents, Stage, Sums
 
 USUAL_ADAPTER_LR = 1e-4
 
@@ -197,12 +197,13 @@ def make_stage(
     size = f"{n_rows:,} rows of {store.context_length:,}, {trained:,.0f} trained tokens"
     lineage = {
         **lineage,
-        "data_hash": fingerprint(store),
+        "data_hash": store.fingerprint,
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
     return Stage(
         model=model,
-        store=store,
+        documents=store,
+        dev=dev,
         total_steps=total_steps(config, steps),
         batches=partial(
             batches_of_step,
@@ -394,6 +395,11 @@ def prepare(config: Config, ranks: Ranks) -> Config:
     from whet.stages.plan import with_proposal  # it plans this module's own command
 
     return with_proposal(config, ranks)
+
+
+def documents(config: Config) -> Documents:
+    """What the ledger of a run with these settings names."""
+    return PackedStore(config.data)
 
 
 def main(config: Config) -> int:

@@ -1,6 +1,6 @@
 """What of a base model is trained, and how it is saved: all of it, a part, or an adapter."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
 from whet.model.hf.checkpoint import save_model, save_pt
-from whet.model.lora.lora import LoRA, apply_lora, quantize_base
+from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, quantize_base
 from whet.model.lora.read import continue_adapter
 from whet.model.lora.trained import select_trainable
 from whet.model.lora.write import save_adapter
@@ -65,7 +65,10 @@ def choose_trained(
         return continue_adapter(model, adapter)
     assert lora is not None
     apply_lora(model, lora, new_rows, seed)
-    return lora
+    if isinstance(model, Transformer):
+        return lora
+    kinds = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
+    return replace(lora, targets=",".join(kinds))  # another architecture's: which ones it got
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,20 @@ class Micro:
 
 @contextmanager
 def batches_ahead(
-    batches: Callable[[int], Sequence[Batch]], start: int, end: int, device: torch.device
+    batches: Callable[[int], Sequence[Batch]],
+    start: int,
+    end: int,
+    device: torch.device,
+    *,
+    ahead: bool = True,
 ) -> Iterator[Iterator[list[Micro]]]:
-    """Yields an iterator over the micro-batches of the steps `start` to `end`, on `device`."""
+    """Yields an iterator over the micro-batches of the steps `start` to `end`, on `device`.
+
+    Without `ahead` a step's batch is read when it is asked for, in the caller's thread.
+    """
+    if not ahead:
+        yield (to_device(batches(step), device) for step in range(start, end))
+        return
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, "batches") as pool:
 
@@ -42,10 +53,10 @@ def batches_ahead(
                 return to_device(batches(step), device), side.record_event()
 
         def steps() -> Iterator[list[Micro]]:
-            ahead: Future | None = None
+            coming: Future | None = None
             for step in range(start, end):
-                now = ahead or pool.submit(read, step)
-                ahead = pool.submit(read, step + 1) if step + 1 < end else None
+                now = coming or pool.submit(read, step)
+                coming = pool.submit(read, step + 1) if step + 1 < end else None
                 micros, copied = now.result()
                 if copied is not None:
                     _hand_over(micros, copied)

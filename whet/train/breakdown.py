@@ -16,7 +16,6 @@ from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batc
 from whet.data.store import PackedStore
 from whet.progress import track
 from whet.train.distributed import Ranks, sum_over_ranks
-from whet.train.ledger import source_name
 
 ROWS = 64
 """Dev rows that are looked at: a few hundred documents tell what this is for."""
@@ -79,10 +78,8 @@ def class_names(store: PackedStore) -> list[str]:
 
 def _source_labels(store: PackedStore) -> list[str]:
     """The file name of each source; with its folders where two files have the same name."""
-    sources = store.attrs.get("sources") or []
-    names = [source_name(sources, i) for i in range(len(sources))]
-    short = [name.rpartition("/")[2] for name in names]
-    return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
+    short = [name.rpartition("/")[2] for name in store.sources]
+    return [s if short.count(s) == 1 else n for s, n in zip(short, store.sources, strict=True)]
 
 
 def _turn_names() -> list[str]:

@@ -1,16 +1,18 @@
 """The only optimizer loop. It puts steps, evaluations and saves into their order."""
 
+import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.progress import Progress, track
 from whet.train import distributed, incidents, ledger, memory, verdict
@@ -20,7 +22,7 @@ from whet.train.profile import profiled
 from whet.train.run import RunFolder
 from whet.train.settings import TrainSettings
 from whet.train.signals import Interrupted, Stop
-from whet.train.stage import Stage
+from whet.train.stage import Documents, Stage
 from whet.train.state import tensors_of
 from whet.train.step import (
     StepResult,
@@ -32,6 +34,7 @@ from whet.train.step import (
     lr_of,
 )
 
+R = TypeVar("R")
 LEDGER_EVERY = 32  # steps whose documents wait on the device before they are read
 
 
@@ -45,6 +48,8 @@ class StepNumbers:
     """Gradient norm over all parameters and ranks."""
     tokens: int
     """Of the global batch, without padding."""
+    named: Mapping[str, float]
+    """What else the loss function gave for the log."""
     asked: bool
     """Whether some rank was asked to stop."""
     skipped: str | None
@@ -69,27 +74,33 @@ def train(
     """
     facts, seen, asked = run.facts, list[ledger.Seen](), 0
     dtype, recent = dtype_of(settings), verdict.recent(facts.recent_norms, ranks.device)
-    queued, read_at = deque[tuple[float, StepResult]](), 0.0
+    queued, read_at = deque[tuple[float, StepResult, Mapping[str, float]]](), 0.0
 
     def read(left: int) -> None:
         """Read and log queued steps until `left` of them are left."""
         nonlocal asked, read_at
         while len(queued) > left:
-            started, result = queued.popleft()
+            started, result, made = queued.popleft()
             numbers = settle_step(result, stage, settings, run, ranks)
             if numbers.asked:
                 asked = stop.number or signal.SIGTERM
             seen.extend(result.seen)
             # A queued step begins, for the device, where the one before it ended.
             started, read_at = max(started, read_at), time.monotonic()
-            _log_step(result, numbers, read_at - started, settings, stage, run, bar)
+            _log_step(result, numbers, made, read_at - started, settings, stage, run, bar)
 
     def save(wait: bool) -> None:
-        _write_ledger(seen, stage.store, run, ranks)
+        _write_ledger(seen, stage.documents, run, ranks)
         run.save(tensors_of(stage.model, optimizers), wait=wait)
 
     with (
-        batches_ahead(stage.batches, facts.step, stage.total_steps, ranks.device) as batches,
+        batches_ahead(
+            stage.batches,
+            facts.step,
+            stage.total_steps,
+            ranks.device,
+            ahead=stage.before_step is None,
+        ) as batches,
         _bar(stage, run) as bar,
         profiled(settings.profile, run, stage.total_steps - facts.step) as step_done,
     ):
@@ -108,19 +119,27 @@ def train(
             if to_save:
                 save(wait=at_end or not settings.save_async)
             if at_end:
-                _write_ledger(seen, stage.store, run, ranks)
+                _write_ledger(seen, stage.documents, run, ranks)
                 return 0
-            started = time.monotonic()
+            started, made = time.monotonic(), dict[str, float]()
+            if stage.before_step is not None:
+                read(left=0)
+                step = partial(stage.before_step, facts.step, stage.model, ranks, stop)
+                found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                if found is None:
+                    asked = asked or stop.number or signal.SIGTERM
+                    continue
+                made |= found
             result = forward_backward(
                 stage, facts.step, next(batches), settings, ranks, stop, dtype
             )
             apply_step(result, stage, settings, optimizers, recent)
-            queued.append((started, result))
+            queued.append((started, result, made))
             facts.step += 1
             step_done()
             read(left=steps_behind(ranks.device))
             if facts.step % LEDGER_EVERY == 0:
-                _write_ledger(seen, stage.store, run, ranks)
+                _write_ledger(seen, stage.documents, run, ranks)
 
 
 def steps_behind(device: torch.device) -> int:
@@ -135,10 +154,12 @@ def settle_step(
 
     All ranks call it, step after step. It judges as the device did: both rules are one.
     """
-    loss, norm, tokens, asked = result.sums.tolist()
+    loss, norm, tokens, asked, *pairs = result.sums.tolist()
     facts = run.facts
     reason = count_step(result, facts, settings.clip)
-    numbers = StepNumbers(loss, norm, int(tokens), asked != 0, reason)
+    named = zip(result.names, pairs[::2], pairs[1::2], strict=True)
+    means = {name: total / count for name, total, count in named if count}
+    numbers = StepNumbers(loss, norm, int(tokens), means, asked != 0, reason)
     if reason is None:
         return numbers
     _record_incident(reason, result, numbers, stage, run, ranks)
@@ -161,15 +182,10 @@ def _evaluate(
 ) -> int:
     """Evaluate and log; returns the signal's number if it was cut short, and logs nothing then."""
     facts = run.facts
-    try:
-        # With several ranks an exception at any moment would leave the others waiting; there the
-        # evaluation itself asks all ranks between its parts.
-        with stop.interruptible(ranks.size == 1), autocast(ranks.device, dtype):
-            found = stage.evaluate(stage.model, ranks, stop)
-    except Interrupted:
+    evaluate = partial(stage.evaluate, stage.model, ranks, stop)
+    found = _between_steps(evaluate, stage, stop, ranks, dtype)
+    if found is None:
         return stop.number or signal.SIGTERM
-    finally:
-        distributed.reshard(stage.model)
     facts.evaluated = facts.step
     for sample in found.samples:
         run.append("samples.jsonl", {"step": facts.step, **sample})
@@ -177,12 +193,33 @@ def _evaluate(
         run.metrics(facts.step, found.metrics, {})
         shown = {k: v for k, v in found.metrics.items() if "/" not in k}
         run.say(f"step {facts.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
-    dev_loss = found.metrics.get("dev_loss")
-    if dev_loss is not None and dev_loss < facts.best_dev_loss:
-        facts.best_dev_loss, facts.best_step = dev_loss, facts.step
+    value = found.metrics.get(stage.best)
+    if value is not None and _is_better(value, facts.best_value, stage.higher_is_better):
+        facts.best_value, facts.best_step = value, facts.step
         if facts.step:
             _save_best(stage, run, found.metrics)
     return 0
+
+
+def _between_steps(
+    call: Callable[[], R], stage: Stage, stop: Stop, ranks: Ranks, dtype: torch.dtype | None
+) -> R | None:
+    """What `call` gives, an evaluation or a rollout; None if a signal cut it short.
+
+    With several ranks an exception at any moment would leave the others waiting; there `call`
+    itself asks all ranks between its parts.
+    """
+    try:
+        with stop.interruptible(ranks.size == 1), autocast(ranks.device, dtype):
+            return call()
+    except Interrupted:
+        return None
+    finally:
+        distributed.reshard(stage.model)
+
+
+def _is_better(value: float, best: float | None, higher: bool) -> bool:
+    return not math.isnan(value) and (best is None or (value > best if higher else value < best))
 
 
 def _save_best(stage: Stage, run: RunFolder, metrics: dict[str, float]) -> None:
@@ -196,6 +233,7 @@ def _save_best(stage: Stage, run: RunFolder, metrics: dict[str, float]) -> None:
 def _log_step(
     result: StepResult,
     numbers: StepNumbers,
+    made: Mapping[str, float],
     seconds: float,
     settings: TrainSettings,
     stage: Stage,
@@ -213,6 +251,8 @@ def _log_step(
         "grad_norm": numbers.norm,
         "tokens": facts.tokens,
         "trained_tokens": result.weight,
+        **numbers.named,
+        **made,
     }
     if numbers.skipped:
         values["skipped"] = 1
@@ -237,18 +277,18 @@ def _record_incident(
 ) -> None:
     """Tell of a step that is not applied, and write its documents; all ranks call it."""
     step = result.step + 1
-    mine = ledger.records_of(result.seen, stage.store)
+    mine = ledger.records_of(result.seen, stage.documents)
     records = ledger.in_order(np.concatenate(distributed.gather(mine, ranks)))
-    documents = ledger.describe(records, stage.store)
+    documents = ledger.describe(records, stage.documents)
     record = incidents.record(step, reason, numbers.loss, numbers.norm, documents, run.path)
     run.incident_found(record)
 
 
 def _write_ledger(
-    seen: list[ledger.Seen], store: PackedStore, run: RunFolder, ranks: Ranks
+    seen: list[ledger.Seen], documents: Documents, run: RunFolder, ranks: Ranks
 ) -> None:
     """Append the documents that wait on all ranks, and empty `seen`."""
-    parts = distributed.gather(ledger.records_of(seen, store), ranks)
+    parts = distributed.gather(ledger.records_of(seen, documents), ranks)
     seen.clear()
     run.append("ledger.bin", ledger.in_order(np.concatenate(parts)).tobytes())
 

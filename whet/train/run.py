@@ -29,7 +29,7 @@ import torch
 
 from whet.config import save
 from whet.errors import UserError
-from whet.files import replaced
+from whet.files import flush, remove_leftovers, replaced, write_json
 from whet.progress import say
 from whet.train import state
 from whet.train.curves import Curves
@@ -88,8 +88,7 @@ class Journal:
         """Bring the file to the disk; raises OSError while records wait for space."""
         if self.waiting and not self.append(b""):
             raise OSError(f"{self.path}: cannot be written")
-        with open(self.path, "rb") as file:
-            os.fsync(file.fileno())
+        flush(self.path)
 
 
 @dataclass
@@ -129,7 +128,7 @@ class RunFolder:
             self.states.mkdir(parents=True, exist_ok=True)
             self._lock()
             with replaced(self.path / "run.json") as aside:
-                state.write_json(aside, about)
+                write_json(aside, about)
             save(config, self.path / "config.toml")
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be written: {error.strerror}") from None
@@ -144,6 +143,8 @@ class RunFolder:
         try:
             self.states.mkdir(parents=True, exist_ok=True)
             state.clean(self.states)
+            for folder in (self.path, self.path / "best"):
+                remove_leftovers(folder, locked=self.lock is not None)
             for name in APPENDED:
                 size = RECORD.itemsize if name.endswith(".bin") else 0
                 self.journals[name] = Journal(self.path / name, record=size)
@@ -200,7 +201,7 @@ class RunFolder:
         say(f"warning: step {record['step']} is not applied: {record['reason']}; see {path}")
         try:
             path.parent.mkdir(exist_ok=True)
-            state.write_json(path, record)
+            write_json(path, record)
         except OSError as error:
             say(f"warning: {path} cannot be written: {error}")
 

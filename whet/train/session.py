@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from whet.config import problems, read_toml
-from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.files import unwritable_folder
 from whet.model.float8 import use_float8
@@ -71,10 +70,9 @@ def _train(
     config: C, command: str, stage: Stage, ranks: Ranks, run: RunFolder, start: Path | None
 ) -> int:
     model = stage.model.to(ranks.device)
-    dev = getattr(stage.evaluate, "dev", None)
     now = Facts(
-        data=fingerprint(stage.store),
-        dev=fingerprint(dev) if dev is not None else "",
+        data=stage.documents.fingerprint,
+        dev=stage.dev.fingerprint if stage.dev is not None else "",
         frozen=frozen_fingerprint(model),
     )
     if config.float8:
@@ -252,13 +250,6 @@ def _check_same_flags(config: TrainSettings, path: Path) -> None:
     problems(found)
 
 
-def fingerprint(store: PackedStore) -> str:
-    """Tells packed files apart, without reading all tokens."""
-    digest = hashlib.sha256(store.loss_tokens.tobytes())
-    digest.update(json.dumps(store.attrs, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:32]
-
-
 def frozen_fingerprint(model: nn.Module) -> str:
     """Tells apart the weights that are not trained, by some numbers of each; "" if there are none.
 
@@ -331,7 +322,7 @@ def _tell_header(
         if ranks.device.type == "cuda"
         else (f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores a rank")
     )
-    there = min(len(stage.store), config.overfit_rows or len(stage.store))
+    there = min(len(stage.documents), config.overfit_rows or len(stage.documents))
     rows = f"{config.batch_size} rows"
     if there < config.batch_size:
         rows = f"{there} rows (all there are; --batch_size is {config.batch_size})"

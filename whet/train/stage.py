@@ -1,16 +1,36 @@
 """What a stage brings to the loop: model, batches, loss, and how it is measured and saved."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from whet.data.batches import Batch
-from whet.data.store import PackedStore
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
+
+
+class Documents(Protocol):
+    """Where the rows of a stage come from, as the ledger and a continued run need to know it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal data; a run goes on with the data that it started with."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def numbers(self, rows: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        """The number of document `segments[i]`, from 1, of row `rows[i]`: what the ledger keeps."""
+
+    def places(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """Of each document: `file`, and `line` in it from 1."""
+
+    def find(self, file: str, line: int) -> np.ndarray:
+        """The numbers of the documents from there. Raises UserError if there are none."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +41,15 @@ class Sums:
     """sum(weight x nll), a float32 scalar with a gradient."""
     nll: Tensor
     """(B, T) float32, detached: the loss of each token, 0 where the weight is 0."""
+    named: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """More numbers for the log, name -> (sum, count), two detached scalars: added up over the
+    micro-batches and ranks of the step and logged as sum / count, or not at all if the count is 0.
+    Every micro-batch gives the same names."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; `metrics["dev_loss"]` decides which model is the best."""
+    """What an evaluation found."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -37,15 +61,25 @@ class Stage:
 
     model: nn.Module
     """As it was loaded; `session` spreads it over the ranks."""
-    store: PackedStore
-    """Where the rows come from; the ledger names their documents."""
+    documents: Documents
+    """Where the rows come from."""
     total_steps: int
     batches: Callable[[int], list[Batch]]
-    """Step -> this rank's micro-batches of that global batch, on the CPU."""
+    """Step (from 0) -> this rank's micro-batches of that global batch, on the CPU."""
     loss_fn: Callable[[nn.Module, Batch], Sums]
     evaluate: Callable[[nn.Module, Ranks, Stop], Evaluation]
     """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
+    dev: Documents | None = None
+    """What is evaluated on."""
+    before_step: Callable[[int, nn.Module, Ranks, Stop], Mapping[str, float]] | None = None
+    """Make what `batches(step)` reads with the current weights, as a rollout does, and return
+    numbers for the step's log, equal on all ranks. With it no batch is read ahead. All ranks call
+    it, after the step before was applied; raises Interrupted as `evaluate` does."""
+    best: str = "dev_loss"
+    """The metric of the evaluation that decides which model is kept in `best/`."""
+    higher_is_better: bool = False
+    """Which way `best` improves."""
     header: Sequence[tuple[str, str]] = ()
-    """What to tell before training: (word, line)."""
+    """What to print before training: (word, line)."""

@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from whet.errors import UserError
+from whet.files import flush, write_json
 from whet.train.distributed import Ranks, from_first, unwrap
 from whet.train.optim import create_state, plain_tensors
 
@@ -44,7 +45,8 @@ class Facts:
     evaluated: int = -1
     """The last step at which an evaluation was completed and logged."""
     best_step: int = -1
-    best_dev_loss: float = float("inf")
+    best_value: float | None = None
+    """Of the metric that decides (`Stage.best`), at `best_step`."""
     recent_norms: list[float] = dataclasses.field(default_factory=list)
     spikes_in_a_row: int = 0
     incident_step: int = -1
@@ -116,7 +118,7 @@ def save_state(
         if final.exists():  # damaged and passed over, or this run's own of a moment ago
             _remove(final)
         os.replace(aside, final)
-        _flush(states)
+        flush(states)
         return final
     except BaseException:
         if ranks.first:
@@ -164,25 +166,9 @@ def _write_manifest(folder: Path) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _flush(path)
+        flush(path)
     write_json(folder / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
-    _flush(folder)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write and flush a small JSON file."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(folder)
 
 
 def _sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ each rank gives its part of the upper sum; the lower one, `total`, is known befo
 micro-batch size, accumulation and ranks change nothing but rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,10 @@ class StepResult:
     step: int
     """From 0."""
     sums: Tensor
-    """(4,) float64 on the device: loss, gradient norm, tokens, ranks that were asked to stop."""
+    """(4 + 2 n,) float64 on the device: loss, gradient norm, tokens, ranks that were asked to stop,
+    and the sum and count of each of the n `names`."""
+    names: list[str]
+    """Of the numbers that the loss function gives for the log (`Sums.named`)."""
     weight: float
     epoch: int
     seen: list[ledger.Seen]
@@ -49,6 +52,7 @@ def forward_backward(
     total = micros[0].batch.total
     factor = distributed.gradient_factor(model, ranks) / total if total else 0.0
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    named: dict[str, Tensor] = {}
     asked, seen = float(stop.number != 0), []
     for i, micro in enumerate(micros):
         with distributed.sync_gradients(model, now=i == len(micros) - 1):
@@ -57,20 +61,34 @@ def forward_backward(
             with record_function("backward"):
                 (part.loss * factor).backward()
         loss += part.loss.detach()
+        named = _added(named, part.named) if i else _pairs(part.named)
         seen.append(ledger.see(step + 1, micro.batch, micro.segments, part.nll))
     norm = distributed.gradient_norm(list(stage.model.parameters())).to(loss)
     # One exchange a step: the loss, the tokens, and whether some rank was asked to stop. A signal
     # that comes from here on counts in the next step: all ranks must decide alike.
     tokens = float(sum(micro.tokens for micro in micros))
     sums = torch.stack([loss, loss.new_full((), tokens), loss.new_full((), asked)])
+    sums = torch.cat([sums, *(pair.to(sums) for pair in named.values())])
     loss, *counts = distributed.add_over_ranks(sums, ranks).unbind()
     return StepResult(
         step=step,
         sums=torch.stack([loss / total if total else torch.zeros_like(loss), norm, *counts]),
+        names=list(named),
         weight=total,
         epoch=micros[0].batch.epoch,
         seen=seen,
     )
+
+
+def _pairs(named: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Each (sum, count) as one tensor (2,) float64, by name in a fixed order."""
+    return {name: torch.stack([x.detach().double() for x in named[name]]) for name in sorted(named)}
+
+
+def _added(total: dict[str, Tensor], named: Mapping[str, tuple[Tensor, Tensor]]) -> dict:
+    if named.keys() != total.keys():
+        raise ValueError(f"the micro-batches of a step name {sorted(named)} and {sorted(total)}")
+    return {name: total[name] + pair for name, pair in _pairs(named).items()}
 
 
 def apply_step(
@@ -96,7 +114,7 @@ def apply_step(
 
 def count_step(result: StepResult, facts: Facts, clip: float) -> str | None:
     """Take a step into `facts`; returns why it is not applied, or None if it is."""
-    loss, norm, *_ = result.sums.tolist()
+    loss, norm = result.sums[:2].tolist()
     reason = incidents.judge(loss, norm, facts, clip)
     if reason is not None:
         facts.spikes_in_a_row += 1

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from whet import files
 from whet.errors import UserError
-from whet.model import atomic
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf import checkpoint
@@ -321,10 +322,27 @@ def test_a_full_disk_is_told_and_leaves_the_old_model(
             save_model(model, directory, None, {})
     usage = shutil.disk_usage(directory)._replace(free=10)
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
+        patch.setattr(files.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(UserError, match=r"needs 0\.04 MB, 0\.00 MB are free"):
             save_pt(model, directory / "x.pt", "sft", 1, {})
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+
+
+def test_a_limit_on_file_sizes_is_told_like_a_full_disk(model: Transformer, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # `ulimit -f`
+    try:
+        for save in (
+            lambda: save_model(model, tmp_path / "m", None, {}),
+            lambda: save_pt(model, tmp_path / "x.pt", "sft", 1, {}),
+        ):
+            with pytest.raises(
+                UserError, match=r"no space: it needs 0\.04 MB.*\(.*\); nothing was"
+            ):
+                save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_old_models_own_files_give_way(model: Transformer, directory: Path) -> None:
@@ -358,7 +376,7 @@ def test_a_kill_while_replacing_never_mixes_two_models(
         moved += 1
         replace(source, target)
 
-    monkeypatch.setattr(atomic.os, "replace", limited)
+    monkeypatch.setattr(files.os, "replace", limited)
     with torch.no_grad():
         model.head.weight.add_(1.0)
     outcomes = []

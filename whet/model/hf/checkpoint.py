@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from whet.config import problems
 from whet.errors import UserError
-from whet.files import replaced
-from whet.model.atomic import on_full_disk, read_json, sync, write_json, written_aside
+from whet.files import full_disk_reported, read_json, replaced, write_json
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
 from whet.model.hf import families, legacy
@@ -25,6 +24,7 @@ from whet.model.hf.weights import (
     in_memory,
     open_directory,
     open_pt,
+    replaced_model,
     write_directory,
 )
 
@@ -222,7 +222,7 @@ def save_model(
     state = _plain_state(model, state)
     if tokenizer is not None:
         check_vocabulary(model.config, tokenizer, directory)
-    with written_aside(directory, _nbytes(state, dtype)) as aside:
+    with replaced_model(directory, _nbytes(state, dtype)) as aside:
         if isinstance(model, Transformer):
             _write_weights(model.config, state, aside, dtype, shard_bytes)
         else:
@@ -258,9 +258,8 @@ def save_pt(
         "step": step,
         "metrics": metrics,
     }
-    with replaced(path) as aside, on_full_disk(path, _nbytes(state, dtype)):
+    with replaced(path) as aside, full_disk_reported(path, _nbytes(state, dtype)):
         torch.save(content, aside)
-        sync(aside)
         verify_saved(aside, model.config, state, dtype)
 
 

@@ -12,8 +12,10 @@ import math
 import mmap
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -23,10 +25,12 @@ import torch
 from torch import Tensor
 
 from whet.errors import UserError
+from whet.files import replaced_folder, write_json
 from whet.progress import track
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_WEIGHTS = re.compile(r"(adapter_)?model\.safetensors|model-\d{5}-of-\d{5}\.safetensors")
 PROGRESS_FROM_BYTES = 2_000_000_000
 """Smaller models are open before a bar could be read."""
 
@@ -312,7 +316,28 @@ def write_directory(
             progress.advance(sum(sizes[name] for name in names) / 1e9)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / INDEX, index)
+
+
+def replaced_model(directory: Path, nbytes: int) -> AbstractContextManager[Path]:
+    """A temporary directory whose model of `nbytes` replaces the one in `directory`; other files
+    stay. See `replaced_folder`: a directory without its configuration is no model."""
+    markers = ("config.json", "adapter_config.json")
+    return replaced_folder(directory, nbytes, last=markers, outdated=_model_files)
+
+
+def _model_files(directory: Path) -> list[Path]:
+    """The weights of the model in `directory`; those of any other name may be another model's."""
+    index: Any = None
+    with contextlib.suppress(OSError, ValueError):
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    named = weight_map.values() if isinstance(weight_map, dict) else ()
+    return [
+        file
+        for file in directory.iterdir()
+        if file.name == INDEX or file.name in named or _WEIGHTS.fullmatch(file.name)
+    ]
 
 
 def _plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:

@@ -21,7 +21,7 @@ from whet.model.decoder import Transformer
 from whet.model.embedding import merge_rows, train_rows
 
 _EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Names of modules that PEFT maps onto fused experts, where a model has these."""
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -120,7 +120,7 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     if isinstance(model, Transformer):
         train_rows(model, new_rows)
     else:
-        refuse_readers(model)
+        refuse_unfit(model)
 
 
 def _chosen_kinds(
@@ -128,8 +128,8 @@ def _chosen_kinds(
 ) -> tuple[str, ...]:
     """The kinds of modules that `targets` names, of the linear modules `found`."""
     known = LINEARS if isinstance(model, Transformer) else sorted(set(map(kind_of, found)))
-    as_experts = [kind for kind in known if kind in _EXPERTS] if _has_fused_experts(model) else []
-    possible = tuple(kind for kind in known if kind not in as_experts)
+    refused = _refused_by_peft(model)
+    possible = tuple(kind for kind in known if kind not in refused)
     kinds = possible if targets == "all-linear" else tuple(targets.split(","))
     unknown = sorted(set(kinds) - set(known))
     if unknown:
@@ -137,44 +137,54 @@ def _chosen_kinds(
             f"--lora_targets {targets}: unknown {', '.join(unknown)}; "
             f"expected all-linear, or some of {','.join(possible)}"
         )
-    fused = [kind for kind in kinds if kind in as_experts]
-    if fused:
+    others = [kind for kind in kinds if kind in refused]
+    if others:
         raise UserError(
-            f"--lora_targets {targets}: PEFT takes {','.join(fused)} for this architecture's fused "
-            "experts, so it would open the adapter as another one; leave them out: "
+            f"--lora_targets {targets}: PEFT would not open an adapter on {','.join(others)} of "
+            "this architecture, or as another one (it takes such names for those of fused experts, "
+            "and has no adapters for Mamba's out_proj); leave them out: "
             f"--lora_targets {','.join(kind for kind in kinds if kind in possible) or 'all-linear'}"
         )
     return kinds
 
 
-def _has_fused_experts(model: nn.Module) -> bool:
-    """Whether another architecture holds the matrices of all experts in one tensor."""
-    return any(
+def _refused_by_peft(model: nn.Module) -> tuple[str, ...]:
+    """Names of linear modules on which PEFT opens no adapter, or another one.
+
+    Where the matrices of all experts are one tensor, it maps names of an expert's matrices onto
+    that tensor, wherever they stand; for Mamba's kinds it refuses `out_proj`.
+    """
+    if isinstance(model, Transformer):
+        return ()
+    fused = any(
         p.dim() == 3 and name.rpartition(".")[2] in ("gate_up_proj", "down_proj")
         for name, p in model.named_parameters()
     )
+    config: Any = model.get_submodule("inner").config
+    return (*(_EXPERTS if fused else ()), *(["out_proj"] * (config.model_type in _MAMBAS)))
 
 
-def refuse_readers(model: Any) -> None:
-    """Raise UserError, naming the modules, if another architecture reads matrices of modules that
-    have adapters now, where it should call the modules."""
+def refuse_unfit(model: Any) -> None:
+    """Raise UserError, naming them, if another architecture does not use some modules that have
+    adapters now as plain linear ones: it reads their matrices, or they return more than a product.
+    """
     if model.runs():
         return
     layers = list(adapters(model))
     for name, layer in layers:
         set_module(model, name, layer.base)
-    read, fine = [], []
+    unfit, fine = [], []
     for kind in dict.fromkeys(kind_of(name) for name, _ in layers):
         mine = [(name, layer) for name, layer in layers if kind_of(name) == kind]
         for name, layer in mine:
             set_module(model, name, layer)
-        (fine if model.runs() else read).append(kind)
+        (fine if model.runs() else unfit).append(kind)
         for name, layer in mine:
             set_module(model, name, layer.base)
     instead = f": --lora_targets {','.join(fine)}" if fine else "; train the model whole"
     raise UserError(
-        f"--lora_targets: {type(model.inner).__name__} reads the matrices of {', '.join(read)} "
-        f"where it should call these modules, so no adapter can stand there; leave them out{instead}"
+        f"--lora_targets: {type(model.inner).__name__} does not use {', '.join(unfit)} as plain "
+        f"linear modules, so no adapter can stand there; leave them out{instead}"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from whet.config import problems
-from whet.model.atomic import read_json
+from whet.files import read_json
 from whet.model.config import is_number
 from whet.model.hf.keys import LARGEST
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from whet.errors import UserError
+from whet.files import read_json
 from whet.hub import find_model
-from whet.model.atomic import read_json
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.hf.checkpoint import load_backbone_from_ckpt
@@ -29,7 +29,7 @@ from whet.model.lora.lora import (
     adapters,
     kind_of,
     linears,
-    refuse_readers,
+    refuse_unfit,
     set_module,
 )
 from whet.model.lora.peft_config import CONFIG, PeftConfig, read_peft_config
@@ -150,7 +150,7 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
             )
     _refuse_misfits(missing, tensors, config, directory)
     if not isinstance(model, Transformer):
-        refuse_readers(model)
+        refuse_unfit(model)
     adapted = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
     own = isinstance(model, Transformer)
     return LoRA(

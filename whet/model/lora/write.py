@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from whet.model.atomic import write_json, written_aside
+from whet.files import write_json
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows
 from whet.model.hf.checkpoint import SavesTokenizer
 from whet.model.hf.families import place_modules
+from whet.model.hf.weights import replaced_model
 from whet.model.lora.lora import LoRA, adapters
 from whet.model.lora.peft_config import CONFIG
 from whet.model.lora.read import PREFIX, ROWS, WEIGHTS, family_modules, places_of
@@ -52,7 +53,7 @@ def save_adapter(
         "revision": lineage.get("revision"),
     }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    with written_aside(directory, nbytes) as aside:
+    with replaced_model(directory, nbytes) as aside:
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         again = safetensors.torch.load_file(aside / WEIGHTS)
         for name, tensor in tensors.items():

@@ -11,7 +11,7 @@ from tests.numerics.test_layouts import command
 from whet.cli import main
 from whet.data.batches import global_batch_rows
 from whet.data.store import PackedStore, StoreWriter
-from whet.train.ledger import open_ledger
+from whet.stages.ledger import open_ledger
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""`whet ledger RUN`: which documents a step saw, and which steps saw a document."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tyro.conf import Positional
+
+from whet.errors import UserError
+from whet.progress import say
+from whet.stages.replay import run_settings
+from whet.train.ledger import RECORD, describe
+from whet.train.stage import Documents
+
+
+@dataclass
+class Config:
+    """Look up what a run trained on, and when."""
+
+    run: Positional[Path]
+    """The run folder."""
+    step: int | None = None
+    """List the documents of this step, counted from 1 as in metrics.jsonl."""
+    document: str | None = None
+    """List the steps that saw this document, as FILE:LINE; the file's end of name is enough."""
+
+
+def main(config: Config) -> int:
+    """`whet ledger RUN --step N` and `whet ledger RUN --document FILE:LINE`."""
+    records, documents = open_ledger(config.run)
+    if (config.step is None) == (config.document is None):
+        raise UserError("whet ledger: give either --step N or --document FILE:LINE")
+    if config.step is not None:
+        wanted = records[records["step"] == config.step]
+        if len(wanted) == 0:
+            last = int(records["step"][-1]) if len(records) else 0
+            raise UserError(
+                f"--step {config.step}: the ledger of {config.run} has steps 1 to {last}"
+                if last
+                else f"--step {config.step}: the ledger of {config.run} is empty"
+            )
+        for found in sorted(describe(wanted, documents), key=lambda d: -d["loss"]):
+            place = f"{found['file']}:{found['line']}"
+            say(f"{place}  trained {found['trained']}  loss {found['loss']:.4f}")
+        return 0
+    assert config.document is not None
+    wanted = records[np.isin(records["document"], documents_at(config.document, documents))]
+    for record in wanted:
+        say(f"step {record['step']}  trained {record['trained']}  loss {record['loss']:.4f}")
+    if len(wanted) == 0:
+        say("no step has seen it yet")
+    return 0
+
+
+def open_ledger(run: Path) -> tuple[np.ndarray, Documents]:
+    """The records of a run, and the documents that they name."""
+    settings, module = run_settings(run)
+    try:
+        raw = (run / "ledger.bin").read_bytes()
+    except OSError as error:
+        raise UserError(f"{run}: is not the folder of a run with a ledger ({error})") from None
+    whole = len(raw) - len(raw) % RECORD.itemsize  # a running process may be writing
+    return np.frombuffer(raw[:whole], RECORD), module.documents(settings)
+
+
+def documents_at(place: str, documents: Documents) -> np.ndarray:
+    """The numbers of the documents that were read from `FILE:LINE`."""
+    file, _, line = place.rpartition(":")
+    if not file or not line.isdigit():
+        raise UserError(f"--document {place}: expected FILE:LINE, e.g. train.jsonl:17")
+    try:
+        return documents.find(file, int(line))
+    except UserError as error:
+        raise UserError(f"--document {error}") from None
