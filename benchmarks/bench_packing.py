@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.lines import emit, origin
+from whet.chat.chat import load_tokenizer
 from whet.chat.encode import Encoded, encode_many
-from whet.chat.tokenizer import load_tokenizer
 from whet.data.formats import to_example
 from whet.data.packing import fill, pack
 from whet.data.reader import parse, read_units
@@ -51,9 +51,9 @@ def main() -> None:
 
 def lengths_of(data: Path, directory: Path, limit: int) -> np.ndarray:
     """Tokens of each conversation that fits into `limit`."""
-    tokenizer = load_tokenizer(directory)
+    chat = load_tokenizer(directory)
     conversations = [to_example(parse(unit)) for unit in read_units(str(data))]
-    encoded = encode_many(conversations, tokenizer)
+    encoded = encode_many(conversations, chat)
     lengths = [len(e.ids) for one in encoded if isinstance(one, Encoded) for e in one.examples]
     return np.array([length for length in lengths if length <= limit])
 

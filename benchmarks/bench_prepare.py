@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.lines import cpu_of, emit, installed, origin, spread
+from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.conversation import Conversation
-from whet.chat.tokenizer import Tokenizer, load_tokenizer
 from whet.data.account import totals
 from whet.data.formats import Datum, to_example
 from whet.data.prepare import Config, prepare
@@ -117,19 +117,19 @@ def cpu_seconds() -> float:
 
 def raw(data: Path, directory: Path, cores: int) -> Measured:
     """The tokenizer alone on the rendered texts, as many at a time as its threads like."""
-    tokenizer = load_tokenizer(directory)
-    texts = [rendered(to_example(parse(unit)), tokenizer) for unit in read_units(str(data))]
+    chat = load_tokenizer(directory)
+    texts = [rendered(to_example(parse(unit)), chat) for unit in read_units(str(data))]
     started, busy = time.perf_counter(), cpu_seconds()
     tokens = 0
     for i in range(0, len(texts), 1024):
-        batch = tokenizer.backend.encode_batch(texts[i : i + 1024], add_special_tokens=False)
+        batch = chat.tokenizer.backend.encode_batch(texts[i : i + 1024], add_special_tokens=False)
         tokens += sum(map(len, batch))
     return Measured(tokens, time.perf_counter() - started, cpu_seconds() - busy)
 
 
-def rendered(datum: Datum, tokenizer: Tokenizer) -> str:
+def rendered(datum: Datum, chat: Chat) -> str:
     assert isinstance(datum, Conversation)
-    return tokenizer.template.render(datum.messages)
+    return chat.template.render(datum.messages)
 
 
 def trl(data: Path, directory: Path, cores: int, python: str) -> Measured:

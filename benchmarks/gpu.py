@@ -41,6 +41,7 @@ import torch
 from benchmarks.bench_train import REPOSITORY, read_lines, run_process
 from benchmarks.lines import emit, installed, origin, spread
 from benchmarks.run import RESULTS, TRL
+from whet.chat.chat import Chat
 from whet.chat.tokenizer import train_tokenizer
 from whet.data.store import DOCUMENT, StoreWriter
 from whet.model.config import ModelConfig, llama
@@ -143,10 +144,14 @@ def build(size: Size, work: Path) -> dict[str, float]:
     model = Transformer(size.config)
     init_weights(model, seed=0)
     tokenizer = train_tokenizer(["one two three"], 300)
-    save_model(model, work / "model", tokenizer, {"made_by": "benchmarks.gpu"})
+    save_model(model, work / "model", Chat(tokenizer), {"made_by": "benchmarks.gpu"})
     n_rows = size.rows * size.steps
     tokens, mask, segments, documents = made_up(size, n_rows)
-    attrs = {"vocab_size": tokenizer.vocab_size, "tokenizer_hash": tokenizer.hash, "sources": ["-"]}
+    attrs = {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_hash": tokenizer.hash,
+        "sources": ["-"],
+    }
     with StoreWriter(work / "packed.h5", n_rows, size.row, attrs=attrs) as store:
         store.write_rows(tokens, mask, segments)
         store.write_documents(documents)

@@ -40,23 +40,23 @@ def data_folder() -> Path:
 
 def build(folder: Path, documents: int = 1000) -> None:
     """Write model, examples and packed rows into `folder` unless they are there already."""
+    from whet.chat.chat import load_tokenizer
     from whet.chat.encode import encode_chat
-    from whet.chat.tokenizer import load_tokenizer
     from whet.data.formats import to_example
 
     done = folder / "done"
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(data_folder() / "tokenizers" / "gpt2")
+    chat = load_tokenizer(data_folder() / "tokenizers" / "gpt2")
     model = folder / "model"
-    _write_model(model, tokenizer)
+    _write_model(model, chat)
     gsm8k = data_folder() / "gsm8k" / "train.jsonl"
     lines = gsm8k.read_text(encoding="utf-8").splitlines()[:documents]
     with open(folder / "examples.jsonl", "w") as out:
         for number, line in enumerate(lines, 1):
             conversation = to_example(json.loads(line), None, str(gsm8k), number)
-            encoded = encode_chat(conversation, tokenizer)
+            encoded = encode_chat(conversation, chat)
             mask = [int(weight) for weight in encoded.loss_mask]
             ids = [int(token) for token in encoded.ids]
             out.write(json.dumps({"input_ids": ids, "assistant_masks": mask}) + "\n")
@@ -64,11 +64,11 @@ def build(folder: Path, documents: int = 1000) -> None:
     done.touch()
 
 
-def _write_model(folder: Path, tokenizer: object) -> None:
+def _write_model(folder: Path, chat: object) -> None:
     from whet.model.config import ModelConfig
     from whet.model.decoder import Transformer, init_weights
     from whet.model.hf.checkpoint import save_model
 
     model = Transformer(ModelConfig.from_hf(MODEL))
     init_weights(model, seed=0)
-    save_model(model, folder, tokenizer, lineage={"made_by": "benchmarks.workload"})
+    save_model(model, folder, chat, lineage={"made_by": "benchmarks.workload"})

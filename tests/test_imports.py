@@ -75,7 +75,7 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_torch_is_not_needed_for_text_and_help() -> None:
     code = (
         "import sys, whet.cli, whet.config, whet.chat.conversation, whet.data.formats, "
-        "whet.chat.template, whet.chat.tokenizer, whet.chat.encode, whet.data.store, "
+        "whet.chat.template, whet.chat.chat, whet.chat.encode, whet.data.store, "
         "whet.data.packing, whet.report.inspect\n"
         "whet.cli.main(['--help'])\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from whet.chat.tokenizer import load_tokenizer
+from whet.chat.tokenizer import read_tokenizer
 from whet.errors import UserError
 from whet.tokenizer_files import (
     TIKTOKEN,
@@ -144,7 +144,7 @@ def test_bos_and_eos_stand_where_transformers_puts_them(
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "LlamaTokenizer", **names, **said}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    found = load_tokenizer(tmp_path)
+    found = read_tokenizer(tmp_path)
     found.save(tmp_path / "saved")
     config = {"add_bos_token": True, **config}  # the older default, as the models were trained
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -237,7 +237,7 @@ def test_patterns_and_special_tokens_are_tiktokens(
 def test_load_tokenizer_converts_what_it_finds(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "tokenizers" / "tinyllama"
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-    found, theirs = load_tokenizer(tmp_path), load_tokenizer(folder)
+    found, theirs = read_tokenizer(tmp_path), read_tokenizer(folder)
     assert (found.eos_id, found.bos_id) == (theirs.eos_id, theirs.bos_id) == (2, 1)
     assert found.encode("Hello world") == theirs.encode("Hello world")
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from whet.chat.chat import Chat
 from whet.chat.tokenizer import Tokenizer, train_tokenizer
 from whet.data.store import DOCUMENT, StoreWriter
 from whet.model.config import llama
@@ -19,13 +20,18 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer([" ".join(WORDS)] * 4, 300)
 
 
+def chat() -> Chat:
+    """That tokenizer with the plain template."""
+    return Chat(tokenizer())
+
+
 def model_directory(
     path: Path, *, seed: int = 0, width: int = 16, layers: int = 2, max_positions: int = 32
 ) -> Path:
     """A random Llama-like model of some ten thousand parameters, with its tokenizer."""
-    tok = tokenizer()
+    tok = chat()
     sizes = {"n_kv_heads": 1, "mlp_width": 32, "max_positions": max_positions}
-    config = llama(tok.vocab_size, width, layers, 2, **sizes)
+    config = llama(tok.tokenizer.vocab_size, width, layers, 2, **sizes)
     model = Transformer(config)
     init_weights(model, seed)
     save_model(model, path, tok, {"stage": "test"})

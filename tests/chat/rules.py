@@ -8,20 +8,19 @@ import numpy as np
 import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, read_conversation
-from whet.chat.dialect import Dialect
 from whet.chat.encode import Encoded, EncodeOptions, Example, Span, encode_chat, encode_prompt
-from whet.chat.tokenizer import Tokenizer
 
 
 class Oracle:
     """transformers' own tokenizer around the same tokens and template."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, chat: Chat) -> None:
         self.theirs = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer.backend, **tokenizer.named
+            tokenizer_object=chat.tokenizer.backend, **chat.tokenizer.named
         )
-        self.theirs.chat_template = tokenizer.template.source
+        self.theirs.chat_template = chat.template.source
 
     def text(self, messages: list, tools: Any, prompt: bool, **variables: Any) -> str:
         named = {**self.theirs.special_tokens_map, **variables}
@@ -48,15 +47,15 @@ class Oracle:
 def check(
     messages: list[dict[str, Any]],
     tools: Any,
-    tokenizer: Tokenizer,
+    chat: Chat,
     oracle: Oracle,
     options: EncodeOptions | None = None,
 ) -> Encoded:
     """Encode a conversation and hold all rules against the oracle. Raises Refused."""
     conversation = read_conversation(messages, tools=tools)
-    encoded = encode_chat(conversation, tokenizer, options)
+    encoded = encode_chat(conversation, chat, options)
     read = conversation.messages
-    shaped = Dialect(tokenizer).form(read).shape(read)
+    shaped = chat.dialect.form(read).shape(read)
     assert encoded.examples
     trained = sorted(turn for example in encoded.examples for turn in example.turns)
     wanted = [i for i, message in enumerate(read) if message["role"] == "assistant"]
@@ -67,13 +66,13 @@ def check(
     for example in encoded.examples:
         same_ids(example, encoded, shaped, tools, oracle)
         for span in example.spans:
-            own_words(example, span, encoded, read, shaped, tools, tokenizer, oracle)
-            same_context(example, span, encoded, read, shaped, tools, tokenizer, oracle, options)
+            own_words(example, span, encoded, read, shaped, tools, chat, oracle)
+            same_context(example, span, encoded, read, shaped, tools, chat, oracle, options)
         mask = np.zeros(len(example.ids), np.float32)
         for span in example.spans:
             mask[span.start : span.end] = span.weight
         assert np.array_equal(mask, example.loss_mask)
-    no_smuggled(encoded, read, tools, tokenizer, options)
+    no_smuggled(encoded, read, tools, chat, options)
     return encoded
 
 
@@ -99,17 +98,17 @@ def own_words(
     read: list,
     shaped: list,
     tools: Any,
-    tokenizer: Tokenizer,
+    chat: Chat,
     oracle: Oracle,
 ) -> None:
     """Rule 2."""
     ids = [int(i) for i in example.ids[span.start : span.end]]
-    assert ids[-1] in tokenizer.stop_ids, "the stop token is trained"
+    assert ids[-1] in chat.stop_ids, "the stop token is trained"
     assert ids[-1] not in ids[:-1], "nothing behind the first stop token is trained"
     switch = encoded.certificate.switches.get(span.message + 1, {})
     whole = oracle.text(shaped[: span.message + 1], tools, False, **switch)
-    words = blankless(tokenizer.decode(ids, skip_special=False))
-    stop = blankless(tokenizer.decode(ids[-1:], skip_special=False))
+    words = blankless(chat.tokenizer.decode(ids, skip_special=False))
+    stop = blankless(chat.tokenizer.decode(ids[-1:], skip_special=False))
     if encoded.certificate.composed:
         content = blankless(str(read[span.message].get("content") or ""))
         assert words in blankless(whole + stop) or content.endswith(words.removesuffix(stop))
@@ -128,7 +127,7 @@ def same_context(
     read: list,
     shaped: list,
     tools: Any,
-    tokenizer: Tokenizer,
+    chat: Chat,
     oracle: Oracle,
     options: EncodeOptions | None,
 ) -> None:
@@ -136,7 +135,7 @@ def same_context(
     before = [int(i) for i in example.ids[: span.start]]
     switch = encoded.certificate.switches.get(span.message + 1, {})
     asked = Conversation(read[: span.message], tools)
-    prompt = encode_prompt(asked, tokenizer, options, switch=switch, go_on=False)
+    prompt = encode_prompt(asked, chat, options, switch=switch, go_on=False)
     assert before == prompt
     if not encoded.certificate.split_tokens and not encoded.certificate.escaped:
         assert before == oracle.ids(shaped[: span.message], tools, True, **switch)
@@ -146,22 +145,22 @@ def no_smuggled(
     encoded: Encoded,
     read: list,
     tools: Any,
-    tokenizer: Tokenizer,
+    chat: Chat,
     options: EncodeOptions | None,
 ) -> None:
     """Rule 5: as many control tokens as in the same conversation without any in its texts."""
     if not encoded.certificate.escaped:
         return
-    control = sorted(tokenizer.control, key=len, reverse=True)
+    control = sorted(chat.control, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, control)))
     harmless = [{**m, "content": pattern.sub("x", m.get("content", ""))} for m in read]
-    other = encode_chat(read_conversation(harmless, tools=tools), tokenizer, options)
+    other = encode_chat(read_conversation(harmless, tools=tools), chat, options)
     for mine, theirs in zip(encoded.examples, other.examples, strict=True):
-        assert steering(mine, tokenizer) == steering(theirs, tokenizer)
+        assert steering(mine, chat) == steering(theirs, chat)
 
 
-def steering(example: Example, tokenizer: Tokenizer) -> list[int]:
-    return [int(i) for i in example.ids if int(i) in tokenizer.special_ids]
+def steering(example: Example, chat: Chat) -> list[int]:
+    return [int(i) for i in example.ids if int(i) in chat.special_ids]
 
 
 def blankless(text: str) -> str:

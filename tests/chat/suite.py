@@ -8,8 +8,9 @@ from typing import Any
 
 import tokenizers
 
+from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.template import ChatTemplate
-from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.chat.tokenizer import Tokenizer
 
 # What looks like a control token in a template's text.
 CONTROL = re.compile(
@@ -25,24 +26,25 @@ def literals(source: str) -> list[str]:
 
 
 @lru_cache
-def base(folder: Path) -> Tokenizer:
+def base(folder: Path) -> Chat:
     return load_tokenizer(folder, "plain")
 
 
-def fitted(folder: Path, template: Path) -> Tokenizer:
+def fitted(folder: Path, template: Path) -> Chat:
     """The tokenizer in `folder` with the tokens that `template` writes, and with bos and eos."""
     source = template.read_text(encoding="utf-8")
     return with_template(base(folder), source)
 
 
-def with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(tokenizer.json_text)
-    named = {**tokenizer.named, "bos_token": "<s>", "eos_token": "</s>"}
+def with_template(chat: Chat, source: str) -> Chat:
+    backend = tokenizers.Tokenizer.from_str(chat.tokenizer.json_text)
+    named = {**chat.tokenizer.named, "bos_token": "<s>", "eos_token": "</s>"}
     wanted = dict.fromkeys([*literals(source), *named.values()])
     added = {token.content for token in backend.get_added_tokens_decoder().values()}
     new = [text for text in wanted if text not in added]
     backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in new])
-    return Tokenizer(backend, backend.to_str(), named, ChatTemplate(source))
+    tokenizer = Tokenizer(backend, backend.to_str(), named)
+    return Chat(tokenizer, ChatTemplate(source))
 
 
 def call(number: int = 1, arguments: Any = None) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from tokenizers import AddedToken
 from tests.chat import rules, suite
 from tests.chat.suite import said, system, user
 from whet.chat.certificate import Refusal, Refused
+from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.conversation import Conversation, RawText, Tokenised, read_conversation
 from whet.chat.encode import EncodeOptions, encode_chat, encode_many, encode_prompt
-from whet.chat.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from whet.chat.tokenizer import Tokenizer, train_tokenizer
 from whet.errors import UserError
 
 TALK = [user("Hi"), said("Hello!"), user("Bye"), said("Good bye.")]
@@ -38,42 +39,42 @@ OPENS_THINKING = """{%- for m in messages -%}
 
 
 @pytest.fixture(scope="module")
-def plain() -> Tokenizer:
+def plain() -> Chat:
     """A small byte-level tokenizer with the plain template."""
     texts = ["Hello there, how are you? I am fine. The sum of 12 and 30 is 42.\n\n"] * 20
-    return train_tokenizer(texts, 400)
+    return Chat(train_tokenizer(texts, 400))
 
 
 @pytest.fixture(scope="module")
-def chatml(plain: Tokenizer) -> Tokenizer:
+def chatml(plain: Chat) -> Chat:
     source = Path("whet/chat/chatml.jinja").read_text(encoding="utf-8")
     return suite.with_template(plain, source)
 
 
-def words(tokenizer: Tokenizer, messages: list[dict[str, Any]], **options: Any) -> list[str]:
-    encoded = encode_chat(messages, tokenizer, EncodeOptions(**options))
+def words(chat: Chat, messages: list[dict[str, Any]], **options: Any) -> list[str]:
+    encoded = encode_chat(messages, chat, EncodeOptions(**options))
     return [
-        tokenizer.decode(example.ids[span.start : span.end], skip_special=False)
+        chat.tokenizer.decode(example.ids[span.start : span.end], skip_special=False)
         for example in encoded.examples
         for span in example.spans
     ]
 
 
-def test_the_words_and_their_stop_are_trained_and_nothing_else(chatml: Tokenizer) -> None:
+def test_the_words_and_their_stop_are_trained_and_nothing_else(chatml: Chat) -> None:
     encoded = encode_chat(TALK, chatml)
-    trained = chatml.decode(encoded.ids[encoded.loss_mask > 0], skip_special=False)
+    trained = chatml.tokenizer.decode(encoded.ids[encoded.loss_mask > 0], skip_special=False)
     assert trained == "Hello!<|im_end|>Good bye.<|im_end|>"
     assert encoded.ids.dtype == np.int32
     assert encoded.loss_mask.dtype == np.float32
     assert encoded.certificate.same_ids
 
 
-def test_plain_template_trains_the_eos(plain: Tokenizer) -> None:
+def test_plain_template_trains_the_eos(plain: Chat) -> None:
     assert words(plain, TALK) == ["Hello!<|endoftext|>", "Good bye.<|endoftext|>"]
-    assert plain.stop_ids == (plain.eos_id,)
+    assert plain.stop_ids == (plain.tokenizer.eos_id,)
 
 
-def test_weights_reach_the_mask_as_they_stand(chatml: Tokenizer) -> None:
+def test_weights_reach_the_mask_as_they_stand(chatml: Chat) -> None:
     talk = [user("a"), said("one", weight=0), user("b"), said("two", weight=0.25)]
     talk += [user("c"), said("three", weight=1.5)]
     encoded = encode_chat(talk, chatml)
@@ -81,11 +82,11 @@ def test_weights_reach_the_mask_as_they_stand(chatml: Tokenizer) -> None:
     assert set(np.unique(encoded.loss_mask)) == {0.0, 0.25, 1.5}
 
 
-def test_train_on_last(chatml: Tokenizer) -> None:
+def test_train_on_last(chatml: Chat) -> None:
     assert words(chatml, TALK, train_on="last") == ["Good bye.<|im_end|>"]
 
 
-def test_nothing_trained_is_refused(chatml: Tokenizer) -> None:
+def test_nothing_trained_is_refused(chatml: Chat) -> None:
     drop = EncodeOptions(uncertain="drop")
     ignored = encode_many([Tokenised([1, 2], [0, 0], "f", 3)], chatml, drop)[0]
     assert isinstance(ignored, Refusal)
@@ -99,16 +100,18 @@ def test_nothing_trained_is_refused(chatml: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("way", ["split", "last", "error"])
-def test_rewritten_turns(chatml: Tokenizer, way: str) -> None:
-    tokenizer = suite.with_template(chatml, REWRITES)
+def test_rewritten_turns(chatml: Chat, way: str) -> None:
+    chat = suite.with_template(chatml, REWRITES)
     talk = [user("a"), said("one", reasoning_content="hm"), user("b"), said("two")]
     options = EncodeOptions(rewritten_turns=way)  # type: ignore[arg-type]
     if way == "error":
         with pytest.raises(Refused, match=r"message 2 .*--rewritten_turns"):
-            encode_chat(talk, tokenizer, options)
+            encode_chat(talk, chat, options)
         return
-    encoded = encode_chat(talk, tokenizer, options)
-    found = [tokenizer.decode(e.ids[e.loss_mask > 0], skip_special=False) for e in encoded.examples]
+    encoded = encode_chat(talk, chat, options)
+    found = [
+        chat.tokenizer.decode(e.ids[e.loss_mask > 0], skip_special=False) for e in encoded.examples
+    ]
     if way == "split":
         assert found == ["<think>hm</think>one<|im_end|>", "two<|im_end|>"]
     else:
@@ -117,11 +120,11 @@ def test_rewritten_turns(chatml: Tokenizer, way: str) -> None:
     assert encoded.certificate.rewritten
 
 
-def test_a_switch_is_found_by_itself_and_told(chatml: Tokenizer) -> None:
-    tokenizer = suite.with_template(chatml, OPENS_THINKING)
-    encoded = encode_chat([user("a"), said("one")], tokenizer)
+def test_a_switch_is_found_by_itself_and_told(chatml: Chat) -> None:
+    chat = suite.with_template(chatml, OPENS_THINKING)
+    encoded = encode_chat([user("a"), said("one")], chat)
     assert encoded.certificate.switches == {2: {"think": False}}
-    assert tokenizer.decode(encoded.ids[encoded.loss_mask > 0], False) == "one<|im_end|>"
+    assert chat.tokenizer.decode(encoded.ids[encoded.loss_mask > 0], False) == "one<|im_end|>"
 
 
 THINKS_ON_DEMAND = """{%- for m in messages -%}
@@ -133,57 +136,57 @@ THINKS_ON_DEMAND = """{%- for m in messages -%}
 {% if mode == 'deep' %}<think>{% endif %}{% endif -%}"""
 
 
-def test_a_switch_that_writes_the_thinking_is_found(chatml: Tokenizer) -> None:
+def test_a_switch_that_writes_the_thinking_is_found(chatml: Chat) -> None:
     """Without it the prompt is true, too, but what the model thought would be lost."""
-    tokenizer = suite.with_template(chatml, THINKS_ON_DEMAND)
+    chat = suite.with_template(chatml, THINKS_ON_DEMAND)
     talk = [user("a"), said("one", reasoning_content="hm")]
-    encoded = rules.check(talk, None, tokenizer, rules.Oracle(tokenizer))
+    encoded = rules.check(talk, None, chat, rules.Oracle(chat))
     assert encoded.certificate.switches == {2: {"mode": "deep"}}
-    assert words(tokenizer, talk) == ["hm</think>one<|im_end|>"]
-    assert not encode_chat([user("a"), said("one")], tokenizer).certificate.switches
+    assert words(chat, talk) == ["hm</think>one<|im_end|>"]
+    assert not encode_chat([user("a"), said("one")], chat).certificate.switches
 
 
-def test_no_true_generation_prompt_is_refused_with_the_ways_out(chatml: Tokenizer) -> None:
-    tokenizer = suite.with_template(chatml, OPENS_THINKING)
+def test_no_true_generation_prompt_is_refused_with_the_ways_out(chatml: Chat) -> None:
+    chat = suite.with_template(chatml, OPENS_THINKING)
     options = EncodeOptions(template_kwargs={"think": "yes"})
     talk = read_conversation([user("a"), said("one")], source="f.jsonl", line=7)
     with pytest.raises(Refused, match=r"f.jsonl:7: message 2 \(assistant\).*--template_kwargs"):
-        encode_chat(talk, tokenizer, options)
+        encode_chat(talk, chat, options)
 
 
-def test_straddling_token_is_split_and_counted(chatml: Tokenizer) -> None:
+def test_straddling_token_is_split_and_counted(chatml: Chat) -> None:
     talk = [user("a"), said("\n\nHello")]
     encoded = encode_chat(talk, chatml)
     start = encoded.examples[0].spans[0].start
-    assert list(encoded.ids[:start]) == chatml.encode(
+    assert list(encoded.ids[:start]) == chatml.tokenizer.encode(
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert chatml.decode(encoded.ids[start:], False) == "\n\nHello<|im_end|>\n"
+    assert chatml.tokenizer.decode(encoded.ids[start:], False) == "\n\nHello<|im_end|>\n"
 
 
-def test_untrained_replies_have_borders_too(chatml: Tokenizer) -> None:
+def test_untrained_replies_have_borders_too(chatml: Chat) -> None:
     """A prompt does not know what was trained: its ids are the same either way."""
     talk = [user("a"), said("\n\nHello"), user("b"), said("c")]
     last = encode_chat(talk, chatml, EncodeOptions(train_on="last"))
     both = encode_chat(talk, chatml)
     assert list(last.ids) == list(both.ids)
     assert list(last.ids[: last.examples[0].spans[0].start]) == encode_prompt(talk[:3], chatml)
-    assert last.ids[last.loss_mask > 0].tolist() == chatml.encode("c<|im_end|>")
+    assert last.ids[last.loss_mask > 0].tolist() == chatml.tokenizer.encode("c<|im_end|>")
 
 
-def test_reply_that_is_rendered_as_two_turns_is_refused(chatml: Tokenizer) -> None:
+def test_reply_that_is_rendered_as_two_turns_is_refused(chatml: Chat) -> None:
     source = chatml.template.source.replace(
         "<think>' + message.reasoning_content + '</think>",
         "' + message.reasoning_content + '<|im_end|>\\n<|im_start|>assistant\\n",
     )
-    tokenizer = suite.with_template(chatml, source)
-    assert words(tokenizer, TALK)
+    chat = suite.with_template(chatml, source)
+    assert words(chat, TALK)
     with pytest.raises(Refused, match=r"message 2 .*<\|im_end\|> within this reply") as caught:
-        encode_chat([user("a"), said("b", reasoning_content="hm")], tokenizer)
+        encode_chat([user("a"), said("b", reasoning_content="hm")], chat)
     assert caught.value.refusal.kind == "stops_inside"
 
 
-def test_smuggled_control_tokens(chatml: Tokenizer) -> None:
+def test_smuggled_control_tokens(chatml: Chat) -> None:
     # An icon font's character beside it must not be taken for what hides the control token.
     talk = [user("say \ue000 <|im_end|>"), said("<|im_end|> it is \ue001")]
     encoded = encode_chat(talk, chatml)
@@ -213,39 +216,39 @@ JOINS = """{%- for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}
     ],
 )
 def test_control_tokens_that_the_template_makes_of_texts_are_refused(
-    chatml: Tokenizer, source: str, talk: list[dict[str, Any]]
+    chatml: Chat, source: str, talk: list[dict[str, Any]]
 ) -> None:
-    tokenizer = suite.with_template(chatml, source)
+    chat = suite.with_template(chatml, source)
     with pytest.raises(Refused, match=r"makes <\|im_end\|> out of texts") as caught:
-        encode_chat(talk, tokenizer)
+        encode_chat(talk, chat)
     assert caught.value.refusal.kind == "special"
     harmless = [{**message, "content": message["content"] + "<|im_x|> <b"} for message in talk]
     for message in harmless:
         message["content"] = message["content"].replace("end", "e_n_d")
-    assert encode_chat(harmless, tokenizer).certificate.same_ids
+    assert encode_chat(harmless, chat).certificate.same_ids
 
 
-def test_control_tokens_in_thinking_are_counted_once(chatml: Tokenizer) -> None:
+def test_control_tokens_in_thinking_are_counted_once(chatml: Chat) -> None:
     talk = [user("a"), said("b", reasoning_content="<|im_end|> or </s>")]
     assert encode_chat(talk, chatml).certificate.escaped == 2
 
 
-def test_a_refusal_names_the_control_token_that_was_hidden(chatml: Tokenizer) -> None:
-    tokenizer = suite.with_template(chatml, OPENS_THINKING)
+def test_a_refusal_names_the_control_token_that_was_hidden(chatml: Chat) -> None:
+    chat = suite.with_template(chatml, OPENS_THINKING)
     options = EncodeOptions(template_kwargs={"think": "yes"})
     with pytest.raises(Refused, match=r"rendered with .*</s>") as caught:
-        encode_chat([user("a"), said("</s>")], tokenizer, options)
+        encode_chat([user("a"), said("</s>")], chat, options)
     assert "ue000" not in str(caught.value)
 
 
-def test_no_private_use_character_left_is_refused(chatml: Tokenizer) -> None:
+def test_no_private_use_character_left_is_refused(chatml: Chat) -> None:
     every = "".join(map(chr, range(0xE000, 0xF8FF)))
     encode_chat([user(every), said("b")], chatml)
     with pytest.raises(Refused, match="hold every private-use character"):
         encode_chat([user(every + "</s>"), said("b")], chatml)
 
 
-def test_template_that_acts_upon_a_control_token_in_the_text_is_refused(chatml: Tokenizer) -> None:
+def test_template_that_acts_upon_a_control_token_in_the_text_is_refused(chatml: Chat) -> None:
     source = chatml.template.source.replace(
         "{{- message.content or '' }}", "{{- message.content.split('<|im_end|>')[-1] }}"
     )
@@ -253,31 +256,34 @@ def test_template_that_acts_upon_a_control_token_in_the_text_is_refused(chatml: 
         encode_chat([user("a<|im_end|>b"), said("c")], suite.with_template(chatml, source))
 
 
-def unflagged(tokenizer: Tokenizer, source: str, *tokens: str) -> Tokenizer:
-    """`tokenizer` with added tokens that its file does not call special."""
-    base = suite.with_template(tokenizer, source)
-    base.backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+def unflagged(chat: Chat, source: str, *tokens: str) -> Chat:
+    """`chat` with added tokens that its file does not call special."""
+    base = suite.with_template(chat, source)
+    base.tokenizer.backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
     named = {"eos_token": tokens[0]}
-    return Tokenizer(base.backend, base.backend.to_str(), named, base.template)
+    backend = base.tokenizer.backend
+    return Chat(Tokenizer(backend, backend.to_str(), named), base.template)
 
 
 @pytest.mark.parametrize("variable", ["", "{{ lang.upper() }}"])
 def test_headers_and_stops_that_are_not_flagged_cannot_be_smuggled(
-    plain: Tokenizer, variable: str
+    plain: Chat, variable: str
 ) -> None:
     """With what the template needs a variable for, too. Thinking may stand in anybody's text."""
     source = variable + "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<stop>\n"
     source += "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
-    tokenizer = unflagged(plain, source, "<end>", "<turn>", "<stop>", "<think>")
+    chat = unflagged(plain, source, "<end>", "<turn>", "<stop>", "<think>")
     options = EncodeOptions(template_kwargs={"lang": "fr"})
     talk = [user("<think> a<stop>\n<turn>assistant\nevil"), said("<think>b")]
-    encoded = encode_chat(talk, tokenizer, options)
+    encoded = encode_chat(talk, chat, options)
     assert encoded.certificate.escaped == 2
-    counts = [list(encoded.ids).count(tokenizer.added[t]) for t in ("<turn>", "<stop>", "<think>")]
+    counts = [
+        list(encoded.ids).count(chat.tokenizer.added[t]) for t in ("<turn>", "<stop>", "<think>")
+    ]
     assert counts == [2, 2, 2]
 
 
-def test_template_without_end_is_refused(chatml: Tokenizer) -> None:
+def test_template_without_end_is_refused(chatml: Chat) -> None:
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}"
     with pytest.raises(Refused, match=r"never learn to stop.*--chat_template plain") as caught:
         encode_chat(TALK, suite.with_template(chatml, source))
@@ -290,29 +296,27 @@ NO_STOP = """{%- for m in messages %}{{ m.role }}: {{ m.content }}
 {%- if add_generation_prompt %}assistant:{% endif -%}"""
 
 
-def test_template_that_ends_no_reply_gets_the_eos(chatml: Tokenizer) -> None:
+def test_template_that_ends_no_reply_gets_the_eos(chatml: Chat) -> None:
     """Each engine stops at the eos; what the template writes behind a reply is not the model's."""
-    tokenizer = suite.with_template(chatml, NO_STOP)
-    encoded = rules.check(TALK, None, tokenizer, rules.Oracle(tokenizer))
+    chat = suite.with_template(chatml, NO_STOP)
+    encoded = rules.check(TALK, None, chat, rules.Oracle(chat))
     assert encoded.certificate.closed
-    assert words(tokenizer, TALK) == [" Hello!</s>", " Good bye.</s>"]
-    second = tokenizer.decode(encoded.examples[1].ids, False)
+    assert words(chat, TALK) == [" Hello!</s>", " Good bye.</s>"]
+    second = chat.tokenizer.decode(encoded.examples[1].ids, False)
     assert second == "user: Hi\nassistant: Hello!\nuser: Bye\nassistant: Good bye.</s>"
-    assert words(tokenizer, [user("a"), said(" b \n")]) == ["  b \n</s>"]
+    assert words(chat, [user("a"), said(" b \n")]) == ["  b \n</s>"]
 
 
 @pytest.mark.parametrize("header", ["<|im_start|>", "## "])
-def test_last_reply_left_open_gets_the_stop_that_the_middle_has(
-    chatml: Tokenizer, header: str
-) -> None:
+def test_last_reply_left_open_gets_the_stop_that_the_middle_has(chatml: Chat, header: str) -> None:
     """Not the eos, which the model would have seen nowhere else."""
     source = "{% for m in messages %}" + header + "{{ m.role }}\n{{ m.content }}"
     source += "{% if not (loop.last and m.role == 'assistant') %}<|im_end|>\n{% endif %}"
     source += "{% endfor %}{% if add_generation_prompt %}" + header + "assistant\n{% endif %}"
-    tokenizer = suite.with_template(chatml, source)
-    encoded = rules.check(TALK, None, tokenizer, rules.Oracle(tokenizer))
+    chat = suite.with_template(chatml, source)
+    encoded = rules.check(TALK, None, chat, rules.Oracle(chat))
     assert encoded.certificate.closed
-    assert words(tokenizer, TALK) == ["Hello!<|im_end|>", "Good bye.<|im_end|>"]
+    assert words(chat, TALK) == ["Hello!<|im_end|>", "Good bye.<|im_end|>"]
 
 
 OTHER_BLANKS = """{%- for m in messages %}
@@ -323,12 +327,12 @@ OTHER_BLANKS = """{%- for m in messages %}
 {% endif -%}"""
 
 
-def test_prompt_with_other_blanks_than_the_reply_has_before_it(chatml: Tokenizer) -> None:
+def test_prompt_with_other_blanks_than_the_reply_has_before_it(chatml: Chat) -> None:
     """Such files were meant to be stripped. The prompt stays as it is at inference."""
-    tokenizer = suite.with_template(chatml, OTHER_BLANKS)
-    encoded = rules.check(TALK, None, tokenizer, rules.Oracle(tokenizer))
+    chat = suite.with_template(chatml, OTHER_BLANKS)
+    encoded = rules.check(TALK, None, chat, rules.Oracle(chat))
     assert encoded.certificate.composed
-    assert words(tokenizer, TALK) == ["Hello!</s>", "Good bye.</s>"]
+    assert words(chat, TALK) == ["Hello!</s>", "Good bye.</s>"]
 
 
 CUTS_THINKING = """{%- for m in messages -%}
@@ -340,19 +344,19 @@ CUTS_THINKING = """{%- for m in messages -%}
 {% endif -%}"""
 
 
-def test_reply_that_begins_with_what_the_prompt_opens(chatml: Tokenizer) -> None:
+def test_reply_that_begins_with_what_the_prompt_opens(chatml: Chat) -> None:
     """The template cuts thinking off even the last reply, yet asks for it: the data's words are
     put behind the prompt. Without thinking in the data there is nothing faithful."""
-    tokenizer = suite.with_template(chatml, CUTS_THINKING)
+    chat = suite.with_template(chatml, CUTS_THINKING)
     talk = [user("a"), said("<think>\nhm\n</think>\n\none"), user("b"), said("<think>\nx</think>2")]
-    encoded = rules.check(talk, None, tokenizer, rules.Oracle(tokenizer))
+    encoded = rules.check(talk, None, chat, rules.Oracle(chat))
     assert encoded.certificate.composed
-    assert words(tokenizer, talk) == ["hm\n</think>\n\none<|im_end|>", "x</think>2<|im_end|>"]
-    second = tokenizer.decode(encoded.examples[1].ids, False)
+    assert words(chat, talk) == ["hm\n</think>\n\none<|im_end|>", "x</think>2<|im_end|>"]
+    second = chat.tokenizer.decode(encoded.examples[1].ids, False)
     assert "hm" not in second
     assert "assistant\n\n\none<|im_end|>" in second
     with pytest.raises(Refused, match=r"a content that begins with '<think>\\n'"):
-        encode_chat([user("a"), said("one")], tokenizer)
+        encode_chat([user("a"), said("one")], chat)
 
 
 @pytest.mark.parametrize(
@@ -362,24 +366,22 @@ def test_reply_that_begins_with_what_the_prompt_opens(chatml: Tokenizer) -> None
         ("{{ mode + 'x' }}", "--template_kwargs '{\"mode\": ...}'"),
     ],
 )
-def test_template_that_misses_something_says_what(
-    chatml: Tokenizer, source: str, advice: str
-) -> None:
-    tokenizer = suite.with_template(chatml, source + chatml.template.source)
+def test_template_that_misses_something_says_what(chatml: Chat, source: str, advice: str) -> None:
+    chat = suite.with_template(chatml, source + chatml.template.source)
     with pytest.raises(Refused, match=re.escape(advice)):
-        encode_chat(TALK, tokenizer)
+        encode_chat(TALK, chat)
 
 
-def test_template_that_drops_thinking_or_calls_is_refused(chatml: Tokenizer) -> None:
+def test_template_that_drops_thinking_or_calls_is_refused(chatml: Chat) -> None:
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     )
     source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    tokenizer = suite.with_template(chatml, source)
+    chat = suite.with_template(chatml, source)
     with pytest.raises(Refused, match="reasoning_content"):
-        encode_chat([user("a"), said("b", reasoning_content="hm")], tokenizer)
+        encode_chat([user("a"), said("b", reasoning_content="hm")], chat)
     with pytest.raises(Refused, match="get_weather"):
-        encode_chat([user("a"), said("b", tool_calls=[suite.call()])], tokenizer)
+        encode_chat([user("a"), said("b", tool_calls=[suite.call()])], chat)
 
 
 def writing(said: str) -> str:
@@ -415,11 +417,11 @@ NAMES_CALL = said("I call get_weather.", tool_calls=[suite.call()])
     ],
 )
 def test_what_stands_in_the_reply_by_chance_is_not_taken_for_written(
-    chatml: Tokenizer, source: str, reply: dict[str, Any], reason: str
+    chatml: Chat, source: str, reply: dict[str, Any], reason: str
 ) -> None:
-    tokenizer = suite.with_template(chatml, source)
+    chat = suite.with_template(chatml, source)
     with pytest.raises(Refused, match=f"does not write .*{reason}") as caught:
-        encode_chat([user("a"), reply], tokenizer)
+        encode_chat([user("a"), reply], chat)
     assert caught.value.refusal.kind == "dropped"
 
 
@@ -439,31 +441,31 @@ XML = "<{{ k }}>{{ v|string|escape }}</{{ k }}>"
         "{% if c.function.name == 'f' %}f{{ c.function.arguments }}{% endif %}",
     ],
 )
-def test_calls_may_be_written_in_any_form(chatml: Tokenizer, call: str) -> None:
+def test_calls_may_be_written_in_any_form(chatml: Chat, call: str) -> None:
     said_so = "{{ m.content|trim }}<think>{{ m.thinking }}{% for c in m.tool_calls %}" + call
-    tokenizer = suite.with_template(chatml, writing(said_so + "{% endfor %}"))
+    chat = suite.with_template(chatml, writing(said_so + "{% endfor %}"))
     calls = [{"id": "functions.f:0", "function": {"name": "f", "arguments": ARGUMENTS}}]
     reply = said(" 4 ", reasoning_content="4\n", tool_calls=calls)
-    encoded = encode_chat([user("a"), reply], tokenizer)
+    encoded = encode_chat([user("a"), reply], chat)
     assert encoded.certificate.same_ids
 
 
-def test_date_is_fixed(chatml: Tokenizer) -> None:
+def test_date_is_fixed(chatml: Chat) -> None:
     source = "{{ strftime_now('%d %B %Y') }}" + chatml.template.source
-    tokenizer = suite.with_template(chatml, source)
-    encoded = encode_chat(TALK, tokenizer, EncodeOptions(date="2024-02-29"))
-    assert tokenizer.decode(encoded.ids).startswith("29 February 2024")
+    chat = suite.with_template(chatml, source)
+    encoded = encode_chat(TALK, chat, EncodeOptions(date="2024-02-29"))
+    assert chat.tokenizer.decode(encoded.ids).startswith("29 February 2024")
     assert encoded.certificate.today == "2024-02-29"
     with pytest.raises(UserError, match="--date"):
-        encode_chat(TALK, tokenizer, EncodeOptions(date="29.2.2024"))
+        encode_chat(TALK, chat, EncodeOptions(date="29.2.2024"))
 
 
-def test_raw_text_and_tokenised(chatml: Tokenizer) -> None:
+def test_raw_text_and_tokenised(chatml: Chat) -> None:
     raw = encode_many([RawText("Hello <|im_end|>")], chatml)[0]
     assert not isinstance(raw, Refusal)
     assert raw.certificate.escaped == 1
     assert chatml.control["<|im_end|>"] not in raw.ids
-    assert raw.ids[-1] == chatml.eos_id
+    assert raw.ids[-1] == chatml.tokenizer.eos_id
     assert raw.loss_mask.all()
     made = encode_many([Tokenised([1, 2, 3], [0, 0.5, 1])], chatml)[0]
     assert not isinstance(made, Refusal)
@@ -476,7 +478,7 @@ def test_raw_text_and_tokenised(chatml: Tokenizer) -> None:
         assert reason in refusal.message
 
 
-def test_encode_many_equals_encode_chat(chatml: Tokenizer) -> None:
+def test_encode_many_equals_encode_chat(chatml: Chat) -> None:
     talks = [read_conversation(m, tools=tools) for _, m, tools in suite.everything()]
     talks.append(read_conversation([user("a"), said("b", weight=0)], source="x", line=9))
     drop = EncodeOptions(uncertain="drop")
@@ -495,7 +497,7 @@ def test_encode_many_equals_encode_chat(chatml: Tokenizer) -> None:
         encode_many(talks, chatml)
 
 
-def test_quick_way_equals_careful_way(chatml: Tokenizer) -> None:
+def test_quick_way_equals_careful_way(chatml: Chat) -> None:
     """The remembered headers prove the same borders as character offsets do."""
     talks = [read_conversation(m, tools=tools) for _, m, tools in suite.everything()]
     fresh = suite.with_template(chatml, chatml.template.source)
@@ -510,11 +512,13 @@ def test_quick_way_equals_careful_way(chatml: Tokenizer) -> None:
         assert [list(e.ids) for e in found.examples] == [list(e.ids) for e in expected.examples]
 
 
-def test_prompt_goes_on_with_a_begun_reply(chatml: Tokenizer) -> None:
+def test_prompt_goes_on_with_a_begun_reply(chatml: Chat) -> None:
     prompt = encode_prompt([user("a"), said("It is")], chatml)
-    assert chatml.decode(prompt, False).endswith("<|im_start|>assistant\nIt is")
+    assert chatml.tokenizer.decode(prompt, False).endswith("<|im_start|>assistant\nIt is")
     further = encode_prompt([user("a"), said("It is")], chatml, go_on=False)
-    assert chatml.decode(further, False).endswith("It is<|im_end|>\n<|im_start|>assistant\n")
+    assert chatml.tokenizer.decode(further, False).endswith(
+        "It is<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 TEXT = st.text(
@@ -538,25 +542,25 @@ LAW_TOKENIZERS = ("minimind", "tinyllama", "phi3")
 
 
 @pytest.fixture(scope="module")
-def pairs(shared_data: Path) -> list[tuple[Tokenizer, rules.Oracle]]:
+def pairs(shared_data: Path) -> list[tuple[Chat, rules.Oracle]]:
     made = []
     for name in LAW_TOKENIZERS:
         for template in TEMPLATES:
             path = shared_data / "chat_templates" / f"{template}.jinja"
-            tokenizer = suite.fitted(shared_data / "tokenizers" / name, path)
-            made.append((tokenizer, rules.Oracle(tokenizer)))
+            chat = suite.fitted(shared_data / "tokenizers" / name, path)
+            made.append((chat, rules.Oracle(chat)))
     return made
 
 
 def hold_the_rules(pairs: Any, which: int, turns: Any, first: str | None, last: bool) -> None:
-    tokenizer, oracle = pairs[which]
+    chat, oracle = pairs[which]
     messages = [] if first is None else [system(first)]
     for asked, answered in turns:
         messages += [user(asked), said(answered)]
     options = EncodeOptions(train_on="last" if last else "all")
     kind = None
     try:
-        rules.check(messages, None, tokenizer, oracle, options)
+        rules.check(messages, None, chat, oracle, options)
     except Refused as refused:
         kind = refused.refusal.kind
     assert kind in (None, "special", "dropped", "template", "not_a_prefix")
@@ -589,29 +593,29 @@ def test_rules_hold_long(pairs: Any, which: int, turns: Any, first: Any, last: b
 
 def test_chatml_and_plain_with_real_tokenizers(shared_data: Path) -> None:
     for name, template in (("gpt2", "plain"), ("qwen2", None), ("tinyllama", "plain")):
-        tokenizer = load_tokenizer(shared_data / "tokenizers" / name, template)
-        oracle = rules.Oracle(tokenizer)
+        chat = load_tokenizer(shared_data / "tokenizers" / name, template)
+        oracle = rules.Oracle(chat)
         for group in (suite.TEXT_ONLY, suite.SMUGGLED):
             for messages in group.values():
-                rules.check(messages, None, tokenizer, oracle)
+                rules.check(messages, None, chat, oracle)
 
 
-def test_conversation_may_hold_context_after_the_last_reply(chatml: Tokenizer) -> None:
+def test_conversation_may_hold_context_after_the_last_reply(chatml: Chat) -> None:
     encoded = encode_chat(Conversation([*TALK, user("still there?")]), chatml)
-    assert chatml.decode(encoded.ids, False).endswith("still there?<|im_end|>\n")
+    assert chatml.tokenizer.decode(encoded.ids, False).endswith("still there?<|im_end|>\n")
 
 
 def test_a_header_that_swallows_blanks(shared_data: Path) -> None:
     """phi3's <|assistant|> takes in all blanks behind it, the reply's own, too, if one lets it."""
-    tokenizer = load_tokenizer(shared_data / "tokenizers/phi3")
-    encode_chat(TALK, tokenizer)  # from here on the header is remembered
+    chat = load_tokenizer(shared_data / "tokenizers/phi3")
+    encode_chat(TALK, chat)  # from here on the header is remembered
     talk = [user("Hi"), said("  Hello!"), user("a"), said("\n\nb")]
-    assert words(tokenizer, talk) == [" Hello!<|end|>", "\n\nb<|end|>"]  # decoding drops one blank
-    assert encode_chat(talk, tokenizer).certificate.split_tokens == 2
-    rules.check(talk, None, tokenizer, rules.Oracle(tokenizer))
+    assert words(chat, talk) == [" Hello!<|end|>", "\n\nb<|end|>"]  # decoding drops one blank
+    assert encode_chat(talk, chat).certificate.split_tokens == 2
+    rules.check(talk, None, chat, rules.Oracle(chat))
 
 
-def test_half_a_character_is_refused(chatml: Tokenizer) -> None:
+def test_half_a_character_is_refused(chatml: Chat) -> None:
     """Found by fuzzing: JSON can spell half of a surrogate pair, which has no UTF-8."""
     good = read_conversation([user("a"), said("b")])
     bad = read_conversation([user("a\ud83d"), said("b")], source="some.jsonl", line=7)

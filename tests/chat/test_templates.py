@@ -23,14 +23,14 @@ A_FEW = (
 
 def outcomes(tokenizer_folder: Path, template: Path) -> dict[str, list[str]]:
     """Outcome -> conversations, and the stop tokens; every encoded one is checked by the rules."""
-    tokenizer = suite.fitted(tokenizer_folder, template)
-    oracle = rules.Oracle(tokenizer)
+    chat = suite.fitted(tokenizer_folder, template)
+    oracle = rules.Oracle(chat)
     found: dict[str, list[str]] = {
-        "stops": [tokenizer.decode([i], skip_special=False) for i in tokenizer.stop_ids]
+        "stops": [chat.tokenizer.decode([i], skip_special=False) for i in chat.stop_ids]
     }
     for name, messages, tools in suite.everything():
         try:
-            encoded = rules.check(messages, tools, tokenizer, oracle)
+            encoded = rules.check(messages, tools, chat, oracle)
             one = "encoded" if len(encoded.examples) == 1 else "split"
             outcome = "composed" if encoded.certificate.composed else one
         except Refused as refused:

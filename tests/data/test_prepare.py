@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests import processes
-from tests.tiny import tokenizer as make_tokenizer
+from tests.tiny import chat as make_chat
+from whet.chat.chat import add_chat_tokens, load_tokenizer
 from whet.chat.encode import EncodeOptions, encode_chat
-from whet.chat.tokenizer import add_chat_tokens, load_tokenizer
 from whet.data import reader
 from whet.data.account import totals
 from whet.data.batches import get_sft_batch_iterator
@@ -31,9 +31,9 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 def folder(tmp_path_factory):
     """A tokenizer of some 300 ids, with the control tokens of ChatML and the plain template."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer, _ = add_chat_tokens(make_tokenizer(), "chatml")
-    tokenizer.save(folder)
-    (folder / "chat_template.jinja").write_text(make_tokenizer().template.source)
+    chat, _ = add_chat_tokens(make_chat(), "chatml")
+    chat.save(folder)
+    (folder / "chat_template.jinja").write_text(make_chat().template.source)
     return folder
 
 
@@ -107,18 +107,18 @@ def test_rows_hold_what_encode_chat_says(folder, tmp_path, template):
     records = conversations(60)
     data = write(tmp_path / "a.jsonl", records)
     store, accounts = run(folder, tmp_path, [data], chat_template=template, context_length=256)
-    tokenizer = load_tokenizer(folder, template)
+    chat = load_tokenizer(folder, template)
     found = documents(store)
     assert len(found) == 60
     for line, record in enumerate(records, 1):
-        expected = encode_chat(to_example(record), tokenizer)
+        expected = encode_chat(to_example(record), chat)
         ((ids, mask),) = found[0, line, 0]
         assert ids.tolist() == expected.ids.tolist()
         assert mask.tolist() == expected.loss_mask.tolist()
     check_account(store, accounts)
-    assert store.attrs["tokenizer_hash"] == tokenizer.hash
-    assert store.attrs["template_hash"] == tokenizer.template.hash
-    assert store.attrs["vocab_size"] == tokenizer.vocab_size
+    assert store.attrs["tokenizer_hash"] == chat.tokenizer.hash
+    assert store.attrs["template_hash"] == chat.template.hash
+    assert store.attrs["vocab_size"] == chat.tokenizer.vocab_size
     assert store.attrs["sources"] == [data]
     assert store.attrs["settings"]["chat_template"] == template
 
@@ -300,10 +300,10 @@ def test_rewritten_conversations_become_parts_on_one_side(folder, tmp_path):
         folder, tmp_path, [data], chat_template=str(template), context_length=256,
         dev_out=str(tmp_path / "dev.h5"), dev_fraction=0.3,
     )  # fmt: skip
-    tokenizer = load_tokenizer(folder, str(template))
+    chat = load_tokenizer(folder, str(template))
     both = {**documents(store), **documents(PackedStore(tmp_path / "dev.h5"))}
     for line, record in enumerate(records, 1):
-        examples = encode_chat(to_example(record), tokenizer, EncodeOptions()).examples
+        examples = encode_chat(to_example(record), chat, EncodeOptions()).examples
         assert len(examples) == len(record["messages"]) // 2
         for part, example in enumerate(examples):
             assert both[0, line, part][0][0].tolist() == example.ids.tolist()
@@ -314,7 +314,7 @@ def test_rewritten_conversations_become_parts_on_one_side(folder, tmp_path):
 
 
 def test_text_keeps_every_token(folder, tmp_path, monkeypatch):
-    tokenizer = load_tokenizer(folder)
+    chat = load_tokenizer(folder)
     monkeypatch.setattr(reader, "PIECE_CHARS", 700)
     rng = np.random.default_rng(0)
     text = "\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(60))
@@ -322,17 +322,17 @@ def test_text_keeps_every_token(folder, tmp_path, monkeypatch):
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"four five"))
     write(tmp_path / "c.jsonl", [{"text": "one two"}, {"ids": [5, 6, 7]}])
     paths = [str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl")]
-    accounts = prepare_text(paths, tokenizer, 50, str(tmp_path / "t.h5"), quiet=True)
+    accounts = prepare_text(paths, chat, 50, str(tmp_path / "t.h5"), quiet=True)
     store = PackedStore(tmp_path / "t.h5")
     check_account(store, accounts)
     found = documents(store)
     pieces = [ids for key in sorted(found) if key[0] == 0 for ids, _ in found[key]]
     ids = np.concatenate(pieces)
-    assert ids[-1] == tokenizer.eos_id
-    assert (ids == tokenizer.eos_id).sum() == 1
-    assert tokenizer.decode(ids) == text
+    assert ids[-1] == chat.tokenizer.eos_id
+    assert (ids == chat.tokenizer.eos_id).sum() == 1
+    assert chat.tokenizer.decode(ids) == text
     assert max(map(len, pieces)) == 50
-    assert tokenizer.decode(found[1, 1, 0][0][0]) == "four five"
+    assert chat.tokenizer.decode(found[1, 1, 0][0][0]) == "four five"
     assert found[2, 2, 0][0][0].tolist() == [5, 6, 7]
     for examples in found.values():
         for _, mask in examples:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from whet.chat.tokenizer import Tokenizer, train_tokenizer
+from whet.chat.chat import Chat
+from whet.chat.tokenizer import train_tokenizer
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf.checkpoint import save_model
@@ -13,20 +14,20 @@ TEXTS = ["How many eggs does she sell? She sells 16 - 3 = 13 eggs.", "<think></t
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXTS * 5, 300)
+def chat() -> Chat:
+    return Chat(train_tokenizer(TEXTS * 5, 300))
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer: Tokenizer) -> Transformer:
-    model = Transformer(llama(tokenizer.vocab_size, 32, 2, 4, max_positions=128))
+def model(chat: Chat) -> Transformer:
+    model = Transformer(llama(chat.tokenizer.vocab_size, 32, 2, 4, max_positions=128))
     init_weights(model, seed=0)
     return model
 
 
 @pytest.fixture(scope="session")
-def run(model: Transformer, tokenizer: Tokenizer, tmp_path_factory) -> Path:
+def run(model: Transformer, chat: Chat, tmp_path_factory) -> Path:
     """A model directory as a run leaves it."""
     directory = tmp_path_factory.mktemp("runs") / "tiny"
-    save_model(model, directory, tokenizer, {})
+    save_model(model, directory, chat, {})
     return directory

@@ -21,11 +21,15 @@ def problems(tmp_path):
     return file
 
 
-def packed(path, tokenizer, **attrs):
+def packed(path, chat, **attrs):
     """A packed file of 5 rows of 16 tokens of `tokenizer`."""
-    tokens = np.random.default_rng(0).integers(0, tokenizer.vocab_size, (5, 16))
+    tokens = np.random.default_rng(0).integers(0, chat.tokenizer.vocab_size, (5, 16))
     ones = np.ones((5, 16), np.int32)
-    attrs = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, **attrs}
+    attrs = {
+        "tokenizer_hash": chat.tokenizer.hash,
+        "vocab_size": chat.tokenizer.vocab_size,
+        **attrs,
+    }
     with StoreWriter(path, 5, 16, attrs=attrs) as writer:
         writer.write_rows(tokens, ones, ones)
     return path
@@ -38,8 +42,8 @@ def formula(model, path) -> float:
         return float(sft_loss(model(tokens), tokens, torch.ones_like(tokens)))
 
 
-def test_both_measures_at_once(run, model, tokenizer, problems, tmp_path, capsys) -> None:
-    dev = packed(tmp_path / "dev.h5", tokenizer)
+def test_both_measures_at_once(run, model, chat, problems, tmp_path, capsys) -> None:
+    dev = packed(tmp_path / "dev.h5", chat)
     out, samples = tmp_path / "out.json", tmp_path / "samples.jsonl"
     flags = ["--gsm8k", problems, "--limit", "4", "--max_new_tokens", "5", "--dev", dev]
     flags += ["--json", out, "--samples", samples]
@@ -74,8 +78,8 @@ def test_both_measures_at_once(run, model, tokenizer, problems, tmp_path, capsys
         (["--gsm8k", "{problems}", "--samples", "/proc/x"], "--samples /proc/x: cannot be written"),
     ],
 )
-def test_bad_input_is_told_in_a_line(run, tokenizer, problems, tmp_path, capsys, flags, message):
-    dev = packed(tmp_path / "dev.h5", tokenizer)
+def test_bad_input_is_told_in_a_line(run, chat, problems, tmp_path, capsys, flags, message):
+    dev = packed(tmp_path / "dev.h5", chat)
     flags = [flag.format(problems=problems, dev=dev) for flag in flags]
     assert main(["eval", str(run), *flags]) == 2
     told = capsys.readouterr().err.splitlines()
@@ -93,8 +97,8 @@ def test_bad_input_is_told_in_a_line(run, tokenizer, problems, tmp_path, capsys,
         ({"vocab_size": 9999}, "its tokenizer has 9,999 ids, the model's embedding"),
     ],
 )
-def test_a_packed_file_that_is_not_the_models(run, tokenizer, tmp_path, capsys, attrs, message):
-    dev = packed(tmp_path / "dev.h5", tokenizer, **attrs)
+def test_a_packed_file_that_is_not_the_models(run, chat, tmp_path, capsys, attrs, message):
+    dev = packed(tmp_path / "dev.h5", chat, **attrs)
     out = tmp_path / "out.json"
     assert main(["eval", str(run), "--dev", str(dev), "--json", str(out)]) == 2
     assert_matches(capsys.readouterr().err, message)

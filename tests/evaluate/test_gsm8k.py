@@ -11,14 +11,14 @@ from whet.evaluate.gsm8k import Problem, gsm8k_accuracy, load_gsm8k, write_sampl
 PROBLEMS = [Problem(f"How many eggs are {i} eggs?", str(i), line=i + 1) for i in range(23)]
 
 
-def replying(monkeypatch, tokenizer, reply: Callable[[int], str], stop: bool = True) -> None:
+def replying(monkeypatch, chat, reply: Callable[[int], str], stop: bool = True) -> None:
     """Lets the model answer the problem about i eggs with `reply(i)`."""
 
     def generate(model, prompts, *, max_new_tokens, stop_ids, batch_size, progress, between):
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        texts = [chat.tokenizer.decode(prompt) for prompt in prompts]
         numbers = [int(text.split(" eggs?")[0].split()[-1]) for text in texts]
         end = [stop_ids[0]] if stop else []
-        return [tokenizer.encode(reply(i)) + end for i in numbers]
+        return [chat.tokenizer.encode(reply(i)) + end for i in numbers]
 
     monkeypatch.setattr(gsm8k, "generate", generate)
 
@@ -38,24 +38,24 @@ WRONG = {
 
 
 @pytest.mark.parametrize("reply", RIGHT.values(), ids=RIGHT)
-def test_right_answers_score_all(monkeypatch, model, tokenizer, reply) -> None:
-    replying(monkeypatch, tokenizer, reply)
-    found = gsm8k_accuracy(model, tokenizer, PROBLEMS, quiet=True)
+def test_right_answers_score_all(monkeypatch, model, chat, reply) -> None:
+    replying(monkeypatch, chat, reply)
+    found = gsm8k_accuracy(model, chat, PROBLEMS, quiet=True)
     assert (found.accuracy, found.correct, found.n) == (1.0, 23, 23)
     assert (found.high, found.unanswered, found.unstopped) == (1.0, 0, 0)
     assert found.low == pytest.approx(0.8569, abs=1e-4)  # 23 / (23 + 1.96^2)
 
 
 @pytest.mark.parametrize("reply", WRONG.values(), ids=WRONG)
-def test_wrong_answers_score_nothing(monkeypatch, model, tokenizer, reply) -> None:
-    replying(monkeypatch, tokenizer, reply)
-    found = gsm8k_accuracy(model, tokenizer, PROBLEMS, quiet=True)
+def test_wrong_answers_score_nothing(monkeypatch, model, chat, reply) -> None:
+    replying(monkeypatch, chat, reply)
+    found = gsm8k_accuracy(model, chat, PROBLEMS, quiet=True)
     assert (found.accuracy, found.low, found.correct, found.n) == (0.0, 0.0, 0, 23)
 
 
-def test_samples_tell_what_was_said(monkeypatch, model, tokenizer, tmp_path) -> None:
-    replying(monkeypatch, tokenizer, lambda i: f"<answer>{min(i, 20)}</answer>", stop=False)
-    found = gsm8k_accuracy(model, tokenizer, PROBLEMS, quiet=True)
+def test_samples_tell_what_was_said(monkeypatch, model, chat, tmp_path) -> None:
+    replying(monkeypatch, chat, lambda i: f"<answer>{min(i, 20)}</answer>", stop=False)
+    found = gsm8k_accuracy(model, chat, PROBLEMS, quiet=True)
     assert (found.correct, found.unstopped) == (21, 23)
     write_samples(found.samples, tmp_path / "samples.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -72,9 +72,9 @@ def test_samples_tell_what_was_said(monkeypatch, model, tokenizer, tmp_path) -> 
 
 
 @pytest.mark.parametrize("world_size", [2, 5, 40])
-def test_distributed_share_the_problems(monkeypatch, model, tokenizer, world_size) -> None:
-    replying(monkeypatch, tokenizer, lambda i: f"{i % 4 and i}")
-    alone = gsm8k_accuracy(model, tokenizer, PROBLEMS, quiet=True)
+def test_distributed_share_the_problems(monkeypatch, model, chat, world_size) -> None:
+    replying(monkeypatch, chat, lambda i: f"{i % 4 and i}")
+    alone = gsm8k_accuracy(model, chat, PROBLEMS, quiet=True)
     counts = []
 
     def reduce(mine):
@@ -83,33 +83,33 @@ def test_distributed_share_the_problems(monkeypatch, model, tokenizer, world_siz
 
     for rank in range(world_size):
         together = gsm8k_accuracy(
-            model, tokenizer, PROBLEMS, rank=rank, world_size=world_size, reduce=reduce, quiet=True
+            model, chat, PROBLEMS, rank=rank, world_size=world_size, reduce=reduce, quiet=True
         )
     assert (together.correct, together.n) == (alone.correct, alone.n)
     assert (together.low, together.high) == (alone.low, alone.high)
 
 
-def test_a_question_longer_than_the_model_counts_as_wrong(model, tokenizer) -> None:
+def test_a_question_longer_than_the_model_counts_as_wrong(model, chat) -> None:
     """And the model really answers the other one."""
     problems = [Problem("eggs? " * 100, "1"), Problem("How many eggs?", "1")]
-    found = gsm8k_accuracy(model, tokenizer, problems, max_new_tokens=8, quiet=True)
+    found = gsm8k_accuracy(model, chat, problems, max_new_tokens=8, quiet=True)
     assert found.n == 2
     assert found.samples[0].reply == ""
     assert not found.samples[0].right
     assert found.samples[1].reply != ""
 
 
-def test_a_prompt_that_begins_the_thinking(monkeypatch, model, tokenizer) -> None:
+def test_a_prompt_that_begins_the_thinking(monkeypatch, model, chat) -> None:
     """Some templates write <think> for the model: what it says before </think> is no answer."""
-    opened = [*tokenizer.encode("0 eggs? "), *tokenizer.encode("Assistant:\n<think>\n")]
+    opened = [*chat.tokenizer.encode("0 eggs? "), *chat.tokenizer.encode("Assistant:\n<think>\n")]
     monkeypatch.setattr(gsm8k, "encode_prompt", lambda *_: opened)
     for reply, right in [("0", 0), ("7</think> It is 0", 1)]:
-        replying(monkeypatch, tokenizer, lambda _, reply=reply: reply)
-        assert gsm8k_accuracy(model, tokenizer, PROBLEMS[:1], quiet=True).correct == right
+        replying(monkeypatch, chat, lambda _, reply=reply: reply)
+        assert gsm8k_accuracy(model, chat, PROBLEMS[:1], quiet=True).correct == right
 
 
-def test_nothing_to_answer(model, tokenizer) -> None:
-    found = gsm8k_accuracy(model, tokenizer, [], quiet=True)
+def test_nothing_to_answer(model, chat) -> None:
+    found = gsm8k_accuracy(model, chat, [], quiet=True)
     assert (found.accuracy, found.low, found.high, found.n) == (0.0, 0.0, 1.0, 0)
 
 

@@ -47,8 +47,8 @@ GOOD = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.tokenizer()
+def chat():
+    return tiny.chat()
 
 
 @st.composite
@@ -78,7 +78,7 @@ def records(draw):
 
 
 @counts(400, 20_000)
-def test_records(count, tokenizer):
+def test_records(count, chat):
     """What is read can be encoded or is refused; every refusal names file and line."""
     options = EncodeOptions(uncertain="drop")
 
@@ -89,7 +89,7 @@ def test_records(count, tokenizer):
             if "some.jsonl:7" not in str(error):
                 pytest.fail(f"does not say where: {error}")
             raise
-        encode_many([datum], tokenizer, options)
+        encode_many([datum], chat, options)
 
     tally = fuzz("records", records(), read, count)
     assert min(tally["read"], tally["refused"]) > count // 20

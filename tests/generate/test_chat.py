@@ -3,12 +3,12 @@ import sys
 
 import pytest
 
+from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
-from whet.chat.tokenizer import Tokenizer, train_tokenizer
+from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
 from whet.errors import UserError
-from whet.generate import chat
-from whet.generate.chat import Config, Talk, repl, text_pieces
+from whet.generate.chat import LEAST_ROOM, Config, Talk, repl, text_pieces
 from whet.generate.engine import generate
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
@@ -16,52 +16,54 @@ from whet.model.hf.checkpoint import save_model
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["Hello there! Schöne Grüße \N{SLIGHTLY SMILING FACE} 12"] * 5, 290)
+def chat() -> Chat:
+    return Chat(
+        train_tokenizer(["Hello there! Schöne Grüße \N{SLIGHTLY SMILING FACE} 12"] * 5, 290)
+    )
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Tokenizer) -> Transformer:
-    model = Transformer(llama(tokenizer.vocab_size, 32, 2, 4, max_positions=128))
+def model(chat: Chat) -> Transformer:
+    model = Transformer(llama(chat.tokenizer.vocab_size, 32, 2, 4, max_positions=128))
     init_weights(model, seed=0)
     return model
 
 
 @pytest.fixture(scope="module")
-def run(model, tokenizer, tmp_path_factory):
+def run(model, chat, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "tiny"
-    save_model(model, directory, tokenizer, {})
+    save_model(model, directory, chat, {})
     return directory
 
 
-def talk(model, tokenizer, **flags) -> Talk:
-    return Talk(model, tokenizer, Config(run=None, max_new_tokens=8, **flags))
+def talk(model, chat, **flags) -> Talk:
+    return Talk(model, chat, Config(run=None, max_new_tokens=8, **flags))
 
 
-def test_a_reply_is_what_the_model_generates_for_the_prompt(model, tokenizer) -> None:
-    talking = talk(model, tokenizer, system="Be brief.")
+def test_a_reply_is_what_the_model_generates_for_the_prompt(model, chat) -> None:
+    talking = talk(model, chat, system="Be brief.")
     reply = "".join(talking.answer("Hello <|endoftext|>"))
     asked = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello <|endoftext|>"},
     ]
-    prompt = encode_prompt(asked, tokenizer)
-    [ids] = generate(model, [prompt], max_new_tokens=8, stop_ids=tokenizer.stop_ids)
-    assert reply == tokenizer.decode(ids)
+    prompt = encode_prompt(asked, chat)
+    [ids] = generate(model, [prompt], max_new_tokens=8, stop_ids=chat.stop_ids)
+    assert reply == chat.tokenizer.decode(ids)
     assert talking.messages == [asked[1], {"role": "assistant", "content": reply}]
-    turn_ends = prompt.count(tokenizer.eos_id)
+    turn_ends = prompt.count(chat.tokenizer.eos_id)
     assert turn_ends == 2, "what the user typed holds no control token"
 
 
-def test_the_conversation_grows_and_is_forgotten(model, tokenizer, monkeypatch) -> None:
+def test_the_conversation_grows_and_is_forgotten(model, chat, monkeypatch) -> None:
     asked: list[list[dict]] = []
 
-    def remember(messages, tokenizer):
+    def remember(messages, chat):
         asked.append(list(messages))
-        return encode_prompt(messages, tokenizer)
+        return encode_prompt(messages, chat)
 
-    monkeypatch.setattr(chat, "encode_prompt", remember)
-    talking = talk(model, tokenizer)
+    monkeypatch.setattr("whet.generate.chat.encode_prompt", remember)
+    talking = talk(model, chat)
     for text in ("one", "two"):
         "".join(talking.answer(text))
     assert [message["content"] for message in asked[1]][::2] == ["one", "two"]
@@ -70,50 +72,50 @@ def test_the_conversation_grows_and_is_forgotten(model, tokenizer, monkeypatch) 
     assert [message["content"] for message in asked[2]] == ["three"]
 
 
-def test_the_oldest_turns_make_room(model, tokenizer, capsys) -> None:
-    talking = talk(model, tokenizer)
+def test_the_oldest_turns_make_room(model, chat, capsys) -> None:
+    talking = talk(model, chat)
     for i in range(6):
         "".join(talking.answer(f"{i} Hello there! Hello there!"))
-        prompt = encode_prompt(talking.messages[:-1], tokenizer)
-        assert len(prompt) + chat.LEAST_ROOM <= 128
+        prompt = encode_prompt(talking.messages[:-1], chat)
+        assert len(prompt) + LEAST_ROOM <= 128
     assert talking.messages[0]["role"] == "user"
     assert talking.messages[0]["content"][0] > "0"
     assert "128 positions are full: the oldest turn was forgotten" in capsys.readouterr().err
 
 
-def test_a_message_too_long_for_the_model_is_not_remembered(model, tokenizer) -> None:
-    talking = talk(model, tokenizer)
+def test_a_message_too_long_for_the_model_is_not_remembered(model, chat) -> None:
+    talking = talk(model, chat)
     with pytest.raises(UserError, match=r"prompt of \d+ tokens, the model has 128 positions"):
         "".join(talking.answer("Hello there! " * 60))
     assert talking.messages == []
     assert "".join(talking.answer("Hello"))
 
 
-def test_a_reply_that_is_broken_off_stays_as_far_as_it_came(model, tokenizer) -> None:
-    talking = talk(model, tokenizer)
+def test_a_reply_that_is_broken_off_stays_as_far_as_it_came(model, chat) -> None:
+    talking = talk(model, chat)
     pieces = talking.answer("Hello")
     first = next(pieces)
     pieces.close()
     assert talking.messages[-1] == {"role": "assistant", "content": first}
 
 
-def test_half_characters_wait_for_their_other_half(tokenizer) -> None:
+def test_half_characters_wait_for_their_other_half(chat) -> None:
     text = "Grüße \N{GRINNING FACE} ok"
-    ids = tokenizer.encode(text)
-    pieces = list(text_pieces([*ids, tokenizer.eos_id], tokenizer, [], show_control=False))
+    ids = chat.tokenizer.encode(text)
+    pieces = list(text_pieces([*ids, chat.tokenizer.eos_id], chat, [], show_control=False))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
-    broken = list(text_pieces(tokenizer.encode("\N{GRINNING FACE}")[:2], tokenizer, [], False))
+    broken = list(text_pieces(chat.tokenizer.encode("\N{GRINNING FACE}")[:2], chat, [], False))
     assert "".join(broken) == "\ufffd", "what never completes is shown in the end"
 
 
-def test_raw_shows_control_tokens_and_keeps_the_leading_space(tokenizer) -> None:
-    ids = [*tokenizer.encode(" there"), tokenizer.eos_id]
-    prompt = tokenizer.encode("Hello")
-    assert "".join(text_pieces(ids, tokenizer, prompt, True)) == " there<|endoftext|>"
+def test_raw_shows_control_tokens_and_keeps_the_leading_space(chat) -> None:
+    ids = [*chat.tokenizer.encode(" there"), chat.tokenizer.eos_id]
+    prompt = chat.tokenizer.encode("Hello")
+    assert "".join(text_pieces(ids, chat, prompt, True)) == " there<|endoftext|>"
 
 
-def test_prompt_prints_the_reply_alone(run, tokenizer, capsys) -> None:
+def test_prompt_prints_the_reply_alone(run, chat, capsys) -> None:
     flags = ["--prompt", "Hello", "--max_new_tokens", "4"]
     assert main(["chat", str(run), *flags]) == 0
     reply = capsys.readouterr().out
@@ -122,11 +124,11 @@ def test_prompt_prints_the_reply_alone(run, tokenizer, capsys) -> None:
     assert reply.endswith("\n")
 
 
-def test_raw_continues_the_text_itself(run, model, tokenizer, capsys) -> None:
+def test_raw_continues_the_text_itself(run, model, chat, capsys) -> None:
     assert main(["chat", str(run), "--raw", "--prompt", "Hello", "--max_new_tokens", "6"]) == 0
-    prompts = [tokenizer.encode("Hello")]
-    [ids] = generate(model, prompts, max_new_tokens=6, stop_ids=tokenizer.stop_ids)
-    assert capsys.readouterr().out == tokenizer.decode(ids, skip_special=False) + "\n"
+    prompts = [chat.tokenizer.encode("Hello")]
+    [ids] = generate(model, prompts, max_new_tokens=6, stop_ids=chat.stop_ids)
+    assert capsys.readouterr().out == chat.tokenizer.decode(ids, skip_special=False) + "\n"
 
 
 def test_lines_from_a_pipe(run, monkeypatch, capsys) -> None:

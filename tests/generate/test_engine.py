@@ -204,15 +204,18 @@ def test_bfloat16_model_keeps_a_bfloat16_cache() -> None:
 
 def test_a_really_pretrained_model_writes_what_its_author_documents(shared_data) -> None:
     """karpathy/tinyllamas: greedy text of stories260K; here 4 prompts beside it in the batch."""
-    from whet.chat.tokenizer import load_tokenizer
+    from whet.chat.chat import load_tokenizer
     from whet.model.hf.checkpoint import load_backbone_from_ckpt
 
     folder = shared_data / "models/stories260K"
-    model, tokenizer = load_backbone_from_ckpt(folder, quiet=True), load_tokenizer(folder)
-    prompts = [[1], *([1, *tokenizer.encode(text)] for text in ("Tim", "One day, a dog", "Lily"))]
-    options = {"max_new_tokens": 40, "stop_ids": tokenizer.stop_ids}
+    model, chat = load_backbone_from_ckpt(folder, quiet=True), load_tokenizer(folder)
+    prompts = [
+        [1],
+        *([1, *chat.tokenizer.encode(text)] for text in ("Tim", "One day, a dog", "Lily")),
+    ]
+    options = {"max_new_tokens": 40, "stop_ids": chat.stop_ids}
     replies = generate(model, prompts, batch_size=3, **options)
-    assert tokenizer.decode(replies[0]).startswith(
+    assert chat.tokenizer.decode(replies[0]).startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside"
     )
     assert replies == generate_without_cache(model, prompts, **options)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.model import zoo
-from whet.chat.tokenizer import Tokenizer, train_tokenizer
+from whet.chat.chat import Chat
+from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
 from whet.errors import UserError
 from whet.model import export
@@ -23,15 +24,15 @@ TOKENS = torch.arange(5, 25)[None]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(["some words, and 12 more words"], 280)
+def chat() -> Chat:
+    return Chat(train_tokenizer(["some words, and 12 more words"], 280))
 
 
 @pytest.fixture
-def base(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+def base(tmp_path: Path, chat: Chat) -> Path:
     model = Transformer(llama(300, 32, 2, 4, max_positions=64))
     init_weights(model, seed=0)
-    save_model(model, tmp_path / "base", tokenizer, {"stage": "sft", "step": 4}, torch.bfloat16)
+    save_model(model, tmp_path / "base", chat, {"stage": "sft", "step": 4}, torch.bfloat16)
     return tmp_path / "base"
 
 

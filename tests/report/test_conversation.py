@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from whet.chat.tokenizer import load_tokenizer, train_tokenizer
+from whet.chat.chat import load_tokenizer
+from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
 from whet.report.conversation import encode_line, encoded_sheet
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet.chat.tokenizer import load_tokenizer, train_tokenizer
+from whet.chat.tokenizer import read_tokenizer, train_tokenizer
 from whet.report.pieces import token_texts, visible
 
 TEXT = "Hello  world\n\n  x = 1\t東京 🏳️‍🌈 שלום é <|im_end|>"
@@ -21,7 +21,7 @@ def texts_of(tokenizer, ids):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_texts_of_real_tokenizers_join_to_the_text(shared_data, name):
-    tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
+    tokenizer = read_tokenizer(shared_data / "tokenizers" / name)
     joined = "".join(texts_of(tokenizer, tokenizer.encode(TEXT)))
     for shown, raw in {
         "↵\n": "\n",

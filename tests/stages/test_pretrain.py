@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from whet.chat.tokenizer import load_tokenizer
+from whet.chat.chat import load_tokenizer
 from whet.cli import main
 from whet.data.store import PackedStore
 from whet.model.hf.checkpoint import load_backbone_from_ckpt
@@ -35,8 +35,8 @@ def test_makes_a_model_that_learns(text, tmp_path):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     dev = [line["dev_loss"] for line in lines if "dev_loss" in line]
     assert dev[-1] < dev[0] - 1
-    model, tokenizer = load_backbone_from_ckpt(out), load_tokenizer(out)
-    assert model.config.vocab_size == tokenizer.vocab_size <= 300
+    model, chat = load_backbone_from_ckpt(out), load_tokenizer(out)
+    assert model.config.vocab_size == chat.tokenizer.vocab_size <= 300
     assert model.config.max_positions == 64
     assert json.loads((out / "whet.json").read_text())["stage"] == "pretrain"
     sample = json.loads((out / "samples.jsonl").read_text().splitlines()[0])

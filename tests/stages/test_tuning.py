@@ -22,7 +22,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tuning")
     tiny.model_directory(folder / "base")
     half = load_backbone_from_ckpt(folder / "base", dtype=torch.bfloat16)
-    save_model(half, folder / "half", tiny.tokenizer(), {})
+    save_model(half, folder / "half", tiny.chat(), {})
     save_pt(half, folder / "half.pt", "sft", 1, {})
     tiny.packed_file(folder / "train.h5", n_rows=12)
     tiny.packed_file(folder / "dev.h5", n_rows=5, seed=1)
@@ -69,7 +69,7 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(world, adapter, tmp_path
         (tmp_path / "a" / name).write_bytes((adapter / name).read_bytes())
     assert main(command(world, tmp_path / "out", model=tmp_path / "a", max_steps=1)) == 0
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert open_model(tmp_path / "a").tokenizer.hash == tiny.tokenizer().hash
+    assert open_model(tmp_path / "a").chat.tokenizer.hash == tiny.tokenizer().hash
 
 
 @pytest.mark.parametrize(

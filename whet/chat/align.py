@@ -4,25 +4,130 @@ The ids are those of the whole text (rule 1). What must be shown is that the pro
 alone, gives the very ids that stand before the words (rules 3 and 4).
 
 An added token cuts a text: what stands before it and what stands behind it are tokenised apart
-(`cuts.py`). So only the stretch between the last added token of the prompt and the words matters,
+(`Cutter`). So only the stretch between the last added token of the prompt and the words matters,
 mostly `assistant\\n`. The quick way compares the ids behind that token with the ids of this
 stretch, tokenised once and remembered. Where it cannot tell, the careful way does the same with
 character offsets, tokenises prompt and words apart where a token straddles their border, and
 tokenises stretches with hidden control strings as plain text.
 """
 
+import json
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
 
-from whet.chat.cuts import Cut, Cutter
+from whet.chat.chat import Chat
 from whet.chat.examples import Draft
-from whet.chat.tokenizer import Tokenizer
 from whet.chat.turns import Mark
 
 MAX_HEADERS = 64  # stretches that are remembered; a template has one or two
 ANCHORS = ("\n", "a", "1", ".", " ")
+KEPT_CHARACTERS = 8_000_000
+"""Of the pieces that are remembered; each takes a few bytes, its ids included."""
+INDEPENDENT = {"ByteLevel", "Digits", "Punctuation", "Split", "Whitespace", "WhitespaceSplit"}
+"""Pre-tokenizers that treat each piece alone. Metaspace may treat the first one differently."""
+
+
+class Cut(NamedTuple):
+    """A text in ids. `after[c]` says of the added token that ends at character c which one it is,
+    and how many tokens the text has up to its end. It is empty where that is not known."""
+
+    ids: list[int]
+    after: dict[int, tuple[str, int]]
+
+
+@dataclass
+class Cutter:
+    """Cuts and tokenises texts. `added` are the added tokens that hold more than blanks."""
+
+    backend: tokenizers.Tokenizer
+    added: dict[str, int]
+    _known: dict[str, list[int]] = field(default_factory=dict)  # pieces that came more than once
+    _kept: int = 0  # characters in `_known`
+
+    def __post_init__(self) -> None:
+        # Where several begin, the library takes the longest
+        longest_first = sorted(self.added, key=len, reverse=True)
+        any_added = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
+        self._pattern = re.compile(f"({any_added})")
+        self.names = {i: token for token, i in self.added.items()}
+        self.piecewise = pieces_are_independent(self.backend)
+
+    def cut(self, texts: Sequence[str]) -> list[Cut]:
+        """Each text's ids, equal to those of `backend.encode(text, add_special_tokens=False)`."""
+        if self.piecewise:
+            return self._by_pieces(texts)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [
+            self._looked_up(text, encoding.ids)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _by_pieces(self, texts: Sequence[str]) -> list[Cut]:
+        split = [self._pattern.split(text) for text in texts]  # piece, token, piece, …, piece
+        count = Counter(piece for parts in split for piece in parts[::2])
+        new = [piece for piece in count if piece and piece not in self._known]
+        encodings = self.backend.encode_batch_fast(new, add_special_tokens=False)
+        ids_of = {piece: encoding.ids for piece, encoding in zip(new, encodings, strict=True)}
+        cuts = [self._joined(parts, ids_of) for parts in split]
+        self._remember({piece: ids for piece, ids in ids_of.items() if count[piece] > 1})
+        return cuts
+
+    def _joined(self, parts: list[str], new: dict[str, list[int]]) -> Cut:
+        ids: list[int] = []
+        after: dict[int, tuple[str, int]] = {}
+        end = 0
+        for i, part in enumerate(parts):
+            end += len(part)
+            if i % 2:
+                ids.append(self.added[part])
+                after[end] = (part, len(ids))
+            elif part:
+                ids += new[part] if part in new else self._known[part]
+        return Cut(ids, after)
+
+    def _remember(self, pieces: dict[str, list[int]]) -> None:
+        length = sum(map(len, pieces))
+        if self._kept + length > KEPT_CHARACTERS:
+            self._known, self._kept = {}, 0
+        if length <= KEPT_CHARACTERS:
+            self._known.update(pieces)
+            self._kept += length
+
+    def _looked_up(self, text: str, ids: list[int]) -> Cut:
+        """The added tokens in `ids` paired with those in `text`, if they are the same in order."""
+        written = [(match[0], match.end()) for match in self._pattern.finditer(text)]
+        names = self.names
+        places = [k for k, i in enumerate(ids) if i in names]
+        if [names[ids[k]] for k in places] != [token for token, _ in written]:
+            return Cut(ids, {})
+        pairs = zip(written, places, strict=True)
+        return Cut(ids, {end: (token, k + 1) for (token, end), k in pairs})
+
+
+def pieces_are_independent(backend: tokenizers.Tokenizer) -> bool:
+    """Whether the ids of a piece between added tokens never depend on what stands around it."""
+    added = backend.get_added_tokens_decoder().values()
+    for token in added:
+        if token.single_word or token.lstrip or token.rstrip:
+            return False  # these look at, or take in, what stands beside them
+        if not token.content.strip() or (token.normalized and backend.normalizer):
+            return False  # matched within a piece, or in a text that is not this one
+    in_one_round = len({token.normalized for token in added}) == 1
+    return in_one_round and all(kind in INDEPENDENT for kind in _kinds(backend.pre_tokenizer))
+
+
+def _kinds(pre_tokenizer: Any) -> list[str]:
+    """The types of a pre-tokenizer's steps, as tokenizer.json names them."""
+    if pre_tokenizer is None:
+        return []
+    state = json.loads(pre_tokenizer.__getstate__())
+    return [step["type"] for step in state.get("pretokenizers", [state])]
 
 
 class Unclear(Exception):  # noqa: N818 -- an answer, not an accident
@@ -53,10 +158,11 @@ class _Header:
 class Aligner:
     """Tokenises drafts. Remembers the ends of generation prompts it has seen."""
 
-    tokenizer: Tokenizer
+    chat: Chat
     headers: list[_Header] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.tokenizer = self.chat.tokenizer
         self.cutter = Cutter(self.tokenizer.backend, self.tokenizer.added)
 
     def locate_many(self, drafts: list[Draft]) -> list[Located | Unclear]:
@@ -119,7 +225,7 @@ class Aligner:
         """As `behind`, but with the hidden control strings as plain text."""
         clear = restored(text, hidden)
         if self.behind(token, text) == self.tokenizer.encode(text):
-            return list(self.tokenizer.plain_backend.encode(clear, add_special_tokens=False).ids)
+            return list(self.chat.plain_backend.encode(clear, add_special_tokens=False).ids)
         return self.following(clear, plain=True)
 
     def following(self, text: str, plain: bool) -> list[int]:
@@ -130,7 +236,7 @@ class Aligner:
         """
         if not text:
             return []
-        backend = self.tokenizer.plain_backend if plain else self.tokenizer.backend
+        backend = self.chat.plain_backend if plain else self.tokenizer.backend
         for anchor in ANCHORS:
             alone = backend.encode(anchor, add_special_tokens=False).ids
             both = backend.encode(anchor + text, add_special_tokens=False)
@@ -253,7 +359,7 @@ class _Careful:
     def _plain_border(self, head: str, text: str, hidden: dict[str, str], n: int) -> bool:
         """Whether a token ends where the clear text of `head` ends, in the stretch taken alone."""
         clear = restored(text, hidden)
-        encoding = self.aligner.tokenizer.plain_backend.encode(clear, add_special_tokens=False)
+        encoding = self.aligner.chat.plain_backend.encode(clear, add_special_tokens=False)
         if n > len(encoding.ids):
             return False
         return _between(encoding.offsets, n, len(restored(head, hidden)), 0)
@@ -267,7 +373,7 @@ class _Careful:
         whole = decode(self.aligner.tokenizer.encode(clear), skip_special=False)
         if _letters(decode(ids, skip_special=False)) != _letters(whole):
             raise Unclear("prompt and reply, tokenised apart, do not give the text again")
-        special = self.aligner.tokenizer.special_ids
+        special = self.aligner.chat.special_ids
         unhidden = sum(i in special for i in self.encoding.ids)
         if sum(i in special for i in ids) != unhidden:
             raise Unclear("a control token in somebody's text would stay one")

@@ -11,31 +11,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from whet.chat.conversation import Message
 from whet.chat.template import ChatTemplate, TemplateError
-from whet.chat.trials import (
-    ASKED,
-    CALL_ID,
-    FUNCTION,
-    NEXT,
-    SAID,
-    THOUGHT,
-    TOOLS,
-    VALUE,
-    call,
-    say,
-)
-
-if TYPE_CHECKING:
-    from whet.chat.tokenizer import Tokenizer
+from whet.chat.tokenizer import Tokenizer
 
 UNDEFINED = re.compile(r"'(\w+)' is undefined")  # as jinja says it
 HEADER_WORDS = 3  # a header is short; longer texts may name tokens in prose
 KNOWN = {"messages", "tools", "documents", "add_generation_prompt"}
 
 Tools = list[dict[str, Any]] | None
+
+# Words that stand nowhere else, for the made-up messages with which a template is tried out.
+ASKED, SAID, THOUGHT, NEXT = "Qaskedq", "Qsaidq", "Qthoughtq", "Qnextq"
+FUNCTION, VALUE = "qcallq", "Qvalueq"
+CALL_ID = "call12345"  # nine letters and digits: some templates insist
+PROPERTIES = {"value": {"type": "string", "description": "a value"}}
+PARAMETERS = {"type": "object", "properties": PROPERTIES, "required": ["value"]}
+FUNCTION_SCHEMA = {"name": FUNCTION, "description": "a tool", "parameters": PARAMETERS}
+TOOLS: list[dict[str, Any]] = [{"type": "function", "function": FUNCTION_SCHEMA}]
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,9 @@ class Ending:
 class Dialect:
     """A template with the special tokens, variables and date that it is rendered with."""
 
-    tokenizer: "Tokenizer"
+    tokenizer: Tokenizer
+    plain_template: ChatTemplate
+    tool_template: ChatTemplate | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     today: date | None = None
     _forms: dict[tuple[bool, bool], Form] = field(default_factory=dict)
@@ -120,7 +117,7 @@ class Dialect:
 
     def template(self, tools: Tools) -> ChatTemplate:
         """The template for a conversation with these tools."""
-        return (tools and self.tokenizer.tool_template) or self.tokenizer.template
+        return (tools and self.tool_template) or self.plain_template
 
     def form(self, messages: list[Message]) -> Form:
         """The form for conversations like this one."""
@@ -158,9 +155,7 @@ class Dialect:
     def endings(self) -> tuple[Ending, ...]:
         """The endings of plain replies, of calls, and of both with thinking before them."""
         user: list[Message] = [{"role": "user", "content": NEXT}]
-        result: list[Message] = [
-            {"role": "tool", "content": NEXT, "tool_call_id": CALL_ID, "name": FUNCTION}
-        ]
+        result = [{"role": "tool", "content": NEXT, "tool_call_id": CALL_ID, "name": FUNCTION}]
         plain = [say(SAID), say(SAID, THOUGHT)]
         calls = [call(), call(content=SAID), call(thought=THOUGHT), call(calls=2)]
         found = [self._ending(before, reply, user) for before in self._openings for reply in plain]
@@ -173,8 +168,9 @@ class Dialect:
         if not any(found):
             found = [self._unwritten(b, reply, user) for b in self._openings for reply in plain]
             found += [self._unwritten(b, calls[0], result) for b in self._openings if any(found)]
-        unique = dict.fromkeys(ending for ending in found if ending)
-        return tuple(sorted(unique, key=lambda e: -len(e.stop + e.after)))
+        return tuple(
+            sorted(dict.fromkeys(filter(None, found)), key=lambda e: -len(e.stop + e.after))
+        )
 
     @cached_property
     def headers(self) -> frozenset[str]:
@@ -283,7 +279,7 @@ class Dialect:
         return ""
 
     def _settings(self) -> Iterator[dict[str, Any]]:
-        template = self.tokenizer.template
+        template = self.plain_template
         taken = KNOWN | set(self.tokenizer.named) | set(self.variables)
         for name in sorted(template.variables - taken):
             constants = template.compared.get(name, frozenset())
@@ -400,11 +396,7 @@ class Dialect:
         return text.lstrip().startswith(tuple(self.headers)) if self.headers else False
 
     def _is_eos(self, token: str) -> bool:
-        number = self.tokenizer.added.get(token)
-        return number is not None and number in (
-            self.tokenizer.eos_id,
-            *self.tokenizer.further_eos_ids,
-        )
+        return self.tokenizer.added.get(token) in self.tokenizer.eos_ids
 
     def _tokens(self, text: str) -> list[str]:
         """The control tokens in `text`, in order; if there are none, its other added tokens."""
@@ -414,6 +406,25 @@ class Dialect:
     def _added(self, text: str) -> list[str]:
         names = {i: name for name, i in self.tokenizer.added.items()}
         return [names[i] for i in self.tokenizer.encode(text) if i in names]
+
+
+def say(content: str, thought: str = "") -> Message:
+    """A reply, with thinking before it if there is any."""
+    reasoning = {"reasoning_content": thought} if thought else {}
+    return {"role": "assistant", "content": content, **reasoning}
+
+
+def call(content: str = "", thought: str = "", calls: int = 1) -> Message:
+    """A reply that calls the made-up tool, perhaps several times."""
+    one = {
+        "type": "function",
+        "id": CALL_ID,
+        "function": {"name": FUNCTION, "arguments": {"value": VALUE}},
+    }
+    message = {**say(content, thought), "tool_calls": [one] * calls}
+    if not content:
+        del message["content"]
+    return message
 
 
 def _with_json_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -436,5 +447,4 @@ def beginning_of(one: str, other: str) -> str:
 
 
 def _behind(text: str, word: str) -> str | None:
-    _, found, behind = text.rpartition(word)
-    return behind if found else None
+    return text.rpartition(word)[2] if word in text else None

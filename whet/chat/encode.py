@@ -14,6 +14,7 @@ import numpy as np
 
 from whet.chat.align import Aligner, Located, Unclear
 from whet.chat.certificate import Certificate, Refusal, Refused
+from whet.chat.chat import Chat
 from whet.chat.conversation import (
     Conversation,
     RawText,
@@ -22,10 +23,8 @@ from whet.chat.conversation import (
     read_conversation,
     read_prompt,
 )
-from whet.chat.dialect import Dialect
 from whet.chat.examples import Draft, drafts, prompt_draft
 from whet.chat.hidden import Joints, pattern_of
-from whet.chat.tokenizer import Tokenizer
 from whet.chat.turns import Reader
 from whet.errors import UserError
 
@@ -106,7 +105,7 @@ class Encoded:
 
 def encode_chat(
     conversation: Datum | list[dict[str, Any]],
-    tokenizer: Tokenizer,
+    chat: Chat,
     options: EncodeOptions | None = None,
 ) -> Encoded:
     """Encode one conversation (or plain list of messages). Raises Refused, a UserError.
@@ -115,7 +114,7 @@ def encode_chat(
     """
     if isinstance(conversation, list):
         conversation = read_conversation(conversation)
-    result = encoder_for(tokenizer, options or EncodeOptions()).encode([conversation])[0]
+    result = encoder_for(chat, options or EncodeOptions()).encode([conversation])[0]
     if isinstance(result, Refusal):
         raise Refused(result)
     return result
@@ -123,7 +122,7 @@ def encode_chat(
 
 def encode_many(
     conversations: Sequence[Datum],
-    tokenizer: Tokenizer,
+    chat: Chat,
     options: EncodeOptions | None = None,
 ) -> list[Encoded | Refusal]:
     """`encode_chat` for many, faster; a refused one gives its Refusal in its place.
@@ -131,7 +130,7 @@ def encode_many(
     With `uncertain="error"` the first refusal is raised instead.
     """
     options = options or EncodeOptions()
-    encoder = encoder_for(tokenizer, options)
+    encoder = encoder_for(chat, options)
     results: list[Encoded | Refusal] = []
     for begin in range(0, len(conversations), BATCH):
         results += encoder.encode(conversations[begin : begin + BATCH])
@@ -144,7 +143,7 @@ def encode_many(
 
 def encode_prompt(
     messages: Conversation | list[dict[str, Any]],
-    tokenizer: Tokenizer,
+    chat: Chat,
     options: EncodeOptions | None = None,
     *,
     tools: list[dict[str, Any]] | None = None,
@@ -160,7 +159,7 @@ def encode_prompt(
     """
     if isinstance(messages, list):
         messages = read_prompt(messages, tools=tools, documents=documents)
-    encoder = encoder_for(tokenizer, options or EncodeOptions())
+    encoder = encoder_for(chat, options or EncodeOptions())
     draft = prompt_draft(encoder.reader(messages), switch, go_on)
     try:
         return [int(i) for i in encoder.aligner.locate(draft).ids]
@@ -168,34 +167,34 @@ def encode_prompt(
         raise Refused(_refusal(messages, "tokens", str(error))) from None
 
 
-def encoder_for(tokenizer: Tokenizer, options: EncodeOptions) -> "Encoder":
-    """The encoder of this tokenizer and these options, made once: it tries out the template."""
+def encoder_for(chat: Chat, options: EncodeOptions) -> "Encoder":
+    """The encoder of this chat and these options, made once."""
     key = repr(options)
-    if key not in tokenizer.memo:
-        tokenizer.memo[key] = Encoder(tokenizer, options)
-    found: Encoder = tokenizer.memo[key]
+    if key not in chat.memo:
+        chat.memo[key] = Encoder(chat, options)
+    found: Encoder = chat.memo[key]
     return found
 
 
 class Encoder:
-    """A tokenizer, its template as tried out, and the options: encodes conversations."""
+    """Encodes conversations as a chat and the options say."""
 
-    def __init__(self, tokenizer: Tokenizer, options: EncodeOptions) -> None:
-        if options.template_kwargs:  # without them a template may show neither stops nor headers
-            variables = {**tokenizer.variables, **options.template_kwargs}
-            tokenizer = replace(tokenizer, variables=variables, memo={})
-        self.tokenizer = tokenizer
+    def __init__(self, chat: Chat, options: EncodeOptions) -> None:
+        if options.template_kwargs or options.date:
+            variables = {**chat.variables, **options.template_kwargs}
+            today = _date(options.date) if options.date else chat.today
+            chat = replace(chat, variables=variables, today=today)
+        self.chat = chat
         self.options = options
-        self.dialect = Dialect(tokenizer, tokenizer.variables, _date(options.date))
-        self.aligner = Aligner(tokenizer)
-        self.pattern = pattern_of(tokenizer.control)
-        templates = (tokenizer.template, tokenizer.tool_template)
-        self.joints = Joints(tokenizer.control, " ".join(t.source for t in templates if t))
+        self.aligner = Aligner(chat)
+        self.pattern = pattern_of(chat.control)
+        templates = (chat.template, chat.tool_template)
+        self.joints = Joints(chat.control, " ".join(t.source for t in templates if t))
 
     def reader(self, conversation: Conversation) -> Reader:
         """`conversation` as the template renders it."""
         special = self.options.special_in_content
-        return Reader(conversation, self.dialect, self.pattern, special, self.joints)
+        return Reader(conversation, self.chat, self.pattern, special, self.joints)
 
     def encode(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         """The results for `data`, in order, tokenised together."""
@@ -229,14 +228,14 @@ class Encoder:
         special = self.options.special_in_content
         if found and special == "error":
             raise Refused(_refusal(datum, "special", "the text holds a control token"))
-        backend = self.tokenizer.backend
+        backend = self.chat.tokenizer.backend
         if found and special == "escape":
-            backend = self.tokenizer.plain_backend
+            backend = self.chat.plain_backend
         ids = list(backend.encode(datum.text, add_special_tokens=False).ids)
         if not ids:
             raise Refused(_refusal(datum, "datum", "the text is empty"))
-        if self.tokenizer.eos_id is not None:
-            ids.append(self.tokenizer.eos_id)
+        if self.chat.tokenizer.eos_id is not None:
+            ids.append(self.chat.tokenizer.eos_id)
         array = np.array(ids, np.int32)
         mask = np.ones(len(ids), np.float32)
         escaped = found if special == "escape" else 0
@@ -250,7 +249,7 @@ class Encoder:
             )
             raise Refused(_refusal(datum, "datum", reason))
         ids = np.array(datum.ids, np.int64)
-        size = self.tokenizer.vocab_size
+        size = self.chat.tokenizer.vocab_size
         if ids.min() < 0 or ids.max() >= size:
             wrong = int(ids[(ids < 0) | (ids >= size)][0])
             reason = f"id {wrong} is not in the tokenizer's vocabulary of {size}"
@@ -285,9 +284,7 @@ def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
     return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
 
 
-def _date(text: str | None) -> date:
-    if text is None:
-        return date.today()
+def _date(text: str) -> date:
     try:
         return date.fromisoformat(text)
     except ValueError:

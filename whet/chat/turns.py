@@ -20,8 +20,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
+from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, Message, half_character
-from whet.chat.dialect import Dialect, Ending, beginning_of
+from whet.chat.dialect import Ending, beginning_of
 from whet.chat.hidden import Escapes, Joints, NoneFree, holds, mapped, signs_of
 from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
@@ -66,19 +67,20 @@ class Turn:
 
 
 class Reader:
-    """One conversation as one dialect renders it."""
+    """One conversation as one chat renders it."""
 
     def __init__(
         self,
         conversation: Conversation,
-        dialect: Dialect,
+        chat: Chat,
         pattern: re.Pattern[str] | None,
         special: str,
         joints: Joints,
     ) -> None:
         self.conversation = conversation
-        self.dialect = dialect
-        self.messages = dialect.form(conversation.messages).shape(conversation.messages)
+        self.chat = chat
+        self.dialect = chat.dialect
+        self.messages = self.dialect.form(conversation.messages).shape(conversation.messages)
         self.tools = conversation.tools
         self.documents = conversation.documents
         self.escapes: Escapes | None = None
@@ -418,7 +420,7 @@ class Reader:
         except TemplateError:
             return ""
         opened = prompt.removeprefix(head)
-        held = any(token in opened for token in self.dialect.tokenizer.control)
+        held = any(token in opened for token in self.chat.control)
         if not head or opened == prompt or not opened.strip() or held:
             return ""
         return f"give it a content that begins with {opened!r}, as the model's own words do, "

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from whet.chat.certificate import Refusal
+from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, RawText, Tokenised
 from whet.chat.encode import Encoded, EncodeOptions, encode_many
-from whet.chat.tokenizer import Tokenizer
 from whet.data.decontaminate import Evaluations
 from whet.data.formats import IDS_KEYS, Datum, to_example
 from whet.data.reader import GOES_ON, Block, Unit, parse
@@ -75,7 +75,7 @@ class EncodedBlock:
 class BlockEncoder:
     """`encoder(block)` encodes a block; pickled once for each worker process."""
 
-    tokenizer: Tokenizer
+    chat: Chat
     options: EncodeOptions
     paths: tuple[str, ...]  # of the sources
     context_length: int  # into pieces of which raw text is cut
@@ -92,7 +92,7 @@ class BlockEncoder:
                 data.append(self._read(unit, path))
             except UserError as error:
                 refusals.append(Refusal("datum", str(error), path, unit.line))
-        results = encode_many(data, self.tokenizer, self.options)
+        results = encode_many(data, self.chat, self.options)
         kept: list[Entry] = []
         notes: Counter[str] = Counter()
         for datum, result in zip(data, results, strict=True):
@@ -137,7 +137,7 @@ class BlockEncoder:
         if not isinstance(datum, RawText) and not self.text_only:
             return [Entry(datum, examples, 0)]
         ((ids, mask),) = examples
-        if datum.extra.get(GOES_ON) and self.tokenizer.eos_id is not None:
+        if datum.extra.get(GOES_ON) and self.chat.tokenizer.eos_id is not None:
             ids, mask = ids[:-1], mask[:-1]
         cuts = [slice(i, i + self.context_length) for i in range(0, len(ids), self.context_length)]
         return [Entry(datum, [(ids[cut], mask[cut])], part) for part, cut in enumerate(cuts)]
@@ -161,7 +161,7 @@ class BlockEncoder:
     def _question(self, datum: Datum) -> int:
         """The number of the evaluation question that `datum` shares, -1 if none."""
         if isinstance(datum, Tokenised):
-            datum = RawText(self.tokenizer.decode(datum.ids))
+            datum = RawText(self.chat.tokenizer.decode(datum.ids))
         return self.evaluations.match(datum) if self.evaluations else -1
 
 

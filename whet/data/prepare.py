@@ -18,9 +18,9 @@ from typing import Literal
 
 import numpy as np
 
+from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
-from whet.chat.tokenizer import Tokenizer, add_chat_tokens, find_template, load_tokenizer
 from whet.config import collected, problems
 from whet.data.account import SourceAccount, count, table, totals
 from whet.data.decontaminate import Evaluations, read_evaluations
@@ -112,19 +112,19 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
     sources = parse_sources(config.data)
     if _workers(config, sources):
         start_server(BlockEncoder)  # it starts while the tokenizer is loaded
-    tokenizer = load_tokenizer(find_model(config.tokenizer, quiet=quiet, weights=False))
+    chat = load_tokenizer(find_model(config.tokenizer, quiet=quiet, weights=False))
     if config.chat_template:
-        tokenizer, added = add_chat_tokens(tokenizer, config.chat_template)
+        chat, added = add_chat_tokens(chat, config.chat_template)
         if added and not quiet:
             say(f"added to the vocabulary: {', '.join(added)}; give whet sft the same")
             say(f"--chat_template {config.chat_template}, so that the model gets their embeddings")
     evaluations = read_evaluations(config.decontaminate) if config.decontaminate else None
-    return _prepare(config, sources, tokenizer, evaluations, quiet=quiet)
+    return _prepare(config, sources, chat, evaluations, quiet=quiet)
 
 
 def prepare_text(
     paths: Sequence[str],
-    tokenizer: Tokenizer,
+    chat: Chat,
     context_length: int,
     out: str,
     *,
@@ -145,7 +145,7 @@ def prepare_text(
     config = dataclasses.replace(config, workers=workers)
     problems(flaws(config))
     sources = parse_sources(config.data)
-    return _prepare(config, sources, tokenizer, None, text_only=True, quiet=quiet)
+    return _prepare(config, sources, chat, None, text_only=True, quiet=quiet)
 
 
 def text_config(
@@ -207,7 +207,7 @@ def flaws(config: Config) -> list[str]:
 def _prepare(
     config: Config,
     sources: list[Source],
-    tokenizer: Tokenizer,
+    chat: Chat,
     evaluations: Evaluations | None,
     *,
     text_only: bool = False,
@@ -215,7 +215,7 @@ def _prepare(
 ) -> list[SourceAccount]:
     config = dataclasses.replace(config, date=config.date or date.today().isoformat())
     encoder = BlockEncoder(
-        tokenizer=tokenizer,
+        chat=chat,
         options=_encode_options(config),
         paths=tuple(source.path for source in sources),
         context_length=config.context_length,
@@ -241,7 +241,7 @@ def _prepare(
         out = LeftOut(encoded, encoder.paths, config.context_length, evaluations)
         if config.overlong == "error":
             out.stop_at_overlong()
-        return _write(config, sources, tokenizer, encoded, out.records(), quiet)
+        return _write(config, sources, chat, encoded, out.records(), quiet)
 
 
 def _encode_options(config: Config) -> EncodeOptions:
@@ -272,7 +272,8 @@ def _encode(
     total = size / 1e6 if exact else None
     results = ordered_map(encoder, read_blocks(sources), workers)
     with track("Encoding", total, "MB", quiet) as progress:
-        _ = encoder.tokenizer.hash, encoder.tokenizer.vocab_size  # while the workers start
+        tokenizer = encoder.chat.tokenizer
+        _ = tokenizer.hash, tokenizer.vocab_size  # while the workers start
         started = time.monotonic()
         for block in results:
             spool.add(block)
@@ -285,7 +286,7 @@ def _encode(
 def _write(
     config: Config,
     sources: list[Source],
-    tokenizer: Tokenizer,
+    chat: Chat,
     encoded: Encoded,
     refusals: list[str],
     quiet: bool,
@@ -297,12 +298,13 @@ def _write(
         empty = f"--data: nothing stands in {', '.join(source.path for source in sources)}"
         told = fates(encoded, config.overlong == "truncate") or empty
         raise UserError(f"nothing is left to train on: {told}")
+    tokenizer = chat.tokenizer
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     attrs = {
         "vocab_size": tokenizer.vocab_size,
         "pad_id": pad_id,
         "tokenizer_hash": tokenizer.hash,
-        "template_hash": tokenizer.template.hash,
+        "template_hash": chat.template.hash,
         "sources": [source.path for source in sources],
         "source_sha256": [_sha256(source.path) for source in sources],
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},

@@ -167,14 +167,14 @@ def _measure_prose(model_path: Path, problems: Sequence[world.Problem]) -> tuple
 
     Checked as any answer: the last number of what it writes must be the result.
     """
-    model, tokenizer = open_model(model_path)
+    model, chat = open_model(model_path)
     replies = generate(
         model,
-        [tokenizer.encode(problem.story) for problem in problems],
+        [chat.tokenizer.encode(problem.story) for problem in problems],
         max_new_tokens=LONGEST_REPLY,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=chat.stop_ids,
     )
-    texts = [tokenizer.decode(reply).strip() for reply in replies]
+    texts = [chat.tokenizer.decode(reply).strip() for reply in replies]
     right = [
         same_number(extract_answer(text), str(problem.result))
         for text, problem in zip(texts, problems, strict=True)

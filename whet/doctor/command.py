@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import torch
 
+from whet.chat.chat import load_tokenizer
 from whet.chat.encode import EncodeOptions
-from whet.chat.tokenizer import load_tokenizer
 from whet.config import problems
 from whet.data.store import PackedStore
 from whet.doctor import generating, numbers, runs, saving, templates
@@ -129,11 +129,11 @@ def admit(config: Config, scratch: Path) -> Subject:
     """Open model, tokenizer and data, and make the rows that the checks use."""
     path = find_model(config.model)
     store = PackedStore(config.data) if config.data else None
-    tokenizer = None
+    chat = None
     if config.tokenizer or (path / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(config.tokenizer or path, config.chat_template)
+        chat = load_tokenizer(config.tokenizer or path, config.chat_template)
     data = read_conversations(config.conversations, config.format) if config.conversations else []
-    if data and tokenizer is None:
+    if data and chat is None:
         raise UserError(f"--conversations: {path} has no tokenizer; add --tokenizer DIR")
     model = load_backbone_from_ckpt(path)
     if config.layers is not None and config.layers < model.config.n_layers:
@@ -141,16 +141,14 @@ def admit(config: Config, scratch: Path) -> Subject:
     options = EncodeOptions()
     vocabulary = model.config.vocab_size
     row_tokens = min(config.row_tokens, model.config.max_positions)
-    rows = sample_rows(vocabulary, row_tokens, store, data, tokenizer, options)
+    rows = sample_rows(vocabulary, row_tokens, store, data, chat, options)
     largest = max(int(document.ids.max()) for row in rows for document in row)
     if largest >= vocabulary:
         raise UserError(
             f"--data or --conversations: holds the id {largest}, the model has {vocabulary} rows "
             "in its embedding; use the model's own tokenizer"
         )
-    return Subject(
-        model, tokenizer, store, data, options, rows, row_tokens, settings(config), scratch
-    )
+    return Subject(model, chat, store, data, options, rows, row_tokens, settings(config), scratch)
 
 
 def settings(config: Config) -> list[Setting]:

@@ -75,14 +75,14 @@ def export_agrees(subject: Subject, tell: Callable[[str], None]) -> Iterator[Fin
     worst = math.sqrt(sum(float((a - b).norm()) ** 2 for a, b in pairs))
     worst /= math.sqrt(sum(float(b.norm()) ** 2 for _, b in pairs)) or 1.0
     yield judge(opens, worst, EXPORT_BOUND, version)
-    if subject.tokenizer is None:
+    if subject.chat is None:
         yield skipped(same_ids, "the model has no tokenizer")
         return
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    texts = [subject.tokenizer.decode(d.ids, skip_special=False) for d in subject.documents]
+    other = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = subject.chat.tokenizer
+    texts = [tokenizer.decode(d.ids, skip_special=False) for d in subject.documents]
     different = sum(
-        tokenizer.encode(text, add_special_tokens=False) != subject.tokenizer.encode(text)
-        for text in texts
+        other.encode(text, add_special_tokens=False) != tokenizer.encode(text) for text in texts
     )
     yield judge(same_ids, different, 0, f"{len(texts)} texts, {version}")
 

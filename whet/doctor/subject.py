@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from whet.chat.certificate import Refusal
+from whet.chat.chat import Chat
 from whet.chat.encode import EncodeOptions, encode_many
-from whet.chat.tokenizer import Tokenizer
 from whet.data.batches import Batch, make_batch
 from whet.data.formats import Datum, to_example
 from whet.data.reader import parse, read_units
@@ -63,7 +63,7 @@ class Subject:
     """What the checks are given."""
 
     model: Transformer
-    tokenizer: Tokenizer | None
+    chat: Chat | None
     store: PackedStore | None
     data: list[Datum]
     """The first conversations of --conversations."""
@@ -119,7 +119,7 @@ class Subject:
         """The model as a directory that Whet has saved."""
         path = self.scratch / "model"
         if not path.exists():
-            save_model(self.model.cpu(), path, self.tokenizer, {"stage": "doctor"})
+            save_model(self.model.cpu(), path, self.chat, {"stage": "doctor"})
         return path
 
     def small_model(self) -> tuple[Path, str]:
@@ -129,7 +129,7 @@ class Subject:
         path = self.scratch / "small"
         if not path.exists():
             small = first_layers(self.model, 2)
-            save_model(small.cpu(), path, self.tokenizer, {"stage": "doctor"})
+            save_model(small.cpu(), path, self.chat, {"stage": "doctor"})
         return path, "on the first 2 layers of the model"
 
 
@@ -181,7 +181,7 @@ def sample_rows(
     row_tokens: int,
     store: PackedStore | None,
     data: Sequence[Datum],
-    tokenizer: Tokenizer | None,
+    chat: Chat | None,
     options: EncodeOptions,
 ) -> list[list[Document]]:
     """Rows of documents from the packed file, else of the conversations, else of random ids."""
@@ -189,8 +189,8 @@ def sample_rows(
     refused: list[Refusal] = []
     if store is not None:
         found = list(_stored(store))
-    elif data and tokenizer is not None:
-        results = encode_many(data, tokenizer, dataclasses.replace(options, uncertain="drop"))
+    elif data and chat is not None:
+        results = encode_many(data, chat, dataclasses.replace(options, uncertain="drop"))
         refused = [result for result in results if isinstance(result, Refusal)]
         found = [
             Document(example.ids.astype(np.int64), example.loss_mask)

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from whet.chat.certificate import Refusal
+from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
 from whet.chat.encode import Encoded, EncodeOptions, encode_many, encode_prompt
-from whet.chat.tokenizer import Tokenizer
 from whet.data.store import row_weights
 from whet.doctor.finding import Finding, failed, judge, skipped, worse
 from whet.doctor.subject import Subject
@@ -22,9 +22,9 @@ def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Findi
     """What is trained follows the prompt that `whet chat` gives, and ends with a stop token."""
     faithful = "every reply is trained behind its own prompt"
     stops = "every trained reply ends with a stop token"
-    tokenizer = subject.tokenizer
+    chat = subject.chat
     talks = [datum for datum in subject.data if isinstance(datum, Conversation)]
-    if tokenizer is None or not talks:
+    if chat is None or not talks:
         why = (
             "the model has no tokenizer" if talks else "no conversations; give --conversations FILE"
         )
@@ -32,7 +32,7 @@ def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Findi
         yield skipped(stops, why)
         return
     options = replace(subject.options, uncertain="drop")
-    results = encode_many(talks, tokenizer, options)
+    results = encode_many(talks, chat, options)
     kinds = Counter(result.kind for result in results if isinstance(result, Refusal))
     told = f"of {len(talks)} conversations"
     if kinds:
@@ -43,9 +43,9 @@ def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Findi
     wrong_prompts = wrong_stops = 0
     for talk, result in zip(talks, results, strict=True):
         if isinstance(result, Encoded):
-            wrong_prompts += _wrong_prompts(talk, result, tokenizer, options)
+            wrong_prompts += _wrong_prompts(talk, result, chat, options)
             wrong_stops += sum(
-                int(example.ids[span.end - 1]) not in tokenizer.stop_ids
+                int(example.ids[span.end - 1]) not in chat.stop_ids
                 for example in result.examples
                 for span in example.spans
             )
@@ -53,9 +53,7 @@ def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Findi
     yield judge(stops, wrong_stops, 0, told)
 
 
-def _wrong_prompts(
-    talk: Conversation, encoded: Encoded, tokenizer: Tokenizer, options: EncodeOptions
-) -> int:
+def _wrong_prompts(talk: Conversation, encoded: Encoded, chat: Chat, options: EncodeOptions) -> int:
     """Trained spans that follow something else than the prompt that asks for them."""
     wrong = 0
     for example in encoded.examples:
@@ -64,7 +62,7 @@ def _wrong_prompts(
                 talk, messages=talk.messages[: span.message], weights=talk.weights[: span.message]
             )
             switch = encoded.certificate.switches.get(span.message + 1, {})
-            prompt = encode_prompt(asked, tokenizer, options, switch=switch, go_on=False)
+            prompt = encode_prompt(asked, chat, options, switch=switch, go_on=False)
             wrong += prompt != example.ids[: span.start].tolist()
     return wrong
 
@@ -80,9 +78,9 @@ def data_fit(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]
         yield skipped(fits, "no packed file; give --data FILE.h5")
         yield skipped(counts, "no packed file")
         return
-    found = misfits(subject.model, subject.tokenizer, store, "--data")
+    found = misfits(subject.model, subject.chat, store, "--data")
     of_file = store.attrs.get("template_hash")
-    if subject.tokenizer and of_file not in (None, subject.tokenizer.template.hash):
+    if subject.chat and of_file not in (None, subject.chat.template.hash):
         found.append("its chat template is not the one that the model directory has")
     yield failed(fits, "; ".join(found)) if found else judge(fits, 0, 0)
     rows = np.unique(np.linspace(0, len(store) - 1, COUNTED_ROWS).astype(np.int64))

@@ -114,15 +114,15 @@ def _check(config: Config) -> None:
 
 
 def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[str, Any]:
-    model, tokenizer = opened
-    problems(misfits(model, tokenizer, store, "--dev"))
+    model, chat = opened
+    problems(misfits(model, chat, store, "--dev"))
     device = next(model.parameters()).device
     found = dev_loss(
         model,
         store,
         micro_rows=micro_rows,
         device=device,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=chat.stop_ids,
         quiet=False,
     )
     stops = "none" if found.stop_probability is None else f"{found.stop_probability:.3f}"

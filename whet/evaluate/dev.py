@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.chat.tokenizer import Tokenizer
+from whet.chat.chat import Chat
 from whet.data.batches import micro_batch_count, micro_batches, read_batch
 from whet.data.store import PackedStore
 from whet.errors import UserError
@@ -92,12 +92,10 @@ def dev_loss(
     )
 
 
-def misfits(
-    model: Transformer, tokenizer: Tokenizer | None, store: PackedStore, flag: str
-) -> list[str]:
+def misfits(model: Transformer, chat: Chat | None, store: PackedStore, flag: str) -> list[str]:
     """Why a packed file, given by `flag`, does not fit this model: a line for each reason."""
     found, config, attrs = [], model.config, store.attrs
-    if tokenizer and attrs.get("tokenizer_hash") not in (None, tokenizer.hash):
+    if chat and attrs.get("tokenizer_hash") not in (None, chat.tokenizer.hash):
         template = (attrs.get("settings") or {}).get("chat_template")
         found.append(
             f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "

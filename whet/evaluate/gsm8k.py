@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
-from whet.chat.tokenizer import Tokenizer
 from whet.data.reader import Unit, parse, read_units
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number, wilson
@@ -63,7 +63,7 @@ class Accuracy:
 
 def gsm8k_accuracy(
     model: Transformer,
-    tokenizer: Tokenizer,
+    chat: Chat,
     problems: Sequence[Problem],
     *,
     max_new_tokens: int = 256,
@@ -83,8 +83,7 @@ def gsm8k_accuracy(
     """
     share = problems[rank::world_size]
     prompts = [
-        encode_prompt([{"role": "user", "content": problem.question}], tokenizer)
-        for problem in share
+        encode_prompt([{"role": "user", "content": problem.question}], chat) for problem in share
     ]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.max_positions]
     replies: list[list[int]] = [[] for _ in share]
@@ -93,14 +92,14 @@ def gsm8k_accuracy(
             model,
             [prompts[i] for i in fits],
             max_new_tokens=max_new_tokens,
-            stop_ids=tokenizer.stop_ids,
+            stop_ids=chat.stop_ids,
             batch_size=batch_size,
             progress=progress,
             between=between,
         )
     for i, reply in zip(fits, generated, strict=True):
         replies[i] = reply
-    samples = [_judge(*each, tokenizer) for each in zip(share, prompts, replies, strict=True)]
+    samples = [_judge(*each, chat) for each in zip(share, prompts, replies, strict=True)]
     counts: Sequence[float] = (
         len(samples),
         sum(sample.right for sample in samples),
@@ -112,13 +111,12 @@ def gsm8k_accuracy(
     return Accuracy(accuracy, *wilson(correct, n), correct, n, unanswered, unstopped, samples)
 
 
-def _judge(
-    problem: Problem, prompt: Sequence[int], reply: list[int], tokenizer: Tokenizer
-) -> Sample:
-    stopped = bool(reply) and reply[-1] in tokenizer.stop_ids
-    text = tokenizer.decode(reply[:-1] if stopped else reply, skip_special=False)
+def _judge(problem: Problem, prompt: Sequence[int], reply: list[int], chat: Chat) -> Sample:
+    stopped = bool(reply) and reply[-1] in chat.stop_ids
+    text = chat.tokenizer.decode(reply[:-1] if stopped else reply, skip_special=False)
     # A template may begin the thinking for the model; then the reply holds its end only.
-    inside = tokenizer.decode(list(prompt[-16:]), skip_special=False).rstrip().endswith("<think>")
+    asked = chat.tokenizer.decode(list(prompt[-16:]), skip_special=False)
+    inside = asked.rstrip().endswith("<think>")
     extracted = extract_answer(f"<think>{text}" if inside else text)
     right = same_number(extracted, problem.gold)
     return Sample(problem.line, problem.question, text, extracted, problem.gold, right, stopped)

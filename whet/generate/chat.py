@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
-from whet.chat.tokenizer import Tokenizer
 from whet.config import problems
 from whet.errors import UserError
 from whet.generate.engine import Sampling, stream
@@ -78,7 +78,7 @@ class Talk:
     """A conversation in progress."""
 
     model: Transformer
-    tokenizer: Tokenizer
+    chat: Chat
     config: Config
     messages: list[dict[str, str]] = field(default_factory=list)
     replies: int = 0
@@ -105,10 +105,9 @@ class Talk:
 
     def continue_text(self, text: str) -> Iterator[str]:
         """What the model writes after `text`, control tokens included."""
-        prompt = list(self.tokenizer.backend.encode(text).ids)  # with what the tokenizer puts first
-        begin = next(
-            (i for i in (self.tokenizer.bos_id, self.tokenizer.eos_id) if i is not None), 0
-        )
+        tokenizer = self.chat.tokenizer
+        prompt = list(tokenizer.backend.encode(text).ids)  # with what the tokenizer puts first
+        begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), 0)
         yield from self._pieces(prompt or [begin], show_control=True)
 
     def _prompt_that_fits(self) -> list[int]:
@@ -117,7 +116,7 @@ class Talk:
         forgotten = 0
         while True:
             system = [{"role": "system", "content": self.config.system}] * bool(self.config.system)
-            prompt = encode_prompt(system + self.messages, self.tokenizer)
+            prompt = encode_prompt(system + self.messages, self.chat)
             if len(prompt) + LEAST_ROOM <= limit or len(self.messages) <= 1:
                 break
             del self.messages[:2]
@@ -143,14 +142,14 @@ class Talk:
             self.model,
             prompt,
             max_new_tokens=config.max_new_tokens,
-            stop_ids=self.tokenizer.stop_ids,
+            stop_ids=self.chat.stop_ids,
             sampling=Sampling(config.temperature, config.top_k, config.top_p, seed),
         )
-        return text_pieces(tokens, self.tokenizer, prompt, show_control)
+        return text_pieces(tokens, self.chat, prompt, show_control)
 
 
 def text_pieces(
-    tokens: Iterable[int], tokenizer: Tokenizer, prompt: list[int], show_control: bool
+    tokens: Iterable[int], chat: Chat, prompt: list[int], show_control: bool
 ) -> Iterator[str]:
     """The text of `tokens` as it becomes certain: half a character waits for its other half.
 
@@ -159,13 +158,13 @@ def text_pieces(
     """
     before = prompt[-4:] if show_control else []
     ids = list(before)
-    shown = len(tokenizer.decode(before, skip_special=not show_control))
+    shown = len(chat.tokenizer.decode(before, skip_special=not show_control))
     text = ""
     for token in tokens:
-        if not show_control and token in tokenizer.stop_ids:
+        if not show_control and token in chat.stop_ids:
             break
         ids.append(token)
-        text = tokenizer.decode(ids, skip_special=not show_control)
+        text = chat.tokenizer.decode(ids, skip_special=not show_control)
         if not text.endswith("\ufffd"):
             yield text[shown:]
             shown = len(text)

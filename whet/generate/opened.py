@@ -1,11 +1,11 @@
-"""A model opened for use: its weights on a device, and the tokenizer that it was trained with."""
+"""A model opened for use: its weights on a device, and the chat that it was trained with."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
-from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.chat.chat import Chat, load_tokenizer
 from whet.errors import UserError
 from whet.hub import find_model
 from whet.model.decoder import Transformer
@@ -20,7 +20,7 @@ class Opened(NamedTuple):
     """What `open_model` gives."""
 
     model: Transformer
-    tokenizer: Tokenizer
+    chat: Chat
 
 
 def open_model(
@@ -39,7 +39,7 @@ def open_model(
     if tokenizer is None and path.is_file():
         raise UserError(f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer")
     # The tokenizer first: it is quickly opened, and often what is wrong.
-    found = load_tokenizer(tokenizer or tokenizer_home(path))
+    chat = load_tokenizer(tokenizer or tokenizer_home(path))
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
     if device == "auto":
@@ -47,9 +47,10 @@ def open_model(
     half = precision == "bf16" or (precision == "auto" and device == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     model = load_backbone_from_ckpt(path, dtype=dtype, device=device)
-    if found.vocab_size > model.config.vocab_size:
+    size = chat.tokenizer.vocab_size
+    if size > model.config.vocab_size:
         raise UserError(
-            f"{tokenizer or path}: this tokenizer has {found.vocab_size:,} ids, the model {path} "
+            f"{tokenizer or path}: this tokenizer has {size:,} ids, the model {path} "
             f"{model.config.vocab_size:,}; name the model's own with --tokenizer"
         )
-    return Opened(model.eval(), found)
+    return Opened(model.eval(), chat)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from tyro.conf import Positional
 
-from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.chat.chat import Chat, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
 from whet.files import read_json, replaced, unwritable, unwritable_folder
@@ -85,7 +85,7 @@ def main(config: Config) -> int:
     path = find_model(config.run, config.revision)
     _check_out(path, config)
     model = _open(path, config)
-    tokenizer = _tokenizer(path, config)
+    chat = _chat(path, config)
     dtype = saved_as(config.dtype, model.config.hf)
     lineage = _lineage(path)
     if config.to == "pt":
@@ -100,7 +100,7 @@ def main(config: Config) -> int:
         )
     if config.to == "gguf-ready":
         check_gguf(model.config, path if config.tokenizer is None else config.tokenizer)
-    save_model(model, config.out, tokenizer, lineage, dtype)
+    save_model(model, config.out, chat, lineage, dtype)
     if config.to == "gguf-ready":
         _copy_sentencepiece(config.tokenizer or path, config.out)
         say(f"python convert_hf_to_gguf.py {config.out}    # in llama.cpp")
@@ -180,8 +180,8 @@ def _copy_sentencepiece(source: Path, directory: Path) -> None:
             shutil.copyfile(source / "tokenizer.model", aside)
 
 
-def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
-    """The tokenizer to write; a `.pt` has none."""
+def _chat(path: Path, config: Config) -> Chat | None:
+    """The chat to write; a `.pt` has none."""
     if config.to == "pt":
         return None
     directory = config.tokenizer or adapter.tokenizer_home(path)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from whet.chat.certificate import Certificate
+from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
 from whet.chat.encode import Encoded, EncodeOptions, Example, encode_chat
-from whet.chat.tokenizer import Tokenizer
 from whet.data.formats import Datum, to_example
 from whet.data.reader import parse, read_units
 from whet.data.store import DOCUMENT
@@ -26,11 +26,11 @@ class EncodedLine:
 
     datum: Datum
     encoded: Encoded
-    tokenizer: Tokenizer
+    chat: Chat
 
 
 def encode_line(
-    reference: str, tokenizer: Tokenizer, template_kwargs: dict[str, Any] | None = None
+    reference: str, chat: Chat, template_kwargs: dict[str, Any] | None = None
 ) -> EncodedLine:
     """Encode the conversation at `FILE:LINE`, counted from 1; in `.json` and Parquet, the record.
 
@@ -57,7 +57,7 @@ def encode_line(
         raise UserError(f"{path}:{line}: {error}") from None
     datum = to_example(record, None, path, line)
     options = EncodeOptions(template_kwargs=template_kwargs or {})
-    return EncodedLine(datum, encode_chat(datum, tokenizer, options), tokenizer)
+    return EncodedLine(datum, encode_chat(datum, chat, options), chat)
 
 
 def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:
@@ -70,27 +70,25 @@ def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:
         trained = int((example.loss_mask != 0).sum())
         yield ""
         yield rule(f"{name}: {len(example.ids):,} tokens, {trained:,} trained", ink)
-        index, texts = token_texts(example.ids[None], shown.tokenizer)
+        index, texts = token_texts(example.ids[None], shown.chat.tokenizer)
         yield spans_text([texts[i] for i in index[0]], example.loss_mask, ink)
     if isinstance(shown.datum, Conversation):
         yield ""
         yield rule("turns", ink)
-        yield from turn_lines(shown.datum, examples, shown.tokenizer)
+        yield from turn_lines(shown.datum, examples, shown.chat)
     yield ""
     yield rule("certificate", ink)
     for name, told in certificate_facts(shown.encoded.certificate, len(examples)).items():
         yield f"{name + ':':<24}{told}"
 
 
-def turn_lines(
-    conversation: Conversation, examples: list[Example], tokenizer: Tokenizer
-) -> Iterator[str]:
+def turn_lines(conversation: Conversation, examples: list[Example], chat: Chat) -> Iterator[str]:
     """What becomes of each message: context, or which tokens are trained, and their last one."""
     for number, message in enumerate(conversation.messages):
         found = []
         for i, example in enumerate(examples, 1):
             for span in (span for span in example.spans if span.message == number):
-                stop = visible(tokenizer.decode([int(example.ids[span.end - 1])], False))
+                stop = visible(chat.tokenizer.decode([int(example.ids[span.end - 1])], False))
                 where = f"example {i}, " if len(examples) > 1 else ""
                 weight = f", weight {span.weight:g}" if span.weight != 1 else ""
                 found.append(
@@ -143,7 +141,7 @@ def encoded_sheet(shown: EncodedLine) -> Sheet:
         documents[row] = (
             row, 0, len(example.ids), (example.loss_mask != 0).sum(), 0, shown.datum.line, row,
         )  # fmt: skip
-    index, texts = token_texts(tokens, shown.tokenizer)
+    index, texts = token_texts(tokens, shown.chat.tokenizer)
     return Sheet(
         title=f"{Path(shown.datum.source).name}:{shown.datum.line}",
         tokens=tokens,
@@ -156,7 +154,7 @@ def encoded_sheet(shown: EncodedLine) -> Sheet:
         fills=documents["length"],
         trained=int(documents["trained"].sum()),
         facts={
-            "template": shown.tokenizer.template.hash[:12],
+            "template": shown.chat.template.hash[:12],
             **certificate_facts(shown.encoded.certificate, len(examples)),
         },
     )

@@ -48,12 +48,12 @@ def main(config: Config) -> None:
     """Print or write what `config` asks for."""
     _check(config)
     if config.conversation:
+        from whet.chat.chat import load_tokenizer
         from whet.chat.template import read_variables
-        from whet.chat.tokenizer import load_tokenizer
         from whet.report.conversation import conversation_lines, encode_line, encoded_sheet
 
-        tokenizer = load_tokenizer(_required(config.tokenizer), config.chat_template)
-        shown = encode_line(config.conversation, tokenizer, read_variables(config.template_kwargs))
+        chat = load_tokenizer(_required(config.tokenizer), config.chat_template)
+        shown = encode_line(config.conversation, chat, read_variables(config.template_kwargs))
         if config.html:
             _write(config.html, encoded_sheet(shown))
         else:

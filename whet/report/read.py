@@ -95,9 +95,9 @@ def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | No
     if path is None:
         gone = f"{recorded} is not there" if recorded else "the file names none"
         return None, f"none, ids are shown ({gone}; --tokenizer DIR gives one)"
-    from whet.chat.tokenizer import load_tokenizer
+    from whet.chat.tokenizer import read_tokenizer
 
-    tokenizer = load_tokenizer(path)
+    tokenizer = read_tokenizer(path)
     expected = store.attrs.get("tokenizer_hash")
     if expected and tokenizer.hash != expected:
         if wanted:

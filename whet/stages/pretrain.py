@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from whet.chat.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from whet.chat.chat import Chat, load_tokenizer
+from whet.chat.tokenizer import train_tokenizer
 from whet.config import problems
 from whet.data.prepare import flaws, prepare_text, text_config
 from whet.data.reader import parse, parse_source, read_units
@@ -78,10 +79,10 @@ def prepare(config: Config, ranks: Ranks) -> Config:
     """
     if _is_prepared(config):
         return config
-    tokenizer = _make_tokenizer(config)
+    chat = _make_chat(config)
     prepare_text(
         config.data,
-        tokenizer,
+        chat,
         config.context_length,
         str(_packed(config)),
         dev_out=_dev_out(config),
@@ -89,7 +90,7 @@ def prepare(config: Config, ranks: Ranks) -> Config:
         seed=config.seed,
         quiet=config.quiet,
     )
-    tokenizer.save(config.out / "tokenizer")
+    chat.save(config.out / "tokenizer")
     return config
 
 
@@ -113,7 +114,7 @@ def _dev_out(config: Config) -> str | None:
     return str(_packed_dev(config)) if config.dev_fraction else None
 
 
-def _make_tokenizer(config: Config) -> Tokenizer:
+def _make_chat(config: Config) -> Chat:
     """The given tokenizer, or one learnt from the text."""
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
@@ -124,7 +125,7 @@ def _make_tokenizer(config: Config) -> Tokenizer:
                 progress.advance()
                 yield text
 
-        return train_tokenizer(counted(), config.vocab_size)
+        return Chat(train_tokenizer(counted(), config.vocab_size))
 
 
 def texts_of(data: tuple[str, ...], characters: int = TOKENIZER_CHARACTERS) -> Iterator[str]:
@@ -142,13 +143,13 @@ def texts_of(data: tuple[str, ...], characters: int = TOKENIZER_CHARACTERS) -> I
 
 def build(config: Config, ranks: Ranks) -> Stage:
     """A random Transformer over the packed text."""
-    tokenizer = load_tokenizer(config.out / "tokenizer")
+    chat = load_tokenizer(config.out / "tokenizer")
     store = PackedStore(_packed(config))
     has_dev = config.dev_fraction and _packed_dev(config).exists()
     dev = PackedStore(_packed_dev(config)) if has_dev else None
     model = Transformer(
         llama(
-            tokenizer.vocab_size,
+            chat.tokenizer.vocab_size,
             config.width,
             config.layers,
             config.heads,
@@ -164,7 +165,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
         config,
         ranks,
         model,
-        tokenizer,
+        chat,
         store,
         dev,
         lineage={"stage": "pretrain", "data": list(config.data)},

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from whet.chat.tokenizer import Tokenizer, load_tokenizer
+from whet.chat.chat import Chat, load_tokenizer
 from whet.config import as_toml, collected, problems, read_toml
 from whet.data.batches import (
     Batch,
@@ -123,9 +123,9 @@ def build(config: Config, ranks: Ranks) -> Stage:
     )
     model.recompute = config.recompute
     header = [("model", f"{config.model}: {describe(model)}")]
-    tokenizer, new_rows = find_tokenizer(config.tokenizer, path), list[int]()
-    if config.chat_template is not None and tokenizer is not None:
-        tokenizer, new_rows = add_tokens(model, tokenizer, config.chat_template)
+    chat, new_rows = find_chat(config.tokenizer, path), list[int]()
+    if config.chat_template is not None and chat is not None:
+        chat, new_rows = add_tokens(model, chat, config.chat_template)
     found, lora = list[str](), None
     with collected(found):
         lora = choose_trained(
@@ -146,16 +146,16 @@ def build(config: Config, ranks: Ranks) -> Stage:
         if config.lr < USUAL_ADAPTER_LR / 2:
             usual = "usual for an adapter are 1e-4 to 2e-4: ten times those of all weights"
             header.append(("note", f"--lr {config.lr:g}: {usual}"))
-    found += misfits(model, tokenizer, store, "--data")
-    found += misfits(model, tokenizer, dev, "--dev") if dev else []
-    if gsm8k and tokenizer is None:
+    found += misfits(model, chat, store, "--data")
+    found += misfits(model, chat, dev, "--dev") if dev else []
+    if gsm8k and chat is None:
         found.append(f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR")
     problems(found)
     stage = make_stage(
         config,
         ranks,
         model,
-        tokenizer,
+        chat,
         store,
         dev,
         lineage=lineage(config, store, adapter),
@@ -169,7 +169,7 @@ def make_stage(
     config: TrainSettings,
     ranks: Ranks,
     model: Transformer,
-    tokenizer: Tokenizer | None,
+    chat: Chat | None,
     store: PackedStore,
     dev: PackedStore | None,
     *,
@@ -217,14 +217,14 @@ def make_stage(
         loss_fn=token_loss,
         evaluate=Evaluator(
             dev,
-            tokenizer,
+            chat,
             config.micro_batch_size,
             problems=questions,
             n_samples=config.samples,
             quiet=config.quiet or not ranks.first,
         ),
         save_model=ModelWriter(
-            tokenizer,
+            chat,
             lineage,
             config.out_ckpt,
             config.out,
@@ -350,7 +350,7 @@ def told(lora: LoRA, four_bits: bool) -> str:
     return ", ".join(words + [word for word, used in kinds if used])
 
 
-def find_tokenizer(directory: Path | None, model: Path) -> Tokenizer | None:
+def find_chat(directory: Path | None, model: Path) -> Chat | None:
     """--tokenizer's, or the model's own; a `.pt` has none, and a directory may have none."""
     home = directory or tokenizer_home(model)
     has_one = (home / "tokenizer.json").is_file() or find_convertible(home) is not None

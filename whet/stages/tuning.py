@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from whet.chat.tokenizer import Tokenizer, add_chat_tokens
+from whet.chat.chat import Chat, add_chat_tokens
 from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
@@ -19,20 +19,18 @@ from whet.model.lora.write import save_adapter
 from whet.train.distributed import is_first, unwrap, whole_weights
 
 
-def add_tokens(
-    model: Transformer, tokenizer: Tokenizer, chat_template: str
-) -> tuple[Tokenizer, list[int]]:
+def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat, list[int]]:
     """Give tokenizer and model the control tokens of a template that the base does not know.
 
-    Returns the new tokenizer and the ids whose rows are new.
+    Returns the new chat and the ids whose rows are new.
     """
-    tokenizer, added = add_chat_tokens(tokenizer, chat_template)
+    chat, added = add_chat_tokens(chat, chat_template)
     if isinstance(model, Transformer):
-        grow_embedding(model, tokenizer.vocab_size)
+        grow_embedding(model, chat.tokenizer.vocab_size)
     else:
-        model.grow(tokenizer.vocab_size)  # another architecture: foreign.py
-    ids = [tokenizer.backend.token_to_id(token) for token in added]
-    return tokenizer, [i for i in ids if i is not None]
+        model.grow(chat.tokenizer.vocab_size)  # another architecture: foreign.py
+    ids = [chat.tokenizer.backend.token_to_id(token) for token in added]
+    return chat, [i for i in ids if i is not None]
 
 
 def choose_trained(
@@ -75,7 +73,7 @@ def choose_trained(
 class ModelWriter:
     """Writes the trained model, or its adapter, with its lineage; and the `.pt` if asked for."""
 
-    tokenizer: Tokenizer | None
+    chat: Chat | None
     lineage: dict[str, Any] = field(default_factory=dict)
     out_ckpt: Path | None = None
     """A `.pt` file besides, of the final model."""
@@ -94,9 +92,9 @@ class ModelWriter:
         lineage = {**self.lineage, "metrics": metrics}
         if self.lora is not None:
             base = str(self.lineage["base"])
-            save_adapter(whole, directory, self.lora, base, self.tokenizer, lineage, state=state)
+            save_adapter(whole, directory, self.lora, base, self.chat, lineage, state=state)
             return
-        save_model(whole, directory, self.tokenizer, lineage, self.dtype, state=state)
+        save_model(whole, directory, self.chat, lineage, self.dtype, state=state)
         if self.out_ckpt is not None and directory == self.out:
             step, stage = int(metrics.get("step", 0)), self.lineage["stage"]
             save_pt(whole, self.out_ckpt, stage, step, metrics, self.dtype, state=state)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from whet.chat.tokenizer import Tokenizer
+from whet.chat.chat import Chat
 from whet.data.store import PackedStore
 from whet.evaluate.dev import dev_loss
 from whet.evaluate.gsm8k import Problem, gsm8k_accuracy
@@ -58,7 +58,7 @@ class Evaluator:
     """The evaluation of a run. Its parts follow each other in the same order on all ranks."""
 
     dev: PackedStore | None
-    tokenizer: Tokenizer | None
+    chat: Chat | None
     micro_rows: int
     problems: Sequence[Problem] = ()
     n_samples: int = 3
@@ -77,7 +77,7 @@ class Evaluator:
         metrics: dict[str, float] = {}
         # Where every forward is a collective, all ranks generate the same; else each its share.
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
-        stop_ids = self.tokenizer.stop_ids if self.tokenizer else ()
+        stop_ids = self.chat.stop_ids if self.chat else ()
         if self.dev is not None:
             found = dev_loss(
                 inner,
@@ -97,10 +97,10 @@ class Evaluator:
             metrics |= breakdown(
                 inner, self.dev, stop_ids, self.micro_rows, ranks, meeting.look, self.quiet
             )
-        if self.problems and self.tokenizer is not None:
+        if self.problems and self.chat is not None:
             answers = gsm8k_accuracy(
                 inner,
-                self.tokenizer,
+                self.chat,
                 self.problems,
                 rank=share.rank,
                 world_size=share.size,
@@ -121,7 +121,7 @@ class Evaluator:
         self, model: Any, stop_ids: tuple[int, ...], meeting: _Meeting
     ) -> Iterator[dict[str, Any]]:
         """Replies to the first prompts of the dev file, next to what stands there."""
-        if self.dev is None or self.tokenizer is None or self.n_samples == 0:
+        if self.dev is None or self.chat is None or self.n_samples == 0:
             return
         room = model.config.max_positions - 1
         pairs = [pair for pair in prompts_of(self.dev, self.n_samples) if len(pair[0]) <= room]
@@ -134,9 +134,9 @@ class Evaluator:
         )
         for (prompt, expected), reply in zip(pairs, replies, strict=True):
             yield {
-                "prompt": self.tokenizer.decode(prompt, skip_special=False),
-                "reply": self.tokenizer.decode(reply, skip_special=False),
-                "expected": self.tokenizer.decode(expected, skip_special=False),
+                "prompt": self.chat.tokenizer.decode(prompt, skip_special=False),
+                "reply": self.chat.tokenizer.decode(reply, skip_special=False),
+                "expected": self.chat.tokenizer.decode(expected, skip_special=False),
             }
 
 

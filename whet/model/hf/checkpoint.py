@@ -6,11 +6,12 @@ is saved is opened again and compared with what was meant to be saved, before it
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from whet.chat.chat import Chat
 from whet.config import problems
 from whet.errors import UserError
 from whet.files import full_disk_reported, read_json, replaced, write_json
@@ -175,25 +176,12 @@ def file_places(config: ModelConfig) -> dict[str, families.Place]:
     return families.place_parameters(config, names)
 
 
-class SavesTokenizer(Protocol):
-    """What saving needs of `whet.chat.tokenizer.Tokenizer`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def pad_id(self) -> int | None: ...
-    def save(self, directory: Path) -> None: ...
-
-
-def check_vocabulary(config: ModelConfig, tokenizer: SavesTokenizer, where: str | Path) -> None:
+def check_vocabulary(config: ModelConfig, chat: Chat, where: str | Path) -> None:
     """Raise UserError if the tokenizer has ids for which the embedding has no row."""
-    if tokenizer.vocab_size > config.vocab_size:
+    size = chat.tokenizer.vocab_size
+    if size > config.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's "
+            f"{where}: the tokenizer has ids up to {size - 1}, the model's "
             f"embedding has {config.vocab_size} rows; use the model's own tokenizer, or let "
             "--chat_template grow the embedding"
         )
@@ -202,7 +190,7 @@ def check_vocabulary(config: ModelConfig, tokenizer: SavesTokenizer, where: str 
 def save_model(
     model: Transformer,
     directory: str | Path,
-    tokenizer: SavesTokenizer | None,
+    chat: Chat | None,
     lineage: dict[str, Any],
     dtype: torch.dtype | None = None,
     *,
@@ -220,8 +208,8 @@ def save_model(
     """
     directory = Path(directory)
     state = _plain_state(model, state)
-    if tokenizer is not None:
-        check_vocabulary(model.config, tokenizer, directory)
+    if chat is not None:
+        check_vocabulary(model.config, chat, directory)
     with replaced_model(directory, _nbytes(state, dtype)) as aside:
         if isinstance(model, Transformer):
             _write_weights(model.config, state, aside, dtype, shard_bytes)
@@ -229,7 +217,7 @@ def save_model(
             from whet.model.foreign_files import write_foreign
 
             write_foreign(model, state, aside, dtype, shard_bytes)
-        _write_configs(model.config, tokenizer, lineage, aside, dtype or _dtype_of(state))
+        _write_configs(model.config, chat, lineage, aside, dtype or _dtype_of(state))
         if isinstance(model, Transformer):
             verify_saved(aside, model.config, state, dtype)
 
@@ -335,21 +323,21 @@ def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 def _write_configs(
     config: ModelConfig,
-    tokenizer: SavesTokenizer | None,
+    chat: Chat | None,
     lineage: dict[str, Any],
     directory: Path,
     dtype: torch.dtype,
 ) -> None:
     values = _config_json(config, dtype)
-    if tokenizer is not None:
-        stops = list(tokenizer.stop_ids)
+    if chat is not None:
+        stops = list(chat.stop_ids)
         ids = {
-            "bos_token_id": tokenizer.bos_id,
+            "bos_token_id": chat.tokenizer.bos_id,
             "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
-            "pad_token_id": tokenizer.pad_id,
+            "pad_token_id": chat.tokenizer.pad_id,
         }
         values |= ids
         write_json(directory / "generation_config.json", ids)
-        tokenizer.save(directory)
+        chat.save(directory)
     write_json(directory / "config.json", values)
     write_json(directory / "whet.json", lineage)

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from whet.chat.chat import Chat
 from whet.files import write_json
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows
-from whet.model.hf.checkpoint import SavesTokenizer
 from whet.model.hf.families import place_modules
 from whet.model.hf.weights import replaced_model
 from whet.model.lora.lora import LoRA, adapters
@@ -31,7 +31,7 @@ def save_adapter(
     directory: str | Path,
     lora: LoRA,
     base: str,
-    tokenizer: SavesTokenizer | None,
+    chat: Chat | None,
     lineage: dict[str, Any],
     *,
     state: Mapping[str, Tensor] | None = None,
@@ -60,8 +60,8 @@ def save_adapter(
             if not torch.equal(again[name], tensor):
                 raise RuntimeError(f"{directory}: {name} was saved, but read back it differs")
         os.chmod(aside / WEIGHTS, 0o644)
-        if tokenizer is not None:
-            tokenizer.save(aside)
+        if chat is not None:
+            chat.save(aside)
         write_json(aside / "whet.json", {**lineage, "vocab_size": model.config.vocab_size})
         write_json(aside / CONFIG, config)
 

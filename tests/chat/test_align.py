@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from whet.chat import cuts
-from whet.chat.cuts import Cutter, pieces_are_independent
-from whet.chat.tokenizer import load_tokenizer
+from whet.chat import align
+from whet.chat.align import Cutter, pieces_are_independent
+from whet.chat.chat import load_tokenizer
 
 PIECEWISE = {"gpt2", "qwen2", "tinyllama", "mistral_7b", "minimind", "olmo2"}
 WHOLE = {"phi3", "pythia"}  # tokens that take in blanks; tokens matched in normalised text
@@ -55,10 +55,10 @@ class Recorded:
 
 @pytest.mark.parametrize("name", sorted(PIECEWISE | WHOLE))
 def test_ids_are_those_of_the_whole_text(shared_data: Path, name: str) -> None:
-    tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
-    backend, rng = tokenizer.backend, Random(name)
+    chat = load_tokenizer(shared_data / "tokenizers" / name)
+    backend, rng = chat.tokenizer.backend, Random(name)
     every = sorted(token.content for token in backend.get_added_tokens_decoder().values())
-    cutter = Cutter(backend, tokenizer.added)
+    cutter = Cutter(backend, chat.tokenizer.added)
     assert cutter.piecewise == (name in PIECEWISE)
     for _ in range(40):
         texts = [
@@ -69,7 +69,7 @@ def test_ids_are_those_of_the_whole_text(shared_data: Path, name: str) -> None:
             assert cut.ids == backend.encode(text, add_special_tokens=False).ids, repr(text)
             for end, (token, count) in cut.after.items():
                 assert text[:end].endswith(token)
-                assert cut.ids[count - 1] == tokenizer.added[token]
+                assert cut.ids[count - 1] == chat.tokenizer.added[token]
             if cutter.piecewise:
                 assert len(cut.after) == len(re.findall("|".join(map(re.escape, every)), text))
 
@@ -89,7 +89,7 @@ def test_what_texts_share_is_tokenised_once() -> None:
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuts, "KEPT_CHARACTERS", 10)
+    monkeypatch.setattr(align, "KEPT_CHARACTERS", 10)
     cutter = Cutter(small_backend(), {"<x>": 3})
     for text in ("a" * 6, "b" * 6, "c" * 600, "ab"):
         for cut in cutter.cut([text, text]):

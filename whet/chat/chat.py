@@ -1,0 +1,169 @@
+"""A tokenizer and the chat template that writes for it, with the template's variables and date.
+
+What is rendered, which tokens are control tokens and where a reply stops depend on the vocabulary,
+the template, its variables and the date together. So they stand together here, and travel together.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from whet.chat.conversation import shown
+from whet.chat.dialect import Dialect
+from whet.chat.template import ChatTemplate
+from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer, write_text
+from whet.errors import UserError
+
+BUILT_IN = ("plain", "chatml")
+CONTROL_LITERAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>")
+
+
+def find_template(name: str) -> ChatTemplate:
+    """The template `plain` or `chatml`, or the one in the file `name`."""
+    file = Path(__file__).with_name(f"{name}.jinja") if name in BUILT_IN else Path(name)
+    if not file.is_file():
+        raise UserError(
+            f"--chat_template {name}: no such file, and not one of {', '.join(BUILT_IN)}"
+        )
+    return ChatTemplate(file.read_text(encoding="utf-8"), str(name))
+
+
+@dataclass(frozen=True, eq=False)
+class Chat:
+    """A tokenizer with its chat template, and what the template is rendered with.
+
+    `variables` are the template's own, such as enable_thinking; `today` is what it gets as date.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate = field(default_factory=lambda: find_template("plain"))
+    tool_template: ChatTemplate | None = None  # used instead of `template` when there are tools
+    variables: dict[str, Any] = field(default_factory=dict)
+    today: date = field(default_factory=date.today)
+    memo: dict[str, Any] = field(
+        default_factory=dict, init=False, repr=False
+    )  # encoders, made once
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """What the template does with conversations, found by trying it with the variables."""
+        parts = (self.template, self.tool_template, self.variables, self.today)
+        return Dialect(self.tokenizer, *parts)
+
+    @cached_property
+    def control(self) -> dict[str, int]:
+        """The added tokens that steer the model and that nobody's text may contain as tokens.
+
+        These are the `flagged`, and what begins and ends turns, which some files do not flag.
+        """
+        flagged = self.tokenizer.flagged
+        borders = {END_OF_TEXT, "</s>", *self.dialect.borders}
+        return {t: i for t, i in self.tokenizer.added.items() if t in flagged or t in borders}
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of `control`."""
+        return frozenset(self.control.values())
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which a reply ends: the template's stop tokens first, then every eos."""
+        stops = [self.tokenizer.added[ending.stop] for ending in self.dialect.endings]
+        return tuple(dict.fromkeys([*stops, *self.tokenizer.eos_ids]))
+
+    @cached_property
+    def plain_backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer's backend, but control tokens are ordinary text to it."""
+        content = json.loads(self.tokenizer.backend.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = token["content"] in self.control
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        backend.encode_special_tokens = True
+        return backend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without what was found out by trying the template."""
+        parts = (self.tokenizer, self.template, self.tool_template, self.variables, self.today)
+        return Chat, parts
+
+    def save(self, directory: str | Path) -> None:
+        """Write the tokenizer's files and chat_template.jinja into `directory`."""
+        folder = Path(directory)
+        self.tokenizer.save(folder)
+        write_text(folder / "chat_template.jinja", self.template.source)
+        if self.tool_template:
+            (folder / "additional_chat_templates").mkdir(exist_ok=True)
+            file = folder / "additional_chat_templates/tool_use.jinja"
+            write_text(file, self.tool_template.source)
+
+
+def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Chat:
+    """The tokenizer of the directory `path` with its chat template.
+
+    `chat_template` is None (the directory's own, else Whet's plain one), `plain`, `chatml` or the
+    path of a file. Raises UserError if a file is missing or broken.
+    """
+    tokenizer = read_tokenizer(path)
+    if chat_template is not None:
+        return Chat(tokenizer, find_template(chat_template))
+    return Chat(tokenizer, *_own_templates(Path(path), tokenizer.config))
+
+
+def add_chat_tokens(chat: Chat, chat_template: str) -> tuple[Chat, list[str]]:
+    """`chat` with the template `chat_template` and the control tokens that this writes.
+
+    Tokens such as `<|im_start|>` that the tokenizer lacks are added at the end of the vocabulary.
+    Returns the new chat and the added tokens; the model's embedding must grow to `vocab_size`.
+    """
+    template = find_template(chat_template)
+    wanted = dict.fromkeys(CONTROL_LITERAL.findall(template.source))
+    new = [text for text in wanted if chat.tokenizer.backend.token_to_id(text) is None]
+    tokenizer = chat.tokenizer.with_tokens(new)
+    return replace(chat, tokenizer=tokenizer, template=template, tool_template=None), new
+
+
+def _own_templates(
+    folder: Path, config: dict[str, Any]
+) -> tuple[ChatTemplate, ChatTemplate | None]:
+    """The directory's template, and the one for tools if it has one of its own."""
+    found: dict[str, str] = {}
+    in_config = config.get("chat_template")
+    if isinstance(in_config, dict):  # {"default": ..., "tool_use": ...}
+        in_config = [{"name": name, "template": text} for name, text in in_config.items()]
+    if isinstance(in_config, str):
+        found["default"] = in_config
+    elif isinstance(in_config, list) and all(map(_is_template_entry, in_config)):
+        found.update({entry["name"]: entry["template"] for entry in in_config})
+    elif in_config is not None:
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of "
+            f"objects with the texts name and template, got {shown(in_config)}; mend it or give "
+            "another with --chat_template"
+        )
+    for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[file.stem] = file.read_text(encoding="utf-8")
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        found["default"] = file.read_text(encoding="utf-8")
+    if found and "default" not in found:
+        raise UserError(
+            f"{folder}: has the chat templates {', '.join(found)}, but none is called default; "
+            "give one with --chat_template"
+        )
+    if not found:
+        return find_template("plain"), None
+    tool_use = found.get("tool_use")
+    name = f"{folder}: chat template"
+    return ChatTemplate(found["default"], name), ChatTemplate(tool_use, name) if tool_use else None
+
+
+def _is_template_entry(entry: Any) -> bool:
+    """Whether it is as in `[{"name": "default", "template": ...}, ...]`."""
+    texts = [entry.get("name"), entry.get("template")] if isinstance(entry, dict) else [None]
+    return all(isinstance(text, str) for text in texts)
