@@ -37,7 +37,7 @@ from whet.files import unwritable
 from whet.hub import check_name, find_model
 from whet.model.attention import plan_documents
 from whet.model.decoder import Transformer
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.hf.checkpoint import NO_PT, is_foreign, load_backbone_from_ckpt
 from whet.model.hf.weights import PT, saved_as
 from whet.model.lora.lora import LoRA
 from whet.model.lora.read import base_of, find_base, is_adapter, tokenizer_home
@@ -115,7 +115,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
     path = find_model(config.model, config.revision, quiet=quiet)
     adapter = path if is_adapter(path) else None
     base = path if adapter is None else find_base(adapter, quiet=quiet)
-    problems(unfit_flags(config, ranks, adapter))
+    problems(unfit_flags(config, ranks, base, adapter))
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
     halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
     model = load_backbone_from_ckpt(
@@ -147,6 +147,13 @@ def build(config: Config, ranks: Ranks) -> Stage:
             usual = "usual for an adapter are 1e-4 to 2e-4: ten times those of all weights"
             header.append(("note", f"--lr {config.lr:g}: {usual}"))
     found += misfits(model, chat, store, "--data")
+    switch = getattr(model, "switch", None)
+    if config.shard and ranks.size > 1 and switch and store.context_length > switch.length:
+        found.append(
+            f"--shard: this architecture's positions change beyond {switch.length:,} tokens, so "
+            "its documents run in passes whose number differs between ranks; leave --shard out, or "
+            f"prepare with --context_length {switch.length}"
+        )
     found += misfits(model, chat, dev, "--dev") if dev else []
     if gsm8k and chat is None:
         found.append(f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR")
@@ -200,6 +207,14 @@ def make_stage(
         "data_hash": store.fingerprint,
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
+    writer = ModelWriter(
+        chat,
+        lineage,
+        config.out_ckpt,
+        config.out,
+        lora,
+        saved_as(config.save_dtype, model.config.hf),
+    )
     return Stage(
         model=model,
         documents=store,
@@ -223,14 +238,8 @@ def make_stage(
             n_samples=config.samples,
             quiet=config.quiet or not ranks.first,
         ),
-        save_model=ModelWriter(
-            chat,
-            lineage,
-            config.out_ckpt,
-            config.out,
-            lora,
-            saved_as(config.save_dtype, model.config.hf),
-        ),
+        save_model=writer,
+        rehearse=writer.rehearse,
         header=[
             ("model", describe(model)),
             ("data", f"{store.path}: {size}, {steps:,} steps an epoch"),
@@ -312,15 +321,15 @@ def flaws(config: Config, ranks: Ranks) -> list[str]:
         read_pattern(config.train)
     path = Path(config.model)
     if path.exists():
-        found += unfit_flags(config, ranks, path if is_adapter(path) else None)
+        found += unfit_flags(config, ranks, path, path if is_adapter(path) else None)
     if config.out_ckpt is not None:
         others = [config.data, config.dev, config.gsm8k_dev, config.tokenizer, config.out]
         found += unwritable("--out_ckpt", config.out_ckpt, [config.model, *others], PT)
     return found
 
 
-def unfit_flags(config: Config, ranks: Ranks, adapter: Path | None) -> list[str]:
-    """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
+def unfit_flags(config: Config, ranks: Ranks, base: Path, adapter: Path | None) -> list[str]:
+    """Flags that this model, or the `adapter` that is trained further, has no use for."""
     found = []
     if config.lora_4bit and config.shard and ranks.size > 1:
         found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
@@ -330,6 +339,15 @@ def unfit_flags(config: Config, ranks: Ranks, adapter: Path | None) -> list[str]
     trains_adapter = adapter is not None or config.lora_rank is not None
     if config.lora_4bit and not trains_adapter:
         found.append("--lora_4bit: needs an adapter to train; add --lora_rank 16")
+    if config.out_ckpt is not None and trains_adapter:
+        found.append(
+            "--out_ckpt: an adapter is trained, which is saved as a directory; afterwards: whet "
+            "export RUN --merge --to pt --out FILE"
+        )
+    if config.float8 and is_foreign(base):
+        found.append("--float8: works on Whet's own families only; leave it out")
+    if config.out_ckpt is not None and not trains_adapter and is_foreign(base):
+        found.append(f"--out_ckpt: {NO_PT}, which --out does")
     if config.train != "all" and trains_adapter:
         found.append("--train and an adapter exclude each other: the base is frozen")
     if adapter is not None:
