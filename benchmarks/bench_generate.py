@@ -22,8 +22,8 @@ import torch
 from benchmarks.lines import emit, origin, spread
 from benchmarks.workload import MODEL
 from whet.generate.engine import generate, generate_without_cache
-from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer, init_weights
+from whet.model.hf.config import from_hf
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     args = parser.parse_args()
 
-    model = Transformer(ModelConfig.from_hf(MODEL))
+    model = Transformer(from_hf(MODEL))
     init_weights(model, seed=0)
     model = model.to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     prompts = some_prompts(args.prompts)

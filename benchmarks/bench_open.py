@@ -92,7 +92,7 @@ def child(folder: Path, side: str, cache: str) -> dict[str, Any]:
 
 def measure(folder: Path, what: str, cold: bool) -> dict[str, Any]:
     """Read the file of weights, or open the model as `what`, in this process."""
-    from whet.model.hf.checkpoint import load_backbone_from_ckpt
+    from whet.model.open import load_backbone_from_ckpt
 
     file = folder / "model.safetensors"
     size = file.stat().st_size

@@ -18,8 +18,8 @@ import torch
 from benchmarks.lines import emit, origin, spread
 from benchmarks.workload import MODEL
 from whet.model import attention
-from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer, init_weights
+from whet.model.hf.config import from_hf
 
 ROWS, ROW = 2, 2048
 NEVER = ROWS * ROW  # no beginning is as long as that
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     args = parser.parse_args()
-    model = Transformer(ModelConfig.from_hf(MODEL))
+    model = Transformer(from_hf(MODEL))
     init_weights(model, seed=0)
     batch = made_up(args.prompt)
     sides = {"once": attention.SHARED, "each": NEVER}

@@ -65,10 +65,10 @@ def build(folder: Path, documents: int = 1000) -> None:
 
 
 def _write_model(folder: Path, chat: object) -> None:
-    from whet.model.config import ModelConfig
     from whet.model.decoder import Transformer, init_weights
     from whet.model.hf.checkpoint import save_model
+    from whet.model.hf.config import from_hf
 
-    model = Transformer(ModelConfig.from_hf(MODEL))
+    model = Transformer(from_hf(MODEL))
     init_weights(model, seed=0)
     save_model(model, folder, chat, lineage={"made_by": "benchmarks.workload"})

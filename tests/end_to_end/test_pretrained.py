@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from whet.cli import main
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.open import load_backbone_from_ckpt
 
 
 def dev_losses(run: Path) -> list[float]:

@@ -13,7 +13,8 @@ from tests.fuzz.harness import SCALARS, counts, damaged, fuzz, json_like
 from whet.errors import UserError
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
-from whet.model.hf.checkpoint import load_backbone_from_ckpt, save_model, save_pt
+from whet.model.hf.checkpoint import save_model, save_pt
+from whet.model.open import load_backbone_from_ckpt
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from whet.errors import UserError
 from whet.generate import engine
-from whet.generate.engine import Sampling, generate, generate_without_cache, stream
+from whet.generate.engine import Sampling, generate, generate_without_cache, sample, stream
 from whet.model.config import ModelConfig, Rope, llama
 from whet.model.decoder import Transformer, init_weights
 
@@ -113,8 +113,10 @@ class Waits(TorchDispatchMode):
 
 def running_rows(sampling: Sampling, device: str = "cpu") -> engine._Rows:
     model = build(CONFIGS["sliding window"]).to(device)
-    rows = engine._Rows(model, sampling, rows=4, slots=60, max_new_tokens=20, stop_ids=set())
-    rows.begin([engine._Row(i, prompt, 60) for i, prompt in enumerate(some_prompts(3))])
+    rows = engine._Rows(
+        model, sampling, rows=4, slots=60, max_new_tokens=20, stop_ids=set(), with_logp=False
+    )
+    rows.begin([engine._Row(i, (0, i), prompt, 60) for i, prompt in enumerate(some_prompts(3))])
     return rows
 
 
@@ -122,7 +124,7 @@ def running_rows(sampling: Sampling, device: str = "cpu") -> engine._Rows:
 def test_steps_never_wait_for_the_device(sampling: Sampling) -> None:
     rows = running_rows(sampling)
     with Waits() as waits:
-        assert rows.run(4).shape == (3, 4)
+        assert rows.run(4)[0].shape == (3, 4)
     assert waits.seen == []
 
 
@@ -205,7 +207,7 @@ def test_bfloat16_model_keeps_a_bfloat16_cache() -> None:
 def test_a_really_pretrained_model_writes_what_its_author_documents(shared_data) -> None:
     """karpathy/tinyllamas: greedy text of stories260K; here 4 prompts beside it in the batch."""
     from whet.chat.chat import load_tokenizer
-    from whet.model.hf.checkpoint import load_backbone_from_ckpt
+    from whet.model.open import load_backbone_from_ckpt
 
     folder = shared_data / "models/stories260K"
     model, chat = load_backbone_from_ckpt(folder, quiet=True), load_tokenizer(folder)
@@ -219,3 +221,46 @@ def test_a_really_pretrained_model_writes_what_its_author_documents(shared_data)
         "Once upon a time, there was a little girl named Lily. She loved to play outside"
     )
     assert replies == generate_without_cache(model, prompts, **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_samplers_log_probabilities_are_the_trainers(
+    model: Transformer, temperature: float
+) -> None:
+    """So the first ratio of a policy step is 1."""
+    prompts, stops = some_prompts(5), range(0, VOCABULARY, 6)
+    replies = sample(
+        model,
+        prompts,
+        keys=[(3, i) for i in range(5)],
+        max_new_tokens=12,
+        stop_ids=stops,
+        temperature=temperature,
+        batch_size=3,
+    )
+    for prompt, reply in zip(prompts, replies, strict=True):
+        tokens = torch.tensor([[*prompt, *reply.ids]])
+        weight = torch.zeros(tokens.shape)
+        weight[0, len(prompt) - 1 : -1] = 1.0
+        found = model(
+            tokens,
+            targets=tokens.roll(-1, 1),
+            weight=weight,
+            per_token=True,
+            temperature=temperature,
+        )
+        assert len(reply.logp) == len(reply.ids) > 0
+        trained = -found.nll[0, len(prompt) - 1 : -1]
+        assert torch.allclose(trained, torch.tensor(reply.logp), atol=1e-5)
+        assert reply.stopped == (reply.ids[-1] in stops)
+
+
+def test_a_reply_depends_on_its_key_alone() -> None:
+    model, stops = build(tiny()), range(0, VOCABULARY, 6)
+    options = {"max_new_tokens": 9, "stop_ids": stops, "temperature": 1.0}
+    prompts = some_prompts(1) * 5
+    keys = [(1, 0, i) for i in range(5)]
+    together = sample(model, prompts, keys=keys, **options)
+    assert len({tuple(reply.ids) for reply in together}) > 1
+    backwards = sample(model, prompts, keys=keys[::-1], batch_size=2, **options)
+    assert [reply.ids for reply in backwards[::-1]] == [reply.ids for reply in together]

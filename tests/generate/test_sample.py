@@ -86,7 +86,7 @@ def test_what_is_excluded_is_never_drawn(seed, temperature, top_k, top_p, draw) 
 
 def test_a_row_samples_alike_in_any_batch() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    draws = torch.tensor([uniforms(7, i, 1)[0] for i in range(6)])
+    draws = torch.tensor([uniforms((7, i), 1)[0] for i in range(6)])
     options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9}
     together = next_tokens(logits, draws, **options)
     alone = [next_tokens(logits[i : i + 1], draws[i : i + 1], **options) for i in range(6)]
@@ -94,8 +94,8 @@ def test_a_row_samples_alike_in_any_batch() -> None:
 
 
 def test_draws_depend_on_seed_and_prompt_alone() -> None:
-    assert np.array_equal(uniforms(1, 2, 5), uniforms(1, 2, 9)[:5])
-    assert not np.array_equal(uniforms(1, 2, 5), uniforms(1, 3, 5))
-    assert not np.array_equal(uniforms(1, 2, 5), uniforms(2, 2, 5))
-    assert uniforms(0, 0, 10_000).min() >= 0
-    assert uniforms(0, 0, 10_000).max() < 1
+    assert np.array_equal(uniforms((1, 2), 5), uniforms((1, 2), 9)[:5])
+    assert not np.array_equal(uniforms((1, 2), 5), uniforms((1, 3), 5))
+    assert not np.array_equal(uniforms((1, 2), 5), uniforms((2, 2), 5))
+    assert uniforms((0, 0), 10_000).min() >= 0
+    assert uniforms((0, 0), 10_000).max() < 1

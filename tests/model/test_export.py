@@ -13,12 +13,14 @@ from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
 from whet.errors import UserError
 from whet.model import export
-from whet.model.config import ModelConfig, llama
+from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.export import check_gguf, is_gguf_name
-from whet.model.hf.checkpoint import file_places, load_backbone_from_ckpt, save_model
+from whet.model.hf.checkpoint import file_places, save_model
+from whet.model.hf.config import from_hf, to_hf
 from whet.model.lora.lora import LoRA, adapters, apply_lora
 from whet.model.lora.write import save_adapter
+from whet.model.open import load_backbone_from_ckpt
 
 TOKENS = torch.arange(5, 25)[None]
 
@@ -134,7 +136,7 @@ def test_its_own_table_knows_them_too(case: str) -> None:
     """The table of llama.cpp's converter, as its authors publish it."""
     gguf = pytest.importorskip("gguf", reason="llama.cpp's own table of names is in gguf")
     config = zoo.whet_config(case)
-    family = config.to_hf()["model_type"]
+    family = to_hf(config)["model_type"]
     architectures = {"mistral": "llama", "gemma3_text": "gemma3"}
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architectures.get(family, family)], config.n_layers)
@@ -146,11 +148,11 @@ def test_what_llama_cpp_does_not_know_is_told(base: Path) -> None:
     assert not is_gguf_name("model.layers.0.self_attn.qk_proj.weight")
     assert not is_gguf_name("transformer.h.0.attn.bias")
     values = json.loads((base / "config.json").read_text())
-    wrong = ModelConfig.from_hf({**values, "architectures": ["LlamaForTokens"]})
+    wrong = from_hf({**values, "architectures": ["LlamaForTokens"]})
     with pytest.raises(UserError, match="converter expects LlamaForCausalLM"):
         check_gguf(wrong, base)
     with pytest.raises(UserError, match=r"needs tokenizer.model or tokenizer.json"):
-        check_gguf(ModelConfig.from_hf(values), base / "empty")
+        check_gguf(from_hf(values), base / "empty")
 
 
 def test_mistakes_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ from tests.model import zoo
 from whet.errors import UserError
 from whet.generate.engine import generate
 from whet.model.foreign import ForeignModel
-from whet.model.hf.checkpoint import load_backbone_from_ckpt, save_model
+from whet.model.hf.checkpoint import save_model
 from whet.model.hf.weights import saved_as
+from whet.model.open import load_backbone_from_ckpt
 
 transformers = pytest.importorskip("transformers")
 

@@ -17,9 +17,10 @@ from whet.errors import UserError
 from whet.generate.engine import generate
 from whet.model.foreign import ForeignModel
 from whet.model.foreign_files import load_foreign
-from whet.model.hf.checkpoint import load_backbone_from_ckpt, save_model, save_pt
+from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of
 from whet.model.lora.write import save_adapter
+from whet.model.open import load_backbone_from_ckpt
 
 transformers = pytest.importorskip("transformers")
 

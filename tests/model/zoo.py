@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
+from whet.model.hf.config import from_hf
 from whet.model.hf.families import place_parameters
 
 SMALL = {
@@ -118,7 +119,7 @@ def oracle(case: str, seed: int = 0) -> nn.Module:
 def whet_config(case: str) -> ModelConfig:
     """The same model's configuration, read from what transformers would write to config.json."""
     kind, values = CASES[case]
-    return ModelConfig.from_hf(AutoConfig.for_model(kind, **values).to_dict())
+    return from_hf(AutoConfig.for_model(kind, **values).to_dict())
 
 
 def whet_model(case: str, source: nn.Module) -> Transformer:

@@ -7,7 +7,7 @@ import pytest
 from whet.chat.chat import load_tokenizer
 from whet.cli import main
 from whet.data.store import PackedStore
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.open import load_backbone_from_ckpt
 
 STORY = "A shop has {} apples. Anna buys {} of them. Now there are {} left.\n"
 

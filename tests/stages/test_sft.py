@@ -18,7 +18,7 @@ from tests.numerics.test_layouts import command
 from whet.cli import main
 from whet.data.store import DOCUMENT, PackedStore, StoreWriter
 from whet.model import attention
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.open import load_backbone_from_ckpt
 from whet.train.evaluation import Evaluator
 from whet.train.stage import Evaluation
 

@@ -15,8 +15,9 @@ from whet.cli import main
 from whet.errors import UserError
 from whet.generate.opened import open_model
 from whet.model.hf import checkpoint
-from whet.model.hf.checkpoint import load_backbone_from_ckpt, save_model, save_pt
+from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.lora.read import CONFIG, WEIGHTS
+from whet.model.open import load_backbone_from_ckpt
 from whet.stages import tuning
 from whet.stages.tuning import ModelWriter
 from whet.train import loop, session

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests import tiny
 from whet.data.store import PackedStore
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.open import load_backbone_from_ckpt
 from whet.train.breakdown import breakdown, turns_of
 from whet.train.distributed import Ranks
 from whet.train.evaluation import prompts_of

@@ -34,7 +34,7 @@ from whet.doctor.subject import (
 from whet.errors import UserError
 from whet.files import replaced, unwritable, write_json
 from whet.hub import find_model
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.open import load_backbone_from_ckpt
 from whet.progress import say, track
 from whet.train.session import multiplies_bf16
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import whet
 from whet.doctor.finding import BOUNDS, Finding, failed, judge, skipped, worse
 from whet.doctor.subject import Subject
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.open import load_backbone_from_ckpt
 
 STEPS = 6
 BATCH = 4

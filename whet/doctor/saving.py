@@ -11,8 +11,9 @@ from torch import Tensor
 from whet.doctor.finding import Finding, judge, skipped, worse
 from whet.doctor.subject import Subject
 from whet.model.decoder import Transformer
-from whet.model.hf import families
-from whet.model.hf.checkpoint import OWN_LAYOUT, load_backbone_from_ckpt, save_pt
+from whet.model.hf.checkpoint import save_pt
+from whet.model.hf.config import OWN_LAYOUT
+from whet.model.open import load_backbone_from_ckpt
 
 EXPORT_BOUND = 1e-4
 """Relative norm of the difference of logits: another code that rounds otherwise."""
@@ -89,7 +90,7 @@ def export_agrees(subject: Subject, tell: Callable[[str], None]) -> Iterator[Fin
 
 def _no_transformers(subject: Subject) -> str:
     """Why transformers cannot be asked, or nothing."""
-    if families.model_type(subject.model.config) == OWN_LAYOUT:
+    if subject.model.config.family == OWN_LAYOUT:
         return "no family of transformers computes this model"
     try:
         import transformers  # noqa: F401

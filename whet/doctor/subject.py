@@ -26,6 +26,7 @@ from whet.data.store import PackedStore, Rows, StoreWriter, row_weights
 from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.hf.checkpoint import empty_model, save_model
+from whet.model.hf.config import from_hf, to_hf
 
 ROWS = 5
 """With batches of 4 rows the last one has a single row: a rank of two then has none."""
@@ -145,15 +146,12 @@ def alone(document: Document, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 def first_layers(model: Transformer, n: int) -> Transformer:
     """The model of the first `n` layers, which shares the weights of `model`."""
-    config, hf = model.config, dict(model.config.hf)
-    hf |= {key: n for key in ("num_hidden_layers", "n_layer") if key in hf}
-    if isinstance(hf.get("layer_types"), list):
-        hf["layer_types"] = hf["layer_types"][:n]
-    shorter = empty_model(
-        dataclasses.replace(
-            config, n_layers=n, ropes=config.ropes[:n], windows=config.windows[:n], hf=hf
-        )
-    )
+    values = to_hf(model.config)
+    values |= {key: n for key in ("num_hidden_layers", "n_layer", "n_layers") if key in values}
+    values |= {
+        key: values[key][:n] for key in ("layer_types", "ropes", "windows") if values.get(key)
+    }
+    shorter = empty_model(from_hf(values))
     kept = shorter.state_dict().keys()
     state = {name: value for name, value in model.state_dict().items() if name in kept}
     shorter.load_state_dict(state, assign=True)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
@@ -156,7 +157,7 @@ def _problem(unit: Unit, path: Path) -> Problem:
     if {"question", "answer"} <= record.keys():
         question, answer = record["question"], record["answer"]
     elif {"Body", "Question", "Answer"} <= record.keys():
-        question, answer = _joined(str(record["Body"]), str(record["Question"])), record["Answer"]
+        question, answer = svamp_question(record), record["Answer"]
     else:
         raise UserError(
             f"{where}: expected the fields question and answer (or SVAMP's Body, Question and "
@@ -170,7 +171,7 @@ def _problem(unit: Unit, path: Path) -> Problem:
     return Problem(question, gold, unit.line)
 
 
-def _joined(body: str, question: str) -> str:
-    """SVAMP's two parts as one text; many bodies lack their full stop."""
-    body = body.strip()
-    return f"{body}{'' if body.endswith(('.', ',', '?', '!')) else '.'} {question.strip()}"
+def svamp_question(record: dict[str, Any]) -> str:
+    """SVAMP's two parts, Body and Question, as one text; many bodies lack their full stop."""
+    body, question = str(record["Body"]).strip(), str(record["Question"]).strip()
+    return f"{body}{'' if body.endswith(('.', ',', '?', '!')) else '.'} {question}"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from whet.errors import UserError
 from whet.generate.cache import Cache
-from whet.generate.sample import next_tokens, uniforms
+from whet.generate.sample import log_probabilities, next_tokens, uniforms
 from whet.model.decoder import Transformer
 from whet.progress import Progress
 
@@ -36,6 +36,18 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What `sample` gives for a prompt."""
+
+    ids: list[int]
+    """With the stop token, if it was reached."""
+    logp: list[float]
+    """ln p of each of them under softmax(logits / temperature)."""
+    stopped: bool
+    """Whether it ends with a stop token; else it was cut."""
 
 
 def generate(
@@ -64,13 +76,47 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     replies: list[list[int]] = [[] for _ in prompts]
-    for index, tokens, ended in _decode(
+    for piece in _decode(
         model, prompts, max_new_tokens, stop_ids, sampling, batch_size, between=between
     ):
-        replies[index].extend(tokens)
-        if ended and progress is not None:
+        replies[piece.index].extend(piece.tokens)
+        if piece.ended and progress is not None:
             progress.advance(1)
     return replies
+
+
+def sample(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    keys: Sequence[tuple[int, ...]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> list[Reply]:
+    """A reply to each prompt with the log-probability of each token, as training on it needs.
+
+    What is sampled for a prompt depends on its key alone. There is no top-k and no top-p: the
+    trainer's probabilities are those of the whole vocabulary. Else as `generate`.
+    """
+    ids: list[list[int]] = [[] for _ in prompts]
+    logp: list[list[float]] = [[] for _ in prompts]
+    sampling = Sampling(temperature)
+    for piece in _decode(
+        model, prompts, max_new_tokens, stop_ids, sampling, batch_size, between=between, keys=keys
+    ):
+        ids[piece.index] += piece.tokens
+        logp[piece.index] += piece.logp
+        if piece.ended and progress is not None:
+            progress.advance(1)
+    stops = set(stop_ids)
+    return [
+        Reply(reply, numbers, bool(reply) and reply[-1] in stops)
+        for reply, numbers in zip(ids, logp, strict=True)
+    ]
 
 
 def stream(
@@ -82,10 +128,10 @@ def stream(
     sampling: Sampling,
 ) -> Iterator[int]:
     """The tokens of one reply as they come; as `generate` otherwise."""
-    for _, tokens, _ in _decode(
+    for piece in _decode(
         model, [prompt], max_new_tokens, stop_ids, sampling, batch_size=1, check_every=1
     ):
-        yield from tokens
+        yield from piece.tokens
 
 
 def generate_without_cache(
@@ -100,7 +146,7 @@ def generate_without_cache(
     device = next(model.parameters()).device
     texts = [list(prompt) for prompt in prompts]
     room = [_room(model, prompt, i, max_new_tokens) for i, prompt in enumerate(prompts)]
-    draws = torch.stack([_draws(sampling, i, max_new_tokens) for i in range(len(prompts))])
+    draws = torch.stack([_draws((sampling.seed, i), max_new_tokens) for i in range(len(prompts))])
     live = [i for i in range(len(prompts)) if room[i] > 0]
     with torch.no_grad(), evaluating(model):
         while live:
@@ -120,6 +166,18 @@ def generate_without_cache(
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """The next tokens of a reply."""
+
+    index: int
+    """Of its prompt."""
+    tokens: list[int]
+    logp: list[float]
+    """Of each token; empty if no keys were given."""
+    ended: bool
+
+
 def _decode(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -129,16 +187,20 @@ def _decode(
     batch_size: int,
     check_every: int | None = None,
     between: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[int, list[int], bool]]:
-    """(prompt, its next tokens, whether its reply ended), until all have ended."""
+    keys: Sequence[tuple[int, ...]] | None = None,
+) -> Iterator[_Piece]:
+    """The next tokens of some reply, until all have ended; with `keys` their log-probabilities."""
     ends = [
         len(prompt) + _room(model, prompt, i, max_new_tokens) for i, prompt in enumerate(prompts)
     ]
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # taken from its end
-    rows = _Rows(model, sampling, batch_size, max(ends, default=0), max_new_tokens, set(stop_ids))
+    rows = _Rows(
+        model, sampling, batch_size, max(ends, default=0), max_new_tokens, set(stop_ids), bool(keys)
+    )
+    keys = keys or [(sampling.seed, i) for i in range(len(prompts))]
     check_every = check_every or CHECK_EVERY.get(rows.device.type, 1)
     if max_new_tokens < 1:
-        yield from ((i, [], True) for i in waiting)
+        yield from (_Piece(i, [], [], True) for i in waiting)
         return
     with evaluating(model):
         while waiting or rows.live:
@@ -147,7 +209,9 @@ def _decode(
                 count = min(batch_size - len(rows.live), fits, len(waiting))
                 # Padded together, all would count as long as the longest.
                 count = sum(len(prompts[i]) > rows.switch for i in waiting[-count:]) or count
-                group = [_Row(i, list(prompts[i]), ends[i]) for i in reversed(waiting[-count:])]
+                group = [
+                    _Row(i, keys[i], list(prompts[i]), ends[i]) for i in reversed(waiting[-count:])
+                ]
                 del waiting[-count:]
                 yield from rows.begin(group)
                 between()
@@ -161,6 +225,8 @@ class _Row:
     """One running sequence, as the host knows it."""
 
     index: int
+    key: tuple[int, ...]
+    """What it draws from."""
     text: list[int]
     """Prompt and reply so far."""
     end: int
@@ -180,8 +246,10 @@ class _Rows:
         slots: int,
         max_new_tokens: int,
         stop_ids: set[int],
+        with_logp: bool,
     ) -> None:
         self.model = model
+        self.with_logp = with_logp
         self.sampling = sampling
         self.stop_ids = stop_ids
         self.device = next(model.parameters()).device
@@ -192,11 +260,13 @@ class _Rows:
         self.token = torch.zeros(rows, dtype=torch.long, device=self.device)
         self.position = torch.zeros(rows, dtype=torch.long, device=self.device)
         """Where `token` stands, which the next step feeds."""
+        self.logp = torch.zeros(rows, device=self.device)
+        """ln p of `token`."""
         self.draws = torch.zeros(rows, max_new_tokens, device=self.device)
         self.drawn = torch.zeros(rows, dtype=torch.long, device=self.device)
 
     @torch.no_grad()
-    def begin(self, group: list[_Row]) -> list[tuple[int, list[int], bool]]:
+    def begin(self, group: list[_Row]) -> list[_Piece]:
         """Run the prompts of `group` in new rows and choose the first token of each."""
         new = slice(len(self.live), len(self.live) + len(group))
         self.live += group
@@ -205,21 +275,20 @@ class _Rows:
         logits = self.model(tokens, cache=cache, logits_at=last)[:, 0]
         if self.sampling.temperature > 0:
             count = self.draws.shape[1]
-            self.draws[new] = torch.stack(
-                [_draws(self.sampling, row.index, count) for row in group]
-            ).to(self.device)
+            draws = torch.stack([_draws(row.key, count) for row in group])
+            self.draws[new] = draws.to(self.device)
         self.drawn[new] = 0
         self.position[new] = last[:, 0]
         for row in group:
             row.length = len(row.text)
         self._advance(logits, new)
-        return self._settle(self.token[new, None].tolist(), new.start)
+        return self._settle(self.token[new, None], self.logp[new, None], new.start)
 
-    def step(self, count: int) -> list[tuple[int, list[int], bool]]:
+    def step(self, count: int) -> list[_Piece]:
         """Choose at most `count` more tokens for each row; only then look at them."""
         count = min(count, max(row.end - row.length for row in self.live))
         count = self._switched(count)
-        return self._settle(self.run(count).tolist())
+        return self._settle(*self.run(count))
 
     @torch.no_grad()
     def _switched(self, count: int) -> int:
@@ -236,44 +305,51 @@ class _Rows:
         return min([count, *(n for n in left if n > 0)])
 
     @torch.no_grad()
-    def run(self, count: int) -> Tensor:
-        """The next `count` tokens (B, count) of each row. Never waits for the device."""
+    def run(self, count: int) -> tuple[Tensor, Tensor]:
+        """The next `count` tokens (B, count) of each row and their ln p. Never waits for the
+        device."""
         longest = max(row.length for row in self.live)
         live = slice(0, len(self.live))
-        chosen = []
+        chosen, logp = list[Tensor](), list[Tensor]()
         for done in range(count):
             seen = min(longest + done, self.cache.slots)
             cache = self.cache.extend(self.number[live], seen)
             logits = self.model(self.token[live, None], self.position[live, None], cache=cache)
             self._advance(logits[:, 0], live)
             chosen.append(self.token[live].clone())
-        return torch.stack(chosen, dim=1)
+            logp.append(self.logp[live].clone())
+        return torch.stack(chosen, dim=1), torch.stack(logp, dim=1)
 
     def _advance(self, logits: Tensor, rows: slice) -> None:
         """Choose the next token of `rows` from `logits` (B, V)."""
         uniform = self.draws[rows].gather(1, self.drawn[rows, None])[:, 0]
         self.token[rows] = _choose(logits, uniform, self.sampling)
+        if self.with_logp:
+            temperature = self.sampling.temperature
+            self.logp[rows] = log_probabilities(logits, self.token[rows], temperature)
         # A row that has ended goes on until the host looks; it must not leave its buffers.
         self.position[rows] = (self.position[rows] + 1).clamp(max=self.cache.slots - 1)
         self.drawn[rows] = (self.drawn[rows] + 1).clamp(max=self.draws.shape[1] - 1)
 
-    def _settle(self, chosen: list[list[int]], first: int = 0) -> list[tuple[int, list[int], bool]]:
+    def _settle(self, chosen: Tensor, logp: Tensor, first: int = 0) -> list[_Piece]:
         """Cut what was `chosen` for the rows from `first` on at the replies' ends; drop those."""
-        events = []
+        pieces = []
+        found = chosen.tolist()
+        numbers = logp.tolist() if self.with_logp else [[]] * len(found)
         # Backwards: the last row, which moves into a gap, has then been dealt with.
         for b in reversed(range(first, len(self.live))):
             row = self.live[b]
-            tokens = chosen[b - first][: row.end - row.length]
+            tokens = found[b - first][: row.end - row.length]
             stop = next((i for i, t in enumerate(tokens) if t in self.stop_ids), None)
             if stop is not None:
                 tokens = tokens[: stop + 1]
             row.length += len(tokens)
             row.text += tokens
             ended = stop is not None or row.length == row.end
-            events.append((row.index, tokens, ended))
+            pieces.append(_Piece(row.index, tokens, numbers[b - first][: len(tokens)], ended))
             if ended:
                 self._drop(b)
-        return events
+        return pieces
 
     def _drop(self, b: int) -> None:
         moved = self.live.pop()
@@ -282,7 +358,7 @@ class _Rows:
             return
         self.live[b] = moved
         self.cache.move(last, b, moved.length)
-        for state in (self.token, self.position, self.draws, self.drawn):
+        for state in (self.token, self.logp, self.position, self.draws, self.drawn):
             state[b] = state[last]
 
 
@@ -296,8 +372,8 @@ def _choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     )
 
 
-def _draws(sampling: Sampling, index: int, count: int) -> Tensor:
-    return torch.from_numpy(uniforms(sampling.seed, index, count))
+def _draws(key: tuple[int, ...], count: int) -> Tensor:
+    return torch.from_numpy(uniforms(key, count))
 
 
 def _padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

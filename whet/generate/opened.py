@@ -9,8 +9,8 @@ from whet.chat.chat import Chat, load_tokenizer
 from whet.errors import UserError
 from whet.hub import find_model
 from whet.model.decoder import Transformer
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
 from whet.model.lora.read import tokenizer_home
+from whet.model.open import load_backbone_from_ckpt
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "float32"]

@@ -1,6 +1,6 @@
 """From logits to the next token: pure functions of (logits, one uniform number per row).
 
-Each prompt draws its own uniform numbers, from (seed, its index) alone, so what is sampled for it
+Each prompt draws its own uniform numbers, from a key of its own alone, so what is sampled for it
 does not depend on which other prompts share its batch.
 """
 
@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 
-def uniforms(seed: int, index: int, count: int) -> np.ndarray:
-    """The `count` numbers in [0, 1), float32, of prompt `index`; its token t uses number t."""
-    return np.random.default_rng((seed, index)).random(count, dtype=np.float32)
+def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
+    """The `count` numbers in [0, 1), float32, of the prompt with this key, such as (seed, index);
+    its token t uses number t."""
+    return np.random.default_rng(key).random(count, dtype=np.float32)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """ln p of tokens (B,) under softmax(logits / temperature), logits (B, V) -> (B,) float32.
+
+    Of the whole vocabulary, as a loss sees it; temperature 0 counts as 1.
+    """
+    scaled = logits.float() / (temperature or 1.0)
+    return torch.log_softmax(scaled, -1).gather(-1, tokens[:, None])[:, 0]
 
 
 def next_tokens(

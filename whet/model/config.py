@@ -1,7 +1,7 @@
 """What a decoder is made of: sizes, norms, positions and the few scales in which families differ.
 
 `ModelConfig` holds numbers and choices, never a model's name; the decoder reads nothing else.
-`ModelConfig.from_hf` reads the `config.json` of a model directory (see `hf_config`).
+`hf/config.py` reads it from the `config.json` of a model directory.
 
 Shape letters: D width, N heads, K key/value heads, H head size, V vocabulary.
 """
@@ -129,6 +129,9 @@ class ModelConfig:
     logit_softcap: float | None = None
 
     init_std: float = 0.02
+    family: str = "whet"
+    """The ecosystem's `model_type`: how files name and lay out the weights. "whet" is Whet's own
+    layout, for what no family of the ecosystem computes."""
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The `config.json` this was read from, so that saving keeps what Whet does not need."""
 
@@ -206,19 +209,6 @@ class ModelConfig:
         """The factor on q.k."""
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
 
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "ModelConfig":
-        """Read the contents of a `config.json`; see `hf_config.read`."""
-        from whet.model.hf import config as hf_config
-
-        return hf_config.read(config)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The contents of a `config.json` that `from_hf` reads back; see `hf_config.write`."""
-        from whet.model.hf import config as hf_config
-
-        return hf_config.write(self)
-
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite number, and no truth value."""
@@ -289,4 +279,5 @@ def llama(
         tied=tied,
         norm_eps=norm_eps,
         init_std=math.sqrt(2 / (5 * width)),
+        family="llama",
     )

@@ -21,16 +21,12 @@ from whet.files import read_json, replaced, unwritable, unwritable_folder
 from whet.hub import find_model
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.hf.checkpoint import (
-    OWN_LAYOUT,
-    file_places,
-    load_backbone_from_ckpt,
-    save_model,
-    save_pt,
-)
+from whet.model.hf.checkpoint import file_places, save_model, save_pt
+from whet.model.hf.config import OWN_LAYOUT, to_hf
 from whet.model.hf.weights import PT, SaveDtype, saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora
+from whet.model.open import load_backbone_from_ckpt, open_adapter
 from whet.progress import say
 
 GGUF_ARCHITECTURES = {
@@ -93,7 +89,7 @@ def main(config: Config) -> int:
         save_pt(model, config.out, stage, step, dict(lineage.get("metrics", {})), dtype)
         say(f"{config.out}: one file, read back and equal")
         return 0
-    if model.config.to_hf()["model_type"] == OWN_LAYOUT:
+    if model.config.family == OWN_LAYOUT:
         raise UserError(
             f"{config.run}: no family of transformers computes what this model does "
             "(learned positions with a bias on the head); --to pt can be written"
@@ -130,7 +126,7 @@ def _open(path: Path, config: Config) -> Transformer:
             f"{config.run}: is an adapter of {adapter.base_of(path)[0]}; it can be used as it is, "
             "or --merge makes a whole model of both"
         )
-    model = adapter.open_adapter(path)
+    model = open_adapter(path)
     merge_checked(model)
     return model
 
@@ -152,7 +148,7 @@ def merge_checked(model: Transformer) -> None:
 
 def check_gguf(config: ModelConfig, tokenizer: Path) -> None:
     """Raise UserError if llama.cpp's converter would not know what is written for `config`."""
-    values = config.to_hf()
+    values = to_hf(config)
     expected = GGUF_ARCHITECTURES.get(values["model_type"])
     said = values.get("architectures") or []
     found = []

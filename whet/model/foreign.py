@@ -46,9 +46,10 @@ class ForeignConfig:
     n_layers: int
     hf: dict[str, Any]
 
-    def to_hf(self) -> dict[str, Any]:
-        """The contents of `config.json`."""
-        return dict(self.hf)
+    @property
+    def family(self) -> str:
+        """The ecosystem's `model_type`."""
+        return str(self.hf.get("model_type"))
 
 
 class ForeignModel(nn.Module):

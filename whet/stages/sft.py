@@ -37,11 +37,12 @@ from whet.files import unwritable
 from whet.hub import check_name, find_model
 from whet.model.attention import plan_documents
 from whet.model.decoder import Transformer
-from whet.model.hf.checkpoint import NO_PT, is_foreign, load_backbone_from_ckpt
+from whet.model.hf.checkpoint import NO_PT
 from whet.model.hf.weights import PT, saved_as
 from whet.model.lora.lora import LoRA
 from whet.model.lora.read import base_of, find_base, is_adapter, tokenizer_home
 from whet.model.lora.trained import read_pattern
+from whet.model.open import is_foreign, load_backbone_from_ckpt
 from whet.model.recompute import Recompute
 from whet.stages.tuning import ModelWriter, add_tokens, choose_trained
 from whet.tokenizer_files import find_convertible

@@ -20,10 +20,13 @@ from torch import nn
 
 from whet import files
 from whet.errors import UserError
+from whet.files import read_json
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf import checkpoint
-from whet.model.hf.checkpoint import load_backbone_from_ckpt, read_config, save_model, save_pt
+from whet.model.hf.checkpoint import save_model, save_pt
+from whet.model.hf.config import from_hf, to_hf
+from whet.model.open import load_backbone_from_ckpt
 
 TINY = llama(64, 16, 2, 2, max_positions=32, tied=False)
 
@@ -188,7 +191,7 @@ def test_pickles_are_never_executed(
     torch.save({"model_state_dict": {"a": Bomb()}, "cfg": {}}, tmp_path / "bomb.pt")
     assert "refused: it holds code" in refused(tmp_path / "bomb.pt")
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "config.json").write_text(json.dumps(TINY.to_hf()))
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(to_hf(TINY)))
     (tmp_path / "hub" / "pytorch_model.bin").write_bytes((tmp_path / "bomb.pt").read_bytes())
     assert "a pickle, which can run code" in refused(tmp_path / "hub")
     assert not (tmp_path / "exploded").exists()
@@ -203,7 +206,7 @@ def test_damaged_pt_files_are_told(tmp_path: Path, content: bytes) -> None:
 def test_pt_files_without_the_sizes_are_told(model: Transformer, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "x.pt")
     assert "expected model_state_dict and cfg" in refused(tmp_path / "x.pt")
-    torch.save({"model_state_dict": {"a": 3}, "cfg": TINY.to_hf()}, tmp_path / "x.pt")
+    torch.save({"model_state_dict": {"a": 3}, "cfg": to_hf(TINY)}, tmp_path / "x.pt")
     assert "not a tensor" in refused(tmp_path / "x.pt")
 
 
@@ -221,7 +224,7 @@ def test_pt_files_with_other_tensors_are_told(
 ) -> None:
     state = model.state_dict()
     state |= change(state["embed.weight"])
-    torch.save({"model_state_dict": state, "cfg": TINY.to_hf()}, tmp_path / "x.pt")
+    torch.save({"model_state_dict": state, "cfg": to_hf(TINY)}, tmp_path / "x.pt")
     assert message in refused(tmp_path / "x.pt")
 
 
@@ -274,7 +277,7 @@ def test_a_run_folder_keeps_its_other_files_and_gets_every_stop_id(
     assert json.loads((run / "generation_config.json").read_text()) == expected
     assert json.loads((run / "config.json").read_text())["eos_token_id"] == [5, 6]
     assert json.loads((run / "whet.json").read_text()) == {"base": "b"}
-    assert read_config(run) == TINY
+    assert from_hf(read_json(run / "config.json")) == TINY
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_told(model: Transformer, tmp_path: Path) -> None:
@@ -302,8 +305,8 @@ def test_what_reads_back_otherwise_takes_no_name(
 def test_other_arithmetic_after_saving_is_noticed(
     model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hf = TINY.to_hf()
-    monkeypatch.setattr(type(TINY), "to_hf", lambda self: hf | {"rms_norm_eps": 0.01})
+    hf = to_hf(TINY)
+    monkeypatch.setattr(checkpoint, "to_hf", lambda config: hf | {"rms_norm_eps": 0.01})
     with pytest.raises(RuntimeError, match="logits differ"):
         save_model(model, tmp_path / "m", None, {})
 
@@ -505,7 +508,7 @@ def test_older_checkpoints_with_gaps_are_told(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
+from whet.model.open import load_backbone_from_ckpt
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -530,7 +533,7 @@ def test_opening_takes_little_more_memory_than_the_weights(directory: Path, tmp_
         paths.append(tmp_path / str(dtype))
         paths[-1].mkdir()
         checkpoint._write_weights(config, big.state_dict(), paths[-1], None, 5_000_000_000)
-        (paths[-1] / "config.json").write_text(json.dumps(config.to_hf()))
+        (paths[-1] / "config.json").write_text(json.dumps(to_hf(config)))
     command = [sys.executable, "-c", MEASURE, str(directory), *map(str, paths)]
     ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 0.9 < ratio < 1.3

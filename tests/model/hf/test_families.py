@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from tests.model import zoo
 from whet.generate.engine import generate
-from whet.model.hf.checkpoint import load_backbone_from_ckpt, save_model, save_pt
+from whet.model.hf.checkpoint import save_model, save_pt
+from whet.model.open import load_backbone_from_ckpt
 
 transformers = pytest.importorskip("transformers")
 Saved = Callable[[str], Path]

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.lora.test_lora import stir
 
 from tests.model import zoo
+from tests.model.lora.test_lora import stir
 from tests.model.test_foreign import CASES, original
 from whet.errors import UserError
 from whet.model.foreign import ForeignModel
-from whet.model.hf.checkpoint import load_backbone_from_ckpt, save_model
+from whet.model.hf.checkpoint import save_model
 from whet.model.lora.lora import LoRA, adapters, apply_lora, linears, merge_lora
-from whet.model.lora.read import load_adapter, open_adapter
+from whet.model.lora.read import load_adapter
 from whet.model.lora.write import save_adapter
+from whet.model.open import load_backbone_from_ckpt, open_adapter
 
 peft = pytest.importorskip("peft")
 

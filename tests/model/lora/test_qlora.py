@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.test_lora import TOKENS, stir
 
 from tests import tiny
 from tests.model import zoo
+from tests.model.lora.test_lora import TOKENS, stir
 from tests.numerics.test_layouts import command
 from tests.stages.test_sft import metrics
 from whet.cli import main
 from whet.errors import UserError
 from whet.model.decoder import Transformer
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
 from whet.model.lora.lora import LoRA, adapters, apply_lora, linears, quantize_base, set_module
 from whet.model.lora.read import load_adapter
 from whet.model.lora.write import save_adapter
+from whet.model.open import load_backbone_from_ckpt
 
 bnb = pytest.importorskip("bitsandbytes", reason="4-bit weights need bitsandbytes")
 CPU = torch.device("cpu")

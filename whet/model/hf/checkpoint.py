@@ -6,7 +6,7 @@ is saved is opened again and compared with what was meant to be saved, before it
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from whet.errors import UserError
 from whet.files import full_disk_reported, read_json, replaced, write_json
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
+from whet.model.foreign_files import check_writable, write_foreign
 from whet.model.hf import families, legacy
-from whet.model.hf.config import FAMILIES
+from whet.model.hf.config import OWN_LAYOUT, from_hf, to_hf
 from whet.model.hf.fill import empty_model, fill_model
 from whet.model.hf.weights import (
     Stored,
@@ -29,40 +30,19 @@ from whet.model.hf.weights import (
     write_directory,
 )
 
-OWN_LAYOUT = "whet"
-"""The `model_type` of what no family of transformers computes; weights have Whet's own names."""
 NO_PT = "a .pt holds models of Whet's own families only; save a model directory"
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
-def load_backbone_from_ckpt(
-    path: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    quiet: bool = False,
+def open_own(
+    path: Path, dtype: torch.dtype, device: torch.device, *, quiet: bool = False
 ) -> Transformer:
-    """Open the model directory or `.pt` file at `path`, its weights cast to `dtype` on `device`.
-
-    An adapter's directory gives its base with the adapter merged into it; an architecture that is
-    not Whet's own a `ForeignModel`, which has the same forward.
+    """Open a model of Whet's own families: a directory or `.pt` file, its weights cast to `dtype`.
 
     The values go from the file into the parameters, which are made without initial values: the peak
     of memory is the weights and a few megabytes. Raises UserError for what is missing or damaged,
     and if any weight is missing, left over or of another shape than the configuration says.
     """
-    path, device = Path(path), torch.device(device)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        from whet.model.lora.lora import merge_lora
-        from whet.model.lora.read import open_adapter  # which opens its base by this function
-
-        model = open_adapter(path, dtype=dtype, device=device, quiet=quiet)
-        merge_lora(model)
-        return model
-    if is_foreign(path):
-        from whet.model.foreign_files import load_foreign
-
-        return cast(Transformer, load_foreign(path, dtype=dtype, device=device, quiet=quiet))
     if path.is_dir():
         config, stored, places = _open_directory(path)
     elif path.is_file():
@@ -72,22 +52,7 @@ def load_backbone_from_ckpt(
     return fill_model(config, stored, places, path, dtype, device, quiet)
 
 
-def is_foreign(path: Path) -> bool:
-    """Whether a model directory is of an architecture that is not Whet's own."""
-    file = path / "config.json"
-    if not file.is_file():
-        return False
-    family = read_json(file).get("model_type")
-    return family is None or (isinstance(family, str) and family not in FAMILIES)
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """The configuration of the model directory or `.pt` file at `path`, without its weights."""
-    path = Path(path)
-    return _open_pt(path)[0] if path.is_file() else _read_directory_config(path)
-
-
-def _read_directory_config(directory: Path) -> ModelConfig:
+def _read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     if not directory.is_dir():
         raise UserError(f"{directory}: expected a model directory or a .pt file")
@@ -101,7 +66,7 @@ def _read_directory_config(directory: Path) -> ModelConfig:
 
 def _from_hf(values: dict[str, Any], path: Path) -> ModelConfig:
     try:
-        return ModelConfig.from_hf(values)
+        return from_hf(values)
     except UserError as error:
         lines = [line.removeprefix("config.json: ") for line in str(error).splitlines()]
         raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
@@ -111,7 +76,7 @@ Opened = tuple[ModelConfig, dict[str, Stored], dict[str, families.Place]]
 
 
 def _open_directory(directory: Path) -> Opened:
-    config = _read_directory_config(directory)
+    config = _read_config(directory)
     stored = open_directory(directory)
     if "wte.weight" in stored:  # GPT-2 and others as saved without their head
         stored = {f"transformer.{name}": entry for name, entry in stored.items()}
@@ -172,7 +137,7 @@ def _unwrapped(name: str) -> str:
 def file_places(config: ModelConfig) -> dict[str, families.Place]:
     """{Whet's parameter name: its place in the files of a model directory}."""
     names = empty_model(config).state_dict()
-    if families.model_type(config) == OWN_LAYOUT:
+    if config.family == OWN_LAYOUT:
         return {name: families.Place(name) for name in names}
     return families.place_parameters(config, names)
 
@@ -216,15 +181,12 @@ def save_model(
         check_vocabulary(model.config, chat, directory)
     with replaced_model(directory, saved_bytes(state, dtype)) as aside:
         own = isinstance(model, Transformer)
-        if not own:
-            from whet.model.foreign_files import check_writable, write_foreign
-
-            if without_weights:
-                check_writable(model)
-            else:
-                write_foreign(model, state, aside, dtype, shard_bytes)
-        elif not without_weights:
+        if own and not without_weights:
             _write_weights(model.config, state, aside, dtype, shard_bytes)
+        elif not own and without_weights:
+            check_writable(model)
+        elif not own:
+            write_foreign(model, state, aside, dtype, shard_bytes)
         _write_configs(model.config, chat, lineage, aside, dtype or _dtype_of(state))
         if own and not without_weights:
             verify_saved(aside, model.config, state, dtype)
@@ -274,7 +236,7 @@ def verify_saved(
     before = empty_model(config)
     before.load_state_dict(dict(state), assign=True)
     device, own_dtype = before.embed.weight.device, before.embed.weight.dtype
-    again = load_backbone_from_ckpt(path, dtype=own_dtype, device=device, quiet=True)
+    again = open_own(path, own_dtype, device, quiet=True)
     for name, value in again.state_dict().items():
         if not torch.equal(state[name].to(dtype or value.dtype).to(value.dtype), value):
             raise RuntimeError(f"{path}: {name} was saved, but read back it differs")
@@ -328,7 +290,7 @@ def _write_weights(
 
 
 def _config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    values = {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")}
+    values = {**to_hf(config), "torch_dtype": str(dtype).removeprefix("torch.")}
     values.pop("dtype", None)
     return values
 

@@ -21,6 +21,10 @@ from whet.model.hf.layers import read_layers
 
 Json = dict[str, Any]
 
+OWN_LAYOUT = "whet"
+"""The `model_type` of what no family of the ecosystem computes, such as learned positions together
+with a bias on the head; weights have Whet's own names."""
+
 _WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
 _GEMMA = {"attention_bias", "hidden_activation", "query_pre_attn_scalar", "layer_types"}
 _GEMMA |= {"sliding_window", "final_logit_softcapping"}
@@ -132,8 +136,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def read(config: Json) -> ModelConfig:
-    """The `ModelConfig` of a `config.json`.
+def from_hf(config: Json) -> ModelConfig:
+    """The `ModelConfig` of the contents of a `config.json`.
 
     Raises UserError for an unknown `model_type`, a missing or wrong size, and for any key that is
     not understood and not off.
@@ -145,7 +149,7 @@ def read(config: Json) -> ModelConfig:
             f"config.json: model_type {family!r} is none of Whet's own ({known}); other "
             "architectures need `pip install whet[transformers]`"
         )
-    if family == "whet":
+    if family == OWN_LAYOUT:
         return _read_whet(config)
     facts = FAMILIES[family]
     keys = Keys(config, facts, _SOME_READ - facts["reads"] if "reads" in facts else frozenset())
@@ -157,7 +161,7 @@ def read(config: Json) -> ModelConfig:
             f"config.json: a value is not of the kind that its key needs: {what}"
         ) from error
     refuse_leftovers(keys, family)
-    return dataclasses.replace(found, hf=dict(config))
+    return dataclasses.replace(found, family=family, hf=dict(config))
 
 
 def _read_llama(keys: Keys) -> ModelConfig:
@@ -247,19 +251,26 @@ def _known_activation(name: Any) -> str:
     return str(name)
 
 
-def write(config: ModelConfig) -> Json:
-    """The `config.json` of `config`: the one it was read from, a Llama's, or in Whet's own terms.
+def to_hf(config: ModelConfig) -> Json:
+    """The contents of the `config.json` of `config`, from which `from_hf` makes it again.
 
-    The last is for what no family of the ecosystem computes, such as learned positions together
-    with a bias on the head.
+    They are those it was read from, with the changes that Whet makes (the vocabulary, a head of its
+    own); of a new model those of a Llama, and in the layout "whet" the fields of `ModelConfig`.
+    Raises ValueError if `config` is no model of its family.
     """
-    resized = {**config.hf, "vocab_size": config.vocab_size}
-    for candidate in (resized, _as_llama(config)):
-        if "model_type" in candidate and read(candidate) == config:
-            return candidate
-    fields = dataclasses.asdict(config)
-    del fields["hf"]
-    return {"model_type": "whet", **fields}
+    if not isinstance(config, ModelConfig):  # of another architecture, see `foreign.py`
+        return dict(config.hf)
+    if config.family == OWN_LAYOUT:
+        fields = dataclasses.asdict(config)
+        del fields["hf"], fields["family"]
+        return {"model_type": OWN_LAYOUT, **fields}
+    changed: Json = {"vocab_size": config.vocab_size}
+    if config.hf and config.tied != from_hf({**config.hf, **changed}).tied:
+        changed["tie_word_embeddings"] = config.tied
+    values = {**(config.hf or _as_llama(config)), **changed}
+    if from_hf(values) != config:
+        raise ValueError(f"{config} is no model of the family {config.family}")
+    return values
 
 
 def _as_llama(config: ModelConfig) -> Json:
@@ -287,10 +298,10 @@ def _as_llama(config: ModelConfig) -> Json:
 
 def _read_whet(config: Json) -> ModelConfig:
     """Whet's own terms: the fields of `ModelConfig` as they are."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"hf"}
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"family", "hf"}
     keys = Keys(config, {})
     values = {name: keys.take(name) for name in names if name in config}
-    refuse_leftovers(keys, "whet")
+    refuse_leftovers(keys, OWN_LAYOUT)
     try:
         values["windows"] = tuple(values.get("windows", ()))
         values["ropes"] = tuple(

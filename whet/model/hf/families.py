@@ -78,15 +78,9 @@ class Place:
     """Stored as (inputs, outputs): GPT-2's Conv1D."""
 
 
-def model_type(config: ModelConfig) -> str:
-    """The family as `config.json` names it; it decides the layout."""
-    return str(config.to_hf()["model_type"])
-
-
 def place_modules(config: ModelConfig, modules: Iterable[str]) -> dict[str, Place]:
     """Whet's module names (`layers.0.attn.q`) -> places in the files of `config`'s family."""
-    family = model_type(config)
-    table = _table(config, family)
+    table = _table(config)
     q, kv = config.n_heads * config.head_size, config.n_kv_heads * config.head_size
     begins = {"k": q, "v": q + kv, "up": config.mlp_width}
     places = {}
@@ -99,7 +93,7 @@ def place_modules(config: ModelConfig, modules: Iterable[str]) -> dict[str, Plac
         places[module] = Place(
             name.replace("{i}", layer),
             begin=begins.get(kind, 0) if joined else 0,
-            transposed=family == "gpt2" and linear,
+            transposed=config.family == "gpt2" and linear,
         )
     return places
 
@@ -134,13 +128,13 @@ def by_family_name(places: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
     return grouped
 
 
-def _table(config: ModelConfig, family: str) -> dict[str, str]:
-    if family == "gpt2":
+def _table(config: ModelConfig) -> dict[str, str]:
+    if config.family == "gpt2":
         return _GPT2
     norms = _POST_NORMS
     if config.pre_norm:
         norms = _FOUR_NORMS if config.post_norm else _PRE_NORMS
-    return {**_NAMES, **norms, **(_PHI3 if family == "phi3" else {})}
+    return {**_NAMES, **norms, **(_PHI3 if config.family == "phi3" else {})}
 
 
 def _general(module: str) -> tuple[str, str]:

@@ -18,7 +18,6 @@ from whet.files import read_json
 from whet.hub import find_model
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
-from whet.model.hf.checkpoint import load_backbone_from_ckpt
 from whet.model.hf.families import Place, place_modules
 from whet.model.hf.keys import LARGEST
 from whet.model.hf.weights import open_safetensors, read_into
@@ -84,20 +83,6 @@ def places_of(model: Transformer, names: Iterable[str]) -> dict[str, Place]:
     if isinstance(model, Transformer):
         return place_modules(model.config, names)
     return {name: Place(name.removeprefix("inner.")) for name in names}  # of another architecture
-
-
-def open_adapter(
-    directory: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    quiet: bool = False,
-) -> Transformer:
-    """The base that the adapter in `directory` names, with the adapter on it."""
-    base = find_base(Path(directory), quiet=quiet)
-    model = load_backbone_from_ckpt(base, dtype=dtype, device=device, quiet=quiet)
-    load_adapter(model, directory)
-    return model
 
 
 def continue_adapter(model: Transformer, directory: Path) -> LoRA:

@@ -1,0 +1,152 @@
+"""Rewards judge a reply alone; a function of the user's can neither hang nor crash the training."""
+
+from contextlib import ExitStack
+
+import pytest
+
+from whet.errors import UserError
+from whet.rl.prompts import Prompt
+from whet.rl.rewards import (
+    Answer,
+    Length,
+    PythonReward,
+    Reward,
+    correct,
+    flaws,
+    in_form,
+    parse_reward,
+    total_rewards,
+)
+
+PROMPT = Prompt([1, 2], [{"role": "user", "content": "2 + 3?"}], "5", {"level": "easy"}, 7)
+
+
+def answer(text, tokens=3, stopped=True):
+    return Answer(PROMPT, list(range(tokens)), text, stopped)
+
+
+@pytest.mark.parametrize(
+    ("text", "stopped", "right", "form"),
+    [
+        ("2 + 3 = 5\n#### 5", True, 1, 1),
+        ("<answer>5</answer>", True, 1, 1),
+        ("It is 5.", True, 1, 0),
+        ("#### 5", False, 1, 0),
+        ("#### 4", True, 0, 0),
+        ("<answer>4</answer> or <answer>5</answer>", True, 1, 0),
+        ("<think>5</think>", True, 0, 0),
+        ("<think>it may be 5", True, 0, 0),
+        ("", True, 0, 0),
+    ],
+)
+def test_right_and_in_form(text, stopped, right, form):
+    given = [answer(text, stopped=stopped)]
+    assert correct(given) == [right]
+    assert in_form(given) == [form]
+
+
+def test_length_punishes_the_last_quarter():
+    given = [answer("", tokens=n) for n in (0, 75, 80, 100, 200)]
+    assert Length(100)(given) == pytest.approx([0, 0, -0.2, -1, -1])
+
+
+def test_a_sum_of_several_with_weights():
+    rewards = [Reward("correct", 1.0, correct), Reward("format", 0.5, in_form)]
+    sums, parts = total_rewards(rewards, [answer("#### 5"), answer("5"), answer("4")])
+    assert sums == [1.5, 1.0, 0.0]
+    assert parts == {"correct": [1, 1, 0], "format": [1, 0, 0]}
+
+
+def test_a_reward_that_is_no_number_is_refused():
+    with pytest.raises(UserError, match="--reward bad: gave nan for a reply to line 7"):
+        total_rewards([Reward("bad", 1.0, lambda given: [float("nan")])], [answer("5")])
+
+
+def test_flags_are_read_and_refused_together(tmp_path):
+    assert parse_reward("format=0.2") == ("format", 0.2)
+    assert parse_reward("a.py:score") == ("a.py:score", 1.0)
+    (tmp_path / "a.py").touch()
+    found = flaws(["correct", "format=x", "corect", "no.py:f", f"{tmp_path}/a.py:f=2"])
+    assert [line.split(":")[0] for line in found] == [
+        "--reward format=x",
+        "--reward corect",
+        "--reward no.py",
+    ]
+
+
+FUNCTIONS = """
+import sys, time
+print("imported")
+
+def words(completions, level, **others):
+    print("judging", file=sys.stdout)
+    assert set(others) == {"prompts", "gold", "stopped"}
+    assert level == ["easy"] * len(completions)
+    return [len(text.split()) for text in completions]
+
+def alone(completions):
+    return [0.5 for _ in completions]
+
+def raises(completions):
+    raise ValueError("no good")
+
+def hangs(completions):
+    time.sleep(60)
+
+def ends(completions):
+    sys.stdout.flush()
+    import os; os._exit(3)
+
+def few(completions):
+    return []
+"""
+
+
+@pytest.fixture
+def functions(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    with ExitStack() as stack:
+        yield lambda name, seconds=20.0: stack.enter_context(
+            PythonReward(f"{file}:{name}", seconds)
+        )
+
+
+def test_a_function_of_the_users(functions):
+    given = [answer("one two"), answer("three")]
+    words = functions("words")
+    assert words(given) == [2.0, 1.0]
+    assert words(given[:1]) == [2.0]
+    assert functions("alone")(given) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", r"ValueError: no good \(.*mine.py:15\)"),
+        ("ends", r"its process ended \(exit code 3\)"),
+        ("few", "returned 0 numbers for 1 replies"),
+    ],
+)
+def test_a_function_that_fails_is_one_line(functions, name, words):
+    with pytest.raises(UserError, match=words) as error:
+        functions(name)([answer("5")])
+    assert "\n" not in str(error.value)
+
+
+def test_a_function_that_hangs_is_ended(functions):
+    slow = functions("hangs", 5.0)
+    slow.seconds = 0.2
+    with pytest.raises(UserError, match=r"took longer than 0\.2 s to judge 1 replies"):
+        slow([answer("5")])
+
+
+def test_a_function_that_is_not_there(functions):
+    with pytest.raises(UserError, match="has no attribute 'nothing'"):
+        functions("nothing")
+
+
+def test_a_file_that_does_not_import(tmp_path):
+    (tmp_path / "broken.py").write_text("1 +")
+    with pytest.raises(UserError, match="SyntaxError"):
+        PythonReward(f"{tmp_path}/broken.py:f", 20.0)

@@ -1,0 +1,60 @@
+"""Opening any model: one of Whet's own families, another architecture, or an adapter on either."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from whet.files import read_json
+from whet.model.decoder import Transformer
+from whet.model.foreign_files import load_foreign
+from whet.model.hf.checkpoint import open_own
+from whet.model.hf.config import FAMILIES
+from whet.model.lora.lora import merge_lora
+from whet.model.lora.read import find_base, is_adapter, load_adapter
+
+
+def load_backbone_from_ckpt(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+) -> Transformer:
+    """Open the model directory or `.pt` file at `path`, its weights cast to `dtype` on `device`.
+
+    An adapter's directory gives its base with the adapter merged into it; an architecture that is
+    not Whet's own a `ForeignModel`, which has the same forward. Raises UserError for what cannot be
+    opened as the model that its files describe.
+    """
+    path, device = Path(path), torch.device(device)
+    if is_adapter(path):
+        model = open_adapter(path, dtype=dtype, device=device, quiet=quiet)
+        merge_lora(model)
+        return model
+    if is_foreign(path):
+        return cast(Transformer, load_foreign(path, dtype=dtype, device=device, quiet=quiet))
+    return open_own(path, dtype, device, quiet=quiet)
+
+
+def open_adapter(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quiet: bool = False,
+) -> Transformer:
+    """The base that the adapter in `directory` names, with the adapter on it."""
+    base = find_base(Path(directory), quiet=quiet)
+    model = load_backbone_from_ckpt(base, dtype=dtype, device=device, quiet=quiet)
+    load_adapter(model, directory)
+    return model
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a model directory is of an architecture that is not Whet's own."""
+    file = path / "config.json"
+    if not file.is_file():
+        return False
+    family = read_json(file).get("model_type")
+    return family is None or (isinstance(family, str) and family not in FAMILIES)

@@ -1,0 +1,159 @@
+"""The prompts of a policy in training: what is asked, and what a reward needs to judge a reply."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whet.chat.chat import Chat
+from whet.chat.conversation import Message
+from whet.chat.encode import encode_prompt
+from whet.data.reader import Unit, parse, read_units
+from whet.errors import UserError
+from whet.evaluate.answers import extract_answer
+from whet.evaluate.gsm8k import svamp_question
+from whet.progress import track
+
+GOLD_FIELDS = ("gold", "answer", "solution", "ground_truth")
+SHOWN = 20  # lines that are named where many have the same fault
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompts file."""
+
+    ids: list[int]
+    """What the model is asked, header of the reply included."""
+    messages: list[Message]
+    gold: str | None
+    """The right number in plain form; None if the line has none."""
+    columns: dict[str, Any]
+    """All fields of the line, for rewards that need others."""
+    line: int
+    """From 1."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All prompts of a file, as the `Documents` of a stage: prompt i is document i."""
+
+    path: Path
+    prompts: list[Prompt]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(json.dumps([prompt.ids, prompt.gold]).encode())
+        return digest.hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def numbers(self, rows: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        """Rows of rollouts are made anew at each step; `Rollouts` knows what is in them."""
+        raise NotImplementedError
+
+    def places(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        return [{"file": str(self.path), "line": self.prompts[int(i)].line} for i in numbers]
+
+    def find(self, file: str, line: int) -> np.ndarray:
+        if not str(self.path).endswith(file):
+            raise UserError(f"--document {file}:{line}: the prompts are those of {self.path}")
+        found = [i for i, prompt in enumerate(self.prompts) if prompt.line == line]
+        if not found:
+            raise UserError(f"--document {file}:{line}: there is no prompt from that line")
+        return np.array(found)
+
+
+def load_prompts(
+    path: str | Path,
+    chat: Chat,
+    *,
+    longest: int,
+    limit: int | None = None,
+    needs_gold: str = "",
+    flag: str = "--prompts",
+    quiet: bool = True,
+) -> tuple[Prompts, list[str]]:
+    """The first `limit` prompts of a file with their ids, and notes on those that were left out.
+
+    A line is an object with `prompt` (a text or a list of messages), `messages`, `question` (GSM8K)
+    or `Body` and `Question` (SVAMP). The gold number stands in `gold`, `answer`, `solution` or
+    `ground_truth`. Prompts of more than `longest` tokens are left out. `needs_gold` is the reward
+    that needs a gold number, "" if none does. Raises UserError that names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file; expected JSON lines with prompt or question")
+    units = list(itertools.islice(read_units(str(path)), limit))
+    found, too_long = list[Prompt](), list[int]()
+    with track("Reading prompts", total=len(units), unit="prompts", quiet=quiet) as progress:
+        for unit in units:
+            prompt = _prompt(unit, path, chat)
+            progress.advance(1)
+            if len(prompt.ids) > longest:
+                too_long.append(unit.line)
+            else:
+                found.append(prompt)
+    if needs_gold and (lines := [p.line for p in found if p.gold is None]):
+        raise UserError(
+            f"{flag} {path}: the reward {needs_gold} needs a gold number in one of "
+            f"{', '.join(GOLD_FIELDS)}, and {_lines(lines)} none"
+        )
+    if not found:
+        raise UserError(f"{flag} {path}: no prompt in it fits the model's positions")
+    notes = []
+    if too_long:
+        notes.append(
+            f"{path}: {len(too_long)} of {len(units)} prompts were left out, as they have more "
+            f"than {longest:,} tokens and leave no room for a reply ({_lines(too_long)} too long)"
+        )
+    return Prompts(path, found), notes
+
+
+def _lines(lines: list[int]) -> str:
+    shown = ", ".join(map(str, lines[:SHOWN])) + (", …" if len(lines) > SHOWN else "")
+    return f"line {shown} has" if len(lines) == 1 else f"lines {shown} have"
+
+
+def _prompt(unit: Unit, path: Path, chat: Chat) -> Prompt:
+    where = f"{path}:{unit.line}"
+    try:
+        record = parse(unit)
+        if not isinstance(record, dict):
+            raise UserError(f"expected an object, got {type(record).__name__}")
+        messages = _messages(record)
+        ids = encode_prompt(messages, chat, tools=record.get("tools") or None, go_on=False)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Prompt(ids, messages, _gold(record), record, unit.line)
+
+
+def _messages(record: dict[str, Any]) -> list[Message]:
+    asked = record.get("prompt", record.get("messages", record.get("question")))
+    if asked is None and {"Body", "Question"} <= record.keys():
+        asked = svamp_question(record)
+    if isinstance(asked, str) and asked.strip():
+        return [{"role": "user", "content": asked}]
+    if isinstance(asked, list) and asked:
+        if isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
+            raise UserError(
+                "the messages end with the assistant's; expected them to end with what it is asked"
+            )
+        return asked
+    names = ", ".join(map(str, record)) or "none"
+    raise UserError(f"expected the field prompt, messages or question, got {names}")
+
+
+def _gold(record: dict[str, Any]) -> str | None:
+    values: Iterator[Any] = (record[name] for name in (*GOLD_FIELDS, "Answer") if name in record)
+    value = next(values, None)
+    usable = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return extract_answer(str(value)) if usable else None

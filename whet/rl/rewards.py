@@ -1,0 +1,315 @@
+"""What a reply is worth: functions of replies that give a number each, and their weighted sum.
+
+A reward is a function of `Answer`s alone: the same reply gets the same number, whatever else is
+in the batch. Those that Whet has:
+
+=============  ====================================================================================
+correct        1 if the reply states the gold number (the evaluation's own checker), else 0
+format         1 if it is right AND in form: it stopped, after exactly one `<answer>…</answer>` or
+               one `####`. It never pays a wrong reply: a model learns form without content quickly
+length         0 up to three quarters of the longest reply, then falling to -1 (DAPO's soft
+               punishment, arXiv:2503.14476 eq. 13)
+FILE.py:NAME   a function of yours, in a process of its own, see `PythonReward`
+DIRECTORY      a reward model, see `reward_model`
+=============  ====================================================================================
+"""
+
+import json
+import math
+import re
+import selectors
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.chat.chat import Chat
+from whet.errors import UserError
+from whet.evaluate.answers import extract_answer, same_number
+from whet.generate.engine import evaluating
+from whet.generate.opened import Precision, open_model
+from whet.rl.prompts import Prompt
+
+BUILT_IN = ("correct", "format", "length")
+NEEDS_GOLD = ("correct", "format")
+ROWS = 8  # replies that a reward model reads at once
+_IN_FORM = re.compile(r"<answer>[^<]*</answer>|####", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled reply as rewards see it."""
+
+    prompt: Prompt
+    ids: list[int]
+    """With the stop token, if it was reached."""
+    text: str
+    """Without the stop token; begins with `<think>` where the prompt has opened it."""
+    stopped: bool
+
+
+Score = Callable[[Sequence[Answer]], list[float]]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One term of the sum."""
+
+    name: str
+    weight: float
+    score: Score
+
+
+def parse_reward(text: str) -> tuple[str, float]:
+    """`NAME` or `NAME=WEIGHT`, as `--reward` takes them."""
+    name, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise UserError(f"--reward {text}: expected NAME or NAME=WEIGHT, such as format=0.2")
+    return name, value
+
+
+def flaws(texts: Sequence[str]) -> list[str]:
+    """What can be said against `--reward` before anything is loaded."""
+    found = []
+    for text in texts:
+        try:
+            name, _ = parse_reward(text)
+        except UserError as error:
+            found.append(str(error))
+            continue
+        file, _, function = name.rpartition(":")
+        if name in BUILT_IN or (Path(name) / "config.json").is_file() or _is_adapter(name):
+            continue
+        if file.endswith(".py") and function.isidentifier():
+            if not Path(file).is_file():
+                found.append(f"--reward {text}: {file} is no file")
+            continue
+        found.append(
+            f"--reward {text}: expected {', '.join(BUILT_IN)}, FILE.py:FUNCTION or the directory "
+            "of a reward model"
+        )
+    return found
+
+
+def open_rewards(
+    texts: Sequence[str],
+    chat: Chat,
+    stack: ExitStack,
+    *,
+    max_new_tokens: int,
+    seconds: float,
+    device: torch.device,
+    precision: Precision = "auto",
+) -> list[Reward]:
+    """The rewards that `--reward` names. `stack` ends their processes.
+
+    `seconds` is how long a function of the user's may take for one call.
+    """
+    found = []
+    for text in texts:
+        name, weight = parse_reward(text)
+        score: Score
+        if name == "correct":
+            score = correct
+        elif name == "format":
+            score = in_form
+        elif name == "length":
+            score = Length(max_new_tokens)
+        elif name.rpartition(":")[0].endswith(".py"):
+            score = stack.enter_context(PythonReward(name, seconds))
+        else:
+            score = reward_model(name, chat, device, precision)
+        found.append(Reward(Path(name).name, weight, score))
+    return found
+
+
+def total_rewards(
+    rewards: Sequence[Reward], answers: Sequence[Answer]
+) -> tuple[list[float], dict[str, list[float]]]:
+    """The weighted sum for each answer, and each reward's own numbers by name.
+
+    Raises UserError for a reward that is not finite.
+    """
+    parts = {reward.name: reward.score(answers) for reward in rewards}
+    for name, values in parts.items():
+        for answer, value in zip(answers, values, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"--reward {name}: gave {value} for a reply to line {answer.prompt.line}; "
+                    f"expected a finite number (the reply: {answer.text[:80]!r})"
+                )
+    weights = {reward.name: reward.weight for reward in rewards}
+    sums = [
+        sum(weights[name] * values[i] for name, values in parts.items())
+        for i in range(len(answers))
+    ]
+    return sums, parts
+
+
+def correct(answers: Sequence[Answer]) -> list[float]:
+    """1.0 where the reply states the gold number exactly."""
+    return [float(same_number(extract_answer(a.text), a.prompt.gold)) for a in answers]
+
+
+def in_form(answers: Sequence[Answer]) -> list[float]:
+    """1.0 where a right reply stopped and marked its answer exactly once."""
+    return [
+        right * float(answer.stopped and len(_IN_FORM.findall(answer.text)) == 1)
+        for answer, right in zip(answers, correct(answers), strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Length:
+    """0 for short replies, falling to -1 at `longest` tokens over the last quarter."""
+
+    longest: int
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        quarter = max(1.0, self.longest / 4)
+        over = [(len(a.ids) - (self.longest - quarter)) / quarter for a in answers]
+        return [-min(1.0, max(0.0, x)) for x in over]
+
+
+class PythonReward:
+    """A function of the user's, called as TRL calls reward functions.
+
+    It is given, by keyword and as far as it has such parameters, `prompts` (lists of messages),
+    `completions` (the replies' texts), `gold`, `stopped` and every other field of the prompts file,
+    each a list with an entry for each reply; it returns as many numbers. It runs in a process of
+    its own, with a time limit, so that it can neither hang nor crash the training.
+    """
+
+    def __init__(self, place: str, seconds: float) -> None:
+        self.place, self.seconds = place, seconds
+        file, _, name = place.rpartition(":")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "whet.rl.reward_process", file, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        assert self._process.stdout is not None
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        try:
+            self._answer("be imported")
+        except UserError:
+            self.close()
+            raise
+
+    def __enter__(self) -> "PythonReward":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._selector.close()
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        names = dict.fromkeys(name for answer in answers for name in answer.prompt.columns)
+        columns: dict[str, list[Any]] = {
+            name: [answer.prompt.columns.get(name) for answer in answers] for name in names
+        }
+        columns |= {
+            "prompts": [answer.prompt.messages for answer in answers],
+            "completions": [answer.text for answer in answers],
+            "gold": [answer.prompt.gold for answer in answers],
+            "stopped": [answer.stopped for answer in answers],
+        }
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # a dead process is reported below
+            self._process.stdin.write(json.dumps(columns, default=str) + "\n")
+            self._process.stdin.flush()
+        rewards = self._answer(f"judge {len(answers)} replies")["rewards"]
+        if len(rewards) != len(answers):
+            raise UserError(
+                f"--reward {self.place}: returned {len(rewards)} numbers for {len(answers)} replies"
+            )
+        return rewards
+
+    def _answer(self, task: str) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if not self._selector.select(self.seconds):
+            self._process.kill()
+            raise UserError(
+                f"--reward {self.place}: took longer than {self.seconds:g} s to {task}; make it "
+                "faster, or raise --reward_seconds"
+            )
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise UserError(
+                f"--reward {self.place}: its process ended (exit code {code}); its own "
+                "messages stand above"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise UserError(f"--reward {self.place}: {answer['error']}")
+        return answer
+
+
+def reward_model(directory: str, chat: Chat, device: torch.device, precision: Precision) -> Score:
+    """The score that a reward model gives to prompt and reply, read at the last token.
+
+    It must have the policy's tokenizer, since it is given the sampled ids and never text that was
+    decoded and encoded again. Raises UserError for a model without a score or another tokenizer.
+    """
+    on_gpu = device.type == "cuda"
+    opened = open_model(directory, device="cuda" if on_gpu else "cpu", precision=precision)
+    if not opened.model.config.score:
+        raise UserError(f"--reward {directory}: is no reward model; `whet reward` makes one")
+    if opened.chat.tokenizer.hash != chat.tokenizer.hash:
+        raise UserError(
+            f"--reward {directory}: has another tokenizer than the policy; train a reward model "
+            "from a model with the same one"
+        )
+    limit = opened.model.config.max_positions
+
+    def score(answers: Sequence[Answer]) -> list[float]:
+        texts = [[*answer.prompt.ids, *answer.ids] for answer in answers]
+        if (longest := max(map(len, texts))) > limit:
+            raise UserError(
+                f"--reward {directory}: has {limit:,} positions, and a reply with its prompt has "
+                f"{longest:,} tokens; use a smaller --max_new_tokens"
+            )
+        found: list[float] = []
+        with torch.no_grad(), evaluating(opened.model):
+            for start in range(0, len(texts), ROWS):
+                found += _last_scores(opened.model, texts[start : start + ROWS], device)
+        return found
+
+    return score
+
+
+def _last_scores(model: Any, texts: list[list[int]], device: torch.device) -> list[float]:
+    """The score at the last token of each text, run together as documents of rows of their own."""
+    longest = max(map(len, texts))
+    tokens = torch.zeros(len(texts), longest, dtype=torch.long)
+    segments, weight = torch.zeros_like(tokens), torch.zeros(tokens.shape)
+    for i, text in enumerate(texts):
+        tokens[i, : len(text)] = torch.tensor(text)
+        segments[i, : len(text)] = 1
+        weight[i, len(text) - 1] = 1.0
+    scores = model(tokens.to(device), None, segments.to(device), weight=weight.to(device))
+    return scores.sum(1).tolist()
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
