@@ -182,7 +182,9 @@ def test_in_training_documents_have_the_logits_they_have_alone(
     row = torch.cat(parts, dim=1)
     segments = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts, 1)], dim=1)
     with torch.no_grad():
-        both = model(torch.cat([row, row.flip(1)]), segments=torch.cat([segments, segments.flip(1)]))
+        both = model(
+            torch.cat([row, row.flip(1)]), segments=torch.cat([segments, segments.flip(1)])
+        )
     assert torch.allclose(both[:1], alone(directory(case), parts), atol=2e-5)
 
 
