@@ -255,9 +255,9 @@ def test_peft_opens_adapters_with_the_same_logits(
 
 
 def test_targets_that_peft_takes_for_experts_are_refused(directory: Directory) -> None:
-    with pytest.raises(UserError, match="PEFT would not open an adapter on gate_proj .* q_a_proj"):
+    with pytest.raises(UserError, match=r"PEFT would not open an adapter on gate_proj .* q_a_proj"):
         apply_lora(opened(directory("deepseek_v3")), LoRA(targets="q_a_proj,gate_proj"))
-    with pytest.raises(UserError, match="does not use router as plain linear .* q_proj,k_proj"):
+    with pytest.raises(UserError, match=r"does not use router as plain linear .* q_proj,k_proj"):
         apply_lora(opened(directory("phimoe")), LoRA())
 
 
@@ -316,12 +316,12 @@ def test_other_quantised_files_are_refused_before_they_are_read(tmp_path: Path) 
 
 
 def test_whatever_transformers_raises_is_one_line(tmp_path: Path) -> None:
-    """`dynamic` positions of one rotated pair divide by zero."""
+    """Here its code multiplies with a value that the file sets to null."""
     rope = {"rope_type": "dynamic", "factor": 4.0}
     values = {"model_type": "stablelm", **SIZES, "head_dim": None, "rope_scaling": rope}
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="transformers can't open it: ZeroDivisionError") as told:
+    with pytest.raises(UserError, match="transformers can't open it: TypeError") as told:
         load_backbone_from_ckpt(tmp_path)
     assert "\n" not in str(told.value)
 

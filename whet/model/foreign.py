@@ -234,7 +234,7 @@ class ForeignModel(nn.Module):
     def _with_cache(
         self, tokens: Tensor, positions: Tensor | None, cache: KVCache, logits_at: Tensor | None
     ) -> Tensor:
-        B, T = tokens.shape
+        T = tokens.shape[1]
         if positions is None:  # beginnings: the last token of each is the one that is asked for
             positions = torch.arange(T, device=tokens.device).expand_as(tokens)
             last = positions[:, -1] if logits_at is None else logits_at.amax(dim=1)

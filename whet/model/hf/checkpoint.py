@@ -154,7 +154,7 @@ def check_vocabulary(config: ModelConfig, chat: Chat, where: str | Path) -> None
 
 
 def save_model(
-    model: Transformer,
+    model: Any,
     directory: str | Path,
     chat: Chat | None,
     lineage: dict[str, Any],
@@ -181,12 +181,12 @@ def save_model(
         check_vocabulary(model.config, chat, directory)
     with replaced_model(directory, saved_bytes(state, dtype)) as aside:
         own = isinstance(model, Transformer)
-        if own and not without_weights:
-            _write_weights(model.config, state, aside, dtype, shard_bytes)
-        elif not own and without_weights:
+        if without_weights and not own:
             check_writable(model)
         elif not own:
             write_foreign(model, state, aside, dtype, shard_bytes)
+        elif not without_weights:
+            _write_weights(model.config, state, aside, dtype, shard_bytes)
         _write_configs(model.config, chat, lineage, aside, dtype or _dtype_of(state))
         if own and not without_weights:
             verify_saved(aside, model.config, state, dtype)

@@ -173,7 +173,7 @@ def refuse_unfit(model: Any) -> None:
     layers = list(adapters(model))
     for name, layer in layers:
         set_module(model, name, layer.base)
-    unfit, fine = [], []
+    unfit, fine = list[str](), list[str]()
     for kind in dict.fromkeys(kind_of(name) for name, _ in layers):
         mine = [(name, layer) for name, layer in layers if kind_of(name) == kind]
         for name, layer in mine:
