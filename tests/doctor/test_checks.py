@@ -13,7 +13,7 @@ from whet.doctor.command import examine
 from whet.doctor.finding import judge, worse
 from whet.generate.cache import Cache
 from whet.model import decoder, kernels
-from whet.stages import sft
+from whet.stages import packed
 
 PACKED = {"packed equals separate: loss", "packed equals separate: gradient"}
 LEAK = "changing a document moves no logit of another"
@@ -27,11 +27,12 @@ TEMPLATE = {
     "every reply is trained behind its own prompt",
     "every trained reply ends with a stop token",
 }
-FILE = {"the packed file was made for this model", "the file's trained-token counts are true"}
+MADE_FOR = "the packed file was made for this model"
+COUNTS = "the file's trained-token counts are true"
 SAVED = "saved and loaded: the same logits"
 EXPORT = {"transformers computes the same logits", "transformers tokenises the same"}
 CACHE = "the cache chooses the tokens that no cache would"
-ALL = {*PACKED, LEAK, *FUSED, NOTHING, *LAYOUT, *TEMPLATE, *FILE, SAVED, *EXPORT, CACHE}
+ALL = {*PACKED, LEAK, *FUSED, NOTHING, *LAYOUT, *TEMPLATE, MADE_FOR, COUNTS, SAVED, *EXPORT, CACHE}
 
 
 def found(subject, checks) -> dict[str, str]:
@@ -120,7 +121,7 @@ def test_gradient_alone_that_is_wrong(subject, monkeypatch):
 
 
 def test_no_gradient_where_nothing_is_trained(subject, monkeypatch):
-    token_loss = sft.token_loss
+    token_loss = packed.token_loss
 
     def detached(model, batch):
         found = token_loss(model, batch)
@@ -128,25 +129,25 @@ def test_no_gradient_where_nothing_is_trained(subject, monkeypatch):
             return found
         return replace(found, loss=model.embed.weight.sum() * 0)
 
-    monkeypatch.setattr(sft, "token_loss", detached)
+    monkeypatch.setattr(packed, "token_loss", detached)
     assert failing(subject, numbers.fused_equals_plain) == {NOTHING}
 
 
 def test_mean_of_micro_batch_means(subject, monkeypatch):
     """The classical mistake: each micro-batch is divided by its own weight."""
-    cut = sft.micro_batches
+    cut = packed.micro_batches
 
     def means(batch, size, count=None):
         micros = cut(batch, size, count)
         return [replace(m, total=max(float(m.weight.sum()), 1.0) * len(micros)) for m in micros]
 
-    monkeypatch.setattr(sft, "micro_batches", means)
+    monkeypatch.setattr(packed, "micro_batches", means)
     assert failing(subject, numbers.micro_batches_agree) == LAYOUT
 
 
 def test_a_lost_micro_batch(subject, monkeypatch):
-    cut = sft.micro_batches
-    monkeypatch.setattr(sft, "micro_batches", lambda *args: cut(*args)[:1])
+    cut = packed.micro_batches
+    monkeypatch.setattr(packed, "micro_batches", lambda *args: cut(*args)[:1])
     assert failing(subject, numbers.micro_batches_agree) == LAYOUT
 
 
@@ -226,14 +227,17 @@ def test_a_reply_without_its_end(subject, monkeypatch):
     assert failing(subject, templates.certificate) == {"every trained reply ends with a stop token"}
 
 
-def test_a_file_of_another_model(subject, ward, tmp_path):
+@pytest.mark.parametrize("claim", [MADE_FOR, COUNTS])
+def test_a_file_of_another_model_or_with_wrong_counts(subject, ward, tmp_path, claim):
     path = tmp_path / "other.h5"
     path.write_bytes((ward / "train.h5").read_bytes())
     with h5py.File(path, "r+") as file:
-        file.attrs["tokenizer_hash"] = "0" * 64
-        file["loss_tokens"][3] += 1
+        if claim == MADE_FOR:
+            file.attrs["tokenizer_hash"] = "0" * 64
+        else:
+            file["loss_tokens"][3] += 1
     subject.store = PackedStore(path)
-    assert failing(subject, templates.data_fit) == FILE
+    assert failing(subject, templates.data_fit) == {claim}
 
 
 def test_nan_is_never_a_pass():

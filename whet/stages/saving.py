@@ -1,4 +1,4 @@
-"""What of a base model is trained, and how it is saved: all of it, a part, or an adapter."""
+"""How a stage writes its model: whole, or its adapter, with its lineage; and a `.pt` if asked."""
 
 import os
 import shutil
@@ -9,68 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from whet.chat.chat import Chat, add_chat_tokens
+from whet.chat.chat import Chat
 from whet.errors import UserError
 from whet.files import nearest
-from whet.model.decoder import Transformer
-from whet.model.embedding import grow_embedding
 from whet.model.hf.checkpoint import save_model, save_pt, saved_bytes
-from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, quantize_base
-from whet.model.lora.read import continue_adapter
-from whet.model.lora.trained import select_trainable
+from whet.model.lora.lora import LoRA
 from whet.model.lora.write import save_adapter
 from whet.train.distributed import is_first, unwrap, whole_weights
-
-
-def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat, list[int]]:
-    """Give tokenizer and model the control tokens of a template that the base does not know.
-
-    Returns the new chat and the ids whose rows are new.
-    """
-    chat, added = add_chat_tokens(chat, chat_template)
-    if isinstance(model, Transformer):
-        grow_embedding(model, chat.tokenizer.vocab_size)
-    else:
-        model.grow(chat.tokenizer.vocab_size)  # another architecture: foreign.py
-    ids = [chat.tokenizer.backend.token_to_id(token) for token in added]
-    return chat, [i for i in ids if i is not None]
-
-
-def choose_trained(
-    model: Transformer,
-    *,
-    train: str,
-    lora: LoRA | None,
-    adapter: Path | None,
-    new_rows: list[int],
-    four_bits: bool,
-    device: torch.device,
-    seed: int,
-) -> LoRA | None:
-    """Freeze what is not trained; with an adapter everything but it and the new rows.
-
-    `lora` are the settings of a new adapter, `adapter` the directory of one that is trained
-    further. Returns the adapter's settings, or None if the model itself is trained.
-    """
-    if lora is None and adapter is None:
-        select_trainable(model, train)
-        return None
-    if adapter is not None and new_rows:
-        raise UserError(
-            f"{adapter}: an adapter can't be given tokens that it lacks; merge it first: "
-            f"whet export {adapter} --merge --out DIR"
-        )
-    if four_bits:
-        quantize_base(model, device)
-    if adapter is not None:
-        return continue_adapter(model, adapter)
-    assert lora is not None
-    apply_lora(model, lora, new_rows, seed)
-    if isinstance(model, Transformer):
-        return lora
-    kinds = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
-    return replace(lora, targets=",".join(kinds))  # another architecture's: which ones it got
-
 
 REHEARSED_BYTES = 2_000_000_000
 """Weights up to this size are written and read back before the first step: some seconds."""
