@@ -90,8 +90,8 @@ def open_for_training(
         switch = getattr(model, "switch", None)
         if config.shard and ranks.size > 1 and switch and store.context_length > switch.length:
             found.append(
-                f"--shard: this architecture's positions change beyond {switch.length:,} tokens, so "
-                f"its documents run in passes whose number differs between ranks; leave --shard "
+                f"--shard: positions of this architecture change beyond {switch.length:,} tokens, "
+                "so its documents run in passes whose number differs between ranks; leave --shard "
                 f"out, or prepare {flag} with --context_length {switch.length}"
             )
     problems(found)
