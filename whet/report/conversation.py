@@ -128,9 +128,6 @@ def certificate_facts(certificate: Certificate, n_examples: int) -> dict[str, st
     if certificate.untrained_turns:
         left_out = ", ".join(map(str, certificate.untrained_turns))
         facts["turns left out"] = f"{left_out}, which the template rewrites: --rewritten_turns last"
-    for turn, switch in certificate.switches.items():
-        told = ", ".join(f"{name}={value!r}" for name, value in switch.items())
-        facts[f"switch for turn {turn}"] = told
     if certificate.today:
         facts["date for the template"] = certificate.today
     return facts
