@@ -7,12 +7,11 @@ import mmap
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from whet.errors import UserError
 from whet.files import replaced_folder, write_json
+from whet.flags.choices import SaveDtype
 from whet.progress import track
 
 INDEX = "model.safetensors.index.json"
@@ -43,20 +43,6 @@ READERS = min(4, os.cpu_count() or 1)
 _BLOCK_BYTES = 1 << 24
 """What a reader maps of a file at once: mapped pages count as memory of the process."""
 _HUGE = 1 << 21
-SaveDtype = Literal["same", "bfloat16", "float16", "float32"]
-
-
-def is_pt(path: Path) -> bool:
-    """Whether `path` is a file as torch.save writes them, a zip archive with a pickle in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-PT = (".pt file of torch", is_pt)
-"""What a new `.pt` may replace: a `whet.files.Kind`."""
 
 
 @dataclass(frozen=True)
