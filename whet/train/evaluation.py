@@ -24,7 +24,7 @@ TEXT_PROMPT_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class _Meeting:
+class Meeting:
     """Where the ranks of an evaluation hear that one of them was asked to stop.
 
     A single rank needs none: there a signal cuts the evaluation short wherever it is. Of several,
@@ -68,7 +68,7 @@ class Evaluator:
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
         inner: Any = unwrap(model)
-        meeting = _Meeting(stop, ranks)
+        meeting = Meeting(stop, ranks)
 
         def reduce(values: Sequence[float]) -> list[float]:
             meeting.end_part()
@@ -118,7 +118,7 @@ class Evaluator:
         return Evaluation(metrics, samples)
 
     def _samples(
-        self, model: Any, stop_ids: tuple[int, ...], meeting: _Meeting
+        self, model: Any, stop_ids: tuple[int, ...], meeting: Meeting
     ) -> Iterator[dict[str, Any]]:
         """Replies to the first prompts of the dev file, next to what stands there."""
         if self.dev is None or self.chat is None or self.n_samples == 0:
