@@ -27,11 +27,14 @@ types: $(VENV)/.dev  ## mypy
 	@$(BIN)/mypy
 
 # One thread a worker: the tests' matrices are small, and threads of several workers fight for cores.
+# Where precision matters, once more as on the other kind of CPU: with bf16 products, or without.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q
 tests: $(VENV)/.dev  ## the tests alone
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -n 2
+	@$(PYTEST) -n 2
+	@$(PYTEST) -n 2 --bf16 other tests/numerics tests/stages tests/train tests/model/lora
 
 soak: $(VENV)/.dev  ## the long forms: kills, fuzzing, every template with every tokenizer
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -q -m slow
+	@$(PYTEST) -m slow
 
 test-gpu: $(VENV)/.dev  ## what needs a CUDA device
 	@$(BIN)/pytest -q -m gpu

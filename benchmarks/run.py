@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.lines import origin
 from benchmarks.workload import data_folder
-from whet.train.session import multiplies_bf16
+from whet.model.precision import multiplies_bf16
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"

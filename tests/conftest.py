@@ -1,13 +1,38 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and the processor that the tests pretend to run on."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import processes
+from whet.model.precision import BF16_SWITCH, multiplies_bf16
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bf16",
+        choices=["yes", "no", "auto", "other"],
+        default="auto",
+        help="whether the CPU is taken to multiply bf16; `other` than this one really does",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any process of the tests starts, so that all of them inherit the answer."""
+    answer = config.getoption("--bf16")
+    if answer == "other":
+        answer = "no" if multiplies_bf16(torch.device("cpu")) else "yes"
+    if answer != "auto":
+        os.environ[BF16_SWITCH] = answer
+
+
+def pytest_report_header() -> str:
+    answer = "multiplies bf16" if multiplies_bf16(torch.device("cpu")) else "has no bf16 products"
+    return f"the CPU {answer}" + (" (by --bf16)" if BF16_SWITCH in os.environ else "")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,16 +1,26 @@
-"""Rendering: as transformers renders, and within bounds."""
+"""Rendering: as transformers renders, and in a process that may be killed."""
 
+import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.chat import suite
+from whet.chat import template as rendering
 from whet.chat.dialect import Form
-from whet.chat.template import ChatTemplate, TemplateError
+from whet.chat.template import BoundsError, ChatTemplate, TemplateError, read_variables
 from whet.errors import UserError
 
 TALK = [suite.user("Hi"), suite.said("Hello")]
@@ -23,21 +33,27 @@ def compare(file: Path, conversations: list[Any]) -> None:
     for name, messages, tools in conversations:
         read = [{k: v for k, v in m.items() if v is not None} for m in messages]
         for prompt in (False, True):
-            named = {"add_generation_prompt": prompt, "bos_token": "<s>", "eos_token": "</s>"}
-            theirs = their_text(read, tools, source, named)
-            assert my_text(template, read, tools, named) == theirs, (file.name, name)
+            named = {"bos_token": "<s>", "eos_token": "</s>"}
+            theirs = their_text(read, tools, source, prompt, named)
+            assert my_text(template, read, tools, prompt, named) == theirs, (file.name, name)
 
 
-def their_text(read: list, tools: Any, source: str, named: dict[str, Any]) -> str | None:
+def their_text(
+    read: list, tools: Any, source: str, prompt: bool, named: dict[str, Any]
+) -> str | None:
     try:
+        named = {"add_generation_prompt": prompt, **named}
         return render_jinja_template([read], tools, chat_template=source, **named)[0][0]
     except Exception:
         return None
 
 
-def my_text(template: ChatTemplate, read: list, tools: Any, named: dict[str, Any]) -> str | None:
+def my_text(
+    template: ChatTemplate, read: list, tools: Any, prompt: bool, named: dict[str, Any]
+) -> str | None:
     try:
-        return template.render(Form().shape(read), tools=tools, **named)
+        shaped = Form().shape(read)
+        return template.render(shaped, tools=tools, add_generation_prompt=prompt, variables=named)
     except TemplateError:
         return None
 
@@ -57,32 +73,8 @@ def test_every_real_template_and_every_conversation(shared_data: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "loops"),
         ("{% for a in x(1) %}{% endfor %}", "undefined"),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "without end"),
-        (
-            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-            "{{ f(60) }}",
-            "loops",
-        ),
-        (
-            "{% set n = namespace(s='ab') %}{% for i in range(60) %}"
-            "{% set n.s = n.s + n.s %}{% endfor %}",
-            "builds",
-        ),
-        (
-            "{% set n = namespace(s='ab') %}{% for i in range(60) %}"
-            "{% set n.s = n.s ~ n.s %}{% endfor %}",
-            "builds",
-        ),
-        (
-            "{% set n = namespace(s=[1]) %}{% for i in range(60) %}"
-            "{% set n.s = n.s + n.s %}{% endfor %}",
-            "builds",
-        ),
-        ("{{ 'a' * 10000000000 }}", "builds"),
-        ("{{ 10000000000 * 'a' }}", "builds"),
-        ("{{ 9 ** 9 ** 9 }}", "computes"),
         ("{% for x in [1] recursive %}{{ loop([1]) }}{{ loop([1]) }}{% endfor %}", "without end"),
         ("{{ raise_exception('No system role, please') }}", "No system role, please"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -108,7 +100,7 @@ def test_helpers() -> None:
         "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
         "{{ dict(a=1).a }}{{ extra }}"
     )
-    rendered = ChatTemplate(source).render(TALK, today=date(2024, 2, 29), extra="!")
+    rendered = ChatTemplate(source).render(TALK, today=date(2024, 2, 29), variables={"extra": "!"})
     assert rendered == '2024-02-29 {"a": "<é>"} Hello1!'
 
 
@@ -123,3 +115,126 @@ def test_variables_and_constants_are_read_from_the_source() -> None:
 def test_template_pickles() -> None:
     template = pickle.loads(pickle.dumps(ChatTemplate("{{ messages[0].content }}")))
     assert template.render(TALK) == "Hi"
+
+
+@pytest.mark.parametrize("name", ["today", "loop", "name", "source", "seconds", "conversation"])
+def test_a_variable_may_be_called_anything(name: str) -> None:
+    """What the caller's own arguments are called is nobody's concern."""
+    template = ChatTemplate(f"{{{{ {name} }}}} {{{{ strftime_now('%Y') }}}}")
+    rendered = template.render(TALK, today=date(2024, 2, 29), variables={name: "mine"})
+    assert rendered == "mine 2024"
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "tools", "documents", "add_generation_prompt", "self", "strftime_now"]
+)
+def test_a_variable_that_would_replace_something_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name} can't be set"):
+        ChatTemplate("x").render(TALK, variables={name: 1})
+    with pytest.raises(UserError, match=f"--template_kwargs: {name} can't be set"):
+        read_variables(f'{{"{name}": 1}}')
+
+
+def test_objects_that_json_does_not_know_are_named_by_their_type_as_in_transformers() -> None:
+    source = "{{ messages[0].content }}"
+    for value in (date(2024, 2, 29), Decimal(1), np.float64(1.5), np.bool_(False), (1, [None])):
+        talk = [{"role": "user", "content": value}]
+        theirs = their_text(talk, None, source, False, {})
+        assert ChatTemplate(source).render(talk) == theirs
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ namespace(__class__=dict) }}",
+        "{% set n = namespace(a=1) %}{% set n._a = 2 %}{{ n.a }}",
+        "{% set n = namespace({'a': 1}, b=2, self=3) %}{% set n.a = 4 %}{{ n.a }}{{ n.self }}",
+        "{{ strftime_now.__self__ }}{{ raise_exception.__globals__ }}",
+        "{{ [1, 'é', none]|tojson(indent=2) }}{{ {'b': 1, 'a': 2}|tojson(sort_keys=true) }}",
+        "{{ dict.fromkeys('ab', 1) }}{{ 9 ** 9 ** 9 }}{{ 10 ** 50 // 7 }}",
+        "{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}",
+        "{% generation %}{% set x = 1 %}{% endgeneration %}{{ x }}",
+    ],
+)
+def test_the_sandbox_is_that_of_transformers(source: str) -> None:
+    theirs = their_text(TALK, None, source, False, {})
+    assert my_text(ChatTemplate(source), TALK, None, False, {}) == theirs
+
+
+def renderer_id() -> int:
+    process = rendering._renderer(os.getpid())._process
+    assert process
+    return process.pid
+
+
+def test_a_killed_renderer_is_replaced() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    before = renderer_id()
+    os.kill(before, signal.SIGKILL)
+    while ") Z " not in Path(f"/proc/{before}/stat").read_text():  # nobody's rendering is lost
+        time.sleep(0.01)
+    assert template.render(TALK) == "Hi"
+    assert renderer_id() != before
+
+
+def test_a_rendering_whose_process_is_killed_is_refused_in_a_line() -> None:
+    template = ChatTemplate("{% for i in range(99999) %}{{ range(99999)|sum }}{% endfor %}")
+    threading.Timer(0.2, os.kill, (renderer_id(), signal.SIGKILL)).start()
+    with pytest.raises(BoundsError, match="signal 9"):
+        template.render(TALK)
+
+
+def test_ctrl_c_leaves_no_reply_for_the_next() -> None:
+    template = ChatTemplate("{% for i in range(300) %}{{ range(9999)|sum }}{% endfor %}")
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        with pytest.raises(KeyboardInterrupt):
+            template.render(TALK)
+    finally:
+        signal.signal(signal.SIGALRM, earlier)
+    assert ChatTemplate("{{ messages[0].content }}").render(TALK) == "Hi"
+
+
+def test_threads_and_forked_processes_get_their_own_text() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    texts: list[str] = []
+
+    def ask(number: int) -> None:
+        for i in range(50):
+            talk = [{"role": "user", "content": f"{number}-{i}"}]
+            if template.render(talk) != f"{number}-{i}":
+                texts.append("another's")
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=lambda n: (ask(n), os._exit(len(texts))), args=(9,))]
+    for one in (*children, *threads):
+        one.start()
+    for one in (*threads, *children):
+        one.join()
+    assert not texts
+    assert children[0].exitcode == 0
+
+
+def test_the_renderer_ends_with_its_owner(tmp_path: Path) -> None:
+    """Be it killed or not."""
+    code = (
+        "import os, sys; from whet.chat import template as t; t.ChatTemplate('x');"
+        "print(t._renderer(os.getpid())._process.pid, flush=True);"
+        "os.kill(os.getpid(), 9) if sys.argv[1] else None"
+    )
+    for killed in ("", "killed"):
+        ended = subprocess.run(
+            [sys.executable, "-c", code, killed], capture_output=True, text=True, check=False
+        )
+        renderer = Path("/proc") / ended.stdout.strip()
+        until = time.monotonic() + 20
+        while renderer.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not renderer.exists()
+        assert not ended.stderr

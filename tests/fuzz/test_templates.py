@@ -1,7 +1,5 @@
 """The template renderer: whatever a stranger's template does, it ends, and within bounds."""
 
-import multiprocessing
-import resource
 import time
 from pathlib import Path
 
@@ -10,13 +8,12 @@ from hypothesis import strategies as st
 
 import whet.chat
 from tests.fuzz.harness import counts, damaged, fuzz
-from whet.chat import bounds
+from whet.chat import renderer, template
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
 
 TALK = [{"role": "user", "content": "one\ntwo"}, {"role": "assistant", "content": "three"}]
 SECONDS = 60  # for one template; a few on a quiet machine
-MEMORY = 2_000_000_000  # bytes, above what the process already holds
 
 DOUBLED = "{%% set ns = namespace(a='xxxx') %%}{%% for i in range(99) %%}%s{%% endfor %%}"
 BACKSLASHES = "{%% set ns = namespace(a='\\\\') %%}{%% for i in range(99) %%}%s{%% endfor %%}"
@@ -55,12 +52,12 @@ BOMBS = [
     "{{ 1.5|round(1000000000, 'ceil') }}",
     "{{ lipsum(n=1000000) }}",
     "{{ 'a' * 10000000000 }}",
-    "{{ 9 ** 9 ** 9 }}",
+    "{{ 9 ** (9 ** 9) }}",
     "{% set a = 'a' * 25000000 %}{% for i in range(99999) %}{{ a }}{% endfor %}",
     "{% set a = 'a' * 25000000 %}{% set b %}{% for i in range(999) %}{{ a }}{% endfor %}"
     "{% endset %}",
     "{% set n = namespace(a=[]) %}{% for i in range(999) %}"
-    "{% set n.a = n.a + ['a' * 25000000] %}{% endfor %}",
+    "{% set n.a = n.a + ['a' * (25000000 + i)] %}{% endfor %}",
     "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DOUBLED % "{% set ns.a = f(ns.a) %}",
     DOUBLED % "{% set ns.a = ns.a ~ ns.a %}",
     DOUBLED % "{% set ns.a = ns.a + ns.a %}",
@@ -108,6 +105,43 @@ BOMBS = [
     "{{ cycler.__init__.__globals__ }}",
     "{{ messages.__class__.__base__.__subclasses__() }}",
     "{{ self.__init__.__globals__ }}",
+    LONG + "{{ ([x] * 1000)|select|join }}",
+    LONG + "{{ ''.join(([x] * 1000)|map('upper'))|length }}",
+    LONG + "{{ ([x, x ~ 'a'] * 10000)|sort|length }}",
+    LONG + "{{ ([{'a': x}] * 10000)|groupby('a')|length }}",
+    LONG + "{{ (x ~ 'c') in [x ~ 'd'] * 1000000 }}",
+    LONG + "{{ ([x ~ 'd'] * 1000000).count(x ~ 'c') }}",
+    LONG + "{{ ([x ~ 'd', x ~ 'e'] * 1000000)|unique|list|length }}",
+    LONG + "{{ ([x ~ 'd', x ~ 'e'] * 1000000)|min|length }}",
+    LONG + "{{ x|sort|length }}",
+    LONG + "{{ x|unique|list|length }}",
+    LONG + "{{ x|wordwrap(1)|length }}",
+    "{% for i in range(99999) %}{% set y = '%9999d' % i %}{{ y }}{% endfor %}",
+    "{{ ('a ' * 20000000)|urlize|length }}",
+    "{{ ('(' * 5000000)|urlize(9)|length }}",
+    "{{ ('<a>' * 10000000)|striptags|length }}",
+    "{{ ('a,' * 50000000).split(',')|length }}",
+    "{{ ('a' * 10000000).translate({97: 'x' * 1000}) }}",
+    "{{ ('\\u1234' * 20000000)|urlencode|length }}",
+    "{{ {'a': '<' * 30000000}|xmlattr|length }}",
+    "{{ dict.fromkeys(range(99999)|map('center', 100000)|list) }}",
+    "{% for i in range(99999) if range(99999)|sum > 9999999999999 %}{% endfor %}",
+    "{{ (10 ** 4000) ** 40000 }}",
+    "{{ 10 ** (10 ** 8) }}",
+    "{{ x" + "[0]" * 50000 + " }}",
+    "{{ messages" + ".a" * 5000 + " }}",
+    "{{ " + "+".join(["1"] * 100000) + " }}",
+    "{% set " + "a, " * 100000 + "b = 1 %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
+    NESTED % ("{% for j in range(99999) %}{% set ns.a = [ns.a] %}{% endfor %}", ""),
+    "{% filter center(10000000) %}x{% endfilter %}" * 100,
+    "{{ 'x'|_count(-1000000) }}",
+    "{{ namespace(__class__=dict) }}",
+    "{% set ns = namespace() %}{% set ns.__class__ = dict %}",
+    "{{ raise_exception('\\ud800\\x1b' * 10000000) }}",
+    "{{ '{0.__class__.__mro__}'.format(1) }}",
+    "a" * 40000000,
 ]
 
 
@@ -115,33 +149,32 @@ def render(source: str) -> str:
     return ChatTemplate(source).render(TALK, add_generation_prompt=True)
 
 
-def bounded(source: str, result) -> None:
-    """In a process of its own, where memory and time run out."""
-    held = Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0]
-    most = int(held) * 1024 + MEMORY  # the forked worker's own data count, too
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
-    bounds.SECONDS = 0.5  # the clock's bombs need not burn a minute each
-    try:
-        result.send(f"rendered {len(render(source))} characters")
-    except UserError as error:
-        result.send("out of memory" if "MemoryError" in str(error) else "refused")
-    except BaseException as error:
-        result.send(f"{type(error).__name__}: {error}")
+@pytest.fixture
+def narrow(monkeypatch):
+    """Bounds that are reached sooner, of a renderer of this test's own."""
+    monkeypatch.setattr(template, "SECONDS", 0.3)
+    monkeypatch.setattr(template, "MEMORY", 200_000_000)
+    template._renderer.cache_clear()
+    yield
+    template._renderer.cache_clear()
 
 
-@pytest.mark.parametrize("source", BOMBS, ids=range(len(BOMBS)))
-def test_bombs_are_refused(source):
-    here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=bounded, args=(source, there))
-    process.start()
-    there.close()
-    try:
-        found = here.recv()
-    except EOFError:
-        found = "killed: too long or too large"
-    process.join()
-    assert found == "refused", source
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(bomb, id=str(i), marks=[pytest.mark.slow] if i % 4 else [])
+        for i, bomb in enumerate(BOMBS)
+    ],
+)
+def test_bombs_are_refused(narrow, source):
+    started = time.process_time()
+    with pytest.raises(UserError) as refusal:
+        render(source)
+    message = str(refusal.value)
+    assert message.isprintable()
+    assert len(message) < 1100
+    assert time.process_time() - started < 1, "the process that asks has little to do"
+    assert ChatTemplate("{{ messages[0].role }}").render(TALK) == "user"
 
 
 OUTPUTS = [
@@ -206,7 +239,7 @@ def test_made_of_fragments(count):
     tally = fuzz("templates", SOURCES, read, count)
     print(f"slowest {slowest:.1f} s, longest {longest:,.0f} characters")
     assert slowest < SECONDS
-    assert longest <= bounds.LENGTH
+    assert longest <= renderer.LENGTH
     assert min(tally["read"], tally["refused"]) > count // 20
 
 
@@ -225,20 +258,20 @@ def test_damaged(count, name):
 @pytest.mark.parametrize(
     "source",
     ["{% for i in range(99999) %}a{% endfor %}", "{{ 'a' * 10000000 }}"],
-    ids=["steps", "characters"],
+    ids=["time", "memory"],
 )
-def test_one_rendering_does_not_spend_the_next_ones_means(source):
+def test_one_rendering_does_not_spend_the_next_ones_means(narrow, source):
     template = ChatTemplate(source)
     for _ in range(30):
         template.render(TALK)
 
 
-@pytest.mark.parametrize("made", ["x.upper()", "x|upper", "x[1:]", "'%s' % x", "x ~ 'a'", "x + x"])
-def test_every_text_is_charged(made):
-    """By what it is made with, not by the clock: 99 texts of 3 million characters are too many."""
+@pytest.mark.parametrize("made", ["x.upper()", "x|upper", "x[1:]", "'%s.' % x", "x ~ 'a'", "x + x"])
+def test_every_text_counts(narrow, made):
+    """By the memory it takes: 99 texts of 3 million characters are too many."""
     kept = f"{{% set ns.a = dict(a={made}, b=ns.a) %}}"
     source = "{% set x = 'ab ' * 1000000 %}" + DOUBLED % kept
-    with pytest.raises(UserError, match="characters"):
+    with pytest.raises(UserError, match="memory"):
         render(source)
 
 

@@ -1,10 +1,13 @@
 """Promises 1, 6 and 7: the same global batch gives the same numbers in every layout.
 
 Each run is the real command on real processes; what is compared is the loss and gradient norm of
-every step, the dev loss, and the weights after the last step.
+every step, the dev loss, and the weights after the last step. In float32 they are equal up to the
+rounding of sums in another order; in bf16 each product is rounded to 8 bits, and what counts is
+that the run goes the same way.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,23 @@ from whet.cli import main
 from whet.data.store import DOCUMENT, PackedStore, StoreWriter
 
 STEPS = 6
-LOSS_RTOL = 2e-6  # float32 sums in another order
-WEIGHT_ATOL = 2e-6  # after STEPS steps of AdamW at 1e-3; the weights move by about 5e-3
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far two layouts may lie apart after STEPS steps of AdamW at a learning rate of 1e-3."""
+
+    losses: float
+    """Relative, as those of the dev data and all other numbers of `metrics.jsonl`."""
+    norms: float
+    """Of the gradient norms, relative."""
+    weights: float
+    """Distance of all weights, as a part of the way that they moved."""
+
+
+BOUNDS = {"float32": Bounds(2e-6, 2e-6, 2e-5), "bf16": Bounds(4e-3, 2e-2, 1e-1)}
+WEIGHT_ATOL = 2e-6  # of any weight in float32; they move by about 5e-3
+Numbers = tuple[list[dict], dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="module")
@@ -55,36 +73,48 @@ def command(world: Path, out: Path, **flags) -> list[str]:
     return words
 
 
-def numbers(out: Path) -> tuple[list[dict], dict[str, np.ndarray]]:
+def numbers(out: Path) -> Numbers:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], load_file(out / "model.safetensors")
 
 
+@pytest.fixture(scope="module", params=BOUNDS)
+def precision(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def reference(world):
-    out = world / "reference"
-    assert main(command(world, out, micro_batch_size=4)) == 0
+def reference(world, precision) -> Numbers:
+    out = world / f"reference_{precision}"
+    assert main(command(world, out, micro_batch_size=4, precision=precision)) == 0
     return numbers(out)
 
 
-def assert_same(out: Path, reference) -> None:
+def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Euclidean distance of two models."""
+    assert one.keys() == other.keys()
+    return float(np.sqrt(sum(np.square(one[name] - value).sum() for name, value in other.items())))
+
+
+def assert_same(world: Path, out: Path, reference: Numbers, precision: str) -> None:
     (metrics, weights), (expected_metrics, expected_weights) = numbers(out), reference
+    bounds, before = BOUNDS[precision], load_file(world / "base" / "model.safetensors")
     assert len(metrics) == len(expected_metrics)
-    worst = 0.0
+    worst = {"losses": 0.0, "norms": 0.0}
     for line, expected in zip(metrics, expected_metrics, strict=True):
         assert line.keys() == expected.keys()
         for key in expected:
-            assert line[key] == pytest.approx(expected[key], rel=LOSS_RTOL), (key, line["step"])
-            worst = max(worst, abs(line[key] - expected[key]) / max(abs(expected[key]), 1e-12))
-    assert weights.keys() == expected_weights.keys()
-    for name, expected in expected_weights.items():
-        np.testing.assert_allclose(weights[name], expected, atol=WEIGHT_ATOL, rtol=0, err_msg=name)
-    apart = max(
-        float(np.abs(weights[name] - value).max()) for name, value in expected_weights.items()
-    )
-    print(
-        f"\n{out.name}: losses, norms differ by {worst:.1e} of themselves, weights by {apart:.1e}"
-    )
+            kind = "norms" if key == "grad_norm" else "losses"
+            apart = abs(line[key] - expected[key]) / max(abs(expected[key]), 1e-12)
+            worst[kind] = max(worst[kind], apart)
+            assert apart <= getattr(bounds, kind), (key, line["step"], line[key], expected[key])
+    apart = distance(weights, expected_weights) / distance(before, expected_weights)
+    found = ", ".join(f"{kind} differ by {value:.1e}" for kind, value in worst.items())
+    print(f"\n{out.name}, {precision}: {found}, weights by {apart:.1e}")
+    assert apart <= bounds.weights
+    if precision == "float32":
+        for name, value in expected_weights.items():
+            np.testing.assert_allclose(weights[name], value, atol=WEIGHT_ATOL, rtol=0, err_msg=name)
 
 
 def test_reference_moves(world, reference):
@@ -97,29 +127,40 @@ def test_reference_moves(world, reference):
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
-def test_micro_batches(world, reference, tmp_path, micro):
-    assert main(command(world, tmp_path / "out", micro_batch_size=micro)) == 0
-    assert_same(tmp_path / "out", reference)
+def test_micro_batches(world, reference, tmp_path, micro, precision):
+    words = command(world, tmp_path / "out", micro_batch_size=micro, precision=precision)
+    assert main(words) == 0
+    assert_same(world, tmp_path / "out", reference, precision)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_distributed(world, reference, tmp_path, size):
+@pytest.mark.parametrize(
+    ("size", "precision"), [(2, "float32"), (3, "float32"), (3, "bf16")], scope="module"
+)
+def test_distributed(world, reference, tmp_path, size, precision):
     layouts = {
         "ddp_1": {"micro_batch_size": 1},
         "ddp_4": {"micro_batch_size": 4},
         "fsdp_1": {"micro_batch_size": 1, "shard": True},
         "fsdp_2": {"micro_batch_size": 2, "shard": True},
     }
-    commands = [command(world, tmp_path / name, **flags) for name, flags in layouts.items()]
+    if precision == "bf16":
+        layouts = {"ddp_1": layouts["ddp_1"], "fsdp_2": layouts["fsdp_2"]}
+    commands = [
+        command(world, tmp_path / name, precision=precision, **flags)
+        for name, flags in layouts.items()
+    ]
     assert run_ranks(commands, size=size, folder=tmp_path) == [0] * size
     for name in layouts:
-        assert_same(tmp_path / name, reference)
+        assert_same(world, tmp_path / name, reference, precision)
 
 
 @pytest.mark.parametrize(
     ("flags", "atol"),
     [
-        pytest.param({"lora_rank": 2, "lora_dora": True}, WEIGHT_ATOL, id="lora"),
+        pytest.param(
+            {"lora_rank": 2, "lora_dora": True, "precision": "float32"}, WEIGHT_ATOL, id="lora"
+        ),
+        pytest.param({"lora_rank": 2, "precision": "bf16"}, 2e-3, id="lora-bf16"),
         # Muon's iteration runs in bf16; its steps are up to 1e-3 x 0.8.
         pytest.param({"optimizer": "muon"}, 2e-4, id="muon", marks=pytest.mark.slow),
     ],
@@ -154,19 +195,20 @@ def unpack(packed: Path, path: Path) -> int:
     return n
 
 
-def test_packed_equals_unpacked(world, tmp_path):
+def test_packed_equals_unpacked(world, tmp_path, precision):
     """All documents in one global batch, packed and one a row; the weights after three steps."""
     n = unpack(world / "train.h5", tmp_path / "rows.h5")
-    flags = {"max_steps": 3, "epochs": 3, "micro_batch_size": 3}
+    flags = {"max_steps": 3, "epochs": 3, "micro_batch_size": 3, "precision": precision}
     assert main(command(world, tmp_path / "packed", batch_size=7, **flags)) == 0
     words = command(world, tmp_path / "rows", batch_size=n, data=tmp_path / "rows.h5", **flags)
     assert main(words) == 0
-    assert_same(tmp_path / "rows", numbers(tmp_path / "packed"))
+    assert_same(world, tmp_path / "rows", numbers(tmp_path / "packed"), precision)
 
 
-def test_a_step_without_trained_tokens_changes_nothing(world, tmp_path):
+def test_a_step_without_trained_tokens_changes_nothing(world, tmp_path, precision):
     """Batches of one row: the steps of rows 1 and 4 have nothing to train, and no NaN follows."""
     flags = {"batch_size": 1, "max_steps": 7, "eval_every": 0, "schedule": "constant"}
+    flags |= {"precision": precision}
     assert main(command(world, tmp_path / "out", **flags)) == 0
     metrics, weights = numbers(tmp_path / "out")
     steps = [line for line in metrics if "train_loss" in line]

@@ -165,8 +165,8 @@ def test_resume_is_needed_and_ends_at_once_when_done(world, alone, tmp_path, cap
 
 @pytest.mark.parametrize(
     "flags",
-    [{"lora_rank": 2, "lora_dropout": 0.3}, {"optimizer": "muon"}],
-    ids=["dropout", "muon"],
+    [{"lora_rank": 2, "lora_dropout": 0.3}, {"optimizer": "muon"}, {"precision": "bf16"}],
+    ids=["dropout", "muon", "bf16"],
 )
 def test_random_state_and_every_optimizer(world, tmp_path, monkeypatch, flags):
     """A run that dies in its 15th step, by an error of its own, and is taken up again."""
@@ -194,17 +194,18 @@ def test_random_state_and_every_optimizer(world, tmp_path, monkeypatch, flags):
 @pytest.mark.parametrize("size", [1, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_other_number_of_ranks(world, tmp_path, size):
     """Half the steps on 2 ranks, sharded; the rest on another number: the same up to rounding."""
-    stopped = command(world, tmp_path / "out", shard=True, **RUN)
+    alone = RUN | {"precision": "float32"}
+    stopped = command(world, tmp_path / "out", shard=True, **alone)
     ranks, logs = start_ranks([stopped], size=2, folder=tmp_path)
     until = time.monotonic() + 60
     while not list((tmp_path / "out" / "state").glob("step_*")) and time.monotonic() < until:
         time.sleep(0.02)
     os.kill(ranks[0].pid, signal.SIGTERM)  # one rank is asked; all of them leave together
     assert wait(ranks, logs, 180) == [143, 143]
-    flags = RUN | ({"shard": True} if size > 1 else {})
+    flags = alone | ({"shard": True} if size > 1 else {})
     rest = command(world, tmp_path / "out", resume=True, **flags)
     assert run_ranks([rest], size=size, folder=tmp_path, timeout_s=600) == [0] * size
-    assert main(command(world, tmp_path / "one", **RUN)) == 0
+    assert main(command(world, tmp_path / "one", **alone)) == 0
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "one"))
     worst = max(float(np.abs(two[name] - value).max()) for name, value in one.items())
     print(f"\n2 ranks, then {size}: weights differ by at most {worst:.1e}")

@@ -14,12 +14,11 @@ from functools import cached_property
 from typing import Any
 
 from whet.chat.conversation import Message
-from whet.chat.template import ChatTemplate, TemplateError
+from whet.chat.template import TAKEN, BoundsError, ChatTemplate, TemplateError
 from whet.chat.tokenizer import Tokenizer
 
 UNDEFINED = re.compile(r"'(\w+)' is undefined")  # as jinja says it
 HEADER_WORDS = 3  # a header is short; longer texts may name tokens in prose
-KNOWN = {"messages", "tools", "documents", "add_generation_prompt"}
 
 Tools = list[dict[str, Any]] | None
 
@@ -108,7 +107,7 @@ class Dialect:
             documents=documents,
             add_generation_prompt=prompt,
             today=self.today,
-            **variables,
+            variables=variables,
         )
 
     @cached_property
@@ -280,7 +279,7 @@ class Dialect:
 
     def _settings(self) -> Iterator[dict[str, Any]]:
         template = self.plain_template
-        taken = KNOWN | set(self.tokenizer.named) | set(self.variables)
+        taken = TAKEN | set(self.tokenizer.named) | set(self.variables)
         for name in sorted(template.variables - taken):
             constants = template.compared.get(name, frozenset())
             for value in (False, True, *sorted(constants - {False, True}, key=str)):
@@ -296,8 +295,9 @@ class Dialect:
         for attempt in (tools, TOOLS):
             try:
                 return self.render(messages, attempt, **how)
-            except TemplateError:
-                continue
+            except TemplateError as error:
+                if isinstance(error, BoundsError):  # with so little: it would be so for all
+                    raise
         return ""
 
     def _ending(

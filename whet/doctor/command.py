@@ -35,8 +35,8 @@ from whet.errors import UserError
 from whet.files import replaced, unwritable, write_json
 from whet.hub import find_model
 from whet.model.open import load_backbone_from_ckpt
+from whet.model.precision import multiplies_bf16
 from whet.progress import say, track
-from whet.train.session import multiplies_bf16
 
 
 @dataclass

@@ -4,6 +4,7 @@ A plan is made once per batch and shared by all layers. It says which tokens are
 what each of them sees. Both kinds of plan have the same two faces:
 
     positions (M,)                     of each computed token within its document
+    reach                              a number above every position, known without asking a GPU
     attend(q, k, v, layer=..., ...)    (M, N, H), (M, K, H), (M, K, H) -> (M, N, H)
 
 `AttentionPlan` is for packed rows: documents lie one after the other, and a token sees itself and
@@ -37,6 +38,9 @@ class KVCache(Protocol):
     and adds one to it. Rows that have stopped may go on at a fixed position.
     """
 
+    slots: int
+    """Of a row; every position is below it."""
+
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store `k`, `v` (B, T, K, H) in slots `positions` (B, T) of `layer`.
 
@@ -60,6 +64,7 @@ class AttentionPlan:
     ends: Tensor
     """(documents + 1,) int32: 0, then where each document ends among the M tokens."""
     longest: int
+    reach: int
     trained: Tensor | None
     """(S,) which of the M tokens have a target that counts; None if nothing is known of targets."""
     after: list[int | None] | None = None
@@ -84,7 +89,8 @@ class AttentionPlan:
 
     def at(self, positions: Tensor) -> "AttentionPlan":
         """The same plan with the caller's `positions` (B, T)."""
-        return replace(self, positions=self.pack(positions))
+        packed = self.pack(positions)
+        return replace(self, positions=packed, reach=int(packed.max()) + 1)
 
     def attend(
         self,
@@ -179,6 +185,10 @@ class CachedPlan:
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     @property
+    def reach(self) -> int:
+        return self.cache.slots
+
+    @property
     def positions(self) -> Tensor:
         """(M,) with M = B * T."""
         return self.new_positions.flatten()
@@ -253,12 +263,14 @@ def plan_documents(
     document = document[index]
     sizes = used[used > 0]
     trained = None if weight is None else weight.flatten()[index].nonzero().flatten()
+    longest = int(sizes.max())
     return AttentionPlan(
         index=None if len(index) == rows * length else index,
         positions=index - start[document],
         lengths=full[document],
         sizes=sizes.tolist(),
         ends=F.pad(sizes.cumsum(0), (1, 0)).to(torch.int32),
-        longest=int(sizes.max()),
+        longest=longest,
+        reach=longest,
         trained=trained,
     )

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
-from whet.model.loss import linear_cross_entropy, linear_nll, product_type
+from whet.model.loss import linear_cross_entropy, linear_nll
+from whet.model.precision import product_type
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
 
@@ -248,7 +249,7 @@ class Transformer(nn.Module):
         if self.config.learned_positions:
             x = x + self.positions(plan.positions)
         rotary = {
-            rope: cos_sin(rope, plan.positions, plan.lengths)
+            rope: cos_sin(rope, plan.positions, plan.lengths, plan.reach)
             for rope in set(self.config.ropes)
             if rope is not None
         }

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whet.model.precision import product_type
+
 
 def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
     """The loss of supervised fine-tuning, a float32 scalar.
@@ -91,13 +93,6 @@ def linear_nll(
     chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
     nll: Tensor = _LinearNll.apply(hidden, weight, bias, targets, softcap, logit_scale, chunk)
     return nll
-
-
-def product_type(x: Tensor) -> torch.dtype:
-    """The type in which a linear layer would multiply `x` here: autocast's, or its own."""
-    device = x.device.type
-    autocast = not x.is_meta and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:

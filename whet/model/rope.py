@@ -9,22 +9,46 @@ not of the batch: what a document gives must not depend on its neighbours.
 """
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from whet.model.config import Rope
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Kinds whose frequencies depend on the length of the text."""
 
-def cos_sin(rope: Rope, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+
+def cos_sin(rope: Rope, positions: Tensor, lengths: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine (M, 1, size), float32, for tokens at `positions` (M,).
 
-    `lengths` (M,) is the length of the text each token stands in, as far as it is known.
+    `lengths` (M,) is the length of the text each token stands in, as far as it is known; every
+    position is below `reach`.
     """
-    frequencies = _frequencies(rope, lengths)
-    angles = positions.to(torch.float32)[:, None] * frequencies
-    cos, sin = angles.cos() * rope.output_scale, angles.sin() * rope.output_scale
-    return torch.cat((cos, cos), -1)[:, None, :], torch.cat((-sin, sin), -1)[:, None, :]
+    if rope.kind in BY_LENGTH:
+        angles = positions.double()[:, None] * _frequencies(rope, lengths).double()
+        half = torch.stack((angles.cos(), angles.sin())).mul_(rope.output_scale).float()
+    else:
+        rows = max(256, 1 << (reach - 1).bit_length())  # a few sizes, whatever the batches
+        half = _table(rope, rows, positions.device)[:, positions]
+    cos, sin = half[:, :, None, :]
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+@lru_cache(maxsize=16)
+def _table(rope: Rope, rows: int, device: torch.device) -> Tensor:
+    """(2, rows, size / 2) float32: cosine and sine of each position, rounded from float64.
+
+    Frequencies are the float32 numbers that transformers has, so that its angles are ours but for
+    the rounding of its product. numpy's functions run in one thread: see `whet/model/__init__.py`.
+    """
+    frequencies = _frequencies(rope, torch.zeros(0, dtype=torch.long)).double().numpy()
+    angles = np.arange(rows)[:, None] * frequencies
+    half = np.stack((np.cos(angles), np.sin(angles))) * rope.output_scale
+    with torch.inference_mode(False):  # what is kept must serve a training step, too
+        return torch.from_numpy(half.astype(np.float32)).to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from whet.config import problems, read_toml
 from whet.errors import UserError
 from whet.files import unwritable_folder
 from whet.model.float8 import use_float8
+from whet.model.precision import multiplies_bf16
 from whet.train import distributed, memory, optim, state
 from whet.train.curves import open_curves
 from whet.train.distributed import Ranks
@@ -152,16 +153,6 @@ def resolve(config: C, ranks: Ranks) -> C:
     if config.precision == "auto" and saved.is_file() and continues(config):
         precision = read_toml(type(config), saved).get("precision", precision)
     return dataclasses.replace(config, precision=precision, micro_batch_size=micro)
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the hardware has bf16 products; elsewhere they are emulated, many times slower."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        if getattr(torch.cpu, probe, lambda: False)():
-            return True
-    return False
 
 
 def check_settings(config: TrainSettings) -> None:
