@@ -13,7 +13,7 @@ from whet.doctor.command import examine
 from whet.doctor.finding import judge, worse
 from whet.generate.cache import Cache
 from whet.model import decoder, kernels
-from whet.stages import sft
+from whet.stages import packed
 
 PACKED = {"packed equals separate: loss", "packed equals separate: gradient"}
 LEAK = "changing a document moves no logit of another"
@@ -120,7 +120,7 @@ def test_gradient_alone_that_is_wrong(subject, monkeypatch):
 
 
 def test_no_gradient_where_nothing_is_trained(subject, monkeypatch):
-    token_loss = sft.token_loss
+    token_loss = packed.token_loss
 
     def detached(model, batch):
         found = token_loss(model, batch)
@@ -128,25 +128,25 @@ def test_no_gradient_where_nothing_is_trained(subject, monkeypatch):
             return found
         return replace(found, loss=model.embed.weight.sum() * 0)
 
-    monkeypatch.setattr(sft, "token_loss", detached)
+    monkeypatch.setattr(packed, "token_loss", detached)
     assert failing(subject, numbers.fused_equals_plain) == {NOTHING}
 
 
 def test_mean_of_micro_batch_means(subject, monkeypatch):
     """The classical mistake: each micro-batch is divided by its own weight."""
-    cut = sft.micro_batches
+    cut = packed.micro_batches
 
     def means(batch, size, count=None):
         micros = cut(batch, size, count)
         return [replace(m, total=max(float(m.weight.sum()), 1.0) * len(micros)) for m in micros]
 
-    monkeypatch.setattr(sft, "micro_batches", means)
+    monkeypatch.setattr(packed, "micro_batches", means)
     assert failing(subject, numbers.micro_batches_agree) == LAYOUT
 
 
 def test_a_lost_micro_batch(subject, monkeypatch):
-    cut = sft.micro_batches
-    monkeypatch.setattr(sft, "micro_batches", lambda *args: cut(*args)[:1])
+    cut = packed.micro_batches
+    monkeypatch.setattr(packed, "micro_batches", lambda *args: cut(*args)[:1])
     assert failing(subject, numbers.micro_batches_agree) == LAYOUT
 
 

@@ -23,8 +23,8 @@ from tests.processes import run_ranks, start, start_ranks, wait
 from whet.cli import main
 from whet.data.batches import global_batch_rows
 from whet.data.store import PackedStore
-from whet.stages import sft
-from whet.stages.sft import batches_of_step
+from whet.stages import packed
+from whet.stages.packed import batches_of_step
 from whet.train.distributed import Ranks
 
 COMPARED = ("model.safetensors", "metrics.jsonl", "ledger.bin", "samples.jsonl")
@@ -172,14 +172,14 @@ def test_random_state_and_every_optimizer(world, tmp_path, monkeypatch, flags):
     """A run that dies in its 15th step, by an error of its own, and is taken up again."""
     flags = RUN | {"max_steps": 24} | flags
 
-    calls, real = iter(range(30)), sft.token_loss
+    calls, real = iter(range(30)), packed.token_loss
 
     def dying(model, batch):
         next(calls)  # two micro-batches a step; the 31st call raises StopIteration
         return real(model, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "token_loss", dying)
+        patch.setattr(packed, "token_loss", dying)
         with pytest.raises(StopIteration):
             main(command(world, tmp_path / "out", **flags))
     assert main([*command(world, tmp_path / "out", **flags), "--resume"]) == 0

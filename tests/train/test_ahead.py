@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from whet.data.batches import map_tensors
 from whet.data.store import PackedStore
-from whet.stages.sft import batches_of_step
+from whet.stages.packed import batches_of_step
 from whet.train.ahead import batches_ahead
 from whet.train.distributed import Ranks
 

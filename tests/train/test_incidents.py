@@ -8,7 +8,7 @@ import pytest
 from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
-from whet.stages import sft
+from whet.stages import packed
 from whet.train.incidents import FACTOR, NEEDED, judge, remember
 from whet.train.stage import Sums
 from whet.train.state import Facts
@@ -50,7 +50,7 @@ def spoiled(real, steps, value):
 
 
 def run(world, out, monkeypatch, steps, value, **flags):
-    monkeypatch.setattr(sft, "token_loss", spoiled(sft.token_loss, steps, value))
+    monkeypatch.setattr(packed, "token_loss", spoiled(packed.token_loss, steps, value))
     flags = {
         "epochs": 20,
         "max_steps": 24,
@@ -96,7 +96,7 @@ def test_replay_passes_over_an_earlier_incident(world, tmp_path, monkeypatch, ca
         assert run(world, out, patch, {2}, float("nan"), save_every=0, max_steps=6) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     capsys.readouterr()
-    monkeypatch.setattr(sft, "token_loss", spoiled(sft.token_loss, {2}, float("nan")))
+    monkeypatch.setattr(packed, "token_loss", spoiled(packed.token_loss, {2}, float("nan")))
     assert main(["replay", str(out), "--step", "5", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["train_loss"] == next(x["train_loss"] for x in lines if x["step"] == 5)

@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
-from whet.stages import sft
+from whet.stages import packed
 from whet.train.state import saved_states
 
 
@@ -104,7 +104,7 @@ def test_out_of_memory_says_what_to_change(world, monkeypatch, capsys):
     def full(model, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(sft, "token_loss", full)
+    monkeypatch.setattr(packed, "token_loss", full)
     assert main(command(world, world / "other", micro_batch_size=4)) == 2
     told = capsys.readouterr().err
     assert "use --micro_batch_size 2 or --recompute selective (and --resume" in told

@@ -13,7 +13,7 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from tests.train.test_incidents import spoiled
 from whet.cli import main
-from whet.stages import sft
+from whet.stages import packed, sft
 from whet.train import incidents, loop, optim, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks
@@ -87,7 +87,7 @@ def test_reading_a_step_later_changes_nothing(tmp_path, monkeypatch):
     flags = {"epochs": 20, "max_steps": 24, "micro_batch_size": 4, "save_every": 4, "clip": 1.0}
     for behind, name in ((0, "now"), (1, "later")):
         with monkeypatch.context() as patch:
-            patch.setattr(sft, "token_loss", spoiled(sft.token_loss, {20, 22}, 1000.0))
+            patch.setattr(packed, "token_loss", spoiled(packed.token_loss, {20, 22}, 1000.0))
             patch.setattr(loop, "steps_behind", lambda device, n=behind: n)
             assert main(command(tmp_path, tmp_path / name, **flags)) == 0
     now, later = tmp_path / "now", tmp_path / "later"

@@ -17,7 +17,7 @@ from whet.doctor.finding import BOUNDS, Finding, judge, worse
 from whet.doctor.subject import DOCUMENTS_PER_ROW, Document, Setting, Subject, alone
 from whet.model.decoder import Transformer
 from whet.model.loss import sft_loss
-from whet.stages import sft
+from whet.stages import packed, sft
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, gradient_norm
 from whet.train.signals import Stop
@@ -76,7 +76,7 @@ def packed_equals_alone(subject: Subject, tell: Tell) -> Iterator[Finding]:
 
 def _packed_half(model: Transformer, batch: Batch, setting: Setting) -> float:
     with autocast(setting.device, setting.dtype):
-        found = sft.token_loss(model, batch)
+        found = packed.token_loss(model, batch)
     (found.loss / batch.total).backward()
     return float(found.loss.detach()) / batch.total
 
@@ -101,7 +101,7 @@ def _no_leak(model: Transformer, batch: Batch, setting: Setting) -> Finding:
     batch = replace(batch, weight=(batch.weight != 0).float())
     leak, moved = 0.0, 0.0
     with autocast(setting.device, setting.dtype):
-        logits, nll = _first_row_logits(model, batch), sft.token_loss(model, batch).nll
+        logits, nll = _first_row_logits(model, batch), packed.token_loss(model, batch).nll
         for number in range(1, DOCUMENTS_PER_ROW + 1):
             inside = batch.segments == number
             other = (batch.tokens + 1 + number) % model.config.vocab_size
@@ -111,7 +111,7 @@ def _no_leak(model: Transformer, batch: Batch, setting: Setting) -> Finding:
             leak = worse(leak, float(change[outside].max()))
             moved = max(moved, float(change[inside[:1]].max()))
             # The training path leaves out what nothing depends on; it is another road.
-            change = (sft.token_loss(model, changed).nll - nll).abs()
+            change = (packed.token_loss(model, changed).nll - nll).abs()
             leak = worse(leak, float(change[~inside].max()))
     if not moved > 0:
         return Finding(
@@ -173,7 +173,7 @@ def _nothing_trained(model: Transformer, batch: Batch, setting: Setting) -> Find
     model.zero_grad(set_to_none=True)
     untrained = replace(batch, weight=torch.zeros_like(batch.weight))
     with autocast(setting.device, setting.dtype):
-        loss = sft.token_loss(model, untrained).loss
+        loss = packed.token_loss(model, untrained).loss
     loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
     size = abs(float(loss.detach())) + float(gradient_norm(list(model.parameters())))
@@ -216,7 +216,8 @@ def _step_half(subject: Subject, micro: int, setting: Setting) -> float:
         micro_batch_size=micro,
     )
     ranks = Ranks(device=setting.device)
-    stage: Stage = sft.make_stage(settings, ranks, subject.model, None, store, None, lineage={})
+    inputs = (subject.model, None, store, None)
+    stage: Stage = packed.packed_stage(settings, ranks, *inputs, lineage={}, header=[])
     stop = Stop(grace_s=0.0)
     micros = to_device(stage.batches(0), ranks.device)
     result = forward_backward(stage, 0, micros, settings, ranks, stop, setting.dtype)

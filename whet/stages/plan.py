@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from whet.config import problems
 from whet.data.batches import Batch
 from whet.errors import UserError
 from whet.model.decoder import Transformer
@@ -271,7 +270,6 @@ def main(config: Config) -> int:
             return 0
         resolved = resolve(dataclasses.replace(config, resume=False), ranks)
         check_settings(resolved)
-        problems(sft.flaws(resolved, ranks))
         plan = make_plan(resolved, ranks.device, ranks.size, config.quiet)
         if config.json:
             rows = {"flagged": plan.flagged, "proposed": plan.proposed}

@@ -6,7 +6,7 @@ is here so that the whole path can be tried on a laptop, and for small models of
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from whet.chat.chat import Chat, load_tokenizer
@@ -20,7 +20,8 @@ from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf.weights import PT
 from whet.progress import track
-from whet.stages import sft
+from whet.stages.opening import describe
+from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
 from whet.train.session import continues, run_stage
 from whet.train.settings import TrainSettings
@@ -161,7 +162,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
         )
     )
     init_weights(model, config.seed)
-    stage = sft.make_stage(
+    return packed_stage(
         config,
         ranks,
         model,
@@ -169,8 +170,8 @@ def build(config: Config, ranks: Ranks) -> Stage:
         store,
         dev,
         lineage={"stage": "pretrain", "data": list(config.data)},
+        header=[("model", f"new: {describe(model)}")],
     )
-    return replace(stage, header=[("model", f"new: {sft.describe(model)}"), *stage.header[1:]])
 
 
 def check(config: Config) -> None:

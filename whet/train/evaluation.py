@@ -60,7 +60,7 @@ class Evaluator:
     dev: PackedStore | None
     chat: Chat | None
     micro_rows: int
-    problems: Sequence[Problem] = ()
+    questions: Sequence[Problem] = ()
     n_samples: int = 3
     quiet: bool = True
     """Show no progress."""
@@ -97,11 +97,11 @@ class Evaluator:
             metrics |= breakdown(
                 inner, self.dev, stop_ids, self.micro_rows, ranks, meeting.look, self.quiet
             )
-        if self.problems and self.chat is not None:
+        if self.questions and self.chat is not None:
             answers = gsm8k_accuracy(
                 inner,
                 self.chat,
-                self.problems,
+                self.questions,
                 rank=share.rank,
                 world_size=share.size,
                 reduce=reduce if share.size > 1 else None,

@@ -1,0 +1,212 @@
+"""A model opened for training: what every stage that starts from a model does in the same way.
+
+Flags and inputs are checked before the weights are read; then model, tokenizer and adapter are
+opened, what is not trained is frozen, and data that do not fit are refused.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
+from whet.config import collected, problems
+from whet.data.store import PackedStore
+from whet.errors import UserError
+from whet.evaluate.dev import misfits
+from whet.hub import check_name, find_model
+from whet.model.decoder import Transformer
+from whet.model.embedding import grow_embedding
+from whet.model.lora.lora import LoRA, apply_lora, quantize_base
+from whet.model.lora.read import base_of, continue_adapter, find_base, is_adapter, tokenizer_home
+from whet.model.lora.trained import read_pattern, select_trainable
+from whet.model.open import load_backbone_from_ckpt
+from whet.tokenizer_files import find_convertible
+from whet.train.distributed import Ranks
+from whet.train.optim import parse_lr_groups
+
+USUAL_ADAPTER_LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be trained."""
+
+    model: Transformer
+    chat: Chat | None
+    lora: LoRA | None
+    """The adapter that is trained in place of the model."""
+    lineage: dict[str, Any]
+    """The base, and the adapter that is trained further."""
+    header: list[tuple[str, str]]
+
+
+def open_for_training(
+    config: Any, ranks: Ranks, found: list[str], data: Mapping[str, PackedStore]
+) -> Opened:
+    """Open `config.model`; `data` are packed files that it must fit, by flag.
+
+    Raises UserError with the problems in `found`, which the stage has met with its own inputs, and
+    those of the flags; and later with all that does not fit the opened model.
+    """
+    quiet = config.quiet or not ranks.first
+    for check, value in ((check_name, config.model), (read_pattern, config.train)):
+        with collected(found):
+            check(value)
+    if config.tokenizer is not None and not config.tokenizer.is_dir():
+        found.append(f"--tokenizer {config.tokenizer}: is no directory")
+    if (local := Path(config.model)).exists():  # else it may have to be fetched first
+        found += unfit_flags(config, ranks, local if is_adapter(local) else None)
+    problems(found)
+    path = find_model(config.model, config.revision, quiet=quiet)
+    adapter = path if is_adapter(path) else None
+    problems(unfit_flags(config, ranks, adapter))
+    base = path if adapter is None else find_base(adapter, quiet=quiet)
+    # A frozen base needs no float32 copy: it is only multiplied, in bf16.
+    halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
+    model = load_backbone_from_ckpt(
+        base, dtype=torch.bfloat16 if halved else torch.float32, quiet=quiet
+    )
+    model.recompute = config.recompute
+    header = [("model", f"{config.model}: {describe(model)}")]
+    chat, new_rows = find_chat(config.tokenizer, path), list[int]()
+    if config.chat_template is not None and chat is not None:
+        chat, new_rows = add_tokens(model, chat, config.chat_template)
+    lora = None
+    with collected(found):
+        lora = choose_trained(
+            model,
+            train=config.train,
+            lora=lora_of(config) if adapter is None else None,
+            adapter=adapter,
+            new_rows=new_rows,
+            four_bits=config.lora_4bit,
+            device=ranks.device,
+            seed=config.seed,
+        )
+        parse_lr_groups(
+            config.lr_groups, [n for n, p in model.named_parameters() if p.requires_grad]
+        )
+    for flag, store in data.items():
+        found += misfits(model, chat, store, flag)
+    problems(found)
+    if lora is not None:
+        header.append(("adapter", adapter_in_words(lora, config.lora_4bit)))
+        if config.lr < USUAL_ADAPTER_LR / 2:
+            usual = "usual for an adapter are 1e-4 to 2e-4: ten times those of all weights"
+            header.append(("note", f"--lr {config.lr:g}: {usual}"))
+    name, revision = base_of(adapter) if adapter else (config.model, config.revision)
+    lineage = {"base": name, "revision": revision}
+    lineage |= {"adapter": str(adapter)} if adapter else {}
+    return Opened(model, chat, lora, lineage, header)
+
+
+def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat, list[int]]:
+    """Give tokenizer and model the control tokens of a template that the base does not know.
+
+    Returns the new chat and the ids whose rows are new.
+    """
+    chat, added = add_chat_tokens(chat, chat_template)
+    if isinstance(model, Transformer):
+        grow_embedding(model, chat.tokenizer.vocab_size)
+    else:
+        model.grow(chat.tokenizer.vocab_size)  # another architecture: foreign.py
+    ids = [chat.tokenizer.backend.token_to_id(token) for token in added]
+    return chat, [i for i in ids if i is not None]
+
+
+def choose_trained(
+    model: Transformer,
+    *,
+    train: str,
+    lora: LoRA | None,
+    adapter: Path | None,
+    new_rows: list[int],
+    four_bits: bool,
+    device: torch.device,
+    seed: int,
+) -> LoRA | None:
+    """Freeze what is not trained; with an adapter everything but it and the new rows.
+
+    `lora` are the settings of a new adapter, `adapter` the directory of one that is trained
+    further. Returns the adapter's settings, or None if the model itself is trained.
+    """
+    if lora is None and adapter is None:
+        select_trainable(model, train)
+        return None
+    if adapter is not None and new_rows:
+        raise UserError(
+            f"{adapter}: an adapter can't be given tokens that it lacks; merge it first: "
+            f"whet export {adapter} --merge --out DIR"
+        )
+    if four_bits:
+        quantize_base(model, device)
+    if adapter is not None:
+        return continue_adapter(model, adapter)
+    assert lora is not None
+    apply_lora(model, lora, new_rows, seed)
+    return lora
+
+
+def lora_of(config: Any) -> LoRA | None:
+    """The adapter's settings, or None if the model itself is trained."""
+    if config.lora_rank is None:
+        return None
+    return LoRA(
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_targets,
+        config.lora_dropout,
+        config.lora_rslora,
+        config.lora_dora,
+    )
+
+
+def unfit_flags(config: Any, ranks: Ranks, adapter: Path | None) -> list[str]:
+    """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
+    found = []
+    if config.lora_4bit and config.shard and ranks.size > 1:
+        found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
+    fields = [f for f in dataclasses.fields(config) if f.name.startswith("lora_")]
+    given = [f.name for f in fields if getattr(config, f.name) != f.default]
+    given = [name for name in given if name != "lora_4bit"]
+    trains_adapter = adapter is not None or config.lora_rank is not None
+    if config.lora_4bit and not trains_adapter:
+        found.append("--lora_4bit: needs an adapter to train; add --lora_rank 16")
+    if config.train != "all" and trains_adapter:
+        found.append("--train and an adapter exclude each other: the base is frozen")
+    if adapter is not None:
+        found += [
+            f"--{name}: {adapter} is trained further, with its own settings; leave this out"
+            for name in given
+        ]
+    elif config.lora_rank is None:
+        found += [f"--{name}: there is no adapter; add --lora_rank 16" for name in given]
+    return found
+
+
+def adapter_in_words(lora: LoRA, four_bits: bool) -> str:
+    """The adapter's settings in one line."""
+    kinds = [("rsLoRA", lora.rslora), ("DoRA", lora.dora), ("on a base in 4 bits", four_bits)]
+    words = [f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.targets}"]
+    words += [f"dropout {lora.dropout:g}"] if lora.dropout else []
+    return ", ".join(words + [word for word, used in kinds if used])
+
+
+def find_chat(directory: Path | None, model: Path) -> Chat | None:
+    """--tokenizer's, or the model's own; a `.pt` has none, and a directory may have none."""
+    home = directory or tokenizer_home(model)
+    has_one = (home / "tokenizer.json").is_file() or find_convertible(home) is not None
+    return load_tokenizer(home) if directory or has_one else None
+
+
+def describe(model: Transformer) -> str:
+    """The model in one line."""
+    count, config = sum(p.numel() for p in model.parameters()), model.config
+    return (
+        f"{count:,} parameters, {config.n_layers} layers of width {config.width}, "
+        f"vocabulary {config.vocab_size:,}"
+    )
