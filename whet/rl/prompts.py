@@ -76,7 +76,7 @@ def load_prompts(
     path: str | Path,
     chat: Chat,
     *,
-    longest: int,
+    longest: int | None = None,
     limit: int | None = None,
     needs_gold: str = "",
     flag: str = "--prompts",
@@ -98,7 +98,7 @@ def load_prompts(
         for unit in units:
             prompt = _prompt(unit, path, chat)
             progress.advance(1)
-            if len(prompt.ids) > longest:
+            if longest is not None and len(prompt.ids) > longest:
                 too_long.append(unit.line)
             else:
                 found.append(prompt)

@@ -10,77 +10,34 @@ gradient is that of SFT with the advantage as each token's weight, and SFT's own
 it. With more updates the ratio to the sampling policy is bounded by `--loss`.
 """
 
-import dataclasses
-import hashlib
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from whet.chat.chat import Chat
-from whet.config import as_toml, collected, problems
 from whet.data.batches import Batch
-from whet.model.hf.weights import saved_as
-from whet.rl import rewards as rewards_
+from whet.generate.engine import evaluating
+from whet.model.lora.lora import without_adapters
 from whet.rl.advantages import Advantage
-from whet.rl.evaluation import PolicyEvaluator
-from whet.rl.policy_loss import USUAL_CLIP, Kind, Normalize, policy_term
-from whet.rl.prompts import Prompts, load_prompts
-from whet.rl.rewards import NEEDS_GOLD, open_rewards, parse_reward
-from whet.rl.rollout_file import RolloutSettings
-from whet.rl.rollouts import Rollouts
-from whet.rl.sampling import SampleSettings, Truncated
+from whet.rl.policy_loss import USUAL_CLIP, Kind, divergence, k3, policy_term
 from whet.stages.opening import open_for_training
-from whet.stages.saving import ModelWriter
-from whet.train.distributed import Ranks
-from whet.train.session import run_stage, total_steps
+from whet.stages.policy import (
+    PolicyInputs,
+    Sampling,
+    policy_flaws,
+    policy_stage,
+    read_prompts,
+)
+from whet.stages.settings import Tuning
+from whet.train.distributed import Ranks, unwrap
+from whet.train.session import run_stage
 from whet.train.settings import TrainSettings
 from whet.train.stage import Documents, Stage, Sums
-
-
-@dataclass(kw_only=True)
-class PolicyInputs(Base):
-    """What a policy in training is asked, and what its replies are worth."""
-
-    prompts: Path
-    """Prompts: JSON lines with prompt, messages or question, and a gold number where a reward
-    needs one."""
-    dev: Path | None = None
-    """Held-out prompts, answered greedily at each evaluation."""
-    dev_limit: int = 200
-    """How many of them."""
-    reward: tuple[str, ...] = ("correct",)
-    """What replies are worth, NAME or NAME=WEIGHT each: correct, format, length, FILE.py:FUNCTION
-    or a reward model's directory."""
-
-
-@dataclass(kw_only=True)
-class Sampling:
-    """How replies are sampled and what becomes of them."""
-
-    group_size: int = 8
-    """Replies sampled for each prompt."""
-    max_new_tokens: int = 256
-    """Longest reply."""
-    temperature: float = 1.0
-    """Of the samples. There is no top-k or top-p: the trained distribution would be another."""
-    truncated: Truncated = "penalty"
-    """Replies cut at --max_new_tokens: penalty lowers their reward by 1, mask does not train them,
-    score takes them as they are."""
-    updates: int = 1
-    """Optimizer steps of a rollout; each trains its own share of the groups. With 1 the trained
-    policy is the one that sampled."""
-    normalize: Normalize = "tokens"
-    """What a loss is divided by: all trained tokens; or each reply's own length; or a constant."""
-    cohort: int = 64
-    """Replies generated together; part of the recipe, so that more ranks sample the same."""
-    reward_seconds: float = 60.0
-    """How long a reward function of yours may take for the replies of a cohort."""
-    keep_rollouts: int = 2
-    """Rollout files kept: the newest so many."""
 
 
 @dataclass(kw_only=True)
@@ -109,22 +66,118 @@ class Config(TrainSettings, Tuning, Sampling, PolicyInputs):
 
 def build(config: Config, ranks: Ranks) -> Stage:
     """Open the prompts, the model and the rewards, and check that they fit together."""
-    found = flaws(config)
+    found = policy_flaws(config)
+    if config.kl and config.shard and ranks.size > 1:
+        found.append("--kl and --shard exclude each other: the reference is a model of each rank")
+    if config.group_size < 2:
+        found.append(f"--group_size {config.group_size}: a group needs at least 2 replies")
     opened = open_for_training(config, ranks, found, {})
-    chat = opened.chat
-    if chat is None:
-        problems([f"--model {config.model}: holds no tokenizer; add --tokenizer DIR"])
-    assert chat is not None
-    quiet = config.quiet or not ranks.first
-    prompts, dev, notes = open_prompts(config, opened.model, chat, quiet)
-    stack = ExitStack()
-    rewards = open_rewards(
-        config.reward,
-        chat,
-        stack,
-        max_new_tokens=config.max_new_tokens,
-        seconds=config.reward_seconds,
-        device=ranks.device,
+    reference = None
+    if config.kl:
+        has_adapter = opened.lora is not None
+        reference = frozen_reference(opened.model, has_adapter, config.temperature)
+    low, high = USUAL_CLIP[config.loss]
+    low = low if config.clip_low is None else config.clip_low
+    high = high if config.clip_high is None else config.clip_high
+    loss = partial(
+        grpo_loss,
+        kind=None if config.updates == 1 else config.loss,
+        low=low,
+        high=high,
+        temperature=config.temperature,
+        kl=config.kl,
+        reference=reference,
     )
-    rollouts = make_rollouts(config, ranks, prompts, rewards, chat, quiet)
-    ...
+    return policy_stage(
+        config,
+        ranks,
+        opened,
+        loss,
+        name="grpo",
+        advantage=config.advantage,
+        refill=config.refill,
+    )
+
+
+def grpo_loss(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    kind: Kind | None,
+    low: float,
+    high: float,
+    temperature: float,
+    kl: float = 0.0,
+    reference: Callable[[nn.Module, Batch], Tensor] | None = None,
+) -> Sums:
+    """The policy loss of a micro-batch, see `whet.rl.policy_loss`; `kind` None is on-policy.
+
+    With `kl` each token adds kl x (ln p - ln p_reference)^2 / 2.
+    """
+    advantage, sampled = batch.extra["advantage"], batch.extra["sampled"]
+    on_policy = kind is None and reference is None
+    found = model(
+        batch.tokens,
+        None,
+        batch.segments,
+        targets=batch.targets,
+        weight=batch.weight * advantage if on_policy else batch.weight,
+        per_token=not on_policy,
+        temperature=temperature,
+        plan=batch.plan,
+    )
+    nll = found.nll.detach()
+    inside = batch.weight != 0
+    count = inside.sum().double()
+    named = {"mismatch": ((sampled - nll).abs().sum().double(), count)}
+    if on_policy:
+        return Sums(found.loss, nll, named)
+    if kind is None:
+        term = advantage * found.nll
+    else:
+        bounds = {"low": low, "high": high, "segments": batch.segments, "weight": batch.weight}
+        part = policy_term(found.nll, sampled, advantage, kind, **bounds)
+        term = part.term
+        named["clipped"] = ((part.clipped * inside).sum().double(), count)
+    if reference is not None:
+        other = reference(model, batch)
+        term = term + kl * divergence(found.nll, other)
+        named["kl"] = (k3(nll, other).sum().double(), count)
+    return Sums((batch.weight * term).sum(), nll, named)
+
+
+def frozen_reference(
+    model: nn.Module, has_adapter: bool, temperature: float
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """(model in training, batch) -> -ln p (B, T) of the model that training begins with.
+
+    Under an adapter that is the base, with the adapter switched off; else a copy of the weights.
+    """
+    copy = None if has_adapter else deepcopy(model).requires_grad_(False).eval()
+
+    def reference(model: nn.Module, batch: Batch) -> Tensor:
+        inner = unwrap(model) if copy is None else copy.to(batch.tokens.device)
+        off = without_adapters(inner) if copy is None else nullcontext()
+        with torch.no_grad(), evaluating(inner), off:
+            found: Any = inner(
+                batch.tokens,
+                None,
+                batch.segments,
+                targets=batch.targets,
+                weight=batch.weight,
+                temperature=temperature,
+                plan=batch.plan,
+            )
+        return found.nll
+
+    return reference
+
+
+def main(config: Config) -> int:
+    """`whet grpo`."""
+    return run_stage(config, "grpo", build)
+
+
+def documents(config: Config) -> Documents:
+    """What the ledger of a run with these settings names."""
+    return read_prompts(config)
