@@ -27,11 +27,12 @@ TEMPLATE = {
     "every reply is trained behind its own prompt",
     "every trained reply ends with a stop token",
 }
-FILE = {"the packed file was made for this model", "the file's trained-token counts are true"}
+MADE_FOR = "the packed file was made for this model"
+COUNTS = "the file's trained-token counts are true"
 SAVED = "saved and loaded: the same logits"
 EXPORT = {"transformers computes the same logits", "transformers tokenises the same"}
 CACHE = "the cache chooses the tokens that no cache would"
-ALL = {*PACKED, LEAK, *FUSED, NOTHING, *LAYOUT, *TEMPLATE, *FILE, SAVED, *EXPORT, CACHE}
+ALL = {*PACKED, LEAK, *FUSED, NOTHING, *LAYOUT, *TEMPLATE, MADE_FOR, COUNTS, SAVED, *EXPORT, CACHE}
 
 
 def found(subject, checks) -> dict[str, str]:
@@ -226,14 +227,17 @@ def test_a_reply_without_its_end(subject, monkeypatch):
     assert failing(subject, templates.certificate) == {"every trained reply ends with a stop token"}
 
 
-def test_a_file_of_another_model(subject, ward, tmp_path):
+@pytest.mark.parametrize("claim", [MADE_FOR, COUNTS])
+def test_a_file_of_another_model_or_with_wrong_counts(subject, ward, tmp_path, claim):
     path = tmp_path / "other.h5"
     path.write_bytes((ward / "train.h5").read_bytes())
     with h5py.File(path, "r+") as file:
-        file.attrs["tokenizer_hash"] = "0" * 64
-        file["loss_tokens"][3] += 1
+        if claim == MADE_FOR:
+            file.attrs["tokenizer_hash"] = "0" * 64
+        else:
+            file["loss_tokens"][3] += 1
     subject.store = PackedStore(path)
-    assert failing(subject, templates.data_fit) == FILE
+    assert failing(subject, templates.data_fit) == {claim}
 
 
 def test_nan_is_never_a_pass():

@@ -32,7 +32,7 @@ def write(path: Path, rows: int = 11, mask: np.ndarray | None = None) -> PackedS
     segments[:, 20:] = 0
     if mask is None:
         mask = numbers.choice([0.0, 0.0, 0.5, 1.0, 2.0], (rows, LENGTH)).astype(np.float32)
-        mask[3] = 0
+        mask[3] = mask[:, 20:] = 0
     with StoreWriter(path, rows, LENGTH, weighted=True) as writer:
         writer.write_rows(tokens, mask, segments)
     return PackedStore(path)

@@ -4,6 +4,7 @@ Damaged bytes are read in a process of their own: they reach the HDF5 library, w
 counted, too.
 """
 
+import json
 import multiprocessing
 import warnings
 from collections import Counter
@@ -36,13 +37,26 @@ def read_all(path: Path) -> None:
     assert rows.tokens.shape == rows.loss_mask.shape == rows.segment_ids.shape
     assert store.loss_tokens.shape == (len(store),)
     store.documents_of(np.array([0]))
-    store.texts("refusals")
+    assert all(row["reason"] for row in store.refusals)
+    assert len(store.scan.documents) == len(store.document_rows)
+
+
+def filled(name, shape, dtype) -> np.ndarray:
+    """Zeros, but for what must not be 0: a document in each row, and the objects of refusals."""
+    values = np.zeros(shape, dtype)
+    if name == "segment_ids" and values.dtype.kind in "iu":
+        values[...] = 1
+    elif values.dtype == DOCUMENT and values.ndim == 1:
+        values["row"], values["length"] = np.arange(len(values)), 3
+    elif values.dtype == object:
+        values[...] = json.dumps({"source": "a", "line": 1, "kind": "b", "reason": "c"})
+    return values
 
 
 @st.composite
 def contents(draw):
     """{name: array} and {name: attribute}, most of them right."""
-    n, length = draw(st.integers(0, 9)) % 4, draw(st.integers(1, 6))
+    n, length = draw(st.integers(0, 9)) % 4, draw(st.sampled_from([1, 3, 3, 3, 6]))
     right = {"tokens": "<i4", "loss_mask": "u1", "segment_ids": "<u2", "loss_tokens": "<f8"}
     arrays = {}
     for name in [*right, "documents", "refusals"]:
@@ -65,7 +79,7 @@ def test_wrong_contents(count, tmp_path):
         path.unlink(missing_ok=True)  # a store that was not let go yet keeps the old file
         with h5py.File(path, "w") as file:
             for name, (shape, dtype) in arrays.items():
-                file.create_dataset(name, shape, dtype)
+                file.create_dataset(name, data=filled(name, shape, dtype))
             for name, value in attrs.items():
                 file.attrs[name] = value
         read_all(path)

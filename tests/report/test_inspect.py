@@ -9,8 +9,9 @@ import pytest
 
 from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
+from whet.data.rows import segment_documents
 from whet.data.store import DOCUMENT, PackedStore, StoreWriter
-from whet.report.read import read_sheet, scan_documents, segment_documents
+from whet.report.read import read_sheet
 
 
 def inspect(*flags):
@@ -83,7 +84,7 @@ def test_the_page(packed, tmp_path, capsys):
 
 def test_documents_are_found_again_from_the_segments(packed):
     store = PackedStore(packed)
-    found = scan_documents(store)
+    found = store.scan.documents
     for name in ("row", "start", "length", "trained"):
         assert found[name].tolist() == store.documents[name].tolist()
 

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.data.store import PackedStore, Rows, shifted_weight
+from whet.data.rows import Rows, shifted_weight
+from whet.data.store import PackedStore
+from whet.data.units import extra_of
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,14 @@ def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def read_batch(store: PackedStore, rows: np.ndarray, *, total: float, epoch: int = 0) -> Batch:
-    """Rows of the file as a `Batch`; `total` is the weight of the step that they belong to."""
-    return make_batch(
-        store.rows(rows), rows, total=total, epoch=epoch, documents=store.document_ids(rows)
-    )
+    """Rows of the file as a `Batch`; `total` is the weight of the step that they belong to.
+
+    Its `extra` are pairs, margins or labels where the file has them: `whet.data.units.extra_of`.
+    """
+    documents = store.document_ids(rows)
+    batch = make_batch(store.rows(rows), rows, total=total, epoch=epoch, documents=documents)
+    extra = {name: torch.from_numpy(values) for name, values in extra_of(store, rows).items()}
+    return dataclasses.replace(batch, extra=extra)
 
 
 def make_batch(

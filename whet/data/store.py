@@ -11,63 +11,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import h5py
 import numpy as np
 
+from whet.data.check import FORMAT_VERSION, REFUSAL, check_file, read_attributes
+from whet.data.rows import DOCUMENT, LARGEST_ID, Rows, Scan, row_weights, scan_rows
 from whet.errors import UserError
-
-FORMAT_VERSION = 1
-DOCUMENT = np.dtype(
-    [
-        ("row", "<i8"),
-        ("start", "<i4"),
-        ("length", "<i4"),
-        ("trained", "<i4"),
-        ("source", "<i4"),
-        ("line", "<i8"),
-        ("part", "<i4"),
-    ]
-)
-"""One document: tokens start..start+length of `row`; `trained` of them have a weight; it was read
-from line `line` (from 1) of `attrs["sources"][source]`; `part` counts the examples of one line."""
 
 PACKED = ("HDF5 file", h5py.is_hdf5)
 """What a new packed file may replace: a `whet.files.Kind`."""
 
-SCAN_ROWS = 1024  # rows that are read at once where the whole file is gone through
-
-
-class Rows(NamedTuple):
-    """Some rows of the file; B is their number, T the context length."""
-
-    tokens: np.ndarray  # (B, T) int32
-    loss_mask: np.ndarray  # (B, T) float32: the loss weight of the token that stands here
-    segment_ids: np.ndarray  # (B, T) int32: 0 padding, 1.. the documents of the row
-
-
-def shifted_weight(loss_mask: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-    """The weight (B, T) float32 with which each place predicts the token after it.
-
-    Place t of a document is trained to say the document's token t+1, with the mask of t+1. The
-    last place of a document predicts nothing: what follows belongs to another document. So the
-    mask of a document's first token has no effect.
-    """
-    weight = np.zeros(loss_mask.shape, np.float32)
-    same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
-    np.multiply(loss_mask[:, 1:], same, out=weight[:, :-1], casting="unsafe")
-    return weight
-
-
-def row_weights(loss_mask: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-    """`loss_tokens` of some rows: (B,) float64 sums of their `shifted_weight`."""
-    return shifted_weight(loss_mask, segment_ids).sum(axis=1, dtype=np.float64)
+SCAN_PLACES = 1 << 20  # places that are read at once where the whole file is gone through
 
 
 class StoreWriter:
@@ -87,7 +48,8 @@ class StoreWriter:
         weighted: bool = False,
         attrs: Mapping[str, Any] | None = None,
     ) -> None:
-        """`weighted`: keep the mask as float32, for weights other than 0 and 1."""
+        """`weighted`: keep the mask as float32, for weights other than 0 and 1. `attrs["kind"]` is
+        a key of KINDS, `text` if there is none."""
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._written = 0
@@ -131,6 +93,10 @@ class StoreWriter:
         """The table of documents, dtype `DOCUMENT`, sorted by row and start."""
         table = self._dataset("documents", documents.shape, DOCUMENT)
         table[...] = documents
+
+    def write_numbers(self, name: str, numbers: np.ndarray) -> None:
+        """`labels` or `scores` of the documents, or `margins` of the pairs, in their order."""
+        self._dataset(name, numbers.shape, "<f4")[...] = numbers
 
     def write_texts(self, name: str, texts: Sequence[str]) -> None:
         """A dataset of texts, for instance one JSON object for each refused line."""
@@ -186,11 +152,13 @@ class PackedStore:
 
     Holds no tokens in memory, only one number per row and, once asked for, the documents table.
     Pickles by its path, so that worker processes open the file for themselves. Raises UserError for
-    a file that is missing, is not HDF5, or does not hold what it should.
+    a file that is missing, is not HDF5, does not hold what it should, or is of none of `kinds`.
+    What only a look at every token can show is checked in one pass, `scan`, when first needed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, kinds: Collection[str] = ("text",)) -> None:
         self.path = Path(path)
+        self._kinds = tuple(kinds)
         if self.path.is_dir():
             raise UserError(f"{path}: is a directory; expected a packed file of `whet prepare`")
         if not self.path.is_file():
@@ -200,14 +168,14 @@ class PackedStore:
         except OSError as error:
             raise UserError(f"{path}: is not a readable HDF5 file ({error})") from None
         with self._undamaged():
-            self.attrs: dict[str, Any] = {k: _attribute(v) for k, v in self._file.attrs.items()}
-            self._check()
+            self.attrs = read_attributes(self._file)
+            check_file(str(self.path), self._file, self.attrs, self._kinds)
         self._tokens: h5py.Dataset = self._file["tokens"]
         self._mask: h5py.Dataset = self._file["loss_mask"]
         self._segments: h5py.Dataset | None = self._file.get("segment_ids")
 
-    def __reduce__(self) -> tuple[type["PackedStore"], tuple[Path]]:
-        return PackedStore, (self.path,)
+    def __reduce__(self) -> tuple[type["PackedStore"], tuple[Path, tuple[str, ...]]]:
+        return PackedStore, (self.path, self._kinds)
 
     def __len__(self) -> int:
         return int(self._tokens.shape[0])
@@ -217,29 +185,32 @@ class PackedStore:
         """T, the places of a row."""
         return int(self._tokens.shape[1])
 
-    @cached_property
+    @property
+    def kind(self) -> str:
+        """What the documents are to each other, a key of KINDS."""
+        return str(self.attrs.get("kind", "text"))
+
+    @property
     def loss_tokens(self) -> np.ndarray:
         """(N,) float64: the summed weight of each row, after the shift of `shifted_weight`."""
-        if "loss_tokens" in self._file:
-            with self._undamaged():
-                return np.asarray(self._file["loss_tokens"][...], np.float64)
-        parts = []
-        for start, rows in self._blocks():
-            wrong = ~(rows.loss_mask >= 0) | np.isinf(rows.loss_mask)
-            if wrong.any():
-                row, place = np.argwhere(wrong)[0]
-                raise UserError(
-                    f"{self.path}: loss_mask[{start + row}, {place}] is "
-                    f"{rows.loss_mask[row, place]:g}; expected finite weights of 0 or more"
-                )
-            parts.append(row_weights(rows.loss_mask, rows.segment_ids))
-        return np.concatenate(parts)
+        return self.scan.weights
+
+    @property
+    def id_range(self) -> tuple[int, int]:
+        """The smallest and the largest token id of all places."""
+        return self.scan.ids
 
     @cached_property
-    def id_range(self) -> tuple[int, int]:
-        """The smallest and the largest token id of all places; reads the whole file."""
-        ends = [(int(rows.tokens.min()), int(rows.tokens.max())) for _, rows in self._blocks()]
-        return min(low for low, _ in ends), max(high for _, high in ends)
+    def scan(self) -> Scan:
+        """What one pass over all rows finds; raises UserError for rows that cannot be trained."""
+        stored = self._file["loss_tokens"][...] if "loss_tokens" in self._file else None
+        return scan_rows(
+            str(self.path),
+            ((rows.start, self._stored(rows)) for rows in self._slices()),
+            vocab_size=self.attrs.get("vocab_size"),
+            weights=stored,
+            documents=self.documents,
+        )
 
     @cached_property
     def documents(self) -> np.ndarray:
@@ -250,17 +221,21 @@ class PackedStore:
             table = self._file["documents"]
             if table.ndim != 1 or table.dtype.names != DOCUMENT.names:
                 raise ValueError("documents is not the table of docs/file_format.md")
-            return np.asarray(table[...], DOCUMENT)
+            found = np.asarray(table[...], DOCUMENT)
+            end = found["start"].astype(np.int64) + found["length"]
+            inside = (found["row"] >= 0) & (found["row"] < len(self)) & (found["start"] >= 0)
+            inside &= (found["length"] > 0) & (end <= self.context_length)
+            if not inside.all():
+                raise ValueError(f"documents[{np.argmin(inside)}] lies outside of the rows")
+            if (np.diff(found["row"]) < 0).any():
+                raise ValueError("documents are not sorted by row")
+            return found
 
     @cached_property
     def document_rows(self) -> np.ndarray:
         """(documents,) the row of each, also where the file has no table of them."""
-        if len(self.documents):
-            return np.ascontiguousarray(self.documents["row"])  # numpy would copy it at each use
-        if self._segments is None:
-            return np.arange(len(self))
-        counts = [rows.segment_ids.max(1) for _, rows in self._blocks()]
-        return np.repeat(np.arange(len(self)), np.concatenate(counts))
+        table = self.documents if len(self.documents) else self.scan.documents
+        return np.ascontiguousarray(table["row"])  # numpy would copy it at each use
 
     def document_ids(self, rows: np.ndarray) -> np.ndarray:
         """The numbers, in `documents`, of the documents of `rows`, row after row."""
@@ -327,11 +302,42 @@ class PackedStore:
         return found
 
     def texts(self, name: str) -> list[str]:
-        """A dataset of texts (`refusals`: a JSON object each); empty if the file has none."""
+        """A dataset of texts; empty if the file has none."""
         if name not in self._file:
             return []
         with self._undamaged():
             return list(self._file[name].asstr()[...])
+
+    @cached_property
+    def refusals(self) -> list[dict[str, Any]]:
+        """What was left out of the file: objects of source, line, kind and reason."""
+        found = []
+        for number, text in enumerate(self.texts("refusals")):
+            with self._undamaged():
+                record = json.loads(text)
+                known = isinstance(record, dict) and all(
+                    isinstance(record.get(k), kind) for k, kind in REFUSAL.items()
+                )
+                if not known:
+                    raise ValueError(f"refusals[{number}] is no object of {', '.join(REFUSAL)}")
+            found.append(record)
+        return found
+
+    def values(self, name: str, documents: int) -> np.ndarray:
+        """A dataset (n,) float32 that has a number for each `documents` documents; NaN: not known.
+
+        All are NaN if the file has none.
+        """
+        n, left = divmod(len(self.document_rows), documents)
+        if left:
+            raise UserError(f"{self.path}: {name} needs {documents} documents each, {left} is over")
+        if name not in self._file:
+            return np.full(n, np.nan, np.float32)
+        with self._undamaged():
+            found = np.asarray(self._file[name][...], np.float32)
+            if found.shape != (n,):
+                raise ValueError(f"{name} has {found.shape} numbers, expected {n}")
+            return found
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> Rows:
         """The rows with these numbers, in this order; a number may occur more than once."""
@@ -351,18 +357,28 @@ class PackedStore:
                     target[run] = values
         return read
 
-    def _blocks(self) -> Iterator[tuple[int, Rows]]:
-        """The whole file in blocks, each with the number of its first row."""
-        for start in range(0, len(self), SCAN_ROWS):
-            yield start, self._read(slice(start, start + SCAN_ROWS))
+    def _slices(self) -> Iterator[slice]:
+        """The rows of the whole file in blocks."""
+        size = max(1, SCAN_PLACES // self.context_length)
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
+
+    def _stored(self, rows: slice) -> Rows:
+        """Rows with the types of the file."""
+        with self._undamaged():
+            tokens, mask = self._tokens[rows], self._mask[rows]
+            if self._segments is None:
+                return Rows(tokens, mask, np.ones(tokens.shape, np.uint8))
+            return Rows(tokens, mask, self._segments[rows])
 
     def _read(self, rows: slice) -> Rows:
-        with self._undamaged():
-            tokens = np.asarray(self._tokens[rows], np.int32)
-            mask = np.asarray(self._mask[rows], np.float32)
-            if self._segments is None:
-                return Rows(tokens, mask, np.ones(tokens.shape, np.int32))
-            return Rows(tokens, mask, np.asarray(self._segments[rows], np.int32))
+        stored = self._stored(rows)
+        for values in (stored.tokens, stored.segment_ids):
+            if not np.can_cast(values.dtype, np.int32) and abs(values).max() > LARGEST_ID:
+                _ = self.scan  # says which
+        tokens, mask, segments = stored
+        cast = (tokens.astype(np.int32, copy=False), mask.astype(np.float32, copy=False))
+        return Rows(*cast, segments.astype(np.int32, copy=False))
 
     @contextmanager
     def _undamaged(self) -> Iterator[None]:
@@ -375,57 +391,3 @@ class PackedStore:
                 f"{self.path}: is damaged or not a packed file ({reason}); copy it again, or "
                 "prepare it again with `whet prepare`"
             ) from None
-
-    def _check(self) -> None:
-        """Refuse what later code would misread."""
-        version = self.attrs.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{self.path}: has format version {version}, this Whet reads {FORMAT_VERSION}; "
-                "prepare it again with `whet prepare`"
-            )
-        self._check_inside()
-        shapes = {}
-        for name, kinds in (("tokens", "iu"), ("loss_mask", "biuf"), ("segment_ids", "iu")):
-            data = self._file.get(name)
-            if data is None and name == "segment_ids":
-                continue
-            if not isinstance(data, h5py.Dataset):
-                raise UserError(f"{self.path}: has no dataset {name!r}; see docs/file_format.md")
-            if data.ndim != 2 or data.dtype.kind not in kinds:
-                raise UserError(
-                    f"{self.path}: {name} must be numbers of shape (rows, context length), "
-                    f"got {data.dtype} of shape {data.shape}"
-                )
-            shapes[name] = data.shape
-        if len(set(shapes.values())) > 1:
-            raise UserError(f"{self.path}: shapes differ: {shapes}")
-        if 0 in shapes["tokens"]:
-            raise UserError(f"{self.path}: holds no rows (shape {shapes['tokens']})")
-        if "loss_tokens" in self._file and self._file["loss_tokens"].shape != shapes["tokens"][:1]:
-            raise UserError(f"{self.path}: loss_tokens must have one number for each row")
-
-    def _check_inside(self) -> None:
-        """Refuse links, and data that lie in other files: a file from a stranger must not read
-        what else is on this machine."""
-        for name in self._file:
-            data = self._file.get(name) if self._is_hard(name) else None
-            if data is None or (
-                isinstance(data, h5py.Dataset) and (data.external or data.is_virtual)
-            ):
-                raise UserError(
-                    f"{self.path}: {name!r} leads out of its place in the file; refused: do not "
-                    "use this file unless you know where it comes from"
-                )
-
-    def _is_hard(self, name: str) -> bool:
-        return isinstance(self._file.get(name, getlink=True), h5py.HardLink)
-
-
-def _attribute(value: Any) -> Any:
-    """An attribute as it was given to `StoreWriter.set_attrs`."""
-    if isinstance(value, bytes):
-        value = value.decode()
-    if isinstance(value, str) and value[:1] in ("{", "["):
-        return json.loads(value)
-    return value.item() if isinstance(value, np.generic) else value

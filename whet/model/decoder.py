@@ -232,10 +232,9 @@ class Transformer(nn.Module):
             plan = share_prefixes(plan, plan.pack(tokens))
         x = self._layers(plan.pack(tokens), plan, plan.trained)
         if self.config.score:
-            with torch.autocast(
-                x.device.type, enabled=False
-            ):  # one row: its rounding is not worth it
-                return _spread(self.score(x.float())[:, 0], plan, weight)
+            with torch.autocast(x.device.type, enabled=False):  # one row: in float32 at no cost
+                scores = F.linear(x.float(), self.score.weight.float())[:, 0]
+                return _spread(scores, plan, weight)
         assert targets is not None
         if per_token:
             return self._token_nll(x, targets, weight, plan, temperature)

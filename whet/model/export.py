@@ -21,28 +21,20 @@ from whet.files import read_json, replaced, unwritable, unwritable_folder
 from whet.hub import find_model
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.hf.checkpoint import file_places, save_model, save_pt
-from whet.model.hf.config import OWN_LAYOUT, to_hf
+from whet.model.hf.checkpoint import (
+    file_places,
+    probe,
+    relative_difference,
+    save_model,
+    save_pt,
+)
+from whet.model.hf.config import CLASSES, OWN_LAYOUT, to_hf
 from whet.model.hf.weights import PT, SaveDtype, saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora
 from whet.model.open import load_backbone_from_ckpt, open_adapter
 from whet.progress import say
 
-GGUF_ARCHITECTURES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "granite": "GraniteForCausalLM",
-}
 _GGUF_NAME = re.compile(
     r"model\.embed_tokens\.weight|model\.norm\.weight|lm_head\.weight"
     r"|model\.layers\.\d+\.(self_attn\.([qkvo]_proj|qkv_proj)|mlp\.(gate|up|down|gate_up)_proj)"
@@ -120,7 +112,7 @@ def _open(path: Path, config: Config) -> Transformer:
     if not (path.is_dir() and adapter.is_adapter(path)):
         if config.merge:
             raise UserError(f"--merge: {config.run} is a whole model, it has no adapter to merge")
-        return load_backbone_from_ckpt(path)
+        return load_backbone_from_ckpt(path, score=None)
     if not config.merge:
         raise UserError(
             f"{config.run}: is an adapter of {adapter.base_of(path)[0]}; it can be used as it is, "
@@ -134,13 +126,9 @@ def _open(path: Path, config: Config) -> Transformer:
 @torch.no_grad()
 def merge_checked(model: Transformer) -> None:
     """Merge the adapter of a float32 `model`. Raises RuntimeError if its logits change."""
-    model.eval()
-    length = min(32, model.config.max_positions)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    before = model(tokens)
+    before = probe(model.eval())
     merge_lora(model)
-    difference = float((model(tokens) - before).norm() / before.norm().clamp(min=1e-12))
+    difference = relative_difference(probe(model), before)
     if not difference <= 1e-4:
         raise RuntimeError(f"merged, the model's logits differ by {difference:.2g} (relative)")
     say(f"merged: the logits differ by {difference:.1g} (relative) from those of base and adapter")
@@ -149,13 +137,13 @@ def merge_checked(model: Transformer) -> None:
 def check_gguf(config: ModelConfig, tokenizer: Path) -> None:
     """Raise UserError if llama.cpp's converter would not know what is written for `config`."""
     values = to_hf(config)
-    expected = GGUF_ARCHITECTURES.get(values["model_type"])
+    expected = CLASSES.get(values["model_type"])
     said = values.get("architectures") or []
     found = []
     if expected is None or expected not in said:
         found.append(
             f"config.json: architectures is {said}, model_type {values['model_type']!r}; "
-            f"the converter expects {expected or 'one of ' + ', '.join(GGUF_ARCHITECTURES)}"
+            f"the converter expects {expected or 'one of ' + ', '.join(CLASSES)}"
         )
     unknown = [n for n in {p.name for p in file_places(config).values()} if not is_gguf_name(n)]
     found += [f"{name}: llama.cpp's converter knows no tensor of this name" for name in unknown]

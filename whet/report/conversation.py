@@ -13,7 +13,7 @@ from whet.chat.conversation import Conversation
 from whet.chat.encode import Encoded, EncodeOptions, Example, encode_chat
 from whet.data.formats import Datum, to_example
 from whet.data.reader import parse, read_units
-from whet.data.store import DOCUMENT
+from whet.data.rows import DOCUMENT
 from whet.errors import UserError
 from whet.report.pieces import token_texts, visible
 from whet.report.sheet import Sheet

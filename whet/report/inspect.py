@@ -59,10 +59,11 @@ def main(config: Config) -> None:
         else:
             _print(conversation_lines(shown, choose_ink()))
         return
+    from whet.data.check import KINDS
     from whet.data.store import PackedStore
     from whet.report.read import read_sheet
 
-    store = PackedStore(_required(config.file))
+    store = PackedStore(_required(config.file), KINDS)
     first, end = _range(config, len(store))
     sheet = read_sheet(store, first, end, config.tokenizer)
     if config.html:

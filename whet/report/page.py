@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from whet.data.account import SourceAccount, totals
-from whet.data.store import DOCUMENT
+from whet.data.rows import DOCUMENT
 from whet.report.figures import fills_figure, lengths_figure
 from whet.report.sheet import Sheet, short_names
 

@@ -1,6 +1,5 @@
 """A packed file -> a Sheet."""
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,16 +10,13 @@ from whet.chat.certificate import REASONS
 from whet.chat.conversation import place
 from whet.data.account import SourceAccount, totals
 from whet.data.left_out import TOLD
-from whet.data.store import DOCUMENT, PackedStore
+from whet.data.store import PackedStore
 from whet.errors import UserError
-from whet.progress import track
 from whet.report.pieces import token_texts
 from whet.report.sheet import LeftOut, Sheet
 
 if TYPE_CHECKING:
     from whet.chat.tokenizer import Tokenizer
-
-SCAN_ROWS = 1024  # rows that are read at once where a file has no table of documents
 
 
 def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None) -> Sheet:
@@ -32,7 +28,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         last = len(store) - 1
         raise UserError(f"{store.path}: has rows 0 to {last:,}, asked for {first:,} to {end - 1:,}")
     rows = store.rows(range(first, end))
-    documents = store.documents if len(store.documents) else scan_documents(store)
+    documents = store.documents if len(store.documents) else store.scan.documents
     shown = documents[np.searchsorted(documents["row"], first) :]
     shown = shown[: np.searchsorted(shown["row"], end)].copy()
     shown["row"] -= first
@@ -57,35 +53,6 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         left_out=left_out,
         left_out_counts=_left_out_counts(accounts),
     )
-
-
-def scan_documents(store: PackedStore) -> np.ndarray:
-    """The documents of a file without a table of them, from its segments; sources unknown."""
-    parts = []
-    with track("Reading rows", len(store), "rows") as progress:
-        for start in range(0, len(store), SCAN_ROWS):
-            indices = range(start, min(start + SCAN_ROWS, len(store)))
-            rows = store.rows(indices)
-            parts.append(segment_documents(rows.segment_ids, rows.loss_mask))
-            parts[-1]["row"] += start
-            progress.advance(len(indices))
-    return np.concatenate(parts)
-
-
-def segment_documents(segments: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The runs of equal, non-zero `segments` (B, T) as a table of documents."""
-    n_rows, width = segments.shape
-    begins = np.ones(segments.shape, bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    start = np.flatnonzero(begins)
-    trained = np.concatenate([[0], np.cumsum(mask.reshape(-1) != 0)])
-    end = np.append(start[1:], n_rows * width)
-    found = np.zeros(len(start), DOCUMENT)
-    found["row"], found["start"] = np.divmod(start, width)
-    found["length"] = end - start
-    found["trained"] = trained[end] - trained[start]
-    found["source"] = -1
-    return found[segments.reshape(-1)[start] != 0]
 
 
 def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | None", str]:
@@ -117,6 +84,8 @@ def _facts(store: PackedStore) -> dict[str, str]:
     """What the file records of its making, hashes shortened for reading."""
     settings = store.attrs.get("settings", {})
     facts = {name: str(settings[name]) for name in ("date", "seed", "train_on") if name in settings}
+    if store.kind != "text":
+        facts["kind"] = store.kind
     if template := store.attrs.get("template_hash"):
         facts["template"] = str(template)[:12]
     return facts
@@ -131,8 +100,7 @@ def _accounts(store: PackedStore) -> list[SourceAccount]:
 def _left_out(store: PackedStore) -> list[LeftOut]:
     """The records of `whet.data.left_out`, without the place that their reasons begin with."""
     found = []
-    for text in store.texts("refusals"):
-        record = json.loads(text)
+    for record in store.refusals:
         source, line = record["source"], record["line"]
         reason = record["reason"].removeprefix(f"{place(source, line)}: ")
         found.append(LeftOut(source, line, reason))

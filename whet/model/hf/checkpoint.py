@@ -4,9 +4,10 @@ Nothing is forgiven in silence: a weight that is missing, left over or misshaped
 is saved is opened again and compared with what was meant to be saved, before it takes its name.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -230,19 +231,30 @@ def verify_saved(
     for name, value in again.state_dict().items():
         if not torch.equal(state[name].to(dtype or value.dtype).to(value.dtype), value):
             raise RuntimeError(f"{path}: {name} was saved, but read back it differs")
-    tokens = torch.randint(
-        config.vocab_size,
-        (1, min(32, config.max_positions)),
-        generator=torch.Generator().manual_seed(0),
-    ).to(device)
-    expected, found = before(tokens).float(), again(tokens).float()
-    difference = float((expected - found).norm() / expected.norm().clamp(min=1e-12))
+    difference = relative_difference(probe(again), probe(before))
     allowed = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(dtype or own_dtype, 1e-5)
     if not difference <= allowed:
         raise RuntimeError(
             f"{path}: read back, its logits differ by {difference:.2g} (relative); "
             f"allowed are {allowed}"
         )
+
+
+@torch.no_grad()
+def probe(model: Transformer) -> Tensor:
+    """The logits, or scores, of 32 seeded tokens in float32, by which two models are compared."""
+    size = (1, min(32, model.config.max_positions))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, size, generator=generator)
+    tokens = tokens.to(model.embed.weight.device)
+    if model.config.score:
+        return cast(Tensor, model(tokens, weight=torch.ones_like(tokens, dtype=torch.float32)))
+    return cast(Tensor, model(tokens)).float()
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, over all numbers at once."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def _plain_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -293,6 +305,7 @@ def _write_configs(
 ) -> None:
     values = _config_json(config, dtype)
     if chat is not None:
+        chat = _with_padding(chat) if config.score else chat
         stops = list(chat.stop_ids)
         ids = {
             "bos_token_id": chat.tokenizer.bos_id,
@@ -304,3 +317,18 @@ def _write_configs(
         chat.save(directory)
     write_json(directory / "config.json", values)
     write_json(directory / "whet.json", lineage)
+
+
+def _with_padding(chat: Chat) -> Chat:
+    """`chat` with a padding token that ends no conversation.
+
+    transformers reads the score of a conversation at the last token that is not the padding one: a
+    stop token that also pads, as in many base models, would never be read.
+    """
+    tokenizer = chat.tokenizer
+    wished = [tokenizer.pad_id, tokenizer.id_of("unk_token"), tokenizer.bos_id]
+    others = [*tokenizer.added.values(), *range(tokenizer.vocab_size)]
+    ids = (i for i in (*wished, *others) if i is not None and i not in chat.stop_ids)
+    texts = (text for i in ids if (text := tokenizer.backend.id_to_token(i)) is not None)
+    named = {**tokenizer.named, "pad_token": next(texts)}
+    return dataclasses.replace(chat, tokenizer=dataclasses.replace(tokenizer, named=named))

@@ -1,0 +1,34 @@
+"""Units: the documents of a row that belong together, and what the data say of them."""
+
+import numpy as np
+
+from whet.data.store import PackedStore
+
+
+def extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What the kind of a packed file adds to a batch of `rows`, float32; of `text` nothing.
+
+    A row of `preferences` holds whole pairs: documents 2p + 1 and 2p + 2 are the chosen and the
+    rejected reply of its pair p (from 0). `pairs` (B, P) is 1 where the row has that pair and
+    `margins` (B, P) is by how much the chosen one is better, 0 where the data do not say.
+    Of `labels`, `labels` (B, S + 1) is 1 for a good document, -1 for a bad one and 0 where there is
+    none: column s is document s of the row, column 0 the padding.
+    """
+    if store.kind == "text":
+        return {}
+    ids = store.document_ids(rows)
+    first, end = (np.searchsorted(store.document_rows, rows, side) for side in ("left", "right"))
+    row = np.repeat(np.arange(len(rows)), end - first)
+    nth = ids - first[row]  # of its row
+    most = int(nth.max(initial=-1)) + 1
+    if store.kind == "labels":
+        labels = np.zeros((len(rows), most + 1), np.float32)
+        labels[row, nth + 1] = np.where(store.values("labels", 1)[ids] > 0, 1, -1)
+        return {"labels": labels}
+    stored = store.values("margins", 2)
+    pairs, margins = np.zeros((2, len(rows), most // 2), np.float32)
+    chosen = nth % 2 == 0
+    place = row[chosen], nth[chosen] // 2
+    pairs[place] = 1
+    margins[place] = np.nan_to_num(stored[ids[chosen] // 2])
+    return {"pairs": pairs, "margins": margins}
