@@ -65,7 +65,10 @@ def write_rollout(
     """
     parts = _parts(groups, prompts, settings)
     length = max(SHORTEST_ROW, *(len(d.ids) for part in parts for d in part.documents))
-    packings = [pack([len(d.ids) for d in part.documents], length, settings.seed) for part in parts]
+    packings = [
+        pack(np.array([len(d.ids) for d in part.documents]), length, settings.seed)
+        for part in parts
+    ]
     ends = np.cumsum([packing.n_rows for packing in packings]).tolist()
     shape = (ends[-1], length)
     tokens, segments = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
@@ -150,7 +153,7 @@ class Rollout:
         """Raises UserError if the file is missing, damaged or no rollout."""
         self.number = number
         self.store = PackedStore(path, kinds=("rollout",))
-        self.logp = self.store.places("logp")
+        self.logp = self.store.of_places("logp")
         """(rows, T) float32."""
         self.advantages = self.by_segment(self.store.values("advantages", 1))
         """(rows, S + 1) float32, of the documents of each row; column 0, the padding's, is 0."""

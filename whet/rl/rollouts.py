@@ -120,8 +120,8 @@ class Rollouts:
                 self._write(path, groups[: len(chosen)])
             except UserError as error:
                 errors = [str(error)]
-        if error := from_first(errors, ranks, ranks.background)[0]:
-            raise UserError(error)
+        if failed := from_first(errors, ranks, ranks.background)[0]:
+            raise UserError(failed)
         self._report(metrics)
         return metrics
 
@@ -199,10 +199,8 @@ class Rollouts:
         return self.prompts.find(file, line)
 
     def _prompts_of(self, rollout: Rollout) -> np.ndarray:
-        """(rows, S + 1) the prompt of each document of a rollout."""
-        number_of = {prompt.line: i for i, prompt in enumerate(self.prompts.prompts)}
-        lines = rollout.store.documents["line"].tolist()
-        return rollout.by_segment(np.array([number_of[line] for line in lines]))
+        """(rows, S + 1) the line of each document's prompt."""
+        return rollout.by_segment(rollout.store.documents["line"])
 
 
 def numbers_of(groups: Sequence[Sequence[Sample]], asked: int) -> dict[str, float]:

@@ -25,13 +25,13 @@ from whet.generate.engine import evaluating
 from whet.model.lora.lora import without_adapters
 from whet.rl.advantages import Advantage
 from whet.rl.policy_loss import USUAL_CLIP, Kind, divergence, k3, policy_term
+from whet.rl.prompts import Prompts
 from whet.stages.opening import open_for_training
 from whet.stages.policy import (
     PolicyInputs,
     Sampling,
     policy_flaws,
     policy_stage,
-    read_prompts,
 )
 from whet.stages.settings import Tuning
 from whet.train.distributed import Ranks, unwrap
@@ -135,8 +135,16 @@ def grpo_loss(
     if kind is None:
         term = advantage * found.nll
     else:
-        bounds = {"low": low, "high": high, "segments": batch.segments, "weight": batch.weight}
-        part = policy_term(found.nll, sampled, advantage, kind, **bounds)
+        part = policy_term(
+            found.nll,
+            sampled,
+            advantage,
+            kind,
+            low=low,
+            high=high,
+            segments=batch.segments,
+            weight=batch.weight,
+        )
         term = part.term
         named["clipped"] = ((part.clipped * inside).sum().double(), count)
     if reference is not None:
@@ -156,10 +164,10 @@ def frozen_reference(
     copy = None if has_adapter else deepcopy(model).requires_grad_(False).eval()
 
     def reference(model: nn.Module, batch: Batch) -> Tensor:
-        inner = unwrap(model) if copy is None else copy.to(batch.tokens.device)
+        inner: Any = unwrap(model) if copy is None else copy.to(batch.tokens.device)
         off = without_adapters(inner) if copy is None else nullcontext()
         with torch.no_grad(), evaluating(inner), off:
-            found: Any = inner(
+            found = inner(
                 batch.tokens,
                 None,
                 batch.segments,
@@ -180,4 +188,4 @@ def main(config: Config) -> int:
 
 def documents(config: Config) -> Documents:
     """What the ledger of a run with these settings names."""
-    return read_prompts(config)
+    return Prompts(config.prompts, [])

@@ -14,7 +14,6 @@ from whet.chat.chat import Chat
 from whet.config import as_toml, collected, problems
 from whet.data.batches import Batch
 from whet.errors import UserError
-from whet.hub import find_model
 from whet.model.hf.weights import saved_as
 from whet.rl import rewards
 from whet.rl.advantages import Advantage
@@ -25,7 +24,7 @@ from whet.rl.rewards import NEEDS_GOLD, open_rewards, parse_reward
 from whet.rl.rollout_file import RolloutSettings
 from whet.rl.rollouts import Rollouts
 from whet.rl.sampling import SampleSettings, Truncated
-from whet.stages.opening import Opened, find_chat
+from whet.stages.opening import Opened
 from whet.stages.saving import ModelWriter
 from whet.stages.settings import Base
 from whet.train.distributed import Ranks
@@ -80,21 +79,11 @@ def policy_flaws(config: Any) -> list[str]:
     found = rewards.flaws(config.reward)
     for flag, path in (("--prompts", config.prompts), ("--dev", config.dev)):
         if path is not None and not path.is_file():
-            found.append(
-                f"{flag} {path}: no such file; expected JSON lines with prompt or question"
-            )
+            found.append(f"{flag} {path}: no such file; expected JSON lines of prompts")
     for name in ("temperature", "max_new_tokens", "updates", "cohort", "dev_limit"):
         if not 0 < getattr(config, name) < math.inf:
             found.append(f"--{name} {getattr(config, name)}: expected a number above 0")
     return found
-
-
-def read_prompts(config: Any) -> Prompts:
-    """The prompts of a run with these settings, as its ledger names them."""
-    path = find_model(config.model, config.revision, quiet=True)
-    chat = find_chat(config.tokenizer, path)
-    assert chat is not None, "the run had a tokenizer"
-    return load_prompts(config.prompts, chat)
 
 
 def policy_stage(
