@@ -130,7 +130,7 @@ def open_rewards(
             score = stack.enter_context(PythonReward(name, seconds))
         else:
             score = reward_model(name, chat, device, precision)
-        found.append(Reward(Path(name).name, weight, score))
+        found.append(Reward(Path(name).name.rpartition(":")[2], weight, score))
     return found
 
 

@@ -69,6 +69,9 @@ def build(config: Config, ranks: Ranks) -> Stage:
     found = policy_flaws(config)
     if config.kl and config.shard and ranks.size > 1:
         found.append("--kl and --shard exclude each other: the reference is a model of each rank")
+    for name in ("kl", "clip_low", "clip_high"):
+        if (getattr(config, name) or 0.0) < 0:
+            found.append(f"--{name} {getattr(config, name)}: expected 0 or more")
     if config.group_size < 2:
         found.append(f"--group_size {config.group_size}: a group needs at least 2 replies")
     opened = open_for_training(config, ranks, found, {})
