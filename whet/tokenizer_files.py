@@ -263,20 +263,16 @@ def _score_merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> lis
     return [pair for _, pair in sorted(found, key=lambda item: -item[0])]
 
 
-def with_ends(converted: Converted, named: dict[str, str], config: dict[str, Any]) -> str:
-    """The text of the tokenizer.json that also puts bos and eos around a whole text.
-
-    Whether it does stands in `config`, the tokenizer_config.json, under add_bos_token and
-    add_eos_token. `named` are the special tokens as the directory has them.
-    """
-    backend = tokenizers.Tokenizer.from_str(converted.json_text)
+def add_ends(backend: tokenizers.Tokenizer, named: dict[str, str], config: dict[str, Any]) -> None:
+    """Have `backend` put bos and eos around a whole text where `config`, the tokenizer_config.json,
+    says so under add_bos_token and add_eos_token. `named` are the directory's special tokens."""
     ends = []
     for name in ("bos_token", "eos_token"):
         text = named.get(name) if config.get(f"add_{name}") else None
         token = None if text is None else backend.token_to_id(text)
         ends.append(None if token is None else (text, token))
     if not any(ends):
-        return converted.json_text
+        return
     (bos, eos), known = ends, [end for end in ends if end]
 
     def around(text: str, type_id: int) -> list[str]:
@@ -286,4 +282,3 @@ def with_ends(converted: Converted, named: dict[str, str], config: dict[str, Any
     backend.post_processor = processors.TemplateProcessing(
         single=around("A", 0), pair=[*around("A", 0), *around("B", 1)], special_tokens=known
     )
-    return str(backend.to_str())

@@ -74,7 +74,7 @@ def test_a_file_of_tokens_and_mask_only(ward, tmp_path):
     ("flags", "told"),
     [
         (["--layers", "0", "--row_tokens", "3"], ["--layers 0", "--row_tokens 3"]),
-        (["--json", "/no/such/folder/x.json"], ["its folder does not exist"]),
+        (["--json", "/no/such/folder/x.json"], ["its folder /no/such/folder does not exist"]),
         (["--json", "/proc/x.json"], ["--json /proc/x.json: cannot be written"]),
         (["--json", "."], ["--json .: is a directory"]),
         (["--data", "missing.h5"], ["no such file"]),

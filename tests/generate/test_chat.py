@@ -159,14 +159,14 @@ def test_one_line_that_fails_or_is_stopped_does_not_end_the_talk(capsys) -> None
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "-1"], "--temperature -1.0: expected a number of 0 or more"),
-        (["--temperature", "nan"], "--temperature nan: expected a number of 0 or more"),
-        (["--temperature", "inf"], "--temperature inf: expected a number of 0 or more"),
+        (["--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
+        (["--temperature", "nan"], "--temperature nan: expected 0 or more"),
+        (["--temperature", "inf"], "--temperature inf: expected 0 or more"),
         (["--seed", "-1", "--temperature", "1"], "--seed -1: expected 0 or more"),
-        (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5: expected a probability"),
-        (["--top_k", "0", "--temperature", "1"], "--top_k 0: expected at least 1"),
+        (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5: expected a number from 0 to 1"),
+        (["--top_k", "0", "--temperature", "1"], "--top_k 0: expected 1 or more"),
         (["--top_k", "3"], "--top_k and --top_p need a --temperature above 0"),
-        (["--max_new_tokens", "0"], "--max_new_tokens 0: expected at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: expected 1 or more"),
         (["--raw", "--system", "x"], "--system belongs to a conversation; --raw has none"),
     ],
 )

@@ -19,6 +19,7 @@ from whet.chat.dialect import Dialect
 from whet.chat.template import ChatTemplate
 from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer, write_text
 from whet.errors import UserError
+from whet.files import read_text
 
 BUILT_IN = ("plain", "chatml")
 CONTROL_LITERAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>")
@@ -31,7 +32,7 @@ def find_template(name: str) -> ChatTemplate:
         raise UserError(
             f"--chat_template {name}: no such file, and not one of {', '.join(BUILT_IN)}"
         )
-    return ChatTemplate(file.read_text(encoding="utf-8"), str(name))
+    return ChatTemplate(read_text(file), str(name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,10 +148,10 @@ def _own_templates(
             "another with --chat_template"
         )
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = file.read_text(encoding="utf-8")
+        found[file.stem] = read_text(file)
     file = folder / "chat_template.jinja"
     if file.is_file():
-        found["default"] = file.read_text(encoding="utf-8")
+        found["default"] = read_text(file)
     if found and "default" not in found:
         raise UserError(
             f"{folder}: has the chat templates {', '.join(found)}, but none is called default; "

@@ -11,10 +11,8 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -27,7 +25,7 @@ from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import BlockEncoder
 from whet.data.formats import FORMATS
 from whet.data.left_out import LeftOut, fates, notes, stop_at_refusals
-from whet.data.mixing import KEPT, Overlong, select
+from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
 from whet.data.reader import Source, check_path, parse_sources, read_blocks
 from whet.data.spool import Spool
@@ -35,57 +33,12 @@ from whet.data.store import PACKED
 from whet.data.writing import Encoded, write_packed
 from whet.errors import UserError
 from whet.files import nearest, unwritable
+from whet.flags.prepare import Config
 from whet.hub import check_name, find_model
 from whet.progress import say, track
 
 SMALL_BYTES = 8 << 20
 """Below this size of all input, starting worker processes takes longer than they save."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Make packed rows with loss masks of conversations."""
-
-    data: tuple[str, ...] = ()
-    """Files (.jsonl, .json, .parquet, .txt, each also .gz or .zst) or hub data sets
-    NAME[@CONFIG][#SPLIT]. FILE:WEIGHT uses its conversations WEIGHT times (0.5: a random half)."""
-    tokenizer: str = ""
-    """Model or tokenizer directory, or Hub name, of the model that is to be trained."""
-    out: str = "data/sft_packed.h5"
-    """The packed file that is written."""
-    context_length: int = 1024
-    """Places of a row: the longest example that the model sees whole."""
-    dev_out: str | None = None
-    """Packed file of the conversations that are held out for the dev loss."""
-    dev_fraction: float = 0.0
-    """Share of the conversations that go to --dev_out; the same opening keeps them together."""
-    format: str | None = None
-    """messages, sharegpt, alpaca, prompt_completion, dolly, gsm8k, text or tokenised; by default
-    recognised by the fields of each record."""
-    overlong: Overlong = "drop"
-    """Examples longer than a row: stop, leave out, or end after the last turn that fits whole."""
-    bad_lines: Literal["error", "drop"] = "error"
-    """Lines that cannot be read: tell them and stop, or leave them out, counted and recorded."""
-    uncertain: Literal["error", "drop"] = "error"
-    """The same for conversations without a provably right loss mask."""
-    decontaminate: tuple[str, ...] = ()
-    """Evaluation files; conversations that share a question with them are left out."""
-    chat_template: str | None = None
-    """plain, chatml or a template file instead of the tokenizer's own."""
-    train_on: Literal["all", "last"] = "all"
-    """Train every assistant turn, or the last one only."""
-    rewritten_turns: Literal["split", "last", "error"] = "split"
-    """Where the template rewrites earlier turns: an example each, the last turn only, or stop."""
-    special_in_content: Literal["escape", "error", "allow"] = "escape"
-    """Control tokens in somebody's text: encode as plain text, refuse, or let them through."""
-    template_kwargs: str | None = None
-    """Further variables for the template as a JSON object, such as '{"enable_thinking": false}'."""
-    date: str | None = None
-    """The date that the template is told, as 2025-12-31; today by default."""
-    seed: int = 0
-    """Fixes the dev part, the mixture and the order of the rows."""
-    workers: int | None = None
-    """Processes; all cores by default, 0 for none."""
 
 
 def main(config: Config) -> int:

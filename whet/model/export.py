@@ -7,17 +7,16 @@ every name of a tensor; its tables (`gguf-py/gguf/tensor_mapping.py`) gave the n
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from tyro.conf import Positional
 
 from whet.chat.chat import Chat, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
-from whet.files import read_json, replaced, unwritable, unwritable_folder
+from whet.files import PT, read_json, replaced, unwritable, unwritable_folder
+from whet.flags.export import Config
 from whet.hub import find_model
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
@@ -29,7 +28,7 @@ from whet.model.hf.checkpoint import (
     save_pt,
 )
 from whet.model.hf.config import CLASSES, OWN_LAYOUT, to_hf
-from whet.model.hf.weights import PT, SaveDtype, saved_as
+from whet.model.hf.weights import saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora
 from whet.model.open import load_backbone_from_ckpt, open_adapter
@@ -46,26 +45,6 @@ _GGUF_NAME = re.compile(
     r"\.(weight|bias)"
 )
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json")
-
-
-@dataclass
-class Config:
-    """Write a model for other tools."""
-
-    run: Positional[str]
-    """Run folder, model directory, adapter, `.pt` file or Hub name."""
-    out: Path
-    """What to write: a directory, or for `--to pt` a file."""
-    to: Literal["hf", "pt", "gguf-ready"] = "hf"
-    """hf: a model directory; pt: one file; gguf-ready: a directory that llama.cpp converts."""
-    merge: bool = False
-    """Fold an adapter into its base; the result is a whole model."""
-    dtype: SaveDtype = "same"
-    """Precision of the written weights; same: that of the model, of an adapter its base's."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; default: the model's own."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub name."""
 
 
 def main(config: Config) -> int:

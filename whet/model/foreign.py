@@ -22,7 +22,7 @@ from whet.errors import UserError
 from whet.files import read_json
 from whet.model.attention import KVCache
 from whet.model.decoder import TokenLoss
-from whet.model.loss import linear_cross_entropy
+from whet.model.loss import linear_cross_entropy, linear_nll, linear_probability
 from whet.progress import say
 
 Way = Literal["positions", "mask", "alone"]
@@ -120,6 +120,9 @@ class ForeignModel(nn.Module):
         *,
         targets: Tensor | None = None,
         weight: Tensor | None = None,
+        per_token: bool = False,
+        temperature: float = 1.0,
+        watch: int | None = None,
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
         plan: Any = None,
@@ -139,18 +142,25 @@ class ForeignModel(nn.Module):
         assert weight is not None, "targets need weights"
         where = weight.flatten().nonzero()[:, 0]
         head = self.inner.get_output_embeddings()
-        loss, nll = linear_cross_entropy(
-            hidden.flatten(0, 1)[where],
-            head.weight,
-            targets.flatten()[where],
-            weight.flatten()[where],
-            bias=getattr(head, "bias", None),
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-        )
-        return TokenLoss(
-            loss, weight.new_zeros(weight.numel()).index_put((where,), nll).view_as(weight)
-        )
+        cap = self.softcap
+        shape: dict[str, Any] = {
+            "bias": getattr(head, "bias", None),
+            "softcap": None if cap is None else cap / temperature,
+            "logit_scale": self.logit_scale / temperature,
+        }
+        inputs = (hidden.flatten(0, 1)[where], head.weight, targets.flatten()[where])
+
+        def spread(values: Tensor) -> Tensor:
+            return weight.new_zeros(weight.numel()).index_put((where,), values).view_as(weight)
+
+        if watch is not None:
+            nll, watched = linear_probability(*inputs, watch, **shape)
+            return TokenLoss((weight * spread(nll)).sum(), spread(nll), spread(watched))
+        if per_token:
+            found = spread(linear_nll(*inputs, **shape))
+            return TokenLoss((weight * found).sum(), found)
+        loss, nll = linear_cross_entropy(*inputs, weight.flatten()[where], **shape)
+        return TokenLoss(loss, spread(nll))
 
     def _hidden(self, tokens: Tensor, segments: Tensor) -> Tensor:
         """tokens (B, T) -> hidden states (B, T, D), each document as if it were alone."""

@@ -62,12 +62,21 @@ class PolicyEvaluator:
             right = int(sum(row[5] for row in rows))
             low, high = wilson(right, n)
             metrics |= {"dev_accuracy": right / n, "dev_low": low, "dev_high": high}
+        words = f"held-out reward {metrics['dev_reward']:.4g}"
+        if "dev_accuracy" in metrics:
+            words += f", {right} of {n} right (95 % interval {low:.1%} to {high:.1%})"
+        words += f", {metrics['dev_reply_tokens']:.0f} tokens a reply"
+        if metrics["dev_truncated"]:
+            words += f", {metrics['dev_truncated']:.0%} cut at --max_new_tokens"
         samples = [self._sample(answer) for answer in answers[: self.n_samples]]
-        return Evaluation(metrics, samples if ranks.first else [])
+        return Evaluation(metrics, samples if ranks.first else [], words)
 
     def _answers(self, model: Any, numbers: Sequence[int], meeting: Meeting) -> list[Answer]:
         assert self.dev is not None
-        with track("Answering", total=len(numbers), unit="prompts", quiet=self.quiet) as progress:
+        with (
+            meeting.after_forwards(model),
+            track("Answering", total=len(numbers), unit="prompts", quiet=self.quiet) as progress,
+        ):
             replies = sample(
                 model,
                 [self.dev.prompts[i].ids for i in numbers],
@@ -77,7 +86,6 @@ class PolicyEvaluator:
                 temperature=0.0,
                 batch_size=BATCH,
                 progress=progress,
-                between=meeting.look,
             )
         return [
             answer_of(self.dev, i, reply, self.chat)

@@ -25,11 +25,12 @@ import torch
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.packing import pack
 from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+from whet.flags.choices import Advantage, Normalize, Truncated
 from whet.model.attention import plan_documents
-from whet.rl.advantages import Advantage, group_advantages
-from whet.rl.policy_loss import Normalize, token_weights
+from whet.rl.advantages import group_advantages
+from whet.rl.policy_loss import token_weights
 from whet.rl.prompts import Prompts
-from whet.rl.sampling import Sample, Truncated
+from whet.rl.sampling import Sample
 from whet.train.distributed import Ranks
 
 ROWS = 1 << 20

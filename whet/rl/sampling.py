@@ -6,14 +6,15 @@ and a draw fall between the two. So the sequences of a rollout are cut into fixe
 groups; a cohort is generated in one call on one rank, wherever that is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from whet.chat.chat import Chat
 from whet.errors import UserError
+from whet.flags.choices import Truncated
 from whet.generate.engine import Reply, sample
 from whet.progress import Progress, track
 from whet.rl.prompts import Prompts
@@ -21,7 +22,6 @@ from whet.rl.rewards import Answer, Reward, total_rewards
 from whet.train.distributed import Ranks, gather
 from whet.train.evaluation import Meeting
 
-Truncated = Literal["score", "penalty", "mask"]
 PENALTY = 1.0
 """What a cut reply loses under `--truncated penalty`."""
 
@@ -74,12 +74,13 @@ def sample_groups(
     found = dict[int, list[list[Sample]]]()
     errors = list[str]()
     n_mine = sum(len(cohorts[c]) for c in mine) * size
-    with track(f"Rollout {rollout + 1}", total=n_mine, unit="replies", quiet=quiet) as progress:
+    with (
+        meeting.after_forwards(model),
+        track(f"Rollout {rollout + 1}", total=n_mine, unit="replies", quiet=quiet) as progress,
+    ):
         for c in mine:
             numbers = [chosen[i] for i in cohorts[c]]
-            replies = _generate(
-                model, prompts, numbers, rollout, settings, chat, meeting.look, progress
-            )
+            replies = _generate(model, prompts, numbers, rollout, settings, chat, progress)
             try:
                 found[c] = _judged(numbers, replies, prompts, settings, rewards, chat)
             except UserError as error:
@@ -106,7 +107,6 @@ def _generate(
     rollout: int,
     settings: SampleSettings,
     chat: Chat,
-    between: Callable[[], None],
     progress: Progress,
 ) -> list[Reply]:
     each = [(number, k) for number in numbers for k in range(settings.group_size)]
@@ -119,7 +119,6 @@ def _generate(
         temperature=settings.temperature,
         batch_size=len(each),
         progress=progress,
-        between=between,
     )
 
 

@@ -4,7 +4,6 @@ Flags and inputs are checked before the weights are read; then model, tokenizer 
 opened, what is not trained is frozen, and data that do not fit are refused.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,13 @@ from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.dev import misfits
-from whet.hub import check_name, find_model
+from whet.flags.training import unfit_flags
+from whet.hub import find_model
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
 from whet.model.lora.lora import LoRA, apply_lora, quantize_base
 from whet.model.lora.read import base_of, continue_adapter, find_base, is_adapter, tokenizer_home
-from whet.model.lora.trained import read_pattern, select_trainable
+from whet.model.lora.trained import select_trainable
 from whet.model.open import load_backbone_from_ckpt
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
@@ -50,20 +50,13 @@ def open_for_training(
     """Open `config.model`; `data` are packed files that it must fit, by flag.
 
     Raises UserError with the problems in `found`, which the stage has met with its own inputs, and
-    those of the flags; and later with all that does not fit the opened model.
+    later with all that does not fit the opened model.
     """
     quiet = config.quiet or not ranks.first
-    for check, value in ((check_name, config.model), (read_pattern, config.train)):
-        with collected(found):
-            check(value)
-    if config.tokenizer is not None and not config.tokenizer.is_dir():
-        found.append(f"--tokenizer {config.tokenizer}: is no directory")
-    if (local := Path(config.model)).exists():  # else it may have to be fetched first
-        found += unfit_flags(config, ranks, local if is_adapter(local) else None)
     problems(found)
     path = find_model(config.model, config.revision, quiet=quiet)
     adapter = path if is_adapter(path) else None
-    problems(unfit_flags(config, ranks, adapter))
+    problems(unfit_flags(config, ranks.size, adapter))
     base = path if adapter is None else find_base(adapter, quiet=quiet)
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
     halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
@@ -163,29 +156,6 @@ def lora_of(config: Any) -> LoRA | None:
         config.lora_rslora,
         config.lora_dora,
     )
-
-
-def unfit_flags(config: Any, ranks: Ranks, adapter: Path | None) -> list[str]:
-    """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
-    found = []
-    if config.lora_4bit and config.shard and ranks.size > 1:
-        found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
-    fields = [f for f in dataclasses.fields(config) if f.name.startswith("lora_")]
-    given = [f.name for f in fields if getattr(config, f.name) != f.default]
-    given = [name for name in given if name != "lora_4bit"]
-    trains_adapter = adapter is not None or config.lora_rank is not None
-    if config.lora_4bit and not trains_adapter:
-        found.append("--lora_4bit: needs an adapter to train; add --lora_rank 16")
-    if config.train != "all" and trains_adapter:
-        found.append("--train and an adapter exclude each other: the base is frozen")
-    if adapter is not None:
-        found += [
-            f"--{name}: {adapter} is trained further, with its own settings; leave this out"
-            for name in given
-        ]
-    elif config.lora_rank is None:
-        found += [f"--{name}: there is no adapter; add --lora_rank 16" for name in given]
-    return found
 
 
 def adapter_in_words(lora: LoRA, four_bits: bool) -> str:

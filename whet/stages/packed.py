@@ -22,6 +22,7 @@ from whet.data.batches import (
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.gsm8k import Problem
+from whet.flags.training import TrainSettings
 from whet.model.attention import plan_documents
 from whet.model.decoder import Transformer
 from whet.model.hf.weights import saved_as
@@ -30,7 +31,6 @@ from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.session import total_steps
-from whet.train.settings import TrainSettings
 from whet.train.stage import Stage, Sums
 
 

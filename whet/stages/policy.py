@@ -1,11 +1,8 @@
 """A stage that trains a policy on rewards for its own replies: what GRPO and PPO share."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,76 +11,20 @@ from whet.chat.chat import Chat
 from whet.config import as_toml, collected, problems
 from whet.data.batches import Batch
 from whet.errors import UserError
+from whet.flags.choices import Advantage
+from whet.flags.policy import parse_reward
 from whet.model.hf.weights import saved_as
-from whet.rl import rewards
-from whet.rl.advantages import Advantage
 from whet.rl.evaluation import PolicyEvaluator
-from whet.rl.policy_loss import Normalize
 from whet.rl.prompts import Prompts, load_prompts
-from whet.rl.rewards import NEEDS_GOLD, open_rewards, parse_reward
+from whet.rl.rewards import NEEDS_GOLD, open_rewards
 from whet.rl.rollout_file import RolloutSettings
 from whet.rl.rollouts import Rollouts
-from whet.rl.sampling import SampleSettings, Truncated
+from whet.rl.sampling import SampleSettings
 from whet.stages.opening import Opened
 from whet.stages.saving import ModelWriter
-from whet.stages.settings import Base
 from whet.train.distributed import Ranks
 from whet.train.session import total_steps
 from whet.train.stage import Stage, Sums
-
-
-@dataclass(kw_only=True)
-class PolicyInputs(Base):
-    """What a policy in training is asked, and what its replies are worth."""
-
-    prompts: Path
-    """Prompts: JSON lines with prompt, messages or question, and a gold number where a reward
-    needs one."""
-    dev: Path | None = None
-    """Held-out prompts, answered greedily at each evaluation."""
-    dev_limit: int = 200
-    """How many of them."""
-    reward: tuple[str, ...] = ("correct",)
-    """What replies are worth, NAME or NAME=WEIGHT each: correct, format, length, FILE.py:FUNCTION
-    or a reward model's directory."""
-
-
-@dataclass(kw_only=True)
-class Sampling:
-    """How replies are sampled and what becomes of them."""
-
-    group_size: int = 8
-    """Replies sampled for each prompt."""
-    max_new_tokens: int = 256
-    """Longest reply."""
-    temperature: float = 1.0
-    """Of the samples. There is no top-k or top-p: the trained distribution would be another."""
-    truncated: Truncated = "penalty"
-    """Replies cut at --max_new_tokens: penalty lowers their reward by 1, mask does not train them,
-    score takes them as they are."""
-    updates: int = 1
-    """Optimizer steps of a rollout; each trains its own share of the groups. With 1 the trained
-    policy is the one that sampled."""
-    normalize: Normalize = "tokens"
-    """What a loss is divided by: all trained tokens; or each reply's own length; or a constant."""
-    cohort: int = 64
-    """Replies generated together; part of the recipe, so that more ranks sample the same."""
-    reward_seconds: float = 60.0
-    """How long a reward function of yours may take for the replies of a cohort."""
-    keep_rollouts: int = 2
-    """Rollout files kept: the newest so many."""
-
-
-def policy_flaws(config: Any) -> list[str]:
-    """What can be said against the flags of a policy stage before anything is opened."""
-    found = rewards.flaws(config.reward)
-    for flag, path in (("--prompts", config.prompts), ("--dev", config.dev)):
-        if path is not None and not path.is_file():
-            found.append(f"{flag} {path}: no such file; expected JSON lines of prompts")
-    for name in ("temperature", "max_new_tokens", "updates", "cohort", "dev_limit"):
-        if not 0 < getattr(config, name) < math.inf:
-            found.append(f"--{name} {getattr(config, name)}: expected a number above 0")
-    return found
 
 
 def policy_stage(

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from whet.errors import UserError
+from whet.flags.training import TrainSettings
 from whet.progress import Progress, track
 from whet.train import distributed, incidents, ledger, memory, verdict
 from whet.train.ahead import batches_ahead
 from whet.train.distributed import Ranks
 from whet.train.profile import profiled
 from whet.train.run import RunFolder
-from whet.train.settings import TrainSettings
 from whet.train.signals import Interrupted, Stop
 from whet.train.stage import Documents, Stage
 from whet.train.state import tensors_of
@@ -195,8 +195,8 @@ def _evaluate(
         run.append("samples.jsonl", {"step": facts.step, **sample})
     if found.metrics:
         run.metrics(facts.step, found.metrics, {})
-        shown = {k: v for k, v in found.metrics.items() if "/" not in k}
-        run.say(f"step {facts.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        shown = [f"{key} {v:.4g}" for key, v in found.metrics.items() if "/" not in key]
+        run.say(f"step {facts.step}: {found.words or ', '.join(shown)}")
     value = found.metrics.get(stage.best)
     if value is not None and _is_better(value, facts.best_value, stage.higher_is_better):
         facts.best_value, facts.best_step = value, facts.step

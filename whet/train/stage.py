@@ -53,6 +53,8 @@ class Evaluation:
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    words: str = ""
+    """The metrics for people, in one line."""
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,14 @@ def file_places(config: ModelConfig) -> dict[str, families.Place]:
 
 
 def check_vocabulary(config: ModelConfig, chat: Chat, where: str | Path) -> None:
-    """Raise UserError if the tokenizer has ids for which the embedding has no row."""
-    size = chat.tokenizer.vocab_size
+    """Raise UserError if the tokenizer has ids for which the embedding has no row.
+
+    A pad token may have none: many files declare one that the model does not know, and nothing
+    here writes it.
+    """
+    size, pad = chat.tokenizer.vocab_size, chat.tokenizer.pad_id
+    if pad == size - 1 and pad not in chat.stop_ids:
+        size = max(i for i in chat.tokenizer.backend.get_vocab().values() if i != pad) + 1
     if size > config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer has ids up to {size - 1}, the model's "

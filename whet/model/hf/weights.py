@@ -13,12 +13,11 @@ import mmap
 import os
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from whet.errors import UserError
 from whet.files import replaced_folder, write_json
+from whet.flags.choices import SaveDtype
 from whet.progress import track
 
 INDEX = "model.safetensors.index.json"
@@ -52,21 +52,7 @@ READERS = min(4, os.cpu_count() or 1)
 """Threads that read and convert at once."""
 _HUGE = 1 << 21
 _STAGING_BYTES = 1 << 20  # stays in a core's own cache between reading and converting
-SaveDtype = Literal["same", "bfloat16", "float16", "float32"]
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-
-def is_pt(path: Path) -> bool:
-    """Whether `path` is a file as torch.save writes them, a zip archive with a pickle in it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False
-
-
-PT = (".pt file of torch", is_pt)
-"""What a new `.pt` may replace: a `whet.files.Kind`."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whet.errors import UserError
 from whet.files import read_json
-from whet.hub import find_model
+from whet.hub import find_model, is_adapter
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.hf.families import Place, place_modules
@@ -27,11 +27,6 @@ from whet.model.lora.peft_config import CONFIG, PeftConfig, read_peft_config
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether `path` is a directory that holds an adapter and no whole model."""
-    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def base_of(directory: Path) -> tuple[str, str | None]:
