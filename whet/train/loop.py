@@ -232,6 +232,7 @@ def _save_best(stage: Stage, run: RunFolder, metrics: dict[str, float]) -> None:
         stage.save_model(stage.model, run.path / "best", metrics)
     except (OSError, UserError) as error:
         run.say(f"warning: {run.path / 'best'} could not be written: {error}")
+    distributed.wait_for_all(run.ranks)
 
 
 def _log_step(
