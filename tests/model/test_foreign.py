@@ -79,7 +79,7 @@ def test_packed_documents_have_the_logits_they_have_alone(
     model = load_backbone_from_ckpt(saved(case))
     assert isinstance(model, ForeignModel)
     assert model.way == CASES[case][2]
-    assert ("one document a row" in capsys.readouterr().out) == (model.way == "alone")
+    assert ("one document a row" in capsys.readouterr().err) == (model.way == "alone")
     tokens, segments = packed()
     with torch.no_grad():
         logits = model(tokens, segments=segments)

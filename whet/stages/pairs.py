@@ -121,6 +121,7 @@ def pair_stage(
     count = f"{units[: order['n_rows']].sum():,.0f} {unit}"
     steps = -(-order["n_rows"] // config.batch_size)
     lineage = {"stage": stage, **opened.lineage}
+    save = writer(config, opened.model, opened.chat, store, lineage, opened.lora)
     return Stage(
         model=opened.model,
         documents=store,
@@ -139,7 +140,8 @@ def pair_stage(
         evaluate=PairEvaluator(
             dev, judge, complete, order["micro_batch_size"], words, config.quiet or not ranks.first
         ),
-        save_model=writer(config, opened.model, opened.chat, store, lineage, opened.lora),
+        save_model=save,
+        rehearse=save.rehearse,
         header=[*opened.header, *data_in_words(config, store, dev, count)],
     )
 

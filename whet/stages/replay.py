@@ -18,7 +18,7 @@ from whet.flags.replay import Config
 from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.progress import say, track
-from whet.stages import dpo, pretrain, reward, sft
+from whet.stages import dpo, grpo, pretrain, reward, sft
 from whet.train import incidents, ledger, state, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
@@ -28,7 +28,13 @@ from whet.train.stage import Stage
 from whet.train.state import Facts
 from whet.train.step import apply_step, autocast, count_step, dtype_of, forward_backward
 
-STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain, "reward": reward, "dpo": dpo}
+STAGES: dict[str, Any] = {
+    "sft": sft,
+    "pretrain": pretrain,
+    "reward": reward,
+    "dpo": dpo,
+    "grpo": grpo,
+}
 
 
 def main(config: Config) -> int:

@@ -125,7 +125,11 @@ def train(
             if stage.before_step is not None:
                 read(left=0)
                 step = partial(stage.before_step, facts.step, stage.model, ranks, stop)
-                found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                try:
+                    found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                except UserError:  # on all ranks, say by a reward; the steps so far are kept
+                    save(wait=True)
+                    raise
                 if found is None:
                     asked = asked or stop.number or signal.SIGTERM
                     continue
@@ -228,6 +232,7 @@ def _save_best(stage: Stage, run: RunFolder, metrics: dict[str, float]) -> None:
         stage.save_model(stage.model, run.path / "best", metrics)
     except (OSError, UserError) as error:
         run.say(f"warning: {run.path / 'best'} could not be written: {error}")
+    distributed.wait_for_all(run.ranks)
 
 
 def _log_step(

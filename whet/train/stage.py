@@ -75,6 +75,9 @@ class Stage:
     """Write a model directory with these metrics in its lineage; all ranks call it."""
     unit: str = "trained_tokens"
     """What a batch's `total` counts, as it is named in the log."""
+    rehearse: Callable[[nn.Module], None] | None = None
+    """Write what `save_model` will write, read it back and remove it: called on rank 0 before the
+    first step. Raises UserError if that fails."""
     dev: Documents | None = None
     """What is evaluated on."""
     at_start: Callable[[nn.Module, Ranks], None] | None = None
