@@ -22,6 +22,7 @@ COMMANDS = {
     "sft": ("whet.stages.sft", "fine-tune a base model on packed rows"),
     "grpo": ("whet.stages.grpo", "train a model on rewards for its own replies"),
     "configs": ("whet.recipes", "list the configurations that come with Whet, or print one"),
+    "compare": ("whet.compare.command", "several models on the same problems: what changed"),
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
     "chat": ("whet.generate.chat", "talk to a model"),
     "export": ("whet.model.export", "write a model for other tools, merge adapters"),
