@@ -12,7 +12,6 @@ from whet.chat.certificate import Refusal, Refused
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.conversation import read_conversation
 from whet.chat.encode import EncodeOptions, encode_many, encode_prompt
-from whet.chat.template import ChatTemplate
 from whet.chat.tokenizer import Tokenizer, train_tokenizer
 from whet.errors import UserError
 
@@ -122,8 +121,3 @@ def test_a_vocabulary_without_the_texts_letters(tmp_path: Path) -> None:
     assert tokenizer.encode("a") == [0]
     with pytest.raises(TokenizerError, match="UNK"):
         tokenizer.encode("b")
-
-
-def test_a_prompt_of_nothing_is_refused(small: Chat) -> None:
-    with pytest.raises(Refused, match="the prompt is empty"):
-        encode_prompt([suite.user("Hi")], Chat(small.tokenizer, ChatTemplate("{{ '' }}")))

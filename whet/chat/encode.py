@@ -164,13 +164,9 @@ def encode_prompt(
     draft = prompt_draft(encoder.reader(messages), switch, go_on)
     try:
         with failures_named("the text"):
-            ids = [int(i) for i in encoder.aligner.locate(draft).ids]
+            return [int(i) for i in encoder.aligner.locate(draft).ids]
     except (Unclear, TokenizerError) as error:
         raise Refused(_refusal(messages, "tokens", str(error))) from None
-    if not ids:
-        reason = "the prompt is empty: the template writes nothing, or the tokenizer drops it all"
-        raise Refused(_refusal(messages, "template", reason))
-    return ids
 
 
 def encoder_for(chat: Chat, options: EncodeOptions) -> "Encoder":
