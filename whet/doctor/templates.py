@@ -57,8 +57,7 @@ def _wrong_prompts(talk: Conversation, encoded: Encoded, chat: Chat, options: En
             asked = replace(
                 talk, messages=talk.messages[: span.message], weights=talk.weights[: span.message]
             )
-            switch = encoded.certificate.switches.get(span.message + 1, {})
-            prompt = encode_prompt(asked, chat, options, switch=switch, go_on=False)
+            prompt = encode_prompt(asked, chat, options, go_on=False)
             wrong += prompt != example.ids[: span.start].tolist()
     return wrong
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
-from whet.model.loss import linear_cross_entropy, linear_nll
+from whet.model.loss import linear_cross_entropy, linear_nll, linear_probability
 from whet.model.precision import product_type
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
@@ -45,6 +45,8 @@ class TokenLoss(NamedTuple):
     """Sum of weight x nll, a float32 scalar with a gradient."""
     nll: Tensor
     """-ln p(target) (B, T), float32, 0 where the weight is 0; detached unless `per_token`."""
+    watched: Tensor | None = None
+    """p(`watch`) (B, T), float32, 0 where the weight is 0."""
 
 
 class RMSNorm(nn.Module):
@@ -191,6 +193,7 @@ class Transformer(nn.Module):
         weight: Tensor | None = None,
         per_token: bool = False,
         temperature: float = 1.0,
+        watch: int | None = None,
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
         plan: AttentionPlan | None = None,
@@ -208,6 +211,9 @@ class Transformer(nn.Module):
         positions. Where nothing is trained, the loss is 0 with a gradient (of 0) to all parameters.
         With `per_token` its nll has a gradient, too, so that a loss may be any function of it; the
         distribution is then softmax(logits / `temperature`), from which a policy has sampled.
+
+        With `watch`, the id of a token, its probability at the same places is given, too; then
+        nothing has a gradient.
 
         A model with a `score` (reward model, critic) gives with `weight` its number at each token
         that has one, (B, T) float32, and 0 elsewhere; it has no logits.
@@ -236,6 +242,8 @@ class Transformer(nn.Module):
                 scores = F.linear(x.float(), self.score.weight.float())[:, 0]
                 return _spread(scores, plan, weight)
         assert targets is not None
+        if watch is not None:
+            return self._watched(x, targets, weight, plan, watch)
         if per_token:
             return self._token_nll(x, targets, weight, plan, temperature)
         return self._loss(x, targets, weight, plan)
@@ -303,6 +311,22 @@ class Transformer(nn.Module):
         )
         spread = _spread(nll, plan, weight)
         return TokenLoss((weight * spread).sum(), spread)
+
+    def _watched(
+        self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, watch: int
+    ) -> TokenLoss:
+        """The loss without a gradient, and the probability of one token."""
+        nll, watched = linear_probability(
+            x,
+            self.head_weight,
+            targets.flatten()[plan.trained_index],
+            watch,
+            bias=self.head_bias,
+            softcap=self.config.logit_softcap,
+            logit_scale=self.config.logit_scale,
+        )
+        spread = _spread(nll, plan, weight)
+        return TokenLoss((weight * spread).sum(), spread, _spread(watched, plan, weight))
 
     @property
     def prefixes_are_equal(self) -> bool:

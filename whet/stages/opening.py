@@ -5,7 +5,7 @@ opened, what is not trained is frozen, and data that do not fit are refused.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from whet.flags.training import unfit_flags
 from whet.hub import find_model
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
-from whet.model.lora.lora import LoRA, apply_lora, quantize_base
+from whet.model.hf.checkpoint import NO_PT
+from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, quantize_base
 from whet.model.lora.read import base_of, continue_adapter, find_base, is_adapter, tokenizer_home
 from whet.model.lora.trained import select_trainable
-from whet.model.open import load_backbone_from_ckpt
+from whet.model.open import is_foreign, load_backbone_from_ckpt
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
 from whet.train.optim import parse_lr_groups
@@ -58,6 +59,7 @@ def open_for_training(
     adapter = path if is_adapter(path) else None
     problems(unfit_flags(config, ranks.size, adapter))
     base = path if adapter is None else find_base(adapter, quiet=quiet)
+    problems(_unfit_for_others(config) if is_foreign(base) else [])
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
     halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
     model = load_backbone_from_ckpt(
@@ -85,6 +87,13 @@ def open_for_training(
         )
     for flag, store in data.items():
         found += misfits(model, chat, store, flag)
+        switch = getattr(model, "switch", None)
+        if config.shard and ranks.size > 1 and switch and store.context_length > switch.length:
+            found.append(
+                f"--shard: positions of this architecture change beyond {switch.length:,} tokens, "
+                "so its documents run in passes whose number differs between ranks; leave --shard "
+                f"out, or prepare {flag} with --context_length {switch.length}"
+            )
     problems(found)
     if lora is not None:
         header.append(("adapter", adapter_in_words(lora, config.lora_4bit)))
@@ -95,6 +104,16 @@ def open_for_training(
     lineage = {"base": name, "revision": revision}
     lineage |= {"adapter": str(adapter)} if adapter else {}
     return Opened(model, chat, lora, lineage, header)
+
+
+def _unfit_for_others(config: Any) -> list[str]:
+    """The flags that architectures other than Whet's own have no use for."""
+    found = []
+    if config.float8:
+        found.append("--float8: works on Whet's own families only; leave it out")
+    if config.out_ckpt is not None:
+        found.append(f"--out_ckpt: {NO_PT}, which --out does")
+    return found
 
 
 def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat, list[int]]:
@@ -141,7 +160,10 @@ def choose_trained(
         return continue_adapter(model, adapter)
     assert lora is not None
     apply_lora(model, lora, new_rows, seed)
-    return lora
+    if isinstance(model, Transformer):
+        return lora
+    kinds = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
+    return replace(lora, targets=",".join(kinds))  # another architecture's: which ones it got
 
 
 def lora_of(config: Any) -> LoRA | None:

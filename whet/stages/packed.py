@@ -57,6 +57,7 @@ def packed_stage(
     if trained == 0:
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
     assert config.micro_batch_size is not None, "resolved before"
+    save = writer(config, model, chat, store, lineage, lora)
     return Stage(
         model=model,
         documents=store,
@@ -72,7 +73,8 @@ def packed_stage(
             quiet=config.quiet or not ranks.first,
             questions=questions,
         ),
-        save_model=writer(config, model, chat, store, lineage, lora),
+        save_model=save,
+        rehearse=save.rehearse,
         header=[*header, *data_in_words(config, store, dev, f"{trained:,.0f} trained tokens")],
     )
 

@@ -191,8 +191,8 @@ def _evaluate(
         run.append("samples.jsonl", {"step": facts.step, **sample})
     if found.metrics:
         run.metrics(facts.step, found.metrics, {})
-        shown = {k: v for k, v in found.metrics.items() if "/" not in k}
-        run.say(f"step {facts.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        shown = [f"{key} {v:.4g}" for key, v in found.metrics.items() if "/" not in key]
+        run.say(f"step {facts.step}: {found.words or ', '.join(shown)}")
     value = found.metrics.get(stage.best)
     if value is not None and _is_better(value, facts.best_value, stage.higher_is_better):
         facts.best_value, facts.best_step = value, facts.step
@@ -228,6 +228,7 @@ def _save_best(stage: Stage, run: RunFolder, metrics: dict[str, float]) -> None:
         stage.save_model(stage.model, run.path / "best", metrics)
     except (OSError, UserError) as error:
         run.say(f"warning: {run.path / 'best'} could not be written: {error}")
+    distributed.wait_for_all(run.ranks)
 
 
 def _log_step(

@@ -69,6 +69,11 @@ def run_stage(
 def _train(
     config: C, command: str, stage: Stage, ranks: Ranks, run: RunFolder, start: Path | None
 ) -> int:
+    with distributed.told_once(ranks):
+        if ranks.first and stage.rehearse is not None:
+            stage.rehearse(stage.model)
+        if config.compile and not len(getattr(stage.model, "layers", ())):
+            raise UserError("--compile: this architecture has no list of layers; leave it out")
     model = stage.model.to(ranks.device)
     now = Facts(
         data=stage.documents.fingerprint,
@@ -322,6 +327,7 @@ def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -
     """Write the final model; a kill in the middle of it is made good by `--resume`."""
     metrics = last_metrics(run.path / "metrics.jsonl") if run.ranks.first else {}
     stage.save_model(stage.model, run.path, metrics)
+    distributed.wait_for_all(run.ranks)
     run.say(f"done: {run.facts.step} steps in {run.facts.seconds:,.0f} s; the model is {run.path}")
     return 0
 
