@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from whet.chat.added_tokens import STANDARD, add_declared, read_declared
 from whet.chat.backend import failures_named, open_backend
+from whet.chat.template import check_names
 from whet.errors import UserError
 from whet.files import read_json, read_text, replaced
 from whet.tokenizer_files import add_ends, convert, find_convertible
@@ -162,6 +163,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     declared = read_declared(folder, config, backend.get_added_tokens_decoder())
     given = made.named if made else {}
     named = {**given, **{name: token.content for name, token in declared.named.items()}}
+    check_names(named, f"{folder}: special tokens")
     if "eos_token" not in named and (eos := _likely_eos(backend, further)):
         named["eos_token"] = eos
     if declared.extra:
