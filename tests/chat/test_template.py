@@ -27,6 +27,9 @@ from whet.chat.template import BoundsError, ChatTemplate, TemplateError, read_va
 from whet.errors import UserError
 
 TALK = [suite.user("Hi"), suite.said("Hello")]
+ODD_NAMES = ["today", "tools", "documents", "messages", "add_generation_prompt", "self", "loop"]
+ODD_NAMES += ["switch", "prompt", "variables", "template", "source", "caller", "kwargs"]
+ODD_NAMES += ["eos_token"]
 
 
 def compare(file: Path, conversations: list[Any]) -> None:
