@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whet.errors import UserError
 from whet.generate.cache import Cache
@@ -407,7 +407,7 @@ def _room(model: Transformer, prompt: Sequence[int], index: int, max_new_tokens:
 
 
 @contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off, and back to how it was."""
     was_training = model.training
     model.eval()
