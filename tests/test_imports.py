@@ -15,6 +15,7 @@ ORDER = {
     "errors": 0,
     "files": 0,
     "config": 0,
+    "recipes": 8,
     "command_line": 0,
     "elsewhere": 0,
     "flags": 2,

@@ -20,6 +20,8 @@ COMMANDS = {
     "inspect": ("whet.report.inspect", "see what is trained, token by token"),
     "plan": ("whet.stages.plan", "what `whet sft` will need, and settings that fit"),
     "sft": ("whet.stages.sft", "fine-tune a base model on packed rows"),
+    "grpo": ("whet.stages.grpo", "train a model on rewards for its own replies"),
+    "configs": ("whet.recipes", "list the configurations that come with Whet, or print one"),
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
     "chat": ("whet.generate.chat", "talk to a model"),
     "export": ("whet.model.export", "write a model for other tools, merge adapters"),

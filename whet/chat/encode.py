@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from whet.chat.align import Aligner, Located, Unclear
+from whet.chat.backend import TokenizerError, failures_named
 from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import (
@@ -157,8 +158,9 @@ def encode_prompt(
     encoder = encoder_for(chat, options or EncodeOptions())
     draft = prompt_draft(encoder.rendered(messages), go_on)
     try:
-        return [int(i) for i in encoder.aligner.locate(draft).ids]
-    except Unclear as error:
+        with failures_named("the text"):
+            return [int(i) for i in encoder.aligner.locate(draft).ids]
+    except (Unclear, TokenizerError) as error:
         raise Refused(_refusal(messages, "tokens", str(error))) from None
 
 
@@ -187,6 +189,15 @@ class Encoder:
 
     def encode(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         """The results for `data`, in order, tokenised together."""
+        try:
+            with failures_named("the text"):
+                return self._encoded(data)
+        except TokenizerError as error:
+            if len(data) == 1:
+                return [_refusal(data[0], "tokens", str(error))]
+            return [result for datum in data for result in self.encode([datum])]
+
+    def _encoded(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         planned = [self._plan(datum) for datum in data]
         waiting = [draft for plan in planned if isinstance(plan, tuple) for draft in plan[0]]
         located = iter(self.aligner.locate_many(waiting))

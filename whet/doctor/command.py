@@ -44,8 +44,6 @@ CHECKS: list[tuple[str, Check]] = [
     ("chat template", templates.certificate),
     ("packed file", templates.data_fit),
     ("packed rows", numbers.packed_equals_alone),
-    ("loss", numbers.fused_equals_plain),
-    ("micro-batches", numbers.micro_batches_agree),
     ("saving", saving.saved_equals_loaded),
     ("export", saving.export_agrees),
     ("generation", generating.cache_equals_none),

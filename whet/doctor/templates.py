@@ -16,7 +16,7 @@ from whet.evaluate.dev import misfits, template_misfit
 
 def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
     """What is trained follows the prompt that `whet chat` gives, and ends with a stop token."""
-    faithful = "every reply is trained behind its own prompt"
+    faithful = "every reply is trained after its own prompt"
     stops = "every trained reply ends with a stop token"
     chat = subject.chat
     talks = [datum for datum in subject.data if isinstance(datum, Conversation)]

@@ -73,7 +73,7 @@ class Talk:
     def continue_text(self, text: str) -> Iterator[str]:
         """What the model writes after `text`, control tokens included."""
         tokenizer = self.chat.tokenizer
-        prompt = list(tokenizer.backend.encode(text).ids)  # with what the tokenizer puts first
+        prompt = tokenizer.encode(text, ends=True)  # with what the tokenizer puts first
         begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), 0)
         yield from self._pieces(prompt or [begin], show_control=True)
 

@@ -14,7 +14,7 @@ M packed tokens.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -209,8 +209,8 @@ class Transformer(nn.Module):
 
         With `targets` and `weight` (B, T): TokenLoss, made without the logits of untrained
         positions. Where nothing is trained, the loss is 0 with a gradient (of 0) to all parameters.
-        With `per_token` its nll has a gradient, too, so that a loss may be any function of it; the
-        distribution is then softmax(logits / `temperature`), from which a policy has sampled.
+        With `per_token` its nll has a gradient, too, so that a loss may be any function of it. The
+        distribution is softmax(logits / `temperature`): the one from which a policy has sampled.
 
         With `watch`, the id of a token, its probability at the same places is given, too; then
         nothing has a gradient.
@@ -246,7 +246,7 @@ class Transformer(nn.Module):
             return self._watched(x, targets, weight, plan, watch)
         if per_token:
             return self._token_nll(x, targets, weight, plan, temperature)
-        return self._loss(x, targets, weight, plan)
+        return self._loss(x, targets, weight, plan, temperature)
 
     def _layers(self, tokens: Tensor, plan: Plan, keep: Tensor | None = None) -> Tensor:
         """tokens (M,) -> normed hidden states (M, D), in the last layer only of the rows `keep`."""
@@ -282,7 +282,9 @@ class Transformer(nn.Module):
         logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _loss(self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan) -> TokenLoss:
+    def _loss(
+        self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
+    ) -> TokenLoss:
         """x (S, D) at the trained tokens of the plan."""
         where = plan.trained_index
         loss, nll = linear_cross_entropy(
@@ -290,9 +292,7 @@ class Transformer(nn.Module):
             self.head_weight,
             targets.flatten()[where],
             weight.flatten()[where],
-            bias=self.head_bias,
-            softcap=self.config.logit_softcap,
-            logit_scale=self.config.logit_scale,
+            **self._curve(temperature),
         )
         return TokenLoss(loss, _spread(nll, plan, weight))
 
@@ -300,15 +300,8 @@ class Transformer(nn.Module):
         self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
     ) -> TokenLoss:
         """The same with a gradient for each token's nll."""
-        cap = self.config.logit_softcap  # z/T = cap/T tanh((scale/T) z / (cap/T))
-        nll = linear_nll(
-            x,
-            self.head_weight,
-            targets.flatten()[plan.trained_index],
-            bias=self.head_bias,
-            softcap=None if cap is None else cap / temperature,
-            logit_scale=self.config.logit_scale / temperature,
-        )
+        wanted = targets.flatten()[plan.trained_index]
+        nll = linear_nll(x, self.head_weight, wanted, **self._curve(temperature))
         spread = _spread(nll, plan, weight)
         return TokenLoss((weight * spread).sum(), spread)
 
@@ -321,12 +314,19 @@ class Transformer(nn.Module):
             self.head_weight,
             targets.flatten()[plan.trained_index],
             watch,
-            bias=self.head_bias,
-            softcap=self.config.logit_softcap,
-            logit_scale=self.config.logit_scale,
+            **self._curve(1.0),
         )
         spread = _spread(nll, plan, weight)
         return TokenLoss((weight * spread).sum(), spread, _spread(watched, plan, weight))
+
+    def _curve(self, temperature: float) -> dict[str, Any]:
+        """How the head's products become logits: z/T = cap/T tanh((scale/T) z / (cap/T))."""
+        cap = self.config.logit_softcap
+        return {
+            "bias": self.head_bias,
+            "softcap": None if cap is None else cap / temperature,
+            "logit_scale": self.config.logit_scale / temperature,
+        }
 
     @property
     def prefixes_are_equal(self) -> bool:

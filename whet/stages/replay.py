@@ -18,7 +18,7 @@ from whet.flags.replay import Config
 from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.progress import say, track
-from whet.stages import pretrain, sft
+from whet.stages import grpo, pretrain, sft
 from whet.train import incidents, ledger, state, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
@@ -28,7 +28,7 @@ from whet.train.stage import Stage
 from whet.train.state import Facts
 from whet.train.step import apply_step, count_step, dtype_of, forward_backward
 
-STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain}
+STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain, "grpo": grpo}
 
 
 def main(config: Config) -> int:

@@ -125,7 +125,11 @@ def train(
             if stage.before_step is not None:
                 read(left=0)
                 step = partial(stage.before_step, facts.step, stage.model, ranks, stop)
-                found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                try:
+                    found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                except UserError:  # on all ranks, say by a reward; the steps so far are kept
+                    save(wait=True)
+                    raise
                 if found is None:
                     asked = asked or stop.number or signal.SIGTERM
                     continue

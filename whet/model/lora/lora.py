@@ -9,6 +9,7 @@ bfloat16 or 4-bit.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,8 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = dropout
+        self.off = False
+        """Whether the layer gives what its base alone gives, see `without_adapters`."""
         device = base.weight.device
         self.a = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
@@ -65,6 +68,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs)."""
         y = self.base(x)
+        if self.off:
+            return y
         dropped = F.dropout(x, self.dropout, self.training)
         low = F.linear(dropped.to(self.a.dtype), self.a)
         change = F.linear(low, self.b) * self.scale
@@ -219,6 +224,19 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place called `name`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """In the block the model is its base: the reference of what the adapter has changed."""
+    layers = [layer for _, layer in adapters(model)]
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 @torch.no_grad()
