@@ -31,6 +31,7 @@ ORDER = {
     "rl": 7,
     "stages": 8,
     "report": 9,  # stands aside: nothing imports it
+    "compare": 9,  # stands aside: nothing imports it
     "doctor": 9,  # stands aside: nothing imports it
     "demo": 9,  # stands aside: nothing imports it
     "cli": 10,

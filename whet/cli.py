@@ -24,6 +24,7 @@ COMMANDS = {
     "dpo": ("whet.stages.dpo", "train a model on pairs of replies (DPO, IPO, SimPO, ORPO, KTO)"),
     "grpo": ("whet.stages.grpo", "train a model on rewards for its own replies"),
     "configs": ("whet.recipes", "list the configurations that come with Whet, or print one"),
+    "compare": ("whet.compare.command", "several models on the same problems: what changed"),
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
     "chat": ("whet.generate.chat", "talk to a model"),
     "export": ("whet.model.export", "write a model for other tools, merge adapters"),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.chat.chat import Chat
+from whet.chat.chat import Chat, defaults_of
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.store import PackedStore
 from whet.errors import UserError
@@ -164,6 +164,37 @@ def _add(by_class: Tensor, classes: Tensor, nll: Tensor) -> None:
     values = torch.stack([nll.double(), torch.ones_like(nll, dtype=torch.float64)], dim=-1)
     for each in classes:
         by_class.index_add_(0, each.flatten(), values.flatten(0, 1))
+
+
+ANOTHER_TEMPLATE = "another chat template"
+
+
+def template_difference(one: Chat, other: Chat) -> str:
+    """What chat `one` has otherwise than `other`, of its templates and what they set; "" if
+    nothing."""
+    found = [
+        defaults_of(str(chat.as_dict()[key]))
+        for chat in (one, other)
+        for key in ("template", "tool_template")
+    ]
+    mine, my_tools, theirs, their_tools = found
+    if (mine[1], my_tools[1]) != (theirs[1], their_tools[1]):
+        return ANOTHER_TEMPLATE
+    if mine[0] == theirs[0]:
+        return ""
+    said = [", ".join(f"{k} = {v}" for k, v in d.items()) or "none" for d in (mine[0], theirs[0])]
+    return f"the template variables {said[0]} instead of {said[1]}"
+
+
+def template_misfit(chat: Chat, store: PackedStore, flag: str, whose: str) -> list[str]:
+    """A line if the packed file was rendered otherwise than `chat`, which is that of `whose`."""
+    if "chat" not in store.attrs:
+        return []
+    rendered = chat.rendering_as(store.attrs["chat"], str(store.path))
+    difference = template_difference(rendered, chat)
+    return [f"{flag} {store.path}: was rendered with {difference}, unlike {whose}"] * bool(
+        difference
+    )
 
 
 def misfits(model: Transformer, chat: Chat | None, store: PackedStore, flag: str) -> list[str]:

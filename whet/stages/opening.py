@@ -15,7 +15,12 @@ from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
 from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
-from whet.evaluate.dev import misfits
+from whet.evaluate.dev import (
+    ANOTHER_TEMPLATE,
+    misfits,
+    template_difference,
+    template_misfit,
+)
 from whet.flags.training import unfit_flags
 from whet.hub import find_model
 from whet.model.decoder import Transformer
@@ -80,6 +85,9 @@ def open_for_training(
         chat, new_rows = add_tokens(model, chat, config.chat_template)
     lora = None
     with collected(found):
+        if chat is not None:
+            chat = rendered_as_data(chat, config.chat_template, data, found, header)
+    with collected(found):
         lora = choose_trained(
             model,
             train=config.train,
@@ -124,6 +132,31 @@ def _unfit_for_others(config: Any) -> list[str]:
     if config.out_ckpt is not None:
         found.append(f"--out_ckpt: {NO_PT}, which --out does")
     return found
+
+
+def rendered_as_data(
+    chat: Chat,
+    chat_template: str | None,
+    data: Mapping[str, PackedStore],
+    found: list[str],
+    header: list[tuple[str, str]],
+) -> Chat:
+    """`chat` with the template, its variables and date that the first of `data`, which is trained,
+    was rendered with: what the trained model is asked with, and saved with."""
+    (_, trained), *others = data.items()
+    if "chat" not in trained.attrs:  # somebody else's, or text
+        return chat
+    rendered = chat.rendering_as(trained.attrs["chat"], str(trained.path))
+    if difference := template_difference(rendered, chat):
+        if chat_template is not None and difference == ANOTHER_TEMPLATE:
+            found.append(
+                f"--chat_template {chat_template}: {trained.path} was rendered with another one; "
+                "prepare it again with this one, or give here what it was prepared with"
+            )
+        header.append(("template", f"of {trained.path}: {difference}; it's saved with the model"))
+    for flag, store in others:
+        found += template_misfit(rendered, store, flag, str(trained.path))
+    return rendered
 
 
 def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat, list[int]]:
