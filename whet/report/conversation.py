@@ -10,8 +10,9 @@ import numpy as np
 from whet.chat.certificate import Certificate
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
-from whet.chat.encode import Encoded, EncodeOptions, Example, encode_chat
-from whet.data.formats import Datum, to_example
+from whet.chat.encode import Datum, Encoded, EncodeOptions, Example, encode_chat
+from whet.data.formats import to_example
+from whet.data.preferences import Preference
 from whet.data.reader import parse, read_units
 from whet.data.rows import DOCUMENT
 from whet.errors import UserError
@@ -56,6 +57,10 @@ def encode_line(
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from None
     datum = to_example(record, None, path, line)
+    if isinstance(datum, Preference):
+        raise UserError(
+            f"{datum.where}: is preference data; inspect the file that `whet prepare` makes"
+        )
     options = EncodeOptions(template_kwargs=template_kwargs or {})
     return EncodedLine(datum, encode_chat(datum, chat, options), chat)
 
