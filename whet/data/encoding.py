@@ -173,7 +173,7 @@ class BlockEncoder:
         table = np.zeros(len(kept), CONVERSATION)
         table["source"] = source
         table["line"] = [entry.datum.line for entry in kept]
-        digests = b"".join(_digest(entry.pieces) for entry in kept)
+        digests = b"".join(_digest(entry) for entry in kept)
         table["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
         openings = np.array([_opening(entry.datum) for entry in kept], np.uint64)
         table["opening"] = np.where(openings == 0, table["digest"][:, 0], openings)
@@ -245,11 +245,13 @@ def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
     return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
 
 
-def _digest(pieces: Pieces) -> bytes:
+def _digest(entry: Entry) -> bytes:
     digest = blake2b(digest_size=16)
-    for ids, mask in pieces:
+    for ids, mask in entry.pieces:
         digest.update(ids.data)
         digest.update(mask.data)
+    if isinstance(entry.datum, Preference) and len(entry.datum.sides) == 1:
+        digest.update(repr(entry.datum.scores).encode())  # good and bad are no duplicates
     return digest.digest()
 
 
