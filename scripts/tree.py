@@ -33,6 +33,8 @@ def tree() -> str:
         "tests/".ljust(26) + "mirrors whet/, plus numerics/ and end_to_end/",
         "whet/",
         *_files_of(REPOSITORY / "whet", "  "),
+        "  flags/".ljust(26)
+        + "a file for each command: its flags with help and checks, without torch",
     ]
     for room in ROOMS:
         lines += _room(REPOSITORY / "whet" / room, "  ")

@@ -2,20 +2,20 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
-import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from whet.config import parse, read_toml, save
+from whet.command_line import parse
+from whet.config import POSITIONAL, read_toml, save
 from whet.errors import UserError
 
 
 @dataclass(frozen=True)
 class Config:
-    run: tyro.conf.Positional[str]
+    run: Annotated[str, POSITIONAL]
     """Run folder."""
     data: tuple[str, ...] = ()
     """Files."""

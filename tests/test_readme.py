@@ -1,13 +1,12 @@
 """The README is true: its tree, its links, its commands."""
 
-import importlib
 import re
 import shlex
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from whet.cli import COMMANDS
+from whet.cli import COMMANDS, config_class
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
@@ -45,8 +44,10 @@ def test_commands_on_the_pages_exist_with_their_flags(page) -> None:
         if words[1] in ("COMMAND", "--help"):
             continue
         assert words[1] in COMMANDS, f"{page.name}: {' '.join(words)}"
-        config = importlib.import_module(COMMANDS[words[1]][0]).Config
-        names = {field.name for field in dataclasses.fields(config)} | {"config", "help"}
+        names = {field.name for field in dataclasses.fields(config_class(words[1]))} | {
+            "config",
+            "help",
+        }
         flags = {word[2:].split("=")[0] for word in words if word.startswith("--")}
         flags = {flag.removeprefix("no_") if flag not in names else flag for flag in flags}
         assert flags <= names, f"{page.name}: {' '.join(words)}: {flags - names}"

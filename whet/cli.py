@@ -1,12 +1,16 @@
 """`whet <command>`: the table of commands, and how each ends.
 
-A command is a module with a dataclass `Config` and a function `main(config)`. The module is
-imported only when its command runs, so that `whet --help` is instant.
+A command `NAME` is a dataclass `Config` in `whet/flags/NAME.py` and a function `main(config)` in
+the module that this table names. That module is imported when flags and files have passed their
+checks: help and a typing error need no torch.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 COMMANDS = {
     # command: (module, one line of help)
@@ -16,6 +20,8 @@ COMMANDS = {
     "inspect": ("whet.report.inspect", "see what is trained, token by token"),
     "plan": ("whet.stages.plan", "what `whet sft` will need, and settings that fit"),
     "sft": ("whet.stages.sft", "fine-tune a base model on packed rows"),
+    "grpo": ("whet.stages.grpo", "train a model on rewards for its own replies"),
+    "configs": ("whet.recipes", "list the configurations that come with Whet, or print one"),
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
     "chat": ("whet.generate.chat", "talk to a model"),
     "export": ("whet.model.export", "write a model for other tools, merge adapters"),
@@ -51,17 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, flags: list[str]) -> int:
-    from whet.config import parse
+    from whet.command_line import parse
+    from whet.elsewhere import nearest_command
     from whet.errors import UserError
 
     if command not in COMMANDS:
-        import difflib
+        raise UserError(f"unknown command {command!r}{nearest_command(command, list(COMMANDS))}")
+    try:
+        flaws = getattr(flags_of(command), "flaws", lambda config: ())
+        config: Any = parse(config_class(command), flags, command, flaws)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun: one of a machine reports it
+            return 2
+        raise
+    return importlib.import_module(COMMANDS[command][0]).main(config) or 0
 
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; commands: {', '.join(COMMANDS)}"
-        raise UserError(f"unknown command {command!r}{hint}")
-    module = importlib.import_module(COMMANDS[command][0])
-    return module.main(parse(module.Config, flags, command)) or 0
+
+def flags_of(command: str) -> ModuleType:
+    """The module with the command's `Config`, and maybe `flaws(config)`."""
+    return importlib.import_module(f"whet.flags.{command}")
+
+
+def config_class(command: str) -> type:
+    """The flags of a command."""
+    return flags_of(command).Config
 
 
 def _help() -> str:

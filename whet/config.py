@@ -1,91 +1,199 @@
 """Configurations: dataclass defaults < TOML file (`--config`) < command-line flags.
 
 A configuration is a flat dataclass; the string under each field is its help text. Every flag can
-stand in the TOML file under the same name. All problems are told at once, and an unknown key names
-the nearest one.
+stand in the TOML file under the same name. What a field takes stands in its type: besides the type
+itself, `Annotated` holds functions that check a value, and the marks below. All problems are
+reported at once, and an unknown key names the nearest one.
 """
 
 import dataclasses
-import difflib
+import os
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
+from whet.elsewhere import nearest_flag
 from whet.errors import UserError
-from whet.files import replaced
+from whet.files import replaced, unwritable, unwritable_folder
 
-C = TypeVar("C")
+SHIPPED = Path(__file__).with_name("configs")
+"""The TOML files that come with Whet; `whet configs` lists them."""
+
+POSITIONAL = "positional"
+"""Mark of a field that is given without its name, such as RUN in `whet chat RUN`."""
+FIRST = "first"
+"""Mark of a flag that most people set: the help begins with these."""
+FREE = "free on resume"
+"""Mark of a flag that may change when a run is resumed: the numbers do not depend on it."""
+READ = "read"
+"""Mark of a path that the command reads; `WRITTEN` never overwrites it."""
+WRITTEN = "written"
+"""Mark of a file that the command writes."""
+PLACE = "place"
+"""Mark of a text that may be a path: a leading `~` is the home directory."""
+
+Place = Annotated[str, PLACE, READ]
+"""A path or a name on the Hub."""
+
+
+def above_0(value: float) -> str:
+    """A check of a number; like all checks it returns what is wrong, or nothing."""
+    return "" if 0 < value < float("inf") else "expected a number above 0"
+
+
+def from_0(value: float) -> str:
+    """0 or more; below 2**31, which seeds and counters hold."""
+    return "" if 0 <= value < 2**31 else "expected 0 or more"
+
+
+def at_least(least: int) -> Callable[[float], str]:
+    """A check for counts."""
+    return lambda value: "" if least <= value < 2**31 else f"expected {least} or more"
+
+
+from_1 = at_least(1)
+
+
+def share(value: float) -> str:
+    """A fraction, both ends included."""
+    return "" if 0 <= value <= 1 else "expected a number from 0 to 1"
+
+
+def below_1(value: float) -> str:
+    """A fraction that is not the whole."""
+    return "" if 0 <= value < 1 else "expected a number from 0 to below 1"
+
+
+def existing_file(value: Path) -> str:
+    """A file that is there."""
+    if Path(value).is_dir():
+        return "is a directory; expected a file"
+    return "" if Path(value).exists() else "no such file"
+
+
+def existing_dir(value: Path) -> str:
+    """A directory that is there."""
+    return "" if Path(value).is_dir() else "is no directory"
+
+
+def packed_file(value: Path) -> str:
+    """A file that is there, with the way to make one; what is in it is examined when it is open."""
+    if Path(value).is_dir():
+        return "is a directory; expected a packed file of `whet prepare`"
+    return "" if Path(value).exists() else "no such file; `whet prepare` makes packed files"
+
+
+def in_folder(value: Path) -> str:
+    """A file to be written, into a folder that is there."""
+    parent = value.absolute().parent
+    return "" if parent.is_dir() else f"its folder {parent} does not exist"
+
+
+def writable_folder(value: Path) -> str:
+    """A folder to be written."""
+    return "".join(unwritable_folder("", value)).removeprefix(f" {value}: ")
+
+
+InputFile = Annotated[Path, existing_file, READ]
+PackedFile = Annotated[Path, packed_file, READ]
+InputDir = Annotated[Path, existing_dir, READ]
+OutputFile = Annotated[Path, WRITTEN]
 
 
 def problems(found: Sequence[str]) -> None:
-    """Raise one UserError that tells all of `found`, or return if there are none."""
+    """Raise one UserError that reports all of `found`, or return if there are none."""
     if found:
         raise UserError("\n".join(found))
 
 
 @contextmanager
 def collected(found: list[str]) -> Iterator[None]:
-    """Add the UserError that the block raises to `found` instead, to be told with others."""
+    """Add the UserError that the block raises to `found` instead, to be reported with others."""
     try:
         yield
     except UserError as error:
         found += str(error).splitlines()
 
 
-def parse(config_class: type[C], argv: Sequence[str], command: str) -> C:
-    """Build a `config_class` from `argv`, the flags that follow `whet <command>`.
+def check(config: Any, also: Sequence[str] = ()) -> None:
+    """Refuse values that a field's own checks refuse, and outputs that would replace an input.
 
-    Raises UserError for an unknown flag or key (all of them at once, each with the nearest name)
-    and for values of the wrong type in the TOML file. Wrong flag values are told by tyro, which
-    exits with code 2.
+    `also` are further problems, which are reported with these.
     """
-    import tyro
+    found: list[str] = []
+    read: list[Any] = []
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        values = value if isinstance(value, tuple) else (value,)
+        for each in (each for each in values if each is not None):
+            for test in filter(callable, marks(hint)):
+                if wrong := test(each):
+                    found.append(f"{flag_of(type(config), name)} {each}: {wrong}")
+            if READ in marks(hint):
+                read.append(each)
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        if WRITTEN in marks(hint) and value is not None:
+            found += unwritable(flag_of(type(config), name), value, read)
+            read.append(value)
+    problems([*found, *also])
 
-    toml_path, flags = _take_config_flag(list(argv))
-    from_toml = read_toml(config_class, toml_path) if toml_path else {}
-    problems(_unknown_flags(config_class, flags))
-    return tyro.cli(
-        config_class,
-        prog=f"whet {command}",
-        args=flags,
-        default=_with_defaults(config_class, from_toml) if from_toml else tyro.MISSING_NONPROP,
-        use_underscores=True,
-        config=(tyro.conf.PositionalMetavarFromFieldName,),
-    )
+
+def marks(hint: Any) -> list[Any]:
+    """The checks and marks of a field, also those of the types that its own type is made of."""
+    found = list(getattr(hint, "__metadata__", ()))
+    inner = [hint.__origin__] if found else typing.get_args(hint)
+    if typing.get_origin(hint) is not typing.Literal:
+        for part in inner:
+            found += marks(part)
+    return found
+
+
+def marked(config_class: type, mark: str) -> list[str]:
+    """The fields with this mark."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return [name for name, hint in hints.items() if mark in marks(hint)]
 
 
 def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
     """Read `path` and check every key and type against the fields of `config_class`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        table = tomllib.loads(text)
+        table = tomllib.loads(_config_file(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"--config {path}: there is no such file") from None
+        raise UserError(
+            f"--config {path}: there is no such file, and `whet configs` has none of that name"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:  # also numbers and nesting without end
         raise UserError(f"--config {path}: not valid TOML: {error}") from None
-    hints = typing.get_type_hints(config_class)
-    names = {field.name for field in dataclasses.fields(config_class)}
+    hints = typing.get_type_hints(config_class, include_extras=True)
     values: dict[str, Any] = {}
     found = []
     for key, value in table.items():
-        if key not in names and isinstance(value, dict):
+        if key not in hints and isinstance(value, dict):
             found.append(f"{path}: unknown table [{key}]; the flags stand above all tables")
             continue
-        if key not in names:
-            found.append(f"{path}: unknown key {key!r}{_nearest(key, names)}")
+        if key not in hints:
+            found.append(f"{path}: unknown key {key!r}{nearest_flag(key, hints)}")
             continue
-        value, problem = _convert(value, hints[key])
+        values[key], problem = convert(value, hints[key])
         if problem:
             found.append(f"{path}: key {key!r}: {problem}")
-        values[key] = value
     problems(found)
     return values
+
+
+def _config_file(path: str | Path) -> Path:
+    """The file at `path`, else the one of that name that comes with Whet."""
+    file = Path(path).expanduser()
+    shipped = SHIPPED / f"{str(path).removesuffix('.toml')}.toml"
+    return shipped if not file.exists() and shipped.is_file() else file
 
 
 def as_toml(config: Any) -> str:
@@ -107,58 +215,16 @@ def save(config: Any, path: str | Path) -> None:
         aside.write_text(as_toml(config), encoding="utf-8")
 
 
-def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Split `--config FILE` (or `--config=FILE`) from the other flags."""
-    path, rest = None, []
-    while argv:
-        word = argv.pop(0)
-        if word == "--config":
-            if not argv:
-                raise UserError("--config: expected a TOML file after it")
-            path = argv.pop(0)
-        elif word.startswith("--config="):
-            path = word.removeprefix("--config=")
-        else:
-            rest.append(word)
-    return path, rest
-
-
-def _unknown_flags(config_class: type, flags: Sequence[str]) -> list[str]:
-    names = {field.name for field in dataclasses.fields(config_class)}
-    negations = {f"no_{name}" for name in names}
-    found = []
-    for word in flags:
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name and name not in names | negations | {"help"}:
-            found.append(f"unknown flag {word.partition('=')[0]}{_nearest(name, names, '--')}")
-    return found
-
-
-def _nearest(key: str, names: set[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-def _with_defaults(config_class: type[C], values: dict[str, Any]) -> C:
-    """An instance for tyro to take defaults from; required fields not in `values` stay missing."""
-    import tyro
-
-    missing = {
-        field.name: tyro.MISSING
-        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    return config_class(**{**missing, **values})
-
-
-def _convert(value: Any, hint: Any) -> tuple[Any, str | None]:
+def convert(value: Any, hint: Any) -> tuple[Any, str | None]:
     """Turn a TOML value into the type `hint`; the second item says what is wrong with it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:  # tyro.conf.Positional[...] and the like
-        return _convert(value, args[0])
+    if origin is Annotated:
+        if PLACE in args and isinstance(value, str):
+            value = os.path.expanduser(value)
+        return convert(value, args[0])
     if origin in (typing.Union, types.UnionType):
         for option in args:
-            converted, problem = _convert(value, option)
+            converted, problem = convert(value, option)
             if problem is None:
                 return converted, None
         return value, f"expected {_type_name(hint)}, got {value!r}"
@@ -167,24 +233,31 @@ def _convert(value: Any, hint: Any) -> tuple[Any, str | None]:
         return value, None if ok else f"expected one of {', '.join(map(repr, args))}, got {value!r}"
     if origin in (tuple, list):
         items = value if isinstance(value, list) else [value]
-        converted_items = [_convert(item, args[0]) for item in items]
+        converted_items = [convert(item, args[0]) for item in items]
         problem = next((problem for _, problem in converted_items if problem), None)
         return origin(item for item, _ in converted_items), problem
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value), None
     if hint is Path and isinstance(value, str):
-        return Path(value), None
+        return Path(os.path.expanduser(value)), None
     is_bool_for_int = hint is int and isinstance(value, bool)
     if isinstance(hint, type) and isinstance(value, hint) and not is_bool_for_int:
         return value, None
     return value, f"expected {_type_name(hint)}, got {value!r}"
 
 
+def flag_of(config_class: type, name: str) -> str:
+    """How the user writes a field: `--name`, or NAME for what has no flag."""
+    return name.upper() if name in marked(config_class, POSITIONAL) else f"--{name}"
+
+
 def _type_name(hint: Any) -> str:
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
     names[Path] = "a path"
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
     options = [option for option in typing.get_args(hint) if option is not type(None)]
-    return names.get(hint) or " or ".join(names.get(o, str(o)) for o in options) or str(hint)
+    return names.get(hint) or " or ".join(map(_type_name, options)) or str(hint)
 
 
 def _toml_value(value: Any) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,13 +53,23 @@ def nearest(folder: str | Path) -> Path:
     return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
+def read_text(path: Path) -> str:
+    """The text of the file `path`. Raises UserError if it is missing or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`. Raises UserError if it is missing or not an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:  # also nesting without end
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # also nesting without end
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -231,3 +242,16 @@ def _unwritable_in(what: str, folder: Path) -> list[str]:
             return []
     except OSError as error:
         return [f"{what}: cannot be written: {error.strerror}"]
+
+
+def is_pt(path: Path) -> bool:
+    """Whether `path` is a file as torch.save writes them, a zip archive with a pickle in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+PT = (".pt file of torch", is_pt)
+"""What a new `.pt` may replace: a `Kind`."""

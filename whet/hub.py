@@ -55,6 +55,20 @@ def check_name(name: str | Path) -> None:
         )
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is a directory that holds an adapter in PEFT's format and no whole model."""
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
+def known_model(name: str) -> str:
+    """`check_name` as a check of a flag: what is wrong, or nothing."""
+    try:
+        check_name(name)
+    except UserError as error:
+        return str(error).removeprefix(f"{name}: ")
+    return ""
+
+
 def _download(name: str, revision: str | None, quiet: bool, weights: bool) -> str:
     import huggingface_hub as hub
     from huggingface_hub import errors

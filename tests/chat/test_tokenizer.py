@@ -85,7 +85,7 @@ def test_hash_is_that_of_the_content(small: Chat, tmp_path: Path) -> None:
     assert len(again.tokenizer.encode("Hello there. Hello there.")) > 4, (
         "a file's truncation is not obeyed"
     )
-    content["added_tokens"][0]["special"] = False
+    content["added_tokens"][0]["lstrip"] = True
     file.write_text(json.dumps(content), encoding="utf-8")
     assert load_tokenizer(tmp_path).tokenizer.hash != small.tokenizer.hash
 
@@ -136,7 +136,7 @@ def test_an_eos_that_is_no_id_is_told(small: Chat, tmp_path: Path, said: object)
     with pytest.raises(UserError, match=r"generation_config.json: eos_token_id is .*expected"):
         load_tokenizer(tmp_path)
     file.write_text("[" * 200_000)
-    with pytest.raises(UserError, match=r"generation_config.json is no valid JSON"):
+    with pytest.raises(UserError, match=r"generation_config.json: cannot be read as JSON"):
         load_tokenizer(tmp_path)
 
 

@@ -74,7 +74,7 @@ def test_a_file_of_tokens_and_mask_only(ward, tmp_path):
     ("flags", "told"),
     [
         (["--layers", "0", "--row_tokens", "3"], ["--layers 0", "--row_tokens 3"]),
-        (["--json", "/no/such/folder/x.json"], ["its folder does not exist"]),
+        (["--json", "/no/such/folder/x.json"], ["its folder /no/such/folder does not exist"]),
         (["--json", "/proc/x.json"], ["--json /proc/x.json: cannot be written"]),
         (["--json", "."], ["--json .: is a directory"]),
         (["--data", "missing.h5"], ["no such file"]),
@@ -110,7 +110,7 @@ def test_a_check_that_breaks_has_failed_and_the_others_go_on(subject, monkeypatc
     def broken(*_: object) -> None:
         raise ZeroDivisionError("as an example")
 
-    monkeypatch.setattr(command.saving, "save_pt", broken)
+    monkeypatch.setattr(command.saving, "load", broken)
     rows = examine(subject, CHECKS)
     (bad,) = [row for row in rows if row["verdict"] == "fail"]
     assert bad["note"] == "ZeroDivisionError: as an example"

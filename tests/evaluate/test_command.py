@@ -69,7 +69,7 @@ def test_both_measures_at_once(run, model, chat, problems, tmp_path, capsys) -> 
         ([], "nothing to measure: give --gsm8k FILE, --dev FILE, or both"),
         (["--gsm8k", "none.jsonl"], "none.jsonl: no such file"),
         (["--dev", "none.h5"], "none.h5: no such file"),
-        (["--gsm8k", "{problems}", "--limit", "0"], "--limit 0: expected at least 1"),
+        (["--gsm8k", "{problems}", "--limit", "0"], "--limit 0: expected 1 or more"),
         (["--gsm8k", "{problems}", "--json", "no/where/out.json"], "folder .*no/where does not"),
         (["--dev", "{dev}", "--samples", "s.jsonl"], "there are samples with --gsm8k only"),
         (["--dev", "{dev}", "--json", "{dev}"], "--json .*dev.h5: .* reads or writes this already"),

@@ -5,6 +5,7 @@ import pytest
 
 from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
+from whet.chat.template import ChatTemplate
 from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
 from whet.errors import UserError
@@ -159,17 +160,23 @@ def test_one_line_that_fails_or_is_stopped_does_not_end_the_talk(capsys) -> None
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "-1"], "--temperature -1.0: expected a number of 0 or more"),
-        (["--temperature", "nan"], "--temperature nan: expected a number of 0 or more"),
-        (["--temperature", "inf"], "--temperature inf: expected a number of 0 or more"),
+        (["--temperature", "-1"], "--temperature -1.0: expected 0 or more"),
+        (["--temperature", "nan"], "--temperature nan: expected 0 or more"),
+        (["--temperature", "inf"], "--temperature inf: expected 0 or more"),
         (["--seed", "-1", "--temperature", "1"], "--seed -1: expected 0 or more"),
-        (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5: expected a probability"),
-        (["--top_k", "0", "--temperature", "1"], "--top_k 0: expected at least 1"),
+        (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5: expected a number from 0 to 1"),
+        (["--top_k", "0", "--temperature", "1"], "--top_k 0: expected 1 or more"),
         (["--top_k", "3"], "--top_k and --top_p need a --temperature above 0"),
-        (["--max_new_tokens", "0"], "--max_new_tokens 0: expected at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0: expected 1 or more"),
         (["--raw", "--system", "x"], "--system belongs to a conversation; --raw has none"),
     ],
 )
 def test_bad_flags_are_told_in_a_line(run, capsys, flags, message) -> None:
     assert main(["chat", str(run), *flags]) == 2
     assert capsys.readouterr().err.strip().startswith(f"whet: error: {message}")
+
+
+def test_a_prompt_of_no_tokens_is_one_line(model, chat) -> None:
+    silent = Chat(chat.tokenizer, ChatTemplate("{% if false %}x{% endif %}"))
+    with pytest.raises(UserError, match="no tokens, so there is nothing to continue"):
+        "".join(Talk(model, silent, Config(run=None)).answer("Hello"))

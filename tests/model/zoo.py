@@ -103,11 +103,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def oracle(case: str, seed: int = 0) -> nn.Module:
+def oracle(case: str, seed: int = 0, auto: Any = AutoModelForCausalLM, **extra: Any) -> nn.Module:
     """transformers' model of `case`, float32, every parameter random (norms and biases too)."""
     kind, values = CASES[case]
-    config = AutoConfig.for_model(kind, **values)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config = AutoConfig.for_model(kind, **{**values, **extra})
+    model = auto.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

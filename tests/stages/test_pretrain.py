@@ -70,8 +70,11 @@ def test_resume_of_a_run_that_failed_before_it_began_prepares_again(text, tmp_pa
         ({"tokenizer": "nowhere"}, "nowhere"),
         ({"data": "nowhere.txt", "tokenizer": "none"}, "--data nowhere.txt: no such file"),
         ({"data": "nowhere.txt", "tokenizer": "none"}, "--tokenizer none: is no directory"),
-        ({"context_length": 1, "dev_fraction": 2}, "--context_length 1: must be at least 2"),
-        ({"context_length": 1, "dev_fraction": 2}, "--dev_fraction 2: must be from 0 to below 1"),
+        ({"context_length": 1, "dev_fraction": 2}, "--context_length 1: expected 2 or more"),
+        (
+            {"context_length": 1, "dev_fraction": 2},
+            "--dev_fraction 2.0: expected",
+        ),
         ({"vocab_size": 256}, "--vocab_size 256: expected at least 257"),
         ({"out_ckpt": "tests"}, "--out_ckpt tests: is a directory"),
     ],

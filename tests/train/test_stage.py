@@ -18,10 +18,10 @@ from torch import nn
 from tests.processes import CONTEXT, free_port, start_server, wait
 from whet.data.batches import Batch, make_batch, micro_batch_count, micro_batches, per_document
 from whet.data.store import Rows
+from whet.flags.training import TrainSettings
 from whet.train.distributed import Ranks
 from whet.train.ledger import RECORD
 from whet.train.session import run_stage
-from whet.train.settings import TrainSettings
 from whet.train.signals import Interrupted
 from whet.train.stage import Evaluation, Stage, Sums
 

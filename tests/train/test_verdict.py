@@ -13,11 +13,11 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from tests.train.test_incidents import spoiled
 from whet.cli import main
+from whet.flags.training import TrainSettings
 from whet.stages import packed, sft
 from whet.train import incidents, loop, optim, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks
-from whet.train.settings import TrainSettings
 from whet.train.signals import Stop
 from whet.train.state import Facts
 

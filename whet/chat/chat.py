@@ -16,9 +16,11 @@ import tokenizers
 
 from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
-from whet.chat.template import ChatTemplate
+from whet.chat.hidden import Joints, pattern_of
+from whet.chat.template import TAKEN, ChatTemplate
 from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer, write_text
 from whet.errors import UserError
+from whet.files import read_text
 
 BUILT_IN = ("plain", "chatml")
 CONTROL_LITERAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>")
@@ -31,7 +33,7 @@ def find_template(name: str) -> ChatTemplate:
         raise UserError(
             f"--chat_template {name}: no such file, and not one of {', '.join(BUILT_IN)}"
         )
-    return ChatTemplate(file.read_text(encoding="utf-8"), str(name))
+    return ChatTemplate(read_text(file), str(name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,34 @@ class Chat:
         flagged = self.tokenizer.flagged
         borders = {END_OF_TEXT, "</s>", *self.dialect.borders}
         return {t: i for t, i in self.tokenizer.added.items() if t in flagged or t in borders}
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str] | None:
+        """Finds the strings of `control` in a text."""
+        return pattern_of(self.control)
+
+    @cached_property
+    def joints(self) -> Joints:
+        """Tells which texts a template could make control strings of."""
+        templates = (self.template, self.tool_template)
+        return Joints(self.control, " ".join(t.source for t in templates if t))
+
+    @cached_property
+    def alternatives(self) -> list[tuple[dict[str, Any], "Chat"]]:
+        """Settings of one template variable each that change what is rendered, with their chats.
+
+        The variables are those that the template reads, their values True, False and what the
+        template compares them with. No two settings render the same.
+        """
+        seen, found = [self.dialect.sample()], []
+        for name in sorted(self.template.variables - TAKEN - set(self.tokenizer.named)):
+            constants = self.template.compared.get(name, frozenset())
+            for value in (False, True, *sorted(constants - {False, True}, key=str)):
+                chat = replace(self, variables={**self.variables, name: value})
+                if (sample := chat.dialect.sample()) not in seen:
+                    seen.append(sample)
+                    found.append(({name: value}, chat))
+        return found
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -147,10 +177,10 @@ def _own_templates(
             "another with --chat_template"
         )
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = file.read_text(encoding="utf-8")
+        found[file.stem] = read_text(file)
     file = folder / "chat_template.jinja"
     if file.is_file():
-        found["default"] = file.read_text(encoding="utf-8")
+        found["default"] = read_text(file)
     if found and "default" not in found:
         raise UserError(
             f"{folder}: has the chat templates {', '.join(found)}, but none is called default; "

@@ -15,23 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from whet.chat.added_tokens import STANDARD, add_declared, read_declared
+from whet.chat.backend import failures_named, open_backend
+from whet.chat.template import check_names
 from whet.errors import UserError
-from whet.files import replaced
-from whet.tokenizer_files import convert, find_convertible, with_ends
+from whet.files import read_json, read_text, replaced
+from whet.tokenizer_files import add_ends, convert, find_convertible
 
 END_OF_TEXT = "<|endoftext|>"
 COMMON_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # where no file names the eos
-NAMED_TOKENS = tuple(f"{k}_token" for k in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# Keys of tokenizer_config.json that other files say once it is saved
+SAID_ELSEWHERE = {"chat_template", "added_tokens_decoder", "additional_special_tokens", *STANDARD}
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A vocabulary.
 
-    `json_text` is the content of tokenizer.json as it was read, `named` the special tokens that
-    templates see as variables (bos_token, eos_token, ...), `config` the tokenizer_config.json.
+    `json_text` is the content of tokenizer.json, with all tokens that the directory declares;
+    `named` are the special tokens that templates see as variables (bos_token, eos_token, ...),
+    `config` is the tokenizer_config.json.
     """
 
     backend: tokenizers.Tokenizer = field(repr=False)
@@ -40,13 +45,16 @@ class Tokenizer:
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     further_eos_ids: tuple[int, ...] = ()  # of generation_config.json
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; control tokens in it are recognised, none is added."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, ends: bool = False) -> list[int]:
+        """The ids of `text`; control tokens in it are recognised. With `ends` come those that the
+        tokenizer puts around a whole text. Raises TokenizerError if it can't."""
+        with failures_named("the tokenizer"):
+            return list(self.backend.encode(text, add_special_tokens=ends).ids)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`, without the control tokens unless `skip_special` is False."""
-        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+        with failures_named("the tokenizer"):
+            return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -108,9 +116,8 @@ class Tokenizer:
         new = [t for t in dict.fromkeys(texts) if self.backend.token_to_id(t) is None]
         if not new:
             return self
-        backend = _backend(self.json_text)
-        _recognise(backend, self.named)
-        backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in new])
+        backend = open_backend(self.json_text, Path("tokenizer.json"))
+        backend.add_special_tokens([AddedToken(text, normalized=False) for text in new])
         return replace(self, backend=backend, json_text=backend.to_str())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -121,8 +128,11 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json into `directory`."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {k: v for k, v in self.config.items() if k not in ("chat_template", *NAMED_TOKENS)}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **config, **self.named}
+        config = {k: v for k, v in self.config.items() if k not in SAID_ELSEWHERE}
+        named = {k: v for k, v in self.named.items() if k.endswith("_token")}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **config, **named}
+        if others := {k: v for k, v in self.named.items() if k not in named}:
+            config["extra_special_tokens"] = others
         write_text(folder / "tokenizer.json", self.json_text)
         text = json.dumps(config, indent=2, ensure_ascii=False)
         write_text(folder / "tokenizer_config.json", text)
@@ -135,32 +145,40 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     Raises UserError if a file is missing or broken.
     """
     folder = Path(path)
-    file, given = folder / "tokenizer.json", dict[str, str]()
-    config = _read_json(folder / "tokenizer_config.json")
+    file, made = folder / "tokenizer.json", None
+    config = _optional_json(folder / "tokenizer_config.json")
     if file.is_file():
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     elif (other := find_convertible(folder)) is not None:
-        text, given, config = _converted(other, config)
+        file, made = other, convert(other)
+        text = made.json_text
+        if "bos_token" in made.named and config.get("add_bos_token") is None:
+            config = {**config, "add_bos_token": True}  # libraries differ in what silence means
     else:
         what = "is no directory" if not folder.is_dir() else "holds no tokenizer.json"
         raise UserError(f"{folder} {what}; expected a model or tokenizer directory")
     further = _eos_ids(folder)
-    try:
-        backend = _backend(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{file} is no tokenizer.json: {error}") from None
-    named = {**given, **_named_tokens(folder, config, backend, further)}
-    _recognise(backend, named)
+    backend = open_backend(text, file)
+    before = repr(backend.get_added_tokens_decoder())
+    declared = read_declared(folder, config, backend.get_added_tokens_decoder())
+    given = made.named if made else {}
+    named = {**given, **{name: token.content for name, token in declared.named.items()}}
+    check_names(named, f"{folder}: special tokens")
+    if "eos_token" not in named and (eos := _likely_eos(backend, further)):
+        named["eos_token"] = eos
+    if declared.extra:
+        config = {**config, "extra_special_tokens": [token.content for token in declared.extra]}
+    for name, content in named.items():
+        declared.named.setdefault(name, AddedToken(content, special=True))
+    add_declared(backend, declared)
+    if made:
+        add_ends(backend, named, config)
+        text = backend.to_str()
+    elif repr(backend.get_added_tokens_decoder()) != before:
+        whole = json.loads(text)
+        whole["added_tokens"] = json.loads(backend.to_str())["added_tokens"]
+        text = json.dumps(whole, ensure_ascii=False)
     return Tokenizer(backend, text, named, config, further)
-
-
-def _converted(file: Path, config: dict[str, Any]) -> tuple[str, dict[str, str], dict[str, Any]]:
-    """The text of a tokenizer.json made of `file`, the tokens that `file` names, and `config`,
-    which says whether bos comes first, as libraries differ in what they take its silence for."""
-    made = convert(file)
-    if "bos_token" in made.named and config.get("add_bos_token") is None:
-        config = {**config, "add_bos_token": True}
-    return with_ends(made, {**made.named, **_said_names(config)}, config), made.named, config
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -183,58 +201,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, backend.to_str(), {"eos_token": END_OF_TEXT})
 
 
-def _rebuild(json_text: str, named: dict[str, str], *rest: Any) -> Tokenizer:
-    backend = _backend(json_text)
-    _recognise(backend, named)
-    return Tokenizer(backend, json_text, named, *rest)
+def _rebuild(json_text: str, *rest: Any) -> Tokenizer:
+    return Tokenizer(open_backend(json_text, Path("tokenizer.json")), json_text, *rest)
 
 
-def _recognise(backend: tokenizers.Tokenizer, named: dict[str, str]) -> None:
-    """Let named tokens that are ordinary ones in tokenizer.json be cut out of texts, too, as
-    transformers does: else `<s>` would be spelt with `<s` and `>`. None is given a new id."""
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = [text for text in dict.fromkeys(named.values()) if text not in added]
-    known = [text for text in missing if backend.token_to_id(text) is not None]
-    backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in known])
-
-
-def _backend(json_text: str) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer.from_str(json_text)
-    backend.no_truncation()  # some files carry a truncation, which would cut silently
-    backend.no_padding()
-    return backend
-
-
-def _named_tokens(
-    folder: Path, config: dict[str, Any], backend: tokenizers.Tokenizer, eos_ids: tuple[int, ...]
-) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for source in (_read_json(folder / "special_tokens_map.json"), config):
-        found |= _said_names(source)
-    if "eos_token" not in found:
-        known = [backend.id_to_token(i) for i in eos_ids]
-        known += [text for text in COMMON_EOS if backend.token_to_id(text) is not None]
-        if known and known[0]:
-            found["eos_token"] = known[0]
-    return found
-
-
-def _said_names(source: dict[str, Any]) -> dict[str, str]:
-    """The named tokens of a file, each a text or an object; templates see all of them, as in
-    transformers: `*_token`, and what `extra_special_tokens` holds if it is no list."""
-    extra = source.get("extra_special_tokens")
-    named = {name: value for name, value in source.items() if name.endswith("_token")}
-    found = {}
-    for name, value in {**named, **(extra if isinstance(extra, dict) else {})}.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            found[name] = content
-    return found
+def _likely_eos(backend: tokenizers.Tokenizer, eos_ids: tuple[int, ...]) -> str | None:
+    """The eos where no file names it: that of generation_config.json, or one that many have."""
+    known = [backend.id_to_token(i) for i in eos_ids]
+    known += [text for text in COMMON_EOS if backend.token_to_id(text) is not None]
+    return known[0] if known else None
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
-        said = _read_json(folder / name).get("eos_token_id")
+        said = _optional_json(folder / name).get("eos_token_id")
         if said is None:
             continue
         ids = said if isinstance(said, list) else [said]
@@ -246,16 +226,8 @@ def _eos_ids(folder: Path) -> tuple[int, ...]:
     return ()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also nesting without end
-        raise UserError(f"{file} is no valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return content
+def _optional_json(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
 
 
 def write_text(file: Path, text: str) -> None:

@@ -4,7 +4,6 @@ Results are a few flat arrays, which cross the border between processes fast and
 conversations in little memory. A loss mask is kept as its runs of equal weight.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -311,6 +310,4 @@ def _count(notes: Counter[str], encoded: Encoded) -> None:
     notes["replies closed with the stop token that the template leaves out"] += certificate.closed
     otherwise = "conversations with a reply that the template renders otherwise than its prompt"
     notes[f"{otherwise}; put behind the prompt"] += certificate.composed
-    for switch in {json.dumps(switch) for switch in certificate.switches.values()}:
-        notes[f"conversations rendered with {switch}: use it as --template_kwargs to generate"] += 1
     notes["turns left out by --rewritten_turns last"] += len(certificate.untrained_turns)

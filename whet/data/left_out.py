@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from typing import Literal
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from whet.data.decontaminate import Evaluations
 from whet.data.mixing import CONTAMINATED, DUPLICATE, FATES, KEPT, OVERLONG
 from whet.data.spool import KEPT_REFUSALS, Spool
 from whet.data.writing import Tables
+from whet.flags.choices import Refused
 
 SHOWN = 20
 """Refused lines that are shown on the screen."""
@@ -34,10 +34,8 @@ TOLD = {
 NEVER_STOP = ("equal_sides", "empty_reply")
 """Pairs from which nothing can be learnt: usual in real data, so they are always left out."""
 
-Policy = Literal["error", "drop", "drop_unproven"]
 
-
-def stop_at_refusals(spool: Spool, policy: Policy, *, has_flag: bool) -> None:
+def stop_at_refusals(spool: Spool, policy: Refused, *, has_flag: bool) -> None:
     """Raise UserError with the first refused lines, unless `policy` says to leave them out.
 
     `has_flag`: whether the command that the user gave has `--refused`.

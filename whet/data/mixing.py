@@ -5,14 +5,12 @@ of `select`. Nothing here touches a token.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from whet.data.encoding import KIND_NAMES
 from whet.errors import UserError
-
-Overlong = Literal["error", "drop", "truncate"]
+from whet.flags.choices import Overlong
 
 KEPT, DUPLICATE, CONTAMINATED, NOT_DRAWN, OVERLONG = range(5)
 FATES = ("kept", "duplicate", "contaminated", "not_drawn", "overlong")

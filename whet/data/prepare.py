@@ -12,10 +12,8 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -29,8 +27,8 @@ from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import KIND_NAMES, BlockEncoder
 from whet.data.formats import FIELDS, FORMATS
-from whet.data.left_out import Policy, fates, notes, records, stop_at_overlong, stop_at_refusals
-from whet.data.mixing import KEPT, Overlong, select
+from whet.data.left_out import fates, notes, records, stop_at_overlong, stop_at_refusals
+from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
 from whet.data.reader import Source, check_path, parse_sources, read_blocks
 from whet.data.record import read_fields
@@ -39,58 +37,12 @@ from whet.data.store import PACKED
 from whet.data.writing import Tables, write_packed
 from whet.errors import UserError
 from whet.files import nearest, unwritable
+from whet.flags.prepare import Config
 from whet.hub import check_name, find_model
 from whet.progress import say, track
 
 SMALL_BYTES = 8 << 20
 """Below this size of all input, starting worker processes takes longer than they save."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Make packed rows with loss masks of conversations."""
-
-    data: tuple[str, ...] = ()
-    """Files (.jsonl, .json, .parquet, .txt, each also .gz or .zst) or hub data sets
-    NAME[@CONFIG][#SPLIT]. FILE:WEIGHT uses its conversations WEIGHT times (0.5: a random half)."""
-    tokenizer: str = ""
-    """Model or tokenizer directory, or Hub name, of the model that is to be trained."""
-    out: str = "data/sft_packed.h5"
-    """The packed file that is written."""
-    context_length: int = 1024
-    """Places of a row: the longest example that the model sees whole."""
-    dev_out: str | None = None
-    """Packed file of the conversations that are held out for the dev loss."""
-    dev_fraction: float = 0.0
-    """Share of the conversations that go to --dev_out; the same opening keeps them together."""
-    format: str | None = None
-    """messages, sharegpt, alpaca, prompt_completion, dolly, gsm8k, text, tokenised, preferences or
-    labels; by default recognised by the fields of each record."""
-    overlong: Overlong = "drop"
-    """Examples longer than a row: stop, leave out, or end after the last turn that fits whole."""
-    fields: str | None = None
-    """The file's own names of fields: messages=conversation,role=speaker; NAME= leaves one out."""
-    refused: Policy = "error"
-    """Lines that cannot be read and conversations without a provably right loss mask: stop, or
-    leave them out, counted and recorded (drop_unproven: only the latter)."""
-    decontaminate: tuple[str, ...] = ()
-    """Evaluation files; conversations that share a question with them are left out."""
-    chat_template: str | None = None
-    """plain, chatml or a template file instead of the tokenizer's own."""
-    train_on: Literal["all", "last"] = "all"
-    """Train every assistant turn, or the last one only."""
-    rewritten_turns: Literal["split", "last", "error"] = "split"
-    """Where the template rewrites earlier turns: an example each, the last turn only, or stop."""
-    special_in_content: Literal["escape", "error", "allow"] = "escape"
-    """Control tokens in somebody's text: encode as plain text, refuse, or let them through."""
-    template_kwargs: str | None = None
-    """Further variables for the template as a JSON object, such as '{"enable_thinking": false}'."""
-    date: str | None = None
-    """The date that the template is told, as 2025-12-31; today by default."""
-    seed: int = 0
-    """Fixes the dev part, the mixture and the order of the rows."""
-    workers: int | None = None
-    """Processes; all cores by default, 0 for none."""
 
 
 def main(config: Config) -> int:

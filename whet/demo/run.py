@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whet.config import parse
+from whet.command_line import parse
 from whet.data import prepare
 from whet.demo import world
 from whet.errors import UserError
 from whet.evaluate import command as evaluate
 from whet.evaluate.answers import extract_answer, same_number
 from whet.files import write_json
+from whet.flags.demo import Config
 from whet.generate.engine import generate
 from whet.generate.opened import open_model
 from whet.progress import say
@@ -30,16 +31,6 @@ from whet.stages import pretrain, sft
 
 WIDTH = 80  # columns of the terminal
 LONGEST_REPLY = 64  # tokens; an answer has about 40
-
-
-@dataclass
-class Config:
-    """A tiny base model becomes an assistant: data, pretraining, SFT, both measured."""
-
-    out: Path = Path("runs/demo")
-    """Folder to write; an earlier demo in it is replaced when the new one is complete."""
-    seed: int = 0
-    """Of the world, the weights and the order of the data."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,7 +23,6 @@ from whet.data.store import PackedStore
 from whet.doctor import generating, numbers, runs, saving, templates
 from whet.doctor.finding import Finding, failed
 from whet.doctor.subject import (
-    DOCUMENTS_PER_ROW,
     Setting,
     Subject,
     first_layers,
@@ -32,42 +30,12 @@ from whet.doctor.subject import (
     sample_rows,
 )
 from whet.errors import UserError
-from whet.files import replaced, unwritable, write_json
+from whet.files import replaced, write_json
+from whet.flags.doctor import Config
 from whet.hub import find_model
 from whet.model.open import load_backbone_from_ckpt
 from whet.model.precision import multiplies_bf16
 from whet.progress import say, track
-
-
-@dataclass
-class Config:
-    """Prove what Whet promises, on your own model, data and machine."""
-
-    model: str
-    """Model directory, `.pt` file, or owner/model on the Hub."""
-    data: Path | None = None
-    """Packed file made by `whet prepare`."""
-    conversations: Path | None = None
-    """The conversations themselves: their template is examined."""
-    format: str | None = None
-    """Format of --conversations; by default it is recognised."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; by default the model's own."""
-    chat_template: str | None = None
-    """chatml, plain or a file; by default the model's own."""
-    layers: int | None = None
-    """Examine the first so many layers only, where the model is too large for this machine."""
-    row_tokens: int = 192
-    """Length of the rows that are made of the documents."""
-    processes: bool = True
-    """Also train a few steps in processes of their own: ranks, kill and resume."""
-    precision: Literal["auto", "bf16", "float32"] = "auto"
-    """The precision you train in: checked beside float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where you train: checked beside the CPU."""
-    json: Path | None = None
-    """Also write the table here."""
-
 
 Check = Callable[[Subject, Callable[[str], None]], Iterator[Finding]]
 
@@ -75,8 +43,6 @@ CHECKS: list[tuple[str, Check]] = [
     ("chat template", templates.certificate),
     ("packed file", templates.data_fit),
     ("packed rows", numbers.packed_equals_alone),
-    ("loss", numbers.fused_equals_plain),
-    ("micro-batches", numbers.micro_batches_agree),
     ("saving", saving.saved_equals_loaded),
     ("export", saving.export_agrees),
     ("generation", generating.cache_equals_none),
@@ -111,17 +77,8 @@ def main(config: Config) -> int:
 def check(config: Config) -> None:
     """Refuse what cannot be examined, all at once."""
     found = []
-    if config.layers is not None and config.layers < 1:
-        found.append(f"--layers {config.layers}: expected 1 or more")
-    if config.row_tokens < 8 * DOCUMENTS_PER_ROW:
-        found.append(f"--row_tokens {config.row_tokens}: expected {8 * DOCUMENTS_PER_ROW} or more")
     if config.device == "cuda" and not torch.cuda.is_available():
         found.append("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
-    if config.json is not None and not config.json.absolute().parent.is_dir():
-        found.append(f"--json {config.json}: its folder does not exist")
-    elif config.json is not None:
-        inputs = [config.model, config.data, config.conversations, config.tokenizer]
-        found += unwritable("--json", config.json, [*inputs, config.chat_template])
     problems(found)
 
 

@@ -16,7 +16,7 @@ from whet.evaluate.dev import misfits
 
 def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
     """What is trained follows the prompt that `whet chat` gives, and ends with a stop token."""
-    faithful = "every reply is trained behind its own prompt"
+    faithful = "every reply is trained after its own prompt"
     stops = "every trained reply ends with a stop token"
     chat = subject.chat
     talks = [datum for datum in subject.data if isinstance(datum, Conversation)]
@@ -57,8 +57,7 @@ def _wrong_prompts(talk: Conversation, encoded: Encoded, chat: Chat, options: En
             asked = replace(
                 talk, messages=talk.messages[: span.message], weights=talk.weights[: span.message]
             )
-            switch = encoded.certificate.switches.get(span.message + 1, {})
-            prompt = encode_prompt(asked, chat, options, switch=switch, go_on=False)
+            prompt = encode_prompt(asked, chat, options, go_on=False)
             wrong += prompt != example.ids[: span.start].tolist()
     return wrong
 

@@ -1,55 +1,20 @@
 """`whet eval`: dev loss and GSM8K accuracy of a model."""
 
-import os
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from tyro.conf import Positional
 
 from whet.config import problems
 from whet.data.store import PackedStore
 from whet.evaluate.dev import dev_loss, misfits
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
-from whet.files import replaced, unwritable, write_json
-from whet.generate.opened import Device, Opened, Precision, open_model
+from whet.files import replaced, write_json
+from whet.flags.eval import Config
+from whet.generate.opened import Opened, open_model
 from whet.progress import say
-
-
-@dataclass
-class Config:
-    """Measure a model: loss on packed rows, accuracy on word problems."""
-
-    run: Positional[Path]
-    """Run folder, model directory or `.pt` file."""
-    gsm8k: Path | None = None
-    """Problems to answer: GSM8K's test.jsonl, or SVAMP."""
-    dev: Path | None = None
-    """Packed file to measure the loss on, made by `whet prepare`."""
-    limit: int | None = None
-    """Only the first so many problems."""
-    json: Path | None = None
-    """Write the numbers here."""
-    samples: Path | None = None
-    """Write every question, reply, extracted and gold answer here, one JSON object a line."""
-    max_new_tokens: int = 256
-    """Longest reply."""
-    batch_size: int = 32
-    """Problems that are answered at once."""
-    micro_rows: int = 4
-    """Rows of the packed file in one forward."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; default: the model's own."""
-    device: Device = "auto"
-    """Where to compute."""
-    precision: Precision = "auto"
-    """Precision of the weights; auto: bf16 on CUDA."""
 
 
 def main(config: Config) -> int:
     """Run `whet eval`."""
-    _check(config)
     started = time.monotonic()
     numbers: dict[str, Any] = {"run": str(config.run)}
     samples: list[Sample] = []
@@ -88,29 +53,6 @@ def main(config: Config) -> int:
     if config.samples:
         write_samples(samples, config.samples)
     return 0
-
-
-def _check(config: Config) -> None:
-    found = []
-    if config.gsm8k is None and config.dev is None:
-        found.append("nothing to measure: give --gsm8k FILE, --dev FILE, or both")
-    if config.samples and config.gsm8k is None:
-        found.append("--samples: there are samples with --gsm8k only")
-    for flag in ("limit", "max_new_tokens", "batch_size", "micro_rows"):
-        value = getattr(config, flag)
-        if value is not None and value < 1:
-            found.append(f"--{flag} {value}: expected at least 1")
-    others: list[Path | None] = [config.run, config.gsm8k, config.dev, config.tokenizer]
-    for flag in ("json", "samples"):
-        path = getattr(config, flag)
-        if path and not path.absolute().parent.is_dir():
-            found.append(f"--{flag} {path}: the folder {path.absolute().parent} does not exist")
-        elif path:
-            found += unwritable(f"--{flag}", path, others)
-            others.append(path)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        found.append("whet eval runs in one process; start it without torchrun")
-    problems(found)
 
 
 def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[str, Any]:

@@ -5,20 +5,16 @@ included. Standard output holds replies only; everything else goes to standard e
 `whet chat RUN --prompt "..." > reply.txt` does what it looks like.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from tyro.conf import Positional
 
 from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
-from whet.config import problems
 from whet.errors import UserError
+from whet.flags.chat import Config
 from whet.generate.engine import Sampling, stream
-from whet.generate.opened import Device, Precision, open_model
+from whet.generate.opened import open_model
 from whet.model.decoder import Transformer
 
 LEAST_ROOM = 32
@@ -26,39 +22,8 @@ LEAST_ROOM = 32
 HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops a reply"
 
 
-@dataclass
-class Config:
-    """Talk to a model."""
-
-    run: Positional[Path]
-    """Run folder, model directory or `.pt` file."""
-    prompt: str | None = None
-    """Answer this once and leave; only the reply is printed."""
-    raw: bool = False
-    """Continue the text as it is, without a chat template, and show control tokens, too."""
-    system: str | None = None
-    """System message before the conversation."""
-    temperature: float = 0.0
-    """0 always takes the likeliest token; 1 samples from the model's own probabilities."""
-    top_k: int | None = None
-    """Sample among the so many likeliest tokens only."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability only."""
-    seed: int = 0
-    """Seed of the sampling."""
-    max_new_tokens: int = 512
-    """Longest reply."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; default: the model's own."""
-    device: Device = "auto"
-    """Where to compute."""
-    precision: Precision = "auto"
-    """Precision of the weights; auto: bf16 on CUDA."""
-
-
 def main(config: Config) -> int:
     """Run `whet chat`."""
-    _check(config)
     opened = open_model(config.run, config.tokenizer, config.device, config.precision)
     talk = Talk(*opened, config)
     answer = talk.continue_text if config.raw else talk.answer
@@ -106,7 +71,7 @@ class Talk:
     def continue_text(self, text: str) -> Iterator[str]:
         """What the model writes after `text`, control tokens included."""
         tokenizer = self.chat.tokenizer
-        prompt = list(tokenizer.backend.encode(text).ids)  # with what the tokenizer puts first
+        prompt = tokenizer.encode(text, ends=True)  # with what the tokenizer puts first
         begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), 0)
         yield from self._pieces(prompt or [begin], show_control=True)
 
@@ -221,22 +186,3 @@ def _print_pieces(pieces: Iterable[str]) -> None:
 
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _check(config: Config) -> None:
-    found = []
-    if not 0 <= config.temperature < math.inf:
-        found.append(f"--temperature {config.temperature}: expected a number of 0 or more")
-    if config.top_p is not None and not 0 < config.top_p <= 1:
-        found.append(f"--top_p {config.top_p}: expected a probability above 0, at most 1")
-    if config.top_k is not None and config.top_k < 1:
-        found.append(f"--top_k {config.top_k}: expected at least 1")
-    if config.seed < 0:
-        found.append(f"--seed {config.seed}: expected 0 or more")
-    if config.max_new_tokens < 1:
-        found.append(f"--max_new_tokens {config.max_new_tokens}: expected at least 1")
-    if config.raw and config.system:
-        found.append("--system belongs to a conversation; --raw has none")
-    if config.temperature == 0 and (config.top_k or config.top_p):
-        found.append("--top_k and --top_p need a --temperature above 0")
-    problems(found)

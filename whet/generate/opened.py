@@ -1,19 +1,17 @@
 """A model opened for use: its weights on a device, and the chat that it was trained with."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from whet.chat.chat import Chat, load_tokenizer
 from whet.errors import UserError
+from whet.flags.choices import Device, Precision
 from whet.hub import find_model
 from whet.model.decoder import Transformer
 from whet.model.lora.read import tokenizer_home
 from whet.model.open import load_backbone_from_ckpt
-
-Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "bf16", "float32"]
 
 
 class Opened(NamedTuple):

@@ -1,4 +1,5 @@
-"""Growing the embedding for new tokens, and training only some of its rows."""
+"""The ends of a model: growing the embedding for new tokens, training only some of its rows, and a
+score in the place of the head."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def grow_embedding(model: Transformer, n_tokens: int, multiple: int = 64) -> ran
     new = -(-n_tokens // multiple) * multiple
     model.embed.weight = _grown(model.embed.weight, new)
     model.embed.num_embeddings = new
-    if not model.config.tied:
+    if hasattr(model, "head"):
         model.head.weight = _grown(model.head.weight, new)
         model.head.out_features = new
         if model.head.bias is not None:
@@ -37,6 +38,22 @@ def _grown(weight: Tensor, rows: int) -> nn.Parameter:
     mean = weight.float().mean(dim=0).to(weight.dtype)
     added = mean.expand(rows - len(weight), *weight.shape[1:])
     return nn.Parameter(torch.cat([weight, added]), requires_grad=weight.requires_grad)
+
+
+@torch.no_grad()
+def add_score(model: Transformer) -> None:
+    """Put a score in the place of the head: a row of zeros (1, D), from which a reward model or a
+    critic is trained. A model that has one keeps it."""
+    if model.config.score:
+        return
+    if not model.config.tied:
+        del model.head
+    embedding = model.embed.weight
+    model.score = nn.Linear(
+        model.config.width, 1, bias=False, device=embedding.device, dtype=embedding.dtype
+    )
+    model.score.weight.zero_()
+    model.config = dataclasses.replace(model.config, score=True)
 
 
 class TrainableRows(nn.Module):
@@ -75,7 +92,7 @@ def train_rows(model: Transformer, ids: Sequence[int]) -> None:
     """Make the rows `ids` of embedding and untied head trainable; the others are frozen."""
     if not ids:
         return
-    for name in ["embed"] if model.config.tied else ["embed", "head"]:
+    for name in [name for name in ("embed", "head") if hasattr(model, name)]:
         setattr(model, name, TrainableRows(getattr(model, name), ids))
 
 

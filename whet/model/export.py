@@ -1,48 +1,44 @@
 """`whet export`: write a model for other tools, merge an adapter into its base.
 
-Whatever is written is opened again and compared with the model it was made from. `gguf-ready` is
-the `hf` layout with a check that llama.cpp's `convert_hf_to_gguf.py` knows the architecture and
-every name of a tensor; its tables (`gguf-py/gguf/tensor_mapping.py`) gave the names here.
+Whatever is written is opened again and compared with the model it was made from. `gguf` is what
+llama.cpp and Ollama run (`gguf.py`); `gguf-ready` is the `hf` layout with a check that llama.cpp's
+`convert_hf_to_gguf.py` knows the architecture and every name of a tensor; its tables
+(`gguf-py/gguf/tensor_mapping.py`) gave the names here.
 """
 
 import re
 import shutil
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from tyro.conf import Positional
 
 from whet.chat.chat import Chat, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
-from whet.files import read_json, replaced, unwritable, unwritable_folder
+from whet.files import PT, read_json, replaced, replaced_folder, unwritable, unwritable_folder
+from whet.flags.export import Config
 from whet.hub import find_model
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.hf.checkpoint import file_places, save_model, save_pt
-from whet.model.hf.config import OWN_LAYOUT, to_hf
-from whet.model.hf.weights import PT, SaveDtype, saved_as
+from whet.model.gguf import notes, write_gguf
+from whet.model.gguf_tokenizer import modelfile, tokenizer_metadata
+from whet.model.hf.checkpoint import (
+    check_vocabulary,
+    file_places,
+    probe,
+    relative_difference,
+    save_model,
+    save_pt,
+)
+from whet.model.hf.config import CLASSES, OWN_LAYOUT, to_hf
+from whet.model.hf.weights import saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora
-from whet.model.open import load_backbone_from_ckpt, open_adapter
+from whet.model.open import is_foreign, load_backbone_from_ckpt, open_adapter
 from whet.progress import say
 
-GGUF_ARCHITECTURES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "granite": "GraniteForCausalLM",
-}
 _GGUF_NAME = re.compile(
     r"model\.embed_tokens\.weight|model\.norm\.weight|lm_head\.weight"
     r"|model\.layers\.\d+\.(self_attn\.([qkvo]_proj|qkv_proj)|mlp\.(gate|up|down|gate_up)_proj)"
@@ -56,34 +52,17 @@ _GGUF_NAME = re.compile(
 _VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 
 
-@dataclass
-class Config:
-    """Write a model for other tools."""
-
-    run: Positional[str]
-    """Run folder, model directory, adapter, `.pt` file or Hub name."""
-    out: Path
-    """What to write: a directory, or for `--to pt` a file."""
-    to: Literal["hf", "pt", "gguf-ready"] = "hf"
-    """hf: a model directory; pt: one file; gguf-ready: a directory that llama.cpp converts."""
-    merge: bool = False
-    """Fold an adapter into its base; the result is a whole model."""
-    dtype: SaveDtype = "same"
-    """Precision of the written weights; same: that of the model, of an adapter its base's."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; default: the model's own."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub name."""
-
-
 def main(config: Config) -> int:
     """Run `whet export`."""
     path = find_model(config.run, config.revision)
     _check_out(path, config)
     model = _open(path, config)
     chat = _chat(path, config)
-    dtype = saved_as(config.dtype, model.config.hf)
     lineage = _lineage(path)
+    if config.to == "gguf":
+        return _write_gguf(model, chat, config)
+    assert config.dtype != "q8_0", "checked with the flags"
+    dtype = saved_as(config.dtype, model.config.hf)
     if config.to == "pt":
         stage, step = str(lineage.get("stage", "export")), int(lineage.get("step", 0))
         save_pt(model, config.out, stage, step, dict(lineage.get("metrics", {})), dtype)
@@ -104,6 +83,30 @@ def main(config: Config) -> int:
     return 0
 
 
+def _write_gguf(model: Transformer, chat: Chat | None, config: Config) -> int:
+    """A folder with `model.gguf` and Ollama's Modelfile."""
+    assert chat is not None, "only a .pt is written without a tokenizer"
+    kind = (
+        "Q8_0" if config.dtype == "q8_0" else _GGUF_TYPES[saved_as(config.dtype, model.config.hf)]
+    )
+    check_vocabulary(model.config, chat, config.run)
+    tokenizer = tokenizer_metadata(chat, model.config.vocab_size)
+    nbytes = sum(p.numel() * (1 if kind == "Q8_0" else 4) for p in model.parameters())
+    with replaced_folder(config.out, nbytes) as aside:
+        write_gguf(model, aside / "model.gguf", kind, config.out.name, tokenizer)
+        text = modelfile(chat, model.config, "model.gguf")
+        (aside / "Modelfile").write_text(text, encoding="utf-8")
+    for note in notes(model.config):
+        print(f"note: {note}", file=sys.stderr)
+    say(f"{config.out / 'model.gguf'}: {kind}, read back and equal")
+    say(f"llama-cli -m {config.out / 'model.gguf'}    # llama.cpp")
+    say(f"ollama create NAME -f {config.out / 'Modelfile'}    # Ollama")
+    return 0
+
+
+_GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
 def _check_out(path: Path, config: Config) -> None:
     """Refuse an `--out` that is read, too: an adapter's base, once merged, would be merged again
     whenever the adapter is opened."""
@@ -117,10 +120,16 @@ def _check_out(path: Path, config: Config) -> None:
 
 
 def _open(path: Path, config: Config) -> Transformer:
+    base = adapter.find_base(path) if path.is_dir() and adapter.is_adapter(path) else path
+    if config.to != "hf" and is_foreign(base):
+        raise UserError(
+            f"--to {config.to}: {base} is of an architecture that is not Whet's own; --to hf "
+            "writes a model directory, which llama.cpp's own converter may know"
+        )
     if not (path.is_dir() and adapter.is_adapter(path)):
         if config.merge:
             raise UserError(f"--merge: {config.run} is a whole model, it has no adapter to merge")
-        return load_backbone_from_ckpt(path)
+        return load_backbone_from_ckpt(path, score=None)
     if not config.merge:
         raise UserError(
             f"{config.run}: is an adapter of {adapter.base_of(path)[0]}; it can be used as it is, "
@@ -134,13 +143,9 @@ def _open(path: Path, config: Config) -> Transformer:
 @torch.no_grad()
 def merge_checked(model: Transformer) -> None:
     """Merge the adapter of a float32 `model`. Raises RuntimeError if its logits change."""
-    model.eval()
-    length = min(32, model.config.max_positions)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    before = model(tokens)
+    before = probe(model.eval())
     merge_lora(model)
-    difference = float((model(tokens) - before).norm() / before.norm().clamp(min=1e-12))
+    difference = relative_difference(probe(model), before)
     if not difference <= 1e-4:
         raise RuntimeError(f"merged, the model's logits differ by {difference:.2g} (relative)")
     say(f"merged: the logits differ by {difference:.1g} (relative) from those of base and adapter")
@@ -149,13 +154,13 @@ def merge_checked(model: Transformer) -> None:
 def check_gguf(config: ModelConfig, tokenizer: Path) -> None:
     """Raise UserError if llama.cpp's converter would not know what is written for `config`."""
     values = to_hf(config)
-    expected = GGUF_ARCHITECTURES.get(values["model_type"])
+    expected = CLASSES.get(values["model_type"])
     said = values.get("architectures") or []
     found = []
     if expected is None or expected not in said:
         found.append(
             f"config.json: architectures is {said}, model_type {values['model_type']!r}; "
-            f"the converter expects {expected or 'one of ' + ', '.join(GGUF_ARCHITECTURES)}"
+            f"the converter expects {expected or 'one of ' + ', '.join(CLASSES)}"
         )
     unknown = [n for n in {p.name for p in file_places(config).values()} if not is_gguf_name(n)]
     found += [f"{name}: llama.cpp's converter knows no tensor of this name" for name in unknown]

@@ -95,6 +95,36 @@ def linear_nll(
     return nll
 
 
+@torch.no_grad()
+def linear_probability(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    watch: int,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-ln p(target) and p(`watch`), a token id, of each token: (M,) float32 each, no gradients.
+
+    Arguments as in `linear_cross_entropy`. Both come from one product with the head.
+    """
+    dtype = product_type(hidden)
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
+    nll, watched = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(weight.to(dtype), bias, softcap, logit_scale, chunk)
+        for part, _, logits in head.products(hidden):
+            logits = logits * logit_scale
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            log_p = torch.log_softmax(logits, -1)
+            nll[part] = -log_p.gather(-1, targets[part, None])[:, 0]
+            watched[part] = log_p[:, watch].exp()
+    return nll, watched
+
+
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """How many tokens' float32 logits exist at a time: up to 64 MiB of them, 256 on a GPU.
 
@@ -191,11 +221,9 @@ class _Head:
     logit_scale: float
     chunk: int
 
-    def passes(
-        self, hidden: Tensor, targets: Tensor
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    def products(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each chunk of m tokens: where it lies, its hidden states (m, D) in the type of
-        products, nll (m,), and d nll / d logits up to `logit_scale` (m, V), float32."""
+        products, and its logits (m, V) float32 before scale and softcap."""
         # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
         size = min(self.chunk, len(hidden))
         buffer = hidden.new_empty(size, len(self.matrix), dtype=self.matrix.dtype)
@@ -205,6 +233,14 @@ class _Head:
             logits = torch.mm(x, self.matrix.t(), out=buffer[: len(x)]).float()
             if self.bias is not None:
                 logits += self.bias
+            yield part, x, logits
+
+    def passes(
+        self, hidden: Tensor, targets: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """The same with nll (m,), and d nll / d logits up to `logit_scale` (m, V), float32, in
+        place of the logits."""
+        for part, x, logits in self.products(hidden):
             nll, slope = _softmax_minus_target(
                 logits, targets[part], self.softcap, self.logit_scale
             )

@@ -5,9 +5,11 @@ from typing import cast
 
 import torch
 
+from whet.errors import UserError
 from whet.files import read_json
 from whet.model.decoder import Transformer
-from whet.model.foreign import load_foreign
+from whet.model.embedding import add_score
+from whet.model.foreign_files import load_foreign
 from whet.model.hf.checkpoint import open_own
 from whet.model.hf.config import FAMILIES
 from whet.model.lora.lora import merge_lora
@@ -20,21 +22,38 @@ def load_backbone_from_ckpt(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     quiet: bool = False,
+    score: bool | None = False,
 ) -> Transformer:
     """Open the model directory or `.pt` file at `path`, its weights cast to `dtype` on `device`.
 
     An adapter's directory gives its base with the adapter merged into it; an architecture that is
-    not Whet's own a `ForeignModel`, which has the same forward. Raises UserError for what cannot be
-    opened as the model that its files describe.
+    not Whet's own a `ForeignModel`, which has the same forward.
+
+    `score`: True for a model that gives scores, as a reward model or a critic does; a language
+    model gets a new row of zeros. False for one that gives logits, None for either. Raises
+    UserError for a model of the other kind, and for what cannot be opened as the model that its
+    files describe.
     """
     path, device = Path(path), torch.device(device)
     if is_adapter(path):
         model = open_adapter(path, dtype=dtype, device=device, quiet=quiet)
         merge_lora(model)
-        return model
-    if is_foreign(path):
-        return cast(Transformer, load_foreign(path, dtype=dtype, device=device, quiet=quiet))
-    return open_own(path, dtype, device, quiet=quiet)
+    elif is_foreign(path):
+        model = cast(Transformer, load_foreign(path, dtype=dtype, device=device, quiet=quiet))
+    else:
+        model = open_own(path, dtype, device, quiet=quiet)
+    return _as_wished(model, score, path)
+
+
+def _as_wished(model: Transformer, score: bool | None, path: Path) -> Transformer:
+    own = isinstance(model, Transformer)
+    if score and not own:
+        raise UserError(f"{path}: scores need a model of Whet's own families")
+    if score:
+        add_score(model)
+    elif own and model.config.score and score is False:
+        raise UserError(f"{path}: a reward model, which gives scores; expected a language model")
+    return model
 
 
 def open_adapter(
@@ -46,7 +65,7 @@ def open_adapter(
 ) -> Transformer:
     """The base that the adapter in `directory` names, with the adapter on it."""
     base = find_base(Path(directory), quiet=quiet)
-    model = load_backbone_from_ckpt(base, dtype=dtype, device=device, quiet=quiet)
+    model = load_backbone_from_ckpt(base, dtype=dtype, device=device, quiet=quiet, score=None)
     load_adapter(model, directory)
     return model
 

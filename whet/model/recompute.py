@@ -8,7 +8,7 @@ between them (norms, activations, rotations): a good part of the memory for litt
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-Recompute = Literal["none", "selective", "full"]
+from whet.flags.choices import Recompute
 
 # Products and attention kernels, by the names under which autograd's dispatcher sees them.
 EXPENSIVE = (

@@ -1,28 +1,15 @@
 """`whet ledger RUN`: which documents a step saw, and which steps saw a document."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tyro.conf import Positional
 
 from whet.errors import UserError
+from whet.flags.ledger import Config
 from whet.progress import say
 from whet.stages.replay import run_settings
 from whet.train.ledger import RECORD, describe
 from whet.train.stage import Documents
-
-
-@dataclass
-class Config:
-    """Look up what a run trained on, and when."""
-
-    run: Positional[Path]
-    """The run folder."""
-    step: int | None = None
-    """List the documents of this step, counted from 1 as in metrics.jsonl."""
-    document: str | None = None
-    """List the steps that saw this document, as FILE:LINE; the file's end of name is enough."""
 
 
 def main(config: Config) -> int:

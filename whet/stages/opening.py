@@ -4,9 +4,8 @@ Flags and inputs are checked before the weights are read; then model, tokenizer 
 opened, what is not trained is frozen, and data that do not fit are refused.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,15 @@ from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.dev import misfits
-from whet.hub import check_name, find_model
+from whet.flags.training import unfit_flags
+from whet.hub import find_model
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
-from whet.model.lora.lora import LoRA, apply_lora, quantize_base
+from whet.model.hf.checkpoint import NO_PT
+from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, quantize_base
 from whet.model.lora.read import base_of, continue_adapter, find_base, is_adapter, tokenizer_home
-from whet.model.lora.trained import read_pattern, select_trainable
-from whet.model.open import load_backbone_from_ckpt
+from whet.model.lora.trained import select_trainable
+from whet.model.open import is_foreign, load_backbone_from_ckpt
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
 from whet.train.optim import parse_lr_groups
@@ -50,21 +51,15 @@ def open_for_training(
     """Open `config.model`; `data` are packed files that it must fit, by flag.
 
     Raises UserError with the problems in `found`, which the stage has met with its own inputs, and
-    those of the flags; and later with all that does not fit the opened model.
+    later with all that does not fit the opened model.
     """
     quiet = config.quiet or not ranks.first
-    for check, value in ((check_name, config.model), (read_pattern, config.train)):
-        with collected(found):
-            check(value)
-    if config.tokenizer is not None and not config.tokenizer.is_dir():
-        found.append(f"--tokenizer {config.tokenizer}: is no directory")
-    if (local := Path(config.model)).exists():  # else it may have to be fetched first
-        found += unfit_flags(config, ranks, local if is_adapter(local) else None)
     problems(found)
     path = find_model(config.model, config.revision, quiet=quiet)
     adapter = path if is_adapter(path) else None
-    problems(unfit_flags(config, ranks, adapter))
+    problems(unfit_flags(config, ranks.size, adapter))
     base = path if adapter is None else find_base(adapter, quiet=quiet)
+    problems(_unfit_for_others(config) if is_foreign(base) else [])
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
     halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
     model = load_backbone_from_ckpt(
@@ -92,6 +87,13 @@ def open_for_training(
         )
     for flag, store in data.items():
         found += misfits(model, chat, store, flag)
+        switch = getattr(model, "switch", None)
+        if config.shard and ranks.size > 1 and switch and store.context_length > switch.length:
+            found.append(
+                f"--shard: positions of this architecture change beyond {switch.length:,} tokens, "
+                "so its documents run in passes whose number differs between ranks; leave --shard "
+                f"out, or prepare {flag} with --context_length {switch.length}"
+            )
     problems(found)
     if lora is not None:
         header.append(("adapter", adapter_in_words(lora, config.lora_4bit)))
@@ -102,6 +104,16 @@ def open_for_training(
     lineage = {"base": name, "revision": revision}
     lineage |= {"adapter": str(adapter)} if adapter else {}
     return Opened(model, chat, lora, lineage, header)
+
+
+def _unfit_for_others(config: Any) -> list[str]:
+    """The flags that architectures other than Whet's own have no use for."""
+    found = []
+    if config.float8:
+        found.append("--float8: works on Whet's own families only; leave it out")
+    if config.out_ckpt is not None:
+        found.append(f"--out_ckpt: {NO_PT}, which --out does")
+    return found
 
 
 def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat, list[int]]:
@@ -148,7 +160,10 @@ def choose_trained(
         return continue_adapter(model, adapter)
     assert lora is not None
     apply_lora(model, lora, new_rows, seed)
-    return lora
+    if isinstance(model, Transformer):
+        return lora
+    kinds = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
+    return replace(lora, targets=",".join(kinds))  # another architecture's: which ones it got
 
 
 def lora_of(config: Any) -> LoRA | None:
@@ -163,29 +178,6 @@ def lora_of(config: Any) -> LoRA | None:
         config.lora_rslora,
         config.lora_dora,
     )
-
-
-def unfit_flags(config: Any, ranks: Ranks, adapter: Path | None) -> list[str]:
-    """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
-    found = []
-    if config.lora_4bit and config.shard and ranks.size > 1:
-        found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
-    fields = [f for f in dataclasses.fields(config) if f.name.startswith("lora_")]
-    given = [f.name for f in fields if getattr(config, f.name) != f.default]
-    given = [name for name in given if name != "lora_4bit"]
-    trains_adapter = adapter is not None or config.lora_rank is not None
-    if config.lora_4bit and not trains_adapter:
-        found.append("--lora_4bit: needs an adapter to train; add --lora_rank 16")
-    if config.train != "all" and trains_adapter:
-        found.append("--train and an adapter exclude each other: the base is frozen")
-    if adapter is not None:
-        found += [
-            f"--{name}: {adapter} is trained further, with its own settings; leave this out"
-            for name in given
-        ]
-    elif config.lora_rank is None:
-        found += [f"--{name}: there is no adapter; add --lora_rank 16" for name in given]
-    return found
 
 
 def adapter_in_words(lora: LoRA, four_bits: bool) -> str:

@@ -22,6 +22,7 @@ from whet.data.batches import (
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.gsm8k import Problem
+from whet.flags.training import TrainSettings
 from whet.model.attention import plan_documents
 from whet.model.decoder import Transformer
 from whet.model.hf.weights import saved_as
@@ -30,7 +31,6 @@ from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.session import total_steps
-from whet.train.settings import TrainSettings
 from whet.train.stage import Stage, Sums
 
 
@@ -57,6 +57,7 @@ def packed_stage(
     if trained == 0:
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
     assert config.micro_batch_size is not None, "resolved before"
+    save = writer(config, model, chat, store, lineage, lora)
     return Stage(
         model=model,
         documents=store,
@@ -72,7 +73,8 @@ def packed_stage(
             quiet=config.quiet or not ranks.first,
             questions=questions,
         ),
-        save_model=writer(config, model, chat, store, lineage, lora),
+        save_model=save,
+        rehearse=save.rehearse,
         header=[*header, *data_in_words(config, store, dev, f"{trained:,.0f} trained tokens")],
     )
 

@@ -8,12 +8,13 @@ micro-batch, and the one chosen so is measured, too.
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from whet.config import check
 from whet.data.batches import Batch
 from whet.errors import UserError
+from whet.flags.plan import Config
 from whet.model.decoder import Transformer
 from whet.model.float8 import use_float8
 from whet.model.footprint import attention_flops, head_bytes
@@ -22,7 +23,7 @@ from whet.stages import sft
 from whet.train import distributed, dry, memory
 from whet.train.distributed import Ranks
 from whet.train.dry import Cost
-from whet.train.session import DEFAULT_MICRO_BATCH, check_settings, make_optimizers, resolve
+from whet.train.session import DEFAULT_MICRO_BATCH, make_optimizers, resolve
 from whet.train.stage import Stage
 from whet.train.state import saving_bytes
 
@@ -33,16 +34,6 @@ LARGEST = {"cpu": DEFAULT_MICRO_BATCH, "cuda": 32}
 RECOMPUTE = ("none", "selective", "full")
 LOOKED_AT = 32
 """Steps among which the fullest micro-batch is looked for."""
-
-
-@dataclass(kw_only=True)
-class Config(sft.Config):
-    """Measure a few steps of `whet sft` with these flags, and propose settings that fit."""
-
-    out: Path = Path("runs/sft")
-    """Run folder of the run that is planned; nothing is written there."""
-    json: bool = False
-    """Print the plan as one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +260,7 @@ def main(config: Config) -> int:
         if not ranks.first:
             return 0
         resolved = resolve(dataclasses.replace(config, resume=False), ranks)
-        check_settings(resolved)
+        check(resolved)
         plan = make_plan(resolved, ranks.device, ranks.size, config.quiet)
         if config.json:
             rows = {"flagged": plan.flagged, "proposed": plan.proposed}

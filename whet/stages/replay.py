@@ -9,40 +9,26 @@ run had several ranks, as each of them drops by its own numbers.
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
-
 from whet.config import read_toml
 from whet.errors import UserError
+from whet.flags.replay import Config
+from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.progress import say, track
-from whet.stages import pretrain, sft
+from whet.stages import grpo, pretrain, sft
 from whet.train import incidents, ledger, state, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
 from whet.train.session import make_optimizers
-from whet.train.settings import TrainSettings
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.state import Facts
 from whet.train.step import apply_step, count_step, dtype_of, forward_backward
 
-STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain}
-
-
-@dataclass
-class Config:
-    """Run one step of a run again and tell what it did."""
-
-    run: Positional[Path]
-    """The run folder."""
-    step: int
-    """The step, counted from 1 as in metrics.jsonl."""
-    json: bool = False
-    """Print the record as JSON."""
+STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain, "grpo": grpo}
 
 
 def main(config: Config) -> int:

@@ -7,72 +7,17 @@ everything else. The context is read but not learnt. What changes is less what t
 what it does with it: it answers, in the answer's form, and stops.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from whet.config import collected, problems, read_toml
 from whet.data.store import PackedStore
 from whet.evaluate.gsm8k import Problem, load_gsm8k
-from whet.files import unwritable
-from whet.model.hf.weights import PT
-from whet.model.recompute import Recompute
+from whet.flags.sft import Config
 from whet.stages.opening import open_for_training
 from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
 from whet.train.session import run_stage
-from whet.train.settings import TrainSettings
 from whet.train.stage import Documents, Stage
-
-
-@dataclass(kw_only=True)
-class Inputs:
-    """What fine-tuning starts from: a base of `Config` of its own, so that help begins with it."""
-
-    model: str
-    """Model to start from: a directory, a `.pt` file, OWNER/NAME on the Hugging Face Hub, or an
-    adapter's directory, to train that adapter further."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub model."""
-    data: Path
-    """Packed file to train on, made by `whet prepare`."""
-    dev: Path | None = None
-    """Packed file to evaluate on."""
-    tokenizer: Path | None = None
-    """Tokenizer directory; by default --model's own."""
-    chat_template: str | None = None
-    """chatml, plain or a file, for a base without chat tokens; the data must be made with it."""
-
-
-@dataclass(kw_only=True)
-class Config(TrainSettings, Inputs):
-    """Fine-tune a base model on packed rows."""
-
-    train: str = "all"
-    """What is trained: all, or re:EXPRESSION on parameter names, such as 're:layers[.]1[.]'."""
-    lora_rank: int | None = None
-    """Train a LoRA adapter of this rank instead of the model."""
-    lora_alpha: float = 32.0
-    """Scale of the adapter: alpha / rank."""
-    lora_targets: str = "all-linear"
-    """all-linear, or some of q,k,v,o,gate,up,down (other architectures: their modules' names)."""
-    lora_dropout: float = 0.0
-    """Dropout before the adapter."""
-    lora_rslora: bool = False
-    """Scale by alpha / sqrt(rank)."""
-    lora_dora: bool = False
-    """DoRA: train the lengths of the rows apart from their directions."""
-    lora_4bit: bool = False
-    """QLoRA: hold the frozen base in 4 bits (NF4), through bitsandbytes."""
-    recompute: Recompute = "none"
-    """Make activations again in the backward pass, not keep them: less memory, more work."""
-    auto: bool = False
-    """Measure first, as `whet plan` does, and take its --micro_batch_size and --recompute."""
-    memory_gb: float | None = None
-    """Memory that --auto and `whet plan` may use on a rank; by default what there is."""
-    gsm8k_dev: Path | None = None
-    """GSM8K-like problems to answer at each evaluation."""
-    gsm8k_limit: int = 100
-    """How many of them."""
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
@@ -85,9 +30,6 @@ def build(config: Config, ranks: Ranks) -> Stage:
     with collected(found):
         if config.gsm8k_dev:
             questions = load_gsm8k(config.gsm8k_dev, config.gsm8k_limit)
-    if config.out_ckpt is not None:
-        others = [config.data, config.dev, config.gsm8k_dev, config.tokenizer, config.out]
-        found += unwritable("--out_ckpt", config.out_ckpt, [config.model, *others], PT)
     opened = open_for_training(config, ranks, found, data)
     if questions and opened.chat is None:
         problems([f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR"])

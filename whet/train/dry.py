@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from whet.data.batches import Batch
 from whet.errors import UserError
+from whet.flags.training import TrainSettings
 from whet.train import memory, verdict
 from whet.train.ahead import Micro, to_device
 from whet.train.distributed import Ranks
-from whet.train.settings import TrainSettings
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.step import apply_step, dtype_of, forward_backward

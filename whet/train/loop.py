@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from whet.errors import UserError
+from whet.flags.training import TrainSettings
 from whet.progress import Progress, track
 from whet.train import distributed, incidents, ledger, memory, verdict
 from whet.train.ahead import batches_ahead
 from whet.train.distributed import Ranks
 from whet.train.profile import profiled
 from whet.train.run import RunFolder
-from whet.train.settings import TrainSettings
 from whet.train.signals import Interrupted, Stop
 from whet.train.stage import Documents, Stage
 from whet.train.state import tensors_of
@@ -125,7 +125,11 @@ def train(
             if stage.before_step is not None:
                 read(left=0)
                 step = partial(stage.before_step, facts.step, stage.model, ranks, stop)
-                found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                try:
+                    found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                except UserError:  # on all ranks, say by a reward; the steps so far are kept
+                    save(wait=True)
+                    raise
                 if found is None:
                     asked = asked or stop.number or signal.SIGTERM
                     continue
@@ -191,8 +195,8 @@ def _evaluate(
         run.append("samples.jsonl", {"step": facts.step, **sample})
     if found.metrics:
         run.metrics(facts.step, found.metrics, {})
-        shown = {k: v for k, v in found.metrics.items() if "/" not in k}
-        run.say(f"step {facts.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        shown = [f"{key} {v:.4g}" for key, v in found.metrics.items() if "/" not in key]
+        run.say(f"step {facts.step}: {found.words or ', '.join(shown)}")
     value = found.metrics.get(stage.best)
     if value is not None and _is_better(value, facts.best_value, stage.higher_is_better):
         facts.best_value, facts.best_step = value, facts.step
@@ -228,6 +232,7 @@ def _save_best(stage: Stage, run: RunFolder, metrics: dict[str, float]) -> None:
         stage.save_model(stage.model, run.path / "best", metrics)
     except (OSError, UserError) as error:
         run.say(f"warning: {run.path / 'best'} could not be written: {error}")
+    distributed.wait_for_all(run.ranks)
 
 
 def _log_step(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from whet.errors import UserError
+from whet.flags.choices import Schedule
 from whet.model.embedding import TrainableRows
-from whet.train.settings import Schedule
 
 WSD_DECAY_SHARE = 0.2  # arXiv:2410.11840 finds 10-20 % of the steps enough for the decay
 

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import platform
 import sys
@@ -19,9 +18,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from whet.config import problems, read_toml
+from whet.config import FREE, check, marked, problems, read_toml
 from whet.errors import UserError
 from whet.files import unwritable_folder
+from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.model.precision import multiplies_bf16
 from whet.train import distributed, memory, optim, state
@@ -30,7 +30,6 @@ from whet.train.distributed import Ranks
 from whet.train.loop import train
 from whet.train.profile import check_profile
 from whet.train.run import RunFolder
-from whet.train.settings import FREE_ON_RESUME, TrainSettings
 from whet.train.signals import stop_on_signals
 from whet.train.stage import Stage
 from whet.train.state import Facts
@@ -54,7 +53,7 @@ def run_stage(
         memory.keep_freed(ranks.device)
         with distributed.told_once(ranks):
             config = resolve(config, ranks)
-            check_settings(config)
+            check(config)
             start = find_start(config, command) if ranks.first else None
         start = distributed.from_first(start, ranks, ranks.setup)
         with distributed.told_once(ranks):
@@ -70,6 +69,11 @@ def run_stage(
 def _train(
     config: C, command: str, stage: Stage, ranks: Ranks, run: RunFolder, start: Path | None
 ) -> int:
+    with distributed.told_once(ranks):
+        if ranks.first and stage.rehearse is not None:
+            stage.rehearse(stage.model)
+        if config.compile and not len(getattr(stage.model, "layers", ())):
+            raise UserError("--compile: this architecture has no list of layers; leave it out")
     model = stage.model.to(ranks.device)
     now = Facts(
         data=stage.documents.fingerprint,
@@ -155,27 +159,6 @@ def resolve(config: C, ranks: Ranks) -> C:
     return dataclasses.replace(config, precision=precision, micro_batch_size=micro)
 
 
-def check_settings(config: TrainSettings) -> None:
-    """Refuse numbers that make no run, all of them at once."""
-    found = []
-    above_0 = ["lr", "epochs", "batch_size", "micro_batch_size", "max_steps", "overfit_rows"]
-    above_0 += ["keep", "rank_timeout", "lora_rank", "lora_alpha", "gsm8k_limit", "memory_gb"]
-    for name in above_0:
-        value = getattr(config, name, None)  # some are flags of `whet sft` alone
-        if value is not None and not 0 < value < math.inf:
-            found.append(f"--{name} {value}: expected a number above 0")
-    from_0 = ["warmup", "clip", "weight_decay", "eval_every", "save_every", "samples"]
-    for name in [*from_0, "grace_seconds", "seed"]:
-        if not 0 <= getattr(config, name) < 2**31:
-            found.append(f"--{name} {getattr(config, name)}: expected 0 or more")
-    for name in ("beta1", "beta2", "lora_dropout"):
-        if not 0 <= getattr(config, name, 0.0) < 1:
-            found.append(f"--{name} {getattr(config, name)}: expected a number from 0 to below 1")
-    if not 0 <= config.final_lr <= 1:
-        found.append(f"--final_lr {config.final_lr}: expected a number from 0 to 1")
-    problems(found)
-
-
 def about(command: str) -> dict[str, str]:
     """What else made the numbers of a run: the command and the versions; and torchrun's job."""
     return {
@@ -232,9 +215,10 @@ def find_start(config: TrainSettings, command: str) -> Path | None:
 def _check_same_flags(config: TrainSettings, path: Path) -> None:
     before = read_toml(type(config), path)
     found = []
+    free = marked(type(config), FREE)
     for field in dataclasses.fields(config):
         now, then = getattr(config, field.name), before.get(field.name)
-        if field.name not in FREE_ON_RESUME and now != then:
+        if field.name not in free and now != then:
             found.append(f"--{field.name} {now}: the run in {config.out} was started with {then}")
     if found:
         found.append(f"to continue it with its own flags: --config {path} --resume")
@@ -343,6 +327,7 @@ def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -
     """Write the final model; a kill in the middle of it is made good by `--resume`."""
     metrics = last_metrics(run.path / "metrics.jsonl") if run.ranks.first else {}
     stage.save_model(stage.model, run.path, metrics)
+    distributed.wait_for_all(run.ranks)
     run.say(f"done: {run.facts.step} steps in {run.facts.seconds:,.0f} s; the model is {run.path}")
     return 0
 

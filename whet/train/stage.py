@@ -53,6 +53,8 @@ class Evaluation:
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    words: str = ""
+    """The metrics for people, in one line."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Stage:
     """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
+    rehearse: Callable[[nn.Module], None] | None = None
+    """Write what `save_model` will write, read it back and remove it: called on rank 0 before the
+    first step. Raises UserError if that fails."""
     dev: Documents | None = None
     """What is evaluated on."""
     before_step: Callable[[int, nn.Module, Ranks, Stop], Mapping[str, float]] | None = None

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from whet.flags.training import TrainSettings
 from whet.train import distributed, incidents, ledger, optim, verdict
 from whet.train.ahead import Micro
 from whet.train.distributed import Ranks
-from whet.train.settings import TrainSettings
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.state import Facts

@@ -1,6 +1,5 @@
 """Opening and saving: what is refused and how it is told, what a crash leaves, older layouts."""
 
-import dataclasses
 import errno
 import json
 import math
@@ -11,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,12 +243,13 @@ def test_pt_files_load_with_weights_only_and_wrapped_names(
     assert [file.name for file in path.parent.iterdir()] == ["x.pt"]
 
 
-@dataclasses.dataclass
-class FakeTokenizer:
-    vocab_size: int = 60
-    stop_ids: tuple[int, ...] = (5, 6)
-    bos_id: int | None = 1
-    pad_id: int | None = None
+class FakeChat:
+    """What saving asks a chat for."""
+
+    stop_ids = (5, 6)
+
+    def __init__(self, vocab_size: int = 60) -> None:
+        self.tokenizer = SimpleNamespace(vocab_size=vocab_size, bos_id=1, pad_id=None)
 
     def save(self, directory: Path) -> None:
         (directory / "tokenizer.json").write_text("{}")
@@ -262,8 +263,8 @@ def test_a_run_folder_keeps_its_other_files_and_gets_every_stop_id(
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text("{}\n")
-    save_model(model, run, FakeTokenizer(), {"base": "b"}, shard_bytes=9000)
-    save_model(model, run, FakeTokenizer(), {"base": "b"})
+    save_model(model, run, FakeChat(), {"base": "b"}, shard_bytes=9000)
+    save_model(model, run, FakeChat(), {"base": "b"})
     assert sorted(file.name for file in run.iterdir()) == [
         "additional_chat_templates",
         "config.json",
@@ -282,7 +283,7 @@ def test_a_run_folder_keeps_its_other_files_and_gets_every_stop_id(
 
 def test_a_tokenizer_larger_than_the_embedding_is_told(model: Transformer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ids up to 64, the model's embedding has 64 rows"):
-        save_model(model, tmp_path / "m", FakeTokenizer(vocab_size=65), {})
+        save_model(model, tmp_path / "m", FakeChat(vocab_size=65), {})
     assert not (tmp_path / "m").exists()
 
 

@@ -4,9 +4,10 @@ Nothing is forgiven in silence: a weight that is missing, left over or misshaped
 is saved is opened again and compared with what was meant to be saved, before it takes its name.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from whet.errors import UserError
 from whet.files import full_disk_reported, read_json, replaced, write_json
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.foreign import write_foreign
+from whet.model.foreign_files import check_writable, write_foreign
 from whet.model.hf import families, legacy
 from whet.model.hf.config import OWN_LAYOUT, from_hf, to_hf
 from whet.model.hf.fill import empty_model, fill_model
@@ -30,6 +31,7 @@ from whet.model.hf.weights import (
     write_directory,
 )
 
+NO_PT = "a .pt holds models of Whet's own families only; save a model directory"
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -142,8 +144,14 @@ def file_places(config: ModelConfig) -> dict[str, families.Place]:
 
 
 def check_vocabulary(config: ModelConfig, chat: Chat, where: str | Path) -> None:
-    """Raise UserError if the tokenizer has ids for which the embedding has no row."""
-    size = chat.tokenizer.vocab_size
+    """Raise UserError if the tokenizer has ids for which the embedding has no row.
+
+    A pad token may have none: many files declare one that the model does not know, and nothing
+    here writes it.
+    """
+    size, pad = chat.tokenizer.vocab_size, chat.tokenizer.pad_id
+    if pad == size - 1 and pad not in chat.stop_ids:
+        size = max(i for i in chat.tokenizer.backend.get_vocab().values() if i != pad) + 1
     if size > config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer has ids up to {size - 1}, the model's "
@@ -153,7 +161,7 @@ def check_vocabulary(config: ModelConfig, chat: Chat, where: str | Path) -> None
 
 
 def save_model(
-    model: Transformer,
+    model: Any,
     directory: str | Path,
     chat: Chat | None,
     lineage: dict[str, Any],
@@ -161,6 +169,7 @@ def save_model(
     *,
     state: Mapping[str, Tensor] | None = None,
     shard_bytes: int = 5_000_000_000,
+    without_weights: bool = False,
 ) -> None:
     """Write a model directory that transformers, vLLM, TRL, PEFT and llama.cpp's converter open.
 
@@ -168,20 +177,25 @@ def save_model(
     every stop id, and `whet.json` with the `lineage`. `state` are the values if `model` does not
     hold them whole itself (FSDP). The files are written aside, opened again, and their weights and
     the logits of a probe compared with the model's; only then do they take their names, and
-    `config.json` as the last of them: a directory never mixes two models. Raises UserError when
-    there is no space, and RuntimeError when what was written does not give the model's logits.
+    `config.json` as the last of them: a directory never mixes two models. Of another architecture
+    nothing is computed. `without_weights` writes the rest, and looks whether weights would have
+    space and, of another architecture, a layout. Raises UserError when there is no space, and
+    RuntimeError when what was written does not give the model's logits.
     """
     directory = Path(directory)
     state = _plain_state(model, state)
     if chat is not None:
         check_vocabulary(model.config, chat, directory)
-    with replaced_model(directory, _nbytes(state, dtype)) as aside:
-        if isinstance(model, Transformer):
-            _write_weights(model.config, state, aside, dtype, shard_bytes)
-        else:
+    with replaced_model(directory, saved_bytes(state, dtype)) as aside:
+        own = isinstance(model, Transformer)
+        if without_weights and not own:
+            check_writable(model)
+        elif not own:
             write_foreign(model, state, aside, dtype, shard_bytes)
+        elif not without_weights:
+            _write_weights(model.config, state, aside, dtype, shard_bytes)
         _write_configs(model.config, chat, lineage, aside, dtype or _dtype_of(state))
-        if isinstance(model, Transformer):
+        if own and not without_weights:
             verify_saved(aside, model.config, state, dtype)
 
 
@@ -198,9 +212,12 @@ def save_pt(
     """Write `{model_state_dict, cfg, stage, step, metrics}`, loadable with `weights_only=True`.
 
     The names are Whet's own, `cfg` the fields of ModelConfig. Opened again and compared, like a
-    model directory; `dtype`, `state` and what is raised as for `save_model`.
+    model directory; `dtype`, `state` and what is raised as for `save_model`. Also raises UserError
+    for another architecture.
     """
     path = Path(path)
+    if not isinstance(model, Transformer):
+        raise UserError(f"{path}: {NO_PT}")
     state = _plain_state(model, state)
     content = {
         "model_state_dict": {name: value.to(dtype=dtype) for name, value in state.items()},
@@ -209,7 +226,7 @@ def save_pt(
         "step": step,
         "metrics": metrics,
     }
-    with replaced(path) as aside, full_disk_reported(path, _nbytes(state, dtype)):
+    with replaced(path) as aside, full_disk_reported(path, saved_bytes(state, dtype)):
         torch.save(content, aside)
         verify_saved(aside, model.config, state, dtype)
 
@@ -230,19 +247,30 @@ def verify_saved(
     for name, value in again.state_dict().items():
         if not torch.equal(state[name].to(dtype or value.dtype).to(value.dtype), value):
             raise RuntimeError(f"{path}: {name} was saved, but read back it differs")
-    tokens = torch.randint(
-        config.vocab_size,
-        (1, min(32, config.max_positions)),
-        generator=torch.Generator().manual_seed(0),
-    ).to(device)
-    expected, found = before(tokens).float(), again(tokens).float()
-    difference = float((expected - found).norm() / expected.norm().clamp(min=1e-12))
+    difference = relative_difference(probe(again), probe(before))
     allowed = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(dtype or own_dtype, 1e-5)
     if not difference <= allowed:
         raise RuntimeError(
             f"{path}: read back, its logits differ by {difference:.2g} (relative); "
             f"allowed are {allowed}"
         )
+
+
+@torch.no_grad()
+def probe(model: Transformer) -> Tensor:
+    """The logits, or scores, of 32 seeded tokens in float32, by which two models are compared."""
+    size = (1, min(32, model.config.max_positions))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, size, generator=generator)
+    tokens = tokens.to(model.embed.weight.device)
+    if model.config.score:
+        return cast(Tensor, model(tokens, weight=torch.ones_like(tokens, dtype=torch.float32)))
+    return cast(Tensor, model(tokens)).float()
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|, over all numbers at once."""
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def _plain_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -254,7 +282,8 @@ def _dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
     return next(iter(state.values())).dtype
 
 
-def _nbytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+def saved_bytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+    """The bytes of the weights `state`, rounded to `dtype` if given."""
     return sum(value.numel() * (dtype or value.dtype).itemsize for value in state.values())
 
 
@@ -267,7 +296,7 @@ def _write_weights(
 ) -> None:
     grouped = families.by_family_name(file_places(config))
     sizes = {
-        name: _nbytes({part: state[part] for part in parts}, dtype)
+        name: saved_bytes({part: state[part] for part in parts}, dtype)
         for name, parts in grouped.items()
     }
     write_directory(
@@ -293,6 +322,7 @@ def _write_configs(
 ) -> None:
     values = _config_json(config, dtype)
     if chat is not None:
+        chat = _with_padding(chat) if config.score else chat
         stops = list(chat.stop_ids)
         ids = {
             "bos_token_id": chat.tokenizer.bos_id,
@@ -304,3 +334,18 @@ def _write_configs(
         chat.save(directory)
     write_json(directory / "config.json", values)
     write_json(directory / "whet.json", lineage)
+
+
+def _with_padding(chat: Chat) -> Chat:
+    """`chat` with a padding token that ends no conversation.
+
+    transformers reads the score of a conversation at the last token that is not the padding one: a
+    stop token that also pads, as in many base models, would never be read.
+    """
+    tokenizer = chat.tokenizer
+    wished = [tokenizer.pad_id, tokenizer.id_of("unk_token"), tokenizer.bos_id]
+    others = [*tokenizer.added.values(), *range(tokenizer.vocab_size)]
+    ids = (i for i in (*wished, *others) if i is not None and i not in chat.stop_ids)
+    texts = (text for i in ids if (text := tokenizer.backend.id_to_token(i)) is not None)
+    named = {**tokenizer.named, "pad_token": next(texts)}
+    return dataclasses.replace(chat, tokenizer=dataclasses.replace(tokenizer, named=named))

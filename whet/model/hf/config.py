@@ -12,6 +12,7 @@ Dropout is ignored: Whet trains without.
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from whet.errors import UserError
@@ -124,6 +125,23 @@ FAMILIES: dict[str, Json] = {
 """What the type of a model says: facts, values of keys that its files may leave out, and under
 "reads" which of the keys that only some families have it looks at. transformers ignores the others,
 so a file that sets one may mean another model than the one that it gives."""
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+"""The class that transformers opens each family with."""
+_SCORED = "ForSequenceClassification"
+"""What the name of a class ends with whose models give scores in place of logits."""
 _SOME_READ = frozenset(key for family in FAMILIES.values() for key in family.get("reads", ()))
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -151,6 +169,7 @@ def from_hf(config: Json) -> ModelConfig:
         )
     if family == OWN_LAYOUT:
         return _read_whet(config)
+    score = _has_score(config)
     facts = FAMILIES[family]
     keys = Keys(config, facts, _SOME_READ - facts["reads"] if "reads" in facts else frozenset())
     try:
@@ -161,7 +180,27 @@ def from_hf(config: Json) -> ModelConfig:
             f"config.json: a value is not of the kind that its key needs: {what}"
         ) from error
     refuse_leftovers(keys, family)
-    return dataclasses.replace(found, family=family, hf=dict(config))
+    return dataclasses.replace(found, score=score, family=family, hf=dict(config))
+
+
+def _has_score(config: Json) -> bool:
+    """Whether the model gives one score in place of logits. Raises UserError for several."""
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not any(str(name).endswith(_SCORED) for name in names):
+        return False
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 1)
+    if count != 1:
+        raise UserError(
+            f"config.json: {names[0]} with {count!r} labels; Whet opens classifiers of one label, "
+            "as reward models are"
+        )
+    return True
+
+
+def _class_with_score(family: str) -> str:
+    stem = re.sub("ForCausalLM|LMHeadModel", "", CLASSES[family])
+    return f"{stem}Text{_SCORED}" if family == "gemma3_text" else f"{stem}{_SCORED}"
 
 
 def _read_llama(keys: Keys) -> ModelConfig:
@@ -268,6 +307,9 @@ def to_hf(config: ModelConfig) -> Json:
     if config.hf and config.tied != from_hf({**config.hf, **changed}).tied:
         changed["tie_word_embeddings"] = config.tied
     values = {**(config.hf or _as_llama(config)), **changed}
+    if config.score and not _has_score(values):
+        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        values |= {"architectures": [_class_with_score(config.family)], **labels}
     if from_hf(values) != config:
         raise ValueError(f"{config} is no model of the family {config.family}")
     return values

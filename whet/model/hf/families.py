@@ -26,6 +26,7 @@ _NAMES = {
     "layers.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
     "norm": "model.norm",
     "head": "lm_head",
+    "score": "score",
 }
 _PRE_NORMS = {
     "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm",
@@ -60,6 +61,7 @@ _GPT2 = {
     "layers.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
     "norm": "transformer.ln_f",
     "head": "lm_head",
+    "score": "score",
 }
 _JOINED = ("q", "k", "v", "gate", "up")  # in the order in which files join them
 

@@ -15,23 +15,27 @@ from torch import Tensor
 
 from whet.errors import UserError
 from whet.files import read_json
-from whet.hub import find_model
+from whet.hub import find_model, is_adapter
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.hf.families import Place, place_modules
 from whet.model.hf.keys import LARGEST
 from whet.model.hf.weights import open_safetensors, read_into
-from whet.model.lora.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
+from whet.model.lora.lora import (
+    LINEARS,
+    LoRA,
+    LoRALinear,
+    adapters,
+    kind_of,
+    linears,
+    refuse_unfit,
+    set_module,
+)
 from whet.model.lora.peft_config import CONFIG, PeftConfig, read_peft_config
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether `path` is a directory that holds an adapter and no whole model."""
-    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def base_of(directory: Path) -> tuple[str, str | None]:
@@ -126,8 +130,8 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
             )
     _refuse_misfits(missing, tensors, config, directory)
     if not isinstance(model, Transformer):
-        model.try_adapters()
-    adapted = dict.fromkeys(name.rpartition(".")[2] for name, _ in adapters(model))
+        refuse_unfit(model)
+    adapted = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
     own = isinstance(model, Transformer)
     return LoRA(
         rank=config.rank,

@@ -5,6 +5,7 @@ import re
 from torch import nn
 
 from whet.errors import UserError
+from whet.flags.training import parameters
 
 
 def select_trainable(model: nn.Module, pattern: str) -> list[str]:
@@ -27,11 +28,6 @@ def select_trainable(model: nn.Module, pattern: str) -> list[str]:
 
 def read_pattern(pattern: str) -> re.Pattern[str]:
     """The expression of such a `pattern`; raises UserError for another form and a wrong one."""
-    if pattern == "all":
-        return re.compile("")
-    if not pattern.startswith("re:"):
-        raise UserError(f"--train {pattern}: expected all, or re: and a regular expression")
-    try:
-        return re.compile(pattern[3:])
-    except re.error as error:
-        raise UserError(f"--train {pattern}: not a regular expression: {error}") from None
+    if wrong := parameters(pattern):
+        raise UserError(f"--train {pattern}: {wrong}")
+    return re.compile("" if pattern == "all" else pattern[3:])

@@ -1,0 +1,235 @@
+"""The flags of a dataclass: argparse with the fields' help texts."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from whet.config import (
+    FIRST,
+    POSITIONAL,
+    check,
+    collected,
+    convert,
+    flag_of,
+    marks,
+    problems,
+    read_toml,
+)
+from whet.elsewhere import nearest_flag
+from whet.errors import UserError
+
+C = TypeVar("C")
+
+
+def parse(
+    config_class: type[C],
+    argv: Sequence[str],
+    command: str,
+    flaws: Callable[[C], Sequence[str]] = lambda config: (),
+) -> C:
+    """Build a `config_class` from `argv`, the flags that follow `whet <command>`.
+
+    `flaws` finds what speaks against flags that do not go together. Raises UserError with all that
+    is wrong: unknown flags and keys, wrong values, missing ones.
+    """
+    path, flags = _take_config_flag(list(argv))
+    found: list[str] = []
+    values: dict[str, Any] = {}
+    with collected(found):
+        values = read_toml(config_class, path) if path else {}
+    with collected(found):
+        values |= read_flags(config_class, flags, command)
+    problems(found)
+    missing = [
+        flag_of(config_class, field.name)
+        for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
+        if field.name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    problems([f"{flag}: is missing; see whet {command} --help" for flag in missing])
+    config = config_class(**values)
+    check(config, flaws(config))
+    return config
+
+
+def read_flags(config_class: type, words: Sequence[str], command: str) -> dict[str, Any]:
+    """The fields that `words` set. `--help` prints the help and leaves with code 0.
+
+    Raises UserError for all unknown flags and wrong values together.
+    """
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    parser = _parser(config_class, hints, command)
+    found = []
+    flags = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and len(name) > 2:
+            name = "--" + name[2:].replace("-", "_")
+            key = name[2:].removeprefix("no_") if name[2:] not in hints else name[2:]
+            if key not in hints and name != "--help":
+                said = word.partition("=")[0]
+                found.append(f"unknown flag {said}{nearest_flag(key, hints, '--')}")
+        flags.append(f"{name}{equals}{value}")
+    problems(found)
+    values = {}
+    for name, given in vars(parser.parse_args(flags)).items():
+        is_many = typing.get_origin(_bare(hints[name])) is tuple
+        plain = [_plain(g, hints[name]) for g in given] if is_many else _plain(given, hints[name])
+        values[name], problem = convert(plain, hints[name])
+        if problem:
+            found.append(f"--{name} {given}: {problem.rpartition(', got ')[0]}")
+    problems(found)
+    return values
+
+
+def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Split `--config FILE` (or `--config=FILE`) from the other flags."""
+    path, rest = None, []
+    while argv:
+        word = argv.pop(0)
+        if word == "--config":
+            if not argv:
+                raise UserError("--config: expected a TOML file after it")
+            path = argv.pop(0)
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return path, rest
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are Whet's own."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def _parser(config_class: type, hints: dict[str, Any], command: str) -> argparse.ArgumentParser:
+    """Values stay texts, and what is not given stays away: `convert` and the TOML come later."""
+    title, _, example = inspect.cleandoc(config_class.__doc__ or "").partition("\n\n")
+    parser = _Parser(
+        prog=f"whet {command}",
+        usage=_usage(config_class, hints, command),
+        description=title,
+        epilog=("example:\n" + textwrap.indent(example, "  ") + "\n\n" if example else "")
+        + "Every flag can also stand in a TOML file: --config FILE.toml; flags win.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {}
+    for title, names in _groups(config_class, hints).items():
+        groups[title] = parser.add_argument_group(title)
+        for field in (f for f in dataclasses.fields(config_class) if f.name in names):
+            text = names[field.name]
+            _add(groups[title], field, hints[field.name], text)
+    return parser
+
+
+def _usage(config_class: type, hints: dict[str, Any], command: str) -> str:
+    words = []
+    for field in dataclasses.fields(config_class):
+        is_required = field.default is field.default_factory  # both are MISSING
+        if POSITIONAL in marks(hints[field.name]):
+            many = "..." if typing.get_origin(_bare(hints[field.name])) is tuple else ""
+            name = field.name.upper() + many
+            words.append(name if is_required else f"[{name}]")
+        elif is_required:
+            words.append(f"--{field.name} {_metavar(hints[field.name])}")
+    return " ".join(["whet", command, *words, "[flags]"])
+
+
+def _add(group: Any, field: dataclasses.Field, hint: Any, text: str) -> None:
+    bare, name = _bare(hint), field.name
+    is_many = typing.get_origin(bare) is tuple
+    text = (text + _default(field)).replace("%", "%%")
+    if POSITIONAL in marks(hint):
+        nargs = "*" if is_many else "?"
+        group.add_argument(name, nargs=nargs, metavar=name.upper(), help=text)
+    elif bare is bool:
+        group.add_argument(f"--{name}", action="store_const", const=True, help=text)
+        no = {"action": "store_const", "const": False, "dest": name}
+        group.add_argument(f"--no_{name}", help=argparse.SUPPRESS, **no)
+    elif is_many:
+        more = {"action": "extend", "nargs": "*"}
+        group.add_argument(f"--{name}", metavar=_metavar(hint), help=text, **more)
+    else:
+        group.add_argument(f"--{name}", metavar=_metavar(hint), help=text)
+
+
+def _groups(config_class: type, hints: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Title -> field -> help: first the flags that most people set, then a group for each class."""
+    groups: dict[str, dict[str, str]] = {"most used": {}}
+    for part in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(part):
+            title = (part.__doc__ or "").split("\n")[0].rstrip(".")
+            title = "flags" if part is config_class else title[0].lower() + title[1:]
+            for name, text in help_texts(part).items():
+                chosen = "most used" if FIRST in marks(hints[name]) else title
+                for names in groups.values():
+                    names.pop(name, None)  # a stage that gives a shared flag another default
+                groups.setdefault(chosen, {})[name] = text
+    return {title: names for title, names in groups.items() if names}
+
+
+def help_texts(config_class: type) -> dict[str, str]:
+    """Field -> the string under it, of the fields that this class itself defines."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, after in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            found[field.target.id] = " ".join(str(after.value.value).split()) if is_text else ""  # type: ignore[union-attr]
+    return found
+
+
+def _bare(hint: Any) -> Any:
+    """The type without marks and without None."""
+    while typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    is_optional = type(None) in typing.get_args(hint)
+    return _bare(options[0]) if is_optional and len(options) == 1 else hint
+
+
+def _metavar(hint: Any) -> str:
+    bare = _bare(hint)
+    if typing.get_origin(bare) is Literal:
+        return "|".join(map(str, typing.get_args(bare)))
+    if typing.get_origin(bare) is tuple:
+        return _metavar(typing.get_args(bare)[0])
+    return {int: "N", float: "X", Path: "PATH"}.get(bare, "TEXT")
+
+
+def _default(field: dataclasses.Field) -> str:
+    value = field.default
+    if value is dataclasses.MISSING or value is None or value is False or value in ((), ""):
+        return ""
+    return f" [{'on; --no_' + field.name + ' turns it off' if value is True else value}]"
+
+
+def _plain(text: Any, hint: Any) -> Any:
+    """The TOML value that a flag's `text` stands for."""
+    if not isinstance(text, str):
+        return text
+    bare = _bare(hint)
+    if typing.get_origin(bare) is tuple:
+        return _plain(text, typing.get_args(bare)[0])
+    if text == "None" and type(None) in typing.get_args(hint):
+        return None
+    for kind in (int, float):
+        if bare is kind:
+            try:
+                return kind(text)
+            except ValueError:
+                return text
+    return text
