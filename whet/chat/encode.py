@@ -6,8 +6,7 @@ The rules that every result keeps, or is refused, stand in docs/chat_templates.m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from datetime import date
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +25,6 @@ from whet.chat.conversation import (
 )
 from whet.chat.examples import Draft, drafts, prompt_draft
 from whet.chat.turns import Rendered
-from whet.errors import UserError
 
 BATCH = 256  # conversations that are tokenised at once: enough to keep the tokenizer's threads busy
 
@@ -180,9 +178,7 @@ class Encoder:
 
     def __init__(self, chat: Chat, options: EncodeOptions) -> None:
         if options.template_kwargs or options.date:
-            variables = {**chat.variables, **options.template_kwargs}
-            today = _date(options.date) if options.date else chat.today
-            chat = replace(chat, variables=variables, today=today)
+            chat = chat.with_variables(options.template_kwargs, options.date)
         self.chat = chat
         self.options = options
         self.aligner = Aligner(chat)
@@ -287,10 +283,3 @@ def _encoded(
 
 def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
     return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
-
-
-def _date(text: str) -> date:
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise UserError(f"--date {text}: expected a date such as 2025-12-31") from None
