@@ -20,6 +20,9 @@ from whet.elsewhere import nearest_flag
 from whet.errors import UserError
 from whet.files import replaced, unwritable, unwritable_folder
 
+SHIPPED = Path(__file__).with_name("configs")
+"""The TOML files that come with Whet; `whet configs` lists them."""
+
 POSITIONAL = "positional"
 """Mark of a field that is given without its name, such as RUN in `whet chat RUN`."""
 FIRST = "first"
@@ -160,9 +163,11 @@ def marked(config_class: type, mark: str) -> list[str]:
 def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
     """Read `path` and check every key and type against the fields of `config_class`."""
     try:
-        table = tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        table = tomllib.loads(_config_file(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"--config {path}: there is no such file") from None
+        raise UserError(
+            f"--config {path}: there is no such file, and `whet configs` has none of that name"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:  # also numbers and nesting without end
@@ -182,6 +187,13 @@ def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
             found.append(f"{path}: key {key!r}: {problem}")
     problems(found)
     return values
+
+
+def _config_file(path: str | Path) -> Path:
+    """The file at `path`, else the one of that name that comes with Whet."""
+    file = Path(path).expanduser()
+    shipped = SHIPPED / f"{str(path).removesuffix('.toml')}.toml"
+    return shipped if not file.exists() and shipped.is_file() else file
 
 
 def as_toml(config: Any) -> str:

@@ -81,11 +81,10 @@ def same_ids(example: Example, encoded: Encoded, shaped: list, tools: Any, oracl
     if not encoded.certificate.same_ids:
         return
     last = example.turns[-1]
-    switch = encoded.certificate.switches.get(last + 1, {})
     possible = []
     for count in {len(shaped), last + 1}:
         try:
-            possible.append(oracle.ids(shaped[:count], tools, False, **switch))
+            possible.append(oracle.ids(shaped[:count], tools, False))
         except Exception:
             assert count != last + 1, "a template that refuses cannot have been used"
     assert list(example.ids) in possible
@@ -105,8 +104,7 @@ def own_words(
     ids = [int(i) for i in example.ids[span.start : span.end]]
     assert ids[-1] in chat.stop_ids, "the stop token is trained"
     assert ids[-1] not in ids[:-1], "nothing behind the first stop token is trained"
-    switch = encoded.certificate.switches.get(span.message + 1, {})
-    whole = oracle.text(shaped[: span.message + 1], tools, False, **switch)
+    whole = oracle.text(shaped[: span.message + 1], tools, False)
     words = blankless(chat.tokenizer.decode(ids, skip_special=False))
     stop = blankless(chat.tokenizer.decode(ids[-1:], skip_special=False))
     if encoded.certificate.composed:
@@ -115,7 +113,7 @@ def own_words(
     elif encoded.certificate.closed:
         assert blankless(whole).endswith(words.removesuffix(stop))
     else:
-        prompt = oracle.text(shaped[: span.message], tools, True, **switch)
+        prompt = oracle.text(shaped[: span.message], tools, True)
         assert whole.startswith(prompt)
         assert blankless(whole[len(prompt) :]).startswith(words)
 
@@ -133,12 +131,11 @@ def same_context(
 ) -> None:
     """Rules 3 and 4."""
     before = [int(i) for i in example.ids[: span.start]]
-    switch = encoded.certificate.switches.get(span.message + 1, {})
     asked = Conversation(read[: span.message], tools)
-    prompt = encode_prompt(asked, chat, options, switch=switch, go_on=False)
+    prompt = encode_prompt(asked, chat, options, go_on=False)
     assert before == prompt
     if not encoded.certificate.split_tokens and not encoded.certificate.escaped:
-        assert before == oracle.ids(shaped[: span.message], tools, True, **switch)
+        assert before == oracle.ids(shaped[: span.message], tools, True)
 
 
 def no_smuggled(

@@ -371,7 +371,8 @@ def test_what_the_user_sees(folder, tmp_path, capsys):
     assert main(["prepare", "--data", data, f"{data}:2", *flags]) == 0
     told = capsys.readouterr().out
     assert "source tokens" not in told
-    header, _, first, second, total = told.splitlines()[:5]
+    about, header, _, first, second, total = told.splitlines()[:6]
+    assert about.startswith(f"{out}: ")
     assert header.split() == [
         "source", "lines", "refused", "examples",
         "tokens", "trained", "context", "truncated", "dropped",
@@ -381,6 +382,10 @@ def test_what_the_user_sees(folder, tmp_path, capsys):
     assert total.startswith("total")
     assert "34 examples left out: exact duplicates" in told
     assert "% filled" in told
+    assert told.splitlines()[-2:] == [
+        f"next: whet inspect {out}",
+        f"      whet sft --model {folder} --data {out} --out runs/sft",
+    ]
 
 
 SWITCHED = """{%- for m in messages -%}
@@ -403,9 +408,11 @@ def test_what_was_done_and_left_out_is_told(folder, tmp_path, capsys):
     )
     flags = ["--tokenizer", str(folder), "--out", str(tmp_path / "a.h5"), "--data", data]
     flags += ["--chat_template", str(template), "--decontaminate", test]
-    assert main(["prepare", *flags]) == 0
+    assert main(["prepare", *flags]) == 2
+    assert """--template_kwargs '{"brief": true}' encodes it""" in capsys.readouterr().err
+    assert main(["prepare", *flags, "--template_kwargs", '{"brief": true}']) == 0
     told = capsys.readouterr().out
-    assert '9 conversations rendered with {"brief": true}: use it as --template_kwargs' in told
+    assert "set brief = true" in PackedStore(tmp_path / "a.h5").attrs["chat"]["template"]
     assert f"5 examples left out: they share a question with an evaluation file\n  {data}:1" in told
     assert told.count("shares a question with") == 3
 

@@ -110,7 +110,7 @@ def test_a_check_that_breaks_has_failed_and_the_others_go_on(subject, monkeypatc
     def broken(*_: object) -> None:
         raise ZeroDivisionError("as an example")
 
-    monkeypatch.setattr(command.saving, "save_pt", broken)
+    monkeypatch.setattr(command.saving, "load", broken)
     rows = examine(subject, CHECKS)
     (bad,) = [row for row in rows if row["verdict"] == "fail"]
     assert bad["note"] == "ZeroDivisionError: as an example"

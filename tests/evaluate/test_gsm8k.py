@@ -14,7 +14,7 @@ PROBLEMS = [Problem(f"How many eggs are {i} eggs?", str(i), line=i + 1) for i in
 def replying(monkeypatch, chat, reply: Callable[[int], str], stop: bool = True) -> None:
     """Lets the model answer the problem about i eggs with `reply(i)`."""
 
-    def generate(model, prompts, *, max_new_tokens, stop_ids, batch_size, progress, between):
+    def generate(model, prompts, *, max_new_tokens, stop_ids, batch_size, progress):
         texts = [chat.tokenizer.decode(prompt) for prompt in prompts]
         numbers = [int(text.split(" eggs?")[0].split()[-1]) for text in texts]
         end = [stop_ids[0]] if stop else []

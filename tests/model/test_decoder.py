@@ -186,6 +186,8 @@ def test_token_losses_with_a_gradient_are_those_of_the_logits(temperature):
     got = torch.autograd.grad(found.nll.tanh().sum(), parameters)
     for mine, other in zip(got, wanted, strict=True):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+    summed = decoder(tokens, targets=targets, weight=weight, temperature=temperature)
+    assert torch.allclose(summed.loss, found.loss, rtol=1e-5)
 
 
 def test_a_score_is_the_same_padded_packed_and_alone():

@@ -79,7 +79,7 @@ def test_packed_documents_have_the_logits_they_have_alone(
     model = load_backbone_from_ckpt(saved(case))
     assert isinstance(model, ForeignModel)
     assert model.way == CASES[case][2]
-    assert ("one document a row" in capsys.readouterr().out) == (model.way == "alone")
+    assert ("one document a row" in capsys.readouterr().err) == (model.way == "alone")
     tokens, segments = packed()
     with torch.no_grad():
         logits = model(tokens, segments=segments)
@@ -98,15 +98,22 @@ def test_every_way_gives_the_same(way: str, saved: Callable[[str], Path]) -> Non
         assert torch.allclose(model(tokens, segments=segments), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @each_case
-def test_loss_and_gradients_equal_the_plain_ones(case: str, saved: Callable[[str], Path]) -> None:
+def test_loss_and_gradients_equal_the_plain_ones(
+    case: str, per_token: bool, saved: Callable[[str], Path]
+) -> None:
     model = load_backbone_from_ckpt(saved(case), quiet=True)
     tokens, segments = packed()
     weight = torch.zeros(tokens.shape)
     weight[0, 3:10], weight[0, 13:18] = 0.5, 2.0
     targets = tokens.roll(-1, dims=1)
-    result = model(tokens, segments=segments, targets=targets, weight=weight)
-    result.loss.backward()
+    inputs = {"segments": segments, "targets": targets, "weight": weight}
+    result = model(tokens, **inputs, per_token=per_token)
+    loss = (weight * result.nll).sum() if per_token else result.loss
+    loss.backward()
+    with torch.no_grad():
+        watched = model(tokens, **inputs, watch=3)
     found = {name: p.grad for name, p in model.inner.named_parameters()}
 
     theirs = original(case)
@@ -117,6 +124,9 @@ def test_loss_and_gradients_equal_the_plain_ones(case: str, saved: Callable[[str
     loss.backward()
     assert torch.allclose(result.loss, loss, rtol=1e-4)
     assert torch.allclose(result.nll[0, 3:10], nll[3:10], atol=1e-4)
+    assert torch.allclose(watched.nll, result.nll, atol=1e-5)
+    probability = logits.softmax(-1)[:, 3]
+    assert torch.allclose(watched.watched[0, 3:10], probability[3:10], atol=1e-5)
     for name, parameter in theirs.named_parameters():
         difference = (found[name] - parameter.grad).norm()
         assert difference <= 1e-3 * parameter.grad.norm() + 1e-6, name

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whet.model.loss import chunk_tokens, linear_cross_entropy, linear_nll, sft_loss
+from whet.model.loss import (
+    chunk_tokens,
+    linear_cross_entropy,
+    linear_nll,
+    linear_probability,
+    sft_loss,
+)
 
 
 def random_logits(rows=2, length=7, vocab=11, seed=0):
@@ -273,3 +279,17 @@ def test_token_losses_under_autocast_are_near_float32():
     for mine, other in zip(torch.autograd.grad(nll.square().sum(), leaves), wanted, strict=True):
         assert mine.dtype == other.dtype
         assert (mine - other).norm() <= 2e-2 * other.norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_watched_token_has_the_probability_of_full_logits(softcap):
+    generator = torch.Generator().manual_seed(3)
+    hidden, matrix = (torch.randn(n, 8, generator=generator) for n in (9, 13))
+    bias, targets = torch.randn(13, generator=generator), torch.arange(9)
+    z = 0.7 * (hidden.double() @ matrix.double().t() + bias.double())
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    shape = {"bias": bias, "softcap": softcap, "logit_scale": 0.7, "chunk": 4}
+    nll, watched = linear_probability(hidden, matrix, targets, 5, **shape)
+    torch.testing.assert_close(watched.double(), z.softmax(-1)[:, 5])
+    expected = linear_nll(hidden, matrix, targets, **shape)
+    torch.testing.assert_close(nll, expected)

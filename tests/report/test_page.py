@@ -153,6 +153,46 @@ def test_find_looks_across_tokens(open_page):
     opened.tab.wait_for_selector(".none")
 
 
+def test_find_marks_its_hits_and_steps_through_them(open_page):
+    shown = sheet()
+    opened = open_page(shown)
+    words = "".join(shown.text(2, 6, 9))
+    opened.tab.fill("#find", words)
+    opened.tab.wait_for_selector("#next:enabled")
+    hits = int(opened.tab.locator("#hits").text_content().split()[-2])
+    opened.tab.press("#find", "Enter")
+    opened.tab.wait_for_selector(".flow .here")
+    row = opened.tab.locator(".row", has_text="Row 2").first
+    assert "".join(row.locator(".flow .hit").all_text_contents()).count(words) >= 1
+    assert opened.tab.locator(".flow .here").text_content() == shown.text(2, 6, 9)[0]
+    opened.tab.click("#previous")
+    assert opened.tab.locator("#hits").text_content().startswith(f"{hits} of {hits} hit")
+    opened.tab.fill("#find", "")
+    opened.tab.wait_for_selector("#next:disabled", state="attached")
+    assert opened.tab.locator(".flow .hit").count() == 0
+
+
+def test_a_tapped_token_shows_its_card_until_the_next_tap(open_page):
+    opened = open_page(sheet(), has_touch=True)
+    opened.rows_shown()
+    opened.tab.tap('.row:first-child span[data-place="3"]')
+    opened.tab.wait_for_timeout(50)
+    assert opened.tab.locator("#card").is_visible()
+    opened.tab.tap("#rows-title")
+    assert not opened.tab.locator("#card").is_visible()
+
+
+def test_tables_that_go_on_say_so_on_a_phone(open_page):
+    opened = open_page(sheet())
+    opened.tab.set_viewport_size({"width": 390, "height": 844})
+    table = opened.tab.get_by_role("region", name="Token account as a table")
+    assert table.evaluate("e => e.scrollWidth > e.clientWidth")
+    assert opened.tab.get_by_text("The table goes on to the right.").is_visible()
+    table.focus()  # the arrow keys scroll it
+    opened.tab.click("summary")
+    assert opened.tab.get_by_text("2 of 12,347; the list scrolls.").is_visible()
+
+
 def test_go_to_a_row(open_page):
     opened = open_page(dataclasses.replace(sheet(60), first=100))
     opened.tab.fill("#row", "141")

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import pytest
 
 from whet.errors import UserError
+from whet.flags.policy import known_reward, parse_reward
 from whet.rl.prompts import Prompt
 from whet.rl.rewards import (
     Answer,
@@ -12,9 +13,7 @@ from whet.rl.rewards import (
     PythonReward,
     Reward,
     correct,
-    flaws,
     in_form,
-    parse_reward,
     total_rewards,
 )
 
@@ -66,12 +65,9 @@ def test_flags_are_read_and_refused_together(tmp_path):
     assert parse_reward("format=0.2") == ("format", 0.2)
     assert parse_reward("a.py:score") == ("a.py:score", 1.0)
     (tmp_path / "a.py").touch()
-    found = flaws(["correct", "format=x", "corect", "no.py:f", f"{tmp_path}/a.py:f=2"])
-    assert [line.split(":")[0] for line in found] == [
-        "--reward format=x",
-        "--reward corect",
-        "--reward no.py",
-    ]
+    assert known_reward("correct") == known_reward(f"{tmp_path}/a.py:f=2") == ""
+    for text in ("format=x", "corect", "no.py:f", "=2"):
+        assert known_reward(text), text
 
 
 FUNCTIONS = """

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -12,10 +13,17 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from tests.stages.test_sft import metrics
 from whet.cli import main
+from whet.errors import UserError
 from whet.generate.opened import open_model
+from whet.model.hf import checkpoint
 from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.lora.read import CONFIG, WEIGHTS
 from whet.model.open import load_backbone_from_ckpt
+from whet.stages import saving
+from whet.stages.saving import ModelWriter
+from whet.train import loop, session
+from whet.train.distributed import Ranks
+from whet.train.run import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +190,56 @@ def test_rows_of_new_chat_tokens_are_trained_beside_lora_and_go_on(world, chats,
     merged = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.allclose(merged[new_ids(first)], rows[1], atol=1e-6)
     assert torch.equal(merged[: len(old)], old)
+
+
+def test_what_cannot_be_saved_is_not_trained(world, tmp_path, capsys, monkeypatch):
+    """The read-back differs: that is found before the first step, and nothing stays."""
+    monkeypatch.setattr(checkpoint.torch, "equal", lambda a, b: False)
+    assert main(command(world, tmp_path / "out")) == 2
+    told = capsys.readouterr().err
+    assert "could not be saved, so training does not begin" in told
+    assert "read back it differs" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_writes_what_the_end_writes(world, tmp_path, monkeypatch):
+    written = []
+    real = saving.save_model
+
+    def noting(model, directory, *args, **kwargs):
+        real(model, directory, *args, **kwargs)
+        written.append(sorted(path.name for path in directory.iterdir()))
+
+    monkeypatch.setattr(saving, "save_model", noting)
+    model = load_backbone_from_ckpt(world / "base")
+    writer = ModelWriter(tiny.chat(), {"base": "x"}, out=tmp_path / "out")
+    before = torch.get_rng_state()
+    writer.rehearse(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    writer(model, tmp_path / "out", {})
+    assert written[0] == written[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.setattr(saving, "REHEARSED_BYTES", 0)  # of a large model all but the weights
+    writer.rehearse(model)
+    assert written[2] == [name for name in written[0] if name != "model.safetensors"]
+    with pytest.raises(UserError, match=r"could not be saved.*not JSON serializable"):
+        ModelWriter(None, {"base": object()}, out=tmp_path / "odd").rehearse(model)
+
+
+def test_other_ranks_wait_for_each_save(world, tmp_path, monkeypatch):
+    waited = []
+    for module in (loop, session):
+        monkeypatch.setattr(module.distributed, "wait_for_all", waited.append)
+    assert main(command(world, tmp_path / "out", max_steps=1)) == 0
+    assert waited, "the final model"
+    before = len(waited)
+    stage = SimpleNamespace(model=None, save_model=lambda *what: None)
+    loop._save_best(stage, RunFolder(tmp_path, Ranks()), {})
+    assert len(waited) == before + 1
+
+
+@pytest.mark.parametrize("flags", [{"lora_rank": 2}])
+def test_a_pt_of_an_adapter_is_refused_before_training(world, tmp_path, capsys, flags):
+    words = command(world, tmp_path / "out", out_ckpt=tmp_path / "m.pt", **flags)
+    assert main(words) == 2
+    assert "--out_ckpt: an adapter is trained" in capsys.readouterr().err

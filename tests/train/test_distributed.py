@@ -142,3 +142,23 @@ def test_what_comes_before_the_steps_may_take_longer_than_rank_timeout(tmp_path)
     """A corpus is tokenised by rank 0 alone."""
     codes, logs = run_two(wait_for_rank_0, tmp_path, [3.0, 3.0])
     assert codes == [0, 0], logs[1].read_text()
+
+
+def save_slowly(rank: int, port: int, log: Path) -> None:
+    """Rank 0 writes and verifies for longer than the ranks wait for each other's numbers."""
+    become_a_rank(rank, port, log)
+    with distributed.start_ranks("cpu", timeout_s=2) as ranks:
+        distributed.sum_over_ranks([1.0], ranks)
+        if ranks.first:
+            time.sleep(4)
+        distributed.wait_for_all(ranks)
+        distributed.sum_over_ranks([1.0], ranks)
+
+
+def test_ranks_wait_for_a_slow_save_beyond_the_rank_timeout(tmp_path):
+    start_server()
+    port, logs = free_port(), [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    ranks = [CONTEXT.Process(target=save_slowly, args=(r, port, logs[r])) for r in range(2)]
+    for process in ranks:
+        process.start()
+    assert wait(ranks, logs, timeout_s=60) == [0, 0]

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 
 from tests import tiny
 from whet.data.store import PackedStore
+from whet.evaluate.dev import dev_loss, turns_of
 from whet.model.open import load_backbone_from_ckpt
-from whet.train.breakdown import breakdown, turns_of
 from whet.train.distributed import Ranks
-from whet.train.evaluation import prompts_of
+from whet.train.evaluation import Evaluator, metrics_of, prompts_of
+from whet.train.signals import Stop
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def plain(model, store, stop):
         mask = read.loss_mask[0, here][1:] != 0
         with torch.no_grad():
             logp = F.log_softmax(model(ids[None])[0, :-1].double(), dim=-1)
-        turns = turns_of(mask)
+        turns = turns_of(mask[None], np.ones((1, len(mask)), int))[0]
         for t in np.flatnonzero(mask):
             target = int(ids[t + 1])
             tokens.append((int(document["source"]), int(turns[t]), -float(logp[t, target])))
@@ -41,7 +42,7 @@ def plain(model, store, stop):
 
 def test_breakdown_equals_a_plain_loop(world):
     model, store = world
-    found = breakdown(model, store, (7,), 2, Ranks())
+    found = metrics_of(dev_loss(model, store, stop_ids=(7,), micro_rows=2))
     tokens, inside = plain(model, store, 7)
     for source, name in enumerate(("a.jsonl", "b.jsonl")):
         expected = np.mean([loss for s, _, loss in tokens if s == source])
@@ -55,8 +56,22 @@ def test_breakdown_equals_a_plain_loop(world):
 
 
 def test_turns():
-    trained = np.array([0, 1, 1, 0, 0, 1, 0, 1], bool)
-    assert turns_of(trained).tolist() == [0, 1, 1, 0, 0, 2, 0, 3]
+    """Counted from 1 in each document; between two spans the number is the earlier one's."""
+    trained = np.array([[0, 1, 1, 0, 0, 1, 0, 1], [1, 0, 0, 1, 0, 1, 1, 0]], bool)
+    segments = np.array([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 3, 3, 0]])
+    found = np.where(trained, turns_of(trained, segments), 0)
+    assert found.tolist() == [[0, 1, 1, 0, 0, 2, 0, 3], [1, 0, 0, 1, 0, 1, 1, 0]]
+
+
+def test_a_dev_file_is_gone_through_once(world):
+    """Loss, its parts, and the stop token inside replies come from the same forward passes."""
+    model, store = world
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    Evaluator(store, None, micro_rows=2, n_samples=0)(model, Ranks(), Stop(0.0))
+    dev_loss(model, store, stop_ids=(7,), micro_rows=2)
+    hook.remove()
+    assert len(calls) == 2 * 3, "5 rows, two at a time, for each of the two"
 
 
 def test_prompts_end_where_the_reply_begins(world):

@@ -1,6 +1,6 @@
 """What was checked of an encoded conversation, and why one was refused."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from whet.errors import UserError
@@ -68,8 +68,6 @@ class Certificate:
     """The template rewrites earlier turns, so the conversation became several examples (rule 3)."""
     untrained_turns: tuple[int, ...] = ()
     """Turns left out by `rewritten_turns="last"`: message numbers from 1."""
-    switches: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Per message number: the template variables that were set to find a true generation prompt."""
     today: str = ""
     """The date that the template was told."""
 

@@ -7,17 +7,17 @@ token, and which of its switches change the generation prompt.
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from typing import Any
 
 from whet.chat.conversation import Message
-from whet.chat.template import TAKEN, BoundsError, ChatTemplate, TemplateError
+from whet.chat.template import BoundsError, ChatTemplate, TemplateError
 from whet.chat.tokenizer import Tokenizer
 
 UNDEFINED = re.compile(r"'(\w+)' is undefined")  # as jinja says it
+SYSTEM = ("system", "developer")
 HEADER_WORDS = 3  # a header is short; longer texts may name tokens in prose
 
 Tools = list[dict[str, Any]] | None
@@ -89,7 +89,7 @@ class Dialect:
     tool_template: ChatTemplate | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     today: date | None = None
-    _forms: dict[tuple[bool, bool], Form] = field(default_factory=dict)
+    _forms: dict[tuple[bool, bool], Form] = field(default_factory=dict, init=False)
 
     def render(
         self,
@@ -97,17 +97,15 @@ class Dialect:
         tools: Tools = None,
         documents: Tools = None,
         prompt: bool = False,
-        switch: dict[str, Any] | None = None,
     ) -> str:
         """The text of messages that are in their form already; `prompt` asks for a reply."""
-        variables = {**self._constant, **switch} if switch else self._constant
         return self.template(tools).render(
             messages,
             tools=tools,
             documents=documents,
             add_generation_prompt=prompt,
             today=self.today,
-            variables=variables,
+            variables=self._constant,
         )
 
     @cached_property
@@ -218,31 +216,12 @@ class Dialect:
             break
         return frozenset(found)
 
-    @cached_property
-    def switches(self) -> tuple[dict[str, Any], ...]:
-        """Settings of single variables that change the generation prompt, best first.
-
-        Best are those that change nothing else. The variables are those that the template reads and
-        that nobody sets, their values True, False and what the template compares them with.
-        """
-        before = next((b for b in self._openings if self._tried(b, prompt=True)), None)
-        if before is None:
-            return ()
-        reply = self.form(before).shape([*before, say(SAID)])
-        before = reply[:-1]
-        prompt, whole = self._tried(before, prompt=True), self._tried(reply)
-        seen = {(prompt, whole)}
-        same: list[dict[str, Any]] = []
-        other: list[dict[str, Any]] = []
-        for switch in self._settings():
-            pair = (
-                self._tried(before, prompt=True, switch=switch),
-                self._tried(reply, switch=switch),
-            )
-            if ASKED in pair[0] and pair[0] != prompt and pair not in seen:
-                seen.add(pair)
-                (same if pair[1] == whole else other).append(switch)
-        return (*same, *other)
+    def sample(self) -> list[str]:
+        """A prompt, a reply, one with thinking and a call, each "" if the template refuses it."""
+        before = next((b for b in self._openings if self._tried(b, prompt=True)), self._openings[0])
+        replies = [say(SAID), say(SAID, THOUGHT), call()]
+        talks = [self.form([*before, reply]).shape([*before, reply]) for reply in replies]
+        return [self._tried(before, prompt=True), *map(self._tried, talks)]
 
     def ending_of(self, whole: str, start: int, calls: bool) -> tuple[int, Ending] | None:
         """Where the words end that begin at `start` of the rendering `whole`, and how.
@@ -264,37 +243,44 @@ class Dialect:
                 return end + len(ending.close), ending
         return None
 
-    def advice(self, error: TemplateError, messages: list[Message], tools: Tools) -> str:
-        """What the template lacks if it fails with `error` on `messages`: a variable or tools."""
+    def advice(
+        self, error: TemplateError, messages: list[Message], index: int, tools: Tools
+    ) -> str:
+        """What is missing if the template fails with `error` on the turn `messages[index]`: a
+        variable, a turn of the user's, or tools."""
+        if isinstance(error, BoundsError):
+            return ""
         missing = UNDEFINED.search(str(error))
         if missing and missing[1] in self.template(tools).variables:
             return f"; set it with --template_kwargs '{{\"{missing[1]}\": ...}}'"
-        if not tools:
-            try:
-                self.render(messages, TOOLS)
-            except TemplateError:
-                return ""
+        first = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM), 0)
+        asked: Message = {"role": "user", "content": ASKED}
+        if messages[first]["role"] == "assistant" and self._renders(
+            [*messages[:first], asked, *messages[first:]], index + 1, tools
+        ):
+            return "; the conversation begins with the assistant: put a user turn before it"
+        if not tools and self._renders(messages, index, TOOLS):
             return "; it needs tools, and this conversation has none"
         return ""
 
-    def _settings(self) -> Iterator[dict[str, Any]]:
-        template = self.plain_template
-        taken = TAKEN | set(self.tokenizer.named) | set(self.variables)
-        for name in sorted(template.variables - taken):
-            constants = template.compared.get(name, frozenset())
-            for value in (False, True, *sorted(constants - {False, True}, key=str)):
-                yield {name: value}
+    def _renders(self, messages: list[Message], index: int, tools: Tools) -> bool:
+        try:
+            self.render(messages[: index + 1], tools)
+            self.render(messages[:index], tools, prompt=True)
+        except TemplateError:
+            return False
+        return True
 
     @property
     def _openings(self) -> tuple[list[Message], ...]:
         user: Message = {"role": "user", "content": ASKED}
         return [user], [{"role": "system", "content": "Qsystemq"}, user]
 
-    def _tried(self, messages: list[Message], tools: Tools = None, **how: Any) -> str:
+    def _tried(self, messages: list[Message], tools: Tools = None, prompt: bool = False) -> str:
         """The rendering, with made-up tools if the template cannot do without, or ""."""
         for attempt in (tools, TOOLS):
             try:
-                return self.render(messages, attempt, **how)
+                return self.render(messages, attempt, prompt=prompt)
             except TemplateError as error:
                 if isinstance(error, BoundsError):  # with so little: it would be so for all
                     raise
@@ -311,25 +297,29 @@ class Dialect:
 
         What it writes there both at the end of a conversation and before further messages belongs
         to the reply; the stop token is the last control token of that, or the first eos. Where
-        stops are `known` already, another one counts only if a new turn begins right behind it.
+        stops are `known` already, another one counts only if a new turn begins right after it.
         """
         calls = "tool_calls" in reply
         tools = TOOLS if calls else None
         last_word = VALUE if calls else SAID
         form = self.form([*before, reply])
         whole, more = form.shape([*before, reply]), form.shape([*before, reply, *follow])
-        tail = _behind(self._tried(whole, tools), last_word)
-        middle = _behind(self._tried(more, tools), last_word)
+        tail = _after(self._tried(whole, tools), last_word)
+        middle = _after(self._tried(more, tools), last_word)
         if tail is None:
             return None
+        asked = _after(self._tried(whole[:-1], tools), ASKED)
         common = beginning_of(tail, middle) if middle is not None else ""
         for text in (common, tail):
             stop, end = self._stop_in(text, known or set())
             if not stop:
                 continue
-            new = known is not None and stop not in known and not self._is_eos(stop)
-            if new and (middle is None or not self._begins_turn(middle[end:])):
-                return None
+            if not self._is_eos(stop):
+                if known is not None and stop not in known:  # another stop than plain replies have
+                    if middle is None or not self._begins_turn(middle[end:]):
+                        break
+                elif text != common and asked and asked.endswith(tail[:end]):
+                    break  # written after whatever stands last: the next reply's header
             return Ending(stop, tail[end:], calls=calls)
         return self._open_ending(whole, tools, tail, middle, last_word)
 
@@ -342,7 +332,7 @@ class Dialect:
         last_word: str,
     ) -> Ending | None:
         """The ending of a reply that is left open while it is the last."""
-        asking = _behind(self._tried(whole, tools, prompt=True), last_word)
+        asking = _after(self._tried(whole, tools, prompt=True), last_word)
         if middle is None or asking is None or not middle.startswith(tail):
             return None
         # The next turn's header may itself be an eos: GLM stops where it writes <|user|>.
@@ -354,7 +344,7 @@ class Dialect:
         end = middle.find(stop, len(tail)) + len(stop)
         first = stop and middle[len(tail) : end].strip() == stop and stop not in self.headers
         # Or it could be the next turn's own header: one ends a turn of the user's, too.
-        asked = _behind(self._tried(whole[:-1], tools, prompt=True), ASKED) or ""
+        asked = _after(self._tried(whole[:-1], tools, prompt=True), ASKED) or ""
         if first and (self._begins_turn(middle[end:]) or asked.lstrip().startswith(stop)):
             return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
         return None
@@ -371,12 +361,12 @@ class Dialect:
         calls = "tool_calls" in reply
         tools, word = (TOOLS, VALUE) if calls else (None, SAID)
         form = self.form([*before, reply])
-        tail = _behind(self._tried(form.shape([*before, reply]), tools), word)
+        tail = _after(self._tried(form.shape([*before, reply]), tools), word)
         if tail is None or eos not in self.tokenizer.added:
             return None
         written = tail.rstrip()
         if calls:
-            more = _behind(self._tried(form.shape([*before, reply, *follow]), tools), word)
+            more = _after(self._tried(form.shape([*before, reply, *follow]), tools), word)
             if more is None or not more.startswith(written):
                 return None
         elif written:
@@ -446,5 +436,5 @@ def beginning_of(one: str, other: str) -> str:
     return min(one, other, key=len)
 
 
-def _behind(text: str, word: str) -> str | None:
+def _after(text: str, word: str) -> str | None:
     return text.rpartition(word)[2] if word in text else None

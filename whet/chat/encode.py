@@ -1,18 +1,18 @@
 """encode_chat: a conversation -> token ids and the loss mask on the model's own words.
 
-    conversation --Reader--> drafts (text, marked characters) --Aligner--> ids, marked tokens
+    conversation --Rendered--> drafts (text, marked characters) --Aligner--> ids, marked tokens
 
 The rules that every result keeps, or is refused, stand in docs/chat_templates.md.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from datetime import date
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from whet.chat.align import Aligner, Located, Unclear
+from whet.chat.backend import TokenizerError, failures_named
 from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import (
@@ -24,9 +24,7 @@ from whet.chat.conversation import (
     read_prompt,
 )
 from whet.chat.examples import Draft, drafts, prompt_draft
-from whet.chat.hidden import Joints, pattern_of
-from whet.chat.turns import Reader
-from whet.errors import UserError
+from whet.chat.turns import Rendered
 
 BATCH = 256  # conversations that are tokenised at once: enough to keep the tokenizer's threads busy
 
@@ -148,22 +146,21 @@ def encode_prompt(
     *,
     tools: list[dict[str, Any]] | None = None,
     documents: list[dict[str, Any]] | None = None,
-    switch: dict[str, Any] | None = None,
     go_on: bool = True,
 ) -> list[int]:
     """The ids that ask for the next reply: what stands before its trained span in training.
 
-    A last assistant message is gone on with, unless `go_on` is False: then a further one is asked
-    for. `switch` are template variables for this prompt alone, as found in `Certificate.switches`.
-    Raises Refused if the template does not render the messages.
+    A last assistant message is continued, unless `go_on` is False: then a further one is asked
+    for. Raises Refused if the template does not render the messages.
     """
     if isinstance(messages, list):
         messages = read_prompt(messages, tools=tools, documents=documents)
     encoder = encoder_for(chat, options or EncodeOptions())
-    draft = prompt_draft(encoder.reader(messages), switch, go_on)
+    draft = prompt_draft(encoder.rendered(messages), go_on)
     try:
-        return [int(i) for i in encoder.aligner.locate(draft).ids]
-    except Unclear as error:
+        with failures_named("the text"):
+            return [int(i) for i in encoder.aligner.locate(draft).ids]
+    except (Unclear, TokenizerError) as error:
         raise Refused(_refusal(messages, "tokens", str(error))) from None
 
 
@@ -181,23 +178,26 @@ class Encoder:
 
     def __init__(self, chat: Chat, options: EncodeOptions) -> None:
         if options.template_kwargs or options.date:
-            variables = {**chat.variables, **options.template_kwargs}
-            today = _date(options.date) if options.date else chat.today
-            chat = replace(chat, variables=variables, today=today)
+            chat = chat.with_variables(options.template_kwargs, options.date)
         self.chat = chat
         self.options = options
         self.aligner = Aligner(chat)
-        self.pattern = pattern_of(chat.control)
-        templates = (chat.template, chat.tool_template)
-        self.joints = Joints(chat.control, " ".join(t.source for t in templates if t))
 
-    def reader(self, conversation: Conversation) -> Reader:
+    def rendered(self, conversation: Conversation) -> Rendered:
         """`conversation` as the template renders it."""
-        special = self.options.special_in_content
-        return Reader(conversation, self.chat, self.pattern, special, self.joints)
+        return Rendered(conversation, self.chat, self.options.special_in_content)
 
     def encode(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         """The results for `data`, in order, tokenised together."""
+        try:
+            with failures_named("the text"):
+                return self._encoded(data)
+        except TokenizerError as error:
+            if len(data) == 1:
+                return [_refusal(data[0], "tokens", str(error))]
+            return [result for datum in data for result in self.encode([datum])]
+
+    def _encoded(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         planned = [self._plan(datum) for datum in data]
         waiting = [draft for plan in planned if isinstance(plan, tuple) for draft in plan[0]]
         located = iter(self.aligner.locate_many(waiting))
@@ -216,7 +216,7 @@ class Encoder:
                 return self._raw(datum)
             if isinstance(datum, Tokenised):
                 return self._tokenised(datum)
-            return drafts(self.reader(datum), self.options.train_on, self.options.rewritten_turns)
+            return drafts(self.rendered(datum), self.options.train_on, self.options.rewritten_turns)
         except Refused as error:
             return error.refusal
 
@@ -224,7 +224,8 @@ class Encoder:
         """Text, trained whole, with the eos behind it; control tokens in it as `special` says."""
         if half := half_character(datum.text):
             raise Refused(_refusal(datum, "datum", half))
-        found = len(self.pattern.findall(datum.text)) if self.pattern else 0
+        pattern = self.chat.control_pattern
+        found = len(pattern.findall(datum.text)) if pattern else 0
         special = self.options.special_in_content
         if found and special == "error":
             raise Refused(_refusal(datum, "special", "the text holds a control token"))
@@ -282,10 +283,3 @@ def _encoded(
 
 def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
     return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
-
-
-def _date(text: str) -> date:
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise UserError(f"--date {text}: expected a date such as 2025-12-31") from None

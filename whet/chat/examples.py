@@ -4,11 +4,11 @@ Turns share one text as long as each one's rendering is the beginning of that te
 template rewrites the past they do not, and get texts of their own (rule 3).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from whet.chat.certificate import Certificate
 from whet.chat.template import TemplateError
-from whet.chat.turns import Mark, Reader, Turn
+from whet.chat.turns import Mark, Rendered, Turn
 
 
 class Draft(NamedTuple):
@@ -22,12 +22,14 @@ class Draft(NamedTuple):
     hidden: dict[str, str]
 
 
-def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Draft], Certificate]:
+def drafts(
+    rendered: Rendered, train_on: str, rewritten_turns: str
+) -> tuple[list[Draft], Certificate]:
     """The examples that a conversation becomes, in the order of their last turns.
 
     Raises Refused if a trained turn has no faithful rendering.
     """
-    conversation = reader.conversation
+    conversation = rendered.conversation
     weights = {
         index: 1.0 if weight is None else weight
         for index, (message, weight) in enumerate(
@@ -39,18 +41,18 @@ def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Dr
     if train_on == "last":
         trained = [index for index in trained if index == max(weights)]
     if not trained:
-        raise reader.refused(
+        raise rendered.refused(
             "nothing_trained",
             f"{'the last' if train_on == 'last' else 'every'} assistant message has weight 0; "
             "nothing is to be learnt",
         )
-    turns = _turns(reader, weights, trained)
+    turns = _turns(rendered, weights, trained)
     remaining = list(trained)
     made: list[Draft] = []
     while remaining:
         last = turns[remaining[-1]]
-        text = _text(reader, last)
-        reader.check_characters(text)
+        text = _text(rendered, last)
+        rendered.check_characters(text)
         marks = []
         for index in sorted(turns):
             if index <= last.index and text.startswith(turns[index].said):
@@ -58,23 +60,21 @@ def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Dr
                 marks.append(turns[index].mark(weight))
         done = [mark.message for mark in marks]
         remaining = [index for index in remaining if index not in done]
-        made.append(Draft(text, tuple(marks), reader.hidden))
+        made.append(Draft(text, tuple(marks), rendered.hidden))
         if remaining and rewritten_turns != "split":
             break
     certificate = Certificate(
-        escaped=reader.escapes.count if reader.escapes else 0,
+        escaped=rendered.escapes.count if rendered.escapes else 0,
         rewritten=len(made) > 1 or bool(remaining),
         untrained_turns=tuple([index + 1 for index in remaining]),
-        today=str(reader.dialect.today or ""),
+        today=str(rendered.dialect.today or ""),
     )
     for index in trained:
         turn = turns[index]
         certificate.closed = certificate.closed or bool(turn.ending.close)
         certificate.composed = certificate.composed or turn.composed
-        if turn.switch:
-            certificate.switches[index + 1] = turn.switch
     if remaining and rewritten_turns == "error":
-        raise reader.refused(
+        raise rendered.refused(
             "rewritten",
             "the template renders this turn otherwise once more follows, and --rewritten_turns is "
             "error; split makes an example of its own for it",
@@ -83,80 +83,80 @@ def drafts(reader: Reader, train_on: str, rewritten_turns: str) -> tuple[list[Dr
     return made[::-1], certificate
 
 
-def prompt_draft(reader: Reader, switch: dict[str, Any] | None, go_on: bool) -> Draft:
+def prompt_draft(rendered: Rendered, go_on: bool) -> Draft:
     """The text that asks for the next reply, with the earlier replies' borders marked.
 
     If the last message is the assistant's and the model is to go on with it, nothing closes it.
     """
-    messages = reader.messages
+    messages = rendered.messages
     begun = go_on and messages[-1]["role"] == "assistant"
     count = len(messages) - begun
     try:
-        text = reader.render(count, prompt=True, switch=switch)
+        text = rendered.render(count, prompt=True)
     except TemplateError as error:
-        raise reader.refused("template", str(error)) from None
-    reader.check_characters(text)
-    reader.check_escapes(text, count, True, switch)
+        raise rendered.refused("template", str(error)) from None
+    rendered.check_characters(text)
+    rendered.check_escapes(text, count, True)
     marks = []
     for index in range(count):
         if messages[index]["role"] == "assistant":
-            turn = reader.prompt_of(index)
+            turn = rendered.prompt_of(index)
             if turn and text.startswith(turn.said):
                 marks.append(turn.mark(0.0))
     if begun:
         start = len(text)
-        text = _begun(reader, count, text, switch)
-        reader.check_characters(text)
+        text = _begun(rendered, count, text)
+        rendered.check_characters(text)
         marks.append(Mark(count, start, len(text), "", 0.0))
-    return Draft(text, tuple(marks), reader.hidden)
+    return Draft(text, tuple(marks), rendered.hidden)
 
 
-def _turns(reader: Reader, weights: dict[int, float], trained: list[int]) -> dict[int, Turn]:
+def _turns(rendered: Rendered, weights: dict[int, float], trained: list[int]) -> dict[int, Turn]:
     """All assistant turns up to the last trained one; of the untrained those that can be shown."""
     turns: dict[int, Turn] = {}
     for index in weights:
         if index in trained:
-            turns[index] = reader.turn(index)
+            turns[index] = rendered.turn(index)
         elif index < trained[-1]:
-            turn = reader.prompt_of(index)
+            turn = rendered.prompt_of(index)
             if turn:
                 turns[index] = turn
     return turns
 
 
-def _text(reader: Reader, last: Turn) -> str:
+def _text(rendered: Rendered, last: Turn) -> str:
     """The longest rendering in which `last` stands as the model says it."""
-    count = len(reader.messages)
+    count = len(rendered.messages)
     if last.composed:
-        reader.check_escapes(last.prompt, last.index, True, last.switch)
-        whole = reader.render(last.index + 1, switch=last.switch)
-        reader.check_escapes(whole, last.index + 1, False, last.switch)
+        rendered.check_escapes(last.prompt, last.index, True)
+        whole = rendered.render(last.index + 1)
+        rendered.check_escapes(whole, last.index + 1, False)
         return last.text
     if last.index + 1 < count:
         try:
-            text = reader.render(count, switch=last.switch)
+            text = rendered.render(count)
         except TemplateError as error:
-            raise reader.refused("template", str(error)) from None
+            raise rendered.refused("template", str(error)) from None
         if text.startswith(last.said):
-            reader.check_escapes(text, count, False, last.switch)
+            rendered.check_escapes(text, count, False)
             return text
-    reader.check_escapes(last.whole, last.index + 1, False, last.switch)
+    rendered.check_escapes(last.whole, last.index + 1, False)
     return last.text
 
 
-def _begun(reader: Reader, count: int, prompt: str, switch: dict[str, Any] | None) -> str:
+def _begun(rendered: Rendered, count: int, prompt: str) -> str:
     """The rendering of a last assistant message that is to be continued, cut at its end."""
-    message = reader.messages[count]
+    message = rendered.messages[count]
     key = "content" if message.get("content") else "reasoning_content"
     begun = message.get(key)
     if not isinstance(begun, str) or "tool_calls" in message:
-        raise reader.refused("template", "only a text can be continued", count)
+        raise rendered.refused("template", "only a text can be continued", count)
     mark = "QcontinueQ"
-    messages = [*reader.messages[:count], {**message, key: begun + mark}]
-    text = reader.dialect.render(messages, reader.tools, reader.documents, False, switch)
+    messages = [*rendered.messages[:count], {**message, key: begun + mark}]
+    text = rendered.dialect.render(messages, rendered.tools, rendered.documents, False)
     before, found, _ = text.rpartition(mark)
     if not found or not before.startswith(prompt):
-        raise reader.refused(
+        raise rendered.refused(
             "not_a_prefix", "the template does not write this reply behind its prompt", count
         )
     return before

@@ -13,22 +13,26 @@ end of the context, and stand behind the prompt as it is at inference.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, Message, half_character
-from whet.chat.dialect import Ending, beginning_of
-from whet.chat.hidden import Escapes, Joints, NoneFree, holds, mapped, signs_of
+from whet.chat.dialect import THOUGHT, Ending, beginning_of
+from whet.chat.hidden import Escapes, NoneFree, holds, mapped, signs_of
 from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
 
 BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
 STAND_IN = f"Q{BORDER}q"  # a reply in a trial rendering
+ANOTHER = "take another template with --chat_template"
+FIRST_TAG = re.compile(r"<[^<>]+>|\[[^\[\]]+\]|\S+")  # `<think>`, `[THINK]` or a word
+# `</think>`, `[/THINK]`, `<think|>`
+LAST_TAG = re.compile(r"(</[^<>]+>|\[/[^\[\]]+\]|<[^<>|]+\|>)\Z")
 
 
 class Mark(NamedTuple):
@@ -54,8 +58,7 @@ class Turn:
     whole: str  # the rendering with this turn as the last; begins with `prompt`
     said: str  # the rendering up to the end of the stop token, which may have been put there
     ending: Ending
-    switch: dict[str, Any] | None
-    composed: bool = False  # `whole` is the prompt and the words behind it, not one rendering
+    composed: bool = False  # `whole` is the prompt and the words after it, not one rendering
 
     @property
     def text(self) -> str:
@@ -66,37 +69,31 @@ class Turn:
         return Mark(self.index, len(self.prompt), len(self.said), self.ending.stop, weight)
 
 
-class Reader:
-    """One conversation as one chat renders it."""
+class Rendered:
+    """One conversation as one chat renders it. `special` is as in EncodeOptions."""
 
-    def __init__(
-        self,
-        conversation: Conversation,
-        chat: Chat,
-        pattern: re.Pattern[str] | None,
-        special: str,
-        joints: Joints,
-    ) -> None:
+    def __init__(self, conversation: Conversation, chat: Chat, special: str) -> None:
         self.conversation = conversation
         self.chat = chat
         self.dialect = chat.dialect
-        self.messages = self.dialect.form(conversation.messages).shape(conversation.messages)
+        self.form = self.dialect.form(conversation.messages)
+        self.messages = self.form.shape(conversation.messages)
         self.tools = conversation.tools
         self.documents = conversation.documents
+        self.special = special
         self.escapes: Escapes | None = None
-        self._pattern = pattern if special != "allow" else None
-        self._joints = joints
+        self._pattern = chat.control_pattern if special != "allow" else None
         if self._pattern:
-            self._escape(self._pattern, special)
+            self._escape(self._pattern)
 
-    def _escape(self, pattern: re.Pattern[str], special: str) -> None:
+    def _escape(self, pattern: re.Pattern[str]) -> None:
         content = (self.messages, self.tools, self.documents)
         beside = self.tools or self.documents
         if not _any_text_holds(self.messages, pattern.search) and not (
             beside and holds(content[1:], pattern.search)
         ):
             return
-        if special == "error":
+        if self.special == "error":
             raise self.refused(
                 "special", "a text holds a control token, and --special_in_content is error"
             )
@@ -118,24 +115,22 @@ class Reader:
     def hidden(self) -> dict[str, str]:
         return self.escapes.strings if self.escapes else {}
 
-    def render(self, count: int, prompt: bool = False, switch: dict[str, Any] | None = None) -> str:
+    def render(self, count: int, prompt: bool = False) -> str:
         """The first `count` messages."""
-        return self._render(self.messages[:count], prompt, switch)
+        return self._render(self.messages[:count], prompt)
 
-    def _render(
-        self, messages: list[Message], prompt: bool, switch: dict[str, Any] | None = None
-    ) -> str:
-        return self.dialect.render(messages, self.tools, self.documents, prompt, switch)
+    def _render(self, messages: list[Message], prompt: bool = False) -> str:
+        return self.dialect.render(messages, self.tools, self.documents, prompt)
 
-    def check_escapes(self, text: str, count: int, prompt: bool, switch: Any) -> None:
+    def check_escapes(self, text: str, count: int, prompt: bool) -> None:
         """Show that the template treats the private-use characters as it treats what they hide,
         and that it makes no control string out of texts that hold none."""
         if self._pattern and self._could_join:
-            self._check_joints(self._pattern, text, count, prompt, switch)
+            self._check_joints(self._pattern, text, count, prompt)
         if not self.escapes:
             return
         messages, tools, documents = self._raw
-        plain = self.dialect.render(messages[:count], tools, documents, prompt, switch)
+        plain = self.dialect.render(messages[:count], tools, documents, prompt)
         if self.escapes.restore(text) != plain:
             found = ", ".join(sorted(set(self.hidden.values())))
             raise self.refused(
@@ -146,15 +141,13 @@ class Reader:
 
     @cached_property
     def _could_join(self) -> bool:
-        possible = self._joints.possible
+        possible = self.chat.joints.possible
         beside = self.tools or self.documents
         return _any_text_holds(self.messages, possible) or bool(
             beside and holds((self.tools, self.documents), possible)
         )
 
-    def _check_joints(
-        self, pattern: re.Pattern[str], text: str, count: int, prompt: bool, switch: Any
-    ) -> None:
+    def _check_joints(self, pattern: re.Pattern[str], text: str, count: int, prompt: bool) -> None:
         """Show of each control string in `text` that the template wrote it: it stands there as
         often if one of its signs is replaced in all texts by another character."""
         found = Counter(pattern.findall(text))
@@ -167,7 +160,7 @@ class Reader:
 
             messages, tools, documents = (mapped(part, without) for part in content)
             with suppress(TemplateError):
-                other = self.dialect.render(messages, tools, documents, prompt, switch)
+                other = self.dialect.render(messages, tools, documents, prompt)
                 counts = Counter(pattern.findall(other))
                 left -= {s for s in left if sign in s and counts[s] == found[s]}
             if not left:
@@ -186,56 +179,37 @@ class Reader:
             raise self.refused("datum", half)
 
     def turn(self, index: int) -> Turn:
-        """The assistant turn `index`, under the first switch with a true generation prompt."""
+        """The assistant turn `index`. Raises Refused, with the ways out that were found to work."""
+        try:
+            return self._turn(index)
+        except Refused as error:
+            refusal = error.refusal
+        for setting, chat in self.chat.alternatives:
+            with suppress(Refused):
+                Rendered(self.conversation, chat, self.special)._turn(index)
+                way = f"; --template_kwargs '{json.dumps(setting)}' encodes it"
+                refusal = replace(refusal, message=refusal.message + way)
+                break
+        raise Refused(refusal)
+
+    def _turn(self, index: int) -> Turn:
         try:
             whole = self.render(index + 1)
             prompt = self.render(index, prompt=True)
         except TemplateError as error:
-            advice = self.dialect.advice(error, self.messages[: index + 1], self.tools)
+            advice = self.dialect.advice(error, self.messages[: index + 1], index, self.tools)
             raise self.refused("template", f"{error}{advice}", index) from None
-        if not whole.startswith(prompt):
-            return self._switched(index) or self._composed(index, prompt, whole)
-        try:
-            return self._with_ending(index, prompt, whole, None)
-        except Refused as error:  # thinking, for instance, may be written under a switch alone
-            if error.refusal.kind == "dropped":
-                with suppress(Refused):  # what is wrong under a switch is not the reason
-                    if turn := self._switched(index):
-                        return turn
-            raise
-
-    def _switched(self, index: int) -> Turn | None:
-        """The turn under the first switch with a true generation prompt that drops nothing."""
-        for switch in self.dialect.switches:
-            try:
-                whole = self.render(index + 1, switch=switch)
-                prompt = self.render(index, prompt=True, switch=switch)
-                if whole.startswith(prompt):
-                    return self._with_ending(index, prompt, whole, switch)
-            except TemplateError:
-                continue
-            except Refused as error:
-                if error.refusal.kind != "dropped":
-                    raise
-        return None
-
-    def _composed(self, index: int, prompt: str, whole: str) -> Turn:
-        """The turn with its words put behind the prompt, which is no beginning of `whole`."""
-        words = self._words_behind_border(index, prompt, whole)
-        if words is not None:
-            return self._with_ending(index, prompt, prompt + words, None, composed=True)
-        for setting in (None, *self.dialect.switches):
-            try:
-                words = self._words_in_place(index, setting)
-            except TemplateError:
-                continue
-            if words is not None:
-                asking = self.render(index, prompt=True, switch=setting)
-                return self._with_ending(index, asking, asking + words, setting, composed=True)
+        if whole.startswith(prompt):
+            return self._with_ending(index, prompt, whole)
+        for words_after in (self._words_after_border, self._words_in_place, self._words_closed):
+            with suppress(TemplateError):
+                words = words_after(index, prompt, whole)
+                if words is not None:
+                    return self._with_ending(index, prompt, prompt + words, composed=True)
         raise self._no_prefix(index, prompt, whole)
 
-    def _words_behind_border(self, index: int, prompt: str, whole: str) -> str | None:
-        """What stands in `whole` behind the end of the context and the generation prompt.
+    def _words_after_border(self, index: int, prompt: str, whole: str) -> str | None:
+        """What stands in `whole` after the end of the context and the generation prompt.
 
         A border put at the end of the last message before the reply shows where that is. None if
         the generation prompt does not stand there, too, or the border changes anything else.
@@ -246,69 +220,78 @@ class Reader:
         end = len(content.rstrip())
         marked = {**self.messages[index - 1], "content": content[:end] + BORDER + content[end:]}
         before = [*self.messages[: index - 1], marked]
-        try:
-            asking = self._render(before, True)
-            answered = self._render([*before, self.messages[index]], False)
-        except TemplateError:
-            return None
+        asking = self._render(before, prompt=True)
+        answered = self._render([*before, self.messages[index]])
         if asking.replace(BORDER, "", 1) != prompt or answered.replace(BORDER, "", 1) != whole:
             return None
         _, found, expected = asking.partition(BORDER)
         tail = answered.partition(BORDER)[2]
         return tail[len(expected) :] if found and tail.startswith(expected) else None
 
-    def _words_in_place(self, index: int, switch: dict[str, Any] | None) -> str | None:
+    def _words_in_place(self, index: int, prompt: str, whole: str) -> str | None:
         """The words where the template writes the reply's content, if the prompt leads there.
 
-        The prompt may end with other blanks than the reply is written behind. Or it opens something
-        (`<think>`) with which the content begins, and which the template does not write. None if it
-        is otherwise.
+        The prompt may end with other whitespace than stands before the written reply. Or it opens
+        something (`<think>`) with which the content begins, and which the template does not write.
         """
-        around = self._around_content(index, switch)
-        if around is None:
+        if "tool_calls" in self.messages[index] or not _text_of(self.messages[index]):
             return None
-        head, tail = around
-        content = _text_of(self.messages[index])
-        prompt = self.render(index, prompt=True, switch=switch)
+        head, tail = self._around(index, self.messages[index])
         if "".join(prompt.split()) == "".join(head.split()):
-            whole = self.render(index + 1, switch=switch)
             if not whole.startswith(head):
                 return None
             ends = prompt[len(prompt.rstrip()) :], head[len(head.rstrip()) :]
             left = ends[1].removeprefix(ends[0]) if ends[1].startswith(ends[0]) else ""
             return left + whole[len(head) :]
-        opened = prompt[len(head) :]
+        content, opened = _text_of(self.messages[index]), prompt[len(head) :]
         if prompt.startswith(head) and opened.strip() and content.startswith(opened):
             return content[len(opened) :] + tail
         return None
 
-    def _around_content(
-        self, index: int, switch: dict[str, Any] | None = None
-    ) -> tuple[str, str] | None:
-        """What the template writes before and behind the content of message `index`."""
-        message = self.messages[index]
-        if "tool_calls" in message or not _text_of(message):
+    def _words_closed(self, index: int, prompt: str, whole: str) -> str | None:
+        """The words after a prompt that opens and closes an empty thought, which the template
+        does not write before the reply: at inference the model begins after it. None if they begin
+        with a thought of their own."""
+        head, _ = self._around(index, {"role": "assistant"})
+        opened = prompt[len(head) :].strip()
+        if not head or not prompt.startswith(head) or not whole.startswith(head):
             return None
-        whole_text = isinstance(message["content"], str)
-        shaped = STAND_IN if whole_text else [{"type": "text", "text": STAND_IN}]
-        replied = [*self.messages[:index], {**message, "content": shaped}]
-        trial = self._render(replied, False, switch)
+        opening, closing = self._thought_signs(index, head, opened)
+        words = whole[len(head) :]
+        if not closing or not opened.endswith(closing):
+            return None
+        return None if opening and words.lstrip().startswith(opening) else words
+
+    def _thought_signs(self, index: int, head: str, opened: str) -> tuple[str, str]:
+        """What the template writes before and after a thought that follows `head`; where it writes
+        none, the tags at both ends of `opened`. "" for both where `opened` ends no thought."""
+        if any(opened.endswith(ending.stop) for ending in self.dialect.endings):
+            return "", ""
+        reply = {"role": "assistant", "reasoning_content": THOUGHT, "thinking": THOUGHT}
+        before, _ = self._around(index, reply)
+        opening, found, closing = before.rpartition(THOUGHT)
+        if found and closing.strip():
+            return opening.removeprefix(head).strip(), closing.strip()
+        first, last = FIRST_TAG.match(opened), LAST_TAG.search(opened)
+        if not first or not last:
+            return "", ""
+        alone = first.group() == last.group()
+        return first.group().replace("/", "", 1) if alone else first.group(), last.group()
+
+    def _around(self, index: int, message: Message) -> tuple[str, str]:
+        """What the template writes before and after the content of `message`, in the place of
+        message `index`; "" for both if it writes the content otherwise than once."""
+        [content] = self.form.shape([{"role": "assistant", "content": STAND_IN}])
+        trial = self._render([*self.messages[:index], {**message, "content": content["content"]}])
         if trial.count(STAND_IN) != 1:
-            return None
+            return "", ""
         head, _, tail = trial.partition(STAND_IN)
         return head, tail
 
-    def _with_ending(
-        self,
-        index: int,
-        prompt: str,
-        whole: str,
-        switch: dict[str, Any] | None,
-        composed: bool = False,
-    ) -> Turn:
-        calls = "tool_calls" in self.messages[index]
-        found = self.dialect.ending_of(whole, len(prompt), calls)
+    def _with_ending(self, index: int, prompt: str, whole: str, composed: bool = False) -> Turn:
+        found = self.dialect.ending_of(whole, len(prompt), "tool_calls" in self.messages[index])
         if not found:
+            self._check_said(index, whole[len(prompt) :])
             raise self._no_stop(index, whole[len(prompt) :])
         end, ending = found
         said = whole[: end - len(ending.close)] + ending.close
@@ -320,49 +303,51 @@ class Reader:
                 "make one message of each part",
                 index,
             )
-        self._check_said(index, words, switch)
-        return Turn(index, prompt, whole, said, ending, switch, composed)
+        self._check_said(index, words)
+        return Turn(index, prompt, whole, said, ending, composed)
 
-    def _check_said(self, index: int, words: str, switch: dict[str, Any] | None) -> None:
+    def _check_said(self, index: int, words: str) -> None:
         """Refuse if the template leaves out what the model said: it would be lost silently."""
         message = self.messages[index]
         for key in ("content", "reasoning_content"):
             text = written(message.get(key))
             # What the generation prompt opens for the model (`<think>`) may stand in the data, too.
             if not stands_in(words, text) and not stands_in(
-                self._generation_prompt(index, switch) + words, text
+                self._generation_prompt(index) + words, text
             ):
                 raise self._dropped(f"this message's {key} as it stands", index)
         if "reasoning_content" not in message and "tool_calls" not in message:
             return  # there is nothing else that its words could belong to
         marked = Marked(message)
-        trial = self._changed(index, marked, switch)
-        for mark in [mark for mark in marked.marks if mark not in trial]:
-            # A template may know some names, say, and write no other: then all the rest changes.
-            single = self._changed(index, Marked(message, only=mark), switch)
-            if mark not in single and single == self.render(index + 1, switch=switch):
-                raise self._dropped(marked.marks[mark], index)
+        trial = self._changed(index, marked)
+        missing = [mark for mark in marked.marks if mark not in trial]
+        # A template may know some names, say, and write no other: then all the rest changes.
+        lost = [m for m in missing if self._is_lost(index, m)]
+        if lost:
+            calls = [mark for mark, what in marked.marks.items() if "the call of" in what]
+            none = ", as it writes no tool calls" if lost == calls else ""
+            raise self._dropped(marked.marks[lost[0]] + none, index)
 
-    def _changed(self, index: int, marked: Marked, switch: dict[str, Any] | None) -> str:
+    def _is_lost(self, index: int, mark: str) -> bool:
+        single = self._changed(index, Marked(self.messages[index], only=mark))
+        return mark not in single and single == self.render(index + 1)
+
+    def _changed(self, index: int, marked: Marked) -> str:
         """The rendering up to message `index` with `marked` in its place; "" if it is refused."""
         try:
-            return self._render([*self.messages[:index], marked.message], False, switch)
+            return self._render([*self.messages[:index], marked.message])
         except TemplateError:
             return ""
 
     def _dropped(self, what: str, index: int) -> Refused:
-        return self.refused(
-            "dropped",
-            f"the template does not write {what}; remove it from the data or take another template "
-            "with --chat_template",
-            index,
-        )
+        reason = f"the template does not write {what}"
+        return self.refused("dropped", reason, index, ["remove it from the data", ANOTHER])
 
-    def _generation_prompt(self, index: int, switch: dict[str, Any] | None) -> str:
+    def _generation_prompt(self, index: int) -> str:
         """What the prompt of message `index` adds to the messages before it."""
-        prompt = self.render(index, prompt=True, switch=switch)
+        prompt = self.render(index, prompt=True)
         try:
-            before = self.render(index, switch=switch)
+            before = self.render(index)
         except TemplateError:
             return ""
         return prompt[len(beginning_of(prompt, before)) :]
@@ -370,16 +355,20 @@ class Reader:
     def prompt_of(self, index: int) -> Turn | None:
         """The turn `index` if it has a faithful rendering, else None."""
         try:
-            return self.turn(index)
+            return self._turn(index)
         except Refused:
             return None
 
-    def refused(self, kind: str, reason: str, index: int | None = None) -> Refused:
+    def refused(
+        self, kind: str, reason: str, index: int | None = None, ways: Sequence[str] = ()
+    ) -> Refused:
+        """The refusal of this conversation, or of message `index` of it; `ways` lead out of it."""
         conversation = self.conversation
         at = conversation.where
         if index is not None:
             at += f": message {index + 1} ({conversation.messages[index]['role']})"
         number = None if index is None else index + 1
+        reason = "; ".join([reason, ", or ".join(ways)] if ways else [reason])
         for character, string in self.hidden.items():  # in quoted texts, too
             reason = reason.replace(character, string).replace(ascii(character)[1:-1], string)
         return Refused(
@@ -389,10 +378,14 @@ class Reader:
     def _no_stop(self, index: int, tail: str) -> Refused:
         return self.refused(
             "no_stop",
-            f"the reply is rendered as {_end_of(tail)} and no token of the tokenizer ends it, so "
-            "the model could never learn to stop; take a tokenizer that has the template's end "
-            "token, or --chat_template plain",
+            f"the reply is rendered as {_end_of(tail)}, where no token that ends a reply stands: "
+            "the model could never learn to stop",
             index,
+            [
+                "add the id of the token that ends it to eos_token_id in generation_config.json",
+                "take a tokenizer that has the template's end token",
+                "take --chat_template plain",
+            ],
         )
 
     def _no_prefix(self, index: int, prompt: str, whole: str) -> Refused:
@@ -404,26 +397,30 @@ class Reader:
             "not_a_prefix",
             f"the prompt at inference ends with {_end_of(prompt)}, but the reply is rendered with "
             f"{whole[max(0, at - 20) : at + 20]!r} there: the model would never see what it is "
-            f"trained on; {self._way_out(index, prompt)}set the template's switch with "
-            "--template_kwargs, or take another template with --chat_template",
+            "trained on",
             index,
+            [*self._fitting_data(index, prompt), ANOTHER],
         )
 
-    def _way_out(self, index: int, prompt: str) -> str:
+    def _fitting_data(self, index: int, prompt: str) -> list[str]:
         """What the data could hold to fit a prompt that opens something, tried out."""
         message = self.messages[index]
         try:
             thoughtful = {**message, "reasoning_content": STAND_IN, "thinking": STAND_IN}
-            if self._render([*self.messages[:index], thoughtful], False).startswith(prompt):
-                return "give the reply a reasoning_content, "
-            head, _ = self._around_content(index) or ("", "")
+            if self._render([*self.messages[:index], thoughtful]).startswith(prompt):
+                return ["give the reply a reasoning_content"]
+            if "tool_calls" in message:
+                return []
+            head, _ = self._around(index, message)
         except TemplateError:
-            return ""
+            return []
         opened = prompt.removeprefix(head)
         held = any(token in opened for token in self.chat.control)
         if not head or opened == prompt or not opened.strip() or held:
-            return ""
-        return f"give it a content that begins with {opened!r}, as the model's own words do, "
+            return []
+        if opened.strip().endswith(self._thought_signs(index, head, opened.strip())[1] or "\n"):
+            return []  # a thought that is ended already
+        return [f"give it a content that begins with {opened!r}, as the model's own words do"]
 
 
 def _text_of(message: Message) -> str:

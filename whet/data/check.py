@@ -19,6 +19,7 @@ KINDS = {
     "text": "documents that stand alone, which whet sft and whet pretrain train",
     "preferences": "pairs of a chosen and a rejected reply, which whet reward and whet dpo train",
     "labels": "replies labelled good or bad, which whet dpo --loss kto trains",
+    "rollout": "sampled replies with their rewards, which whet grpo and whet ppo write and train",
 }
 """What the documents of a file are to each other: its attribute `kind`."""
 ATTRIBUTES = {
@@ -29,6 +30,7 @@ ATTRIBUTES = {
     "pad_id": int,
     "tokenizer_hash": str,
     "template_hash": str,
+    "chat": dict,
     "sources": list,
     "source_sha256": list,
     "settings": dict,
@@ -39,7 +41,7 @@ REFUSAL = {"source": str, "line": int, "kind": str, "reason": str}
 """The JSON objects of `refusals`."""
 DATASETS = (
     "tokens", "loss_mask", "segment_ids", "loss_tokens", "documents", "refusals",
-    "scores", "margins", "labels",
+    "scores", "margins", "labels", "logp", "advantages", "rewards",
 )  # fmt: skip
 
 

@@ -95,7 +95,8 @@ class StoreWriter:
         table[...] = documents
 
     def write_numbers(self, name: str, numbers: np.ndarray) -> None:
-        """`labels` or `scores` of the documents, or `margins` of the pairs, in their order."""
+        """Numbers of the documents such as `labels`, of the pairs (`margins`), in their order, or
+        of all places (`logp`)."""
         self._dataset(name, numbers.shape, "<f4")[...] = numbers
 
     def write_texts(self, name: str, texts: Sequence[str]) -> None:
@@ -337,6 +338,14 @@ class PackedStore:
             found = np.asarray(self._file[name][...], np.float32)
             if found.shape != (n,):
                 raise ValueError(f"{name} has {found.shape} numbers, expected {n}")
+            return found
+
+    def of_places(self, name: str) -> np.ndarray:
+        """A dataset (rows, T) float32 that has a number for each place, whole in memory."""
+        with self._undamaged():
+            found = np.asarray(self._file[name][...], np.float32)
+            if found.shape != self._tokens.shape:
+                raise ValueError(f"{name} has {found.shape} numbers, expected {self._tokens.shape}")
             return found
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> Rows:

@@ -1,4 +1,4 @@
-"""Losses, gradients and logits: packed or alone, fused or plain, whole or in micro-batches.
+"""Losses, gradients and logits of this model on this device: packed, and each document alone.
 
 Two gradients are compared without holding both: the first is negated where it lies, the second
 added to it. What remains is their difference.
@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 
 from whet.data.batches import Batch
-from whet.data.store import PackedStore
 from whet.doctor.finding import BOUNDS, Finding, judge, worse
 from whet.doctor.subject import DOCUMENTS_PER_ROW, Document, Setting, Subject, alone
 from whet.model.decoder import Transformer
-from whet.model.loss import sft_loss
-from whet.stages import packed, sft
-from whet.train.ahead import to_device
-from whet.train.distributed import Ranks, gradient_norm
-from whet.train.signals import Stop
-from whet.train.stage import Stage
-from whet.train.step import autocast, forward_backward
+from whet.stages import packed
+from whet.train.distributed import gradient_norm
+from whet.train.step import autocast
 
 Tell = Callable[[str], None]
 Half = Callable[[], float]
@@ -123,102 +118,3 @@ def _no_leak(model: Transformer, batch: Batch, setting: Setting) -> Finding:
 def _first_row_logits(model: Transformer, batch: Batch) -> Tensor:
     """(1, T, V): all logits of all rows would be too many for a large vocabulary."""
     return model(batch.tokens[:1], None, batch.segments[:1]).float()
-
-
-def fused_equals_plain(subject: Subject, tell: Tell) -> Iterator[Finding]:
-    """Promise 3: the loss that training uses is the one that `sft_loss` defines."""
-    documents = subject.trained[:4]
-    for setting in subject.settings:
-        model = subject.model.to(setting.device)
-        found = compare(
-            model,
-            partial(_fused_half, model, documents, setting),
-            partial(_plain_half, model, documents, setting),
-        )
-        bounds = BOUNDS[setting.precision]
-        yield judge("fused loss equals sft_loss: value", found.loss, bounds.loss, setting.name)
-        yield judge(
-            "fused loss equals sft_loss: gradient", found.gradient, bounds.gradient, setting.name
-        )
-        yield _nothing_trained(model, subject.batch().to(setting.device), setting)
-
-
-def _fused_half(model: Transformer, documents: Sequence[Document], setting: Setting) -> float:
-    loss = 0.0
-    for document in documents:
-        tokens, targets, weight = alone(document, setting.device)
-        with autocast(setting.device, setting.dtype):
-            found = model(tokens, targets=targets, weight=weight).loss / weight.sum()
-        found.backward()
-        loss += float(found.detach())
-    return loss
-
-
-def _plain_half(model: Transformer, documents: Sequence[Document], setting: Setting) -> float:
-    loss = 0.0
-    for document in documents:
-        ids = torch.from_numpy(document.ids).to(setting.device)[None]
-        mask = torch.from_numpy(document.loss_mask).to(setting.device)[None]
-        with autocast(setting.device, setting.dtype):
-            logits = model(ids)
-        found = sft_loss(logits, ids, mask)
-        found.backward()
-        loss += float(found.detach())
-    return loss
-
-
-def _nothing_trained(model: Transformer, batch: Batch, setting: Setting) -> Finding:
-    """Promise 7: no NaN, and a gradient of 0 for every parameter."""
-    claim = "where nothing is trained, loss and gradient are 0"
-    model.zero_grad(set_to_none=True)
-    untrained = replace(batch, weight=torch.zeros_like(batch.weight))
-    with autocast(setting.device, setting.dtype):
-        loss = packed.token_loss(model, untrained).loss
-    loss.backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None]
-    size = abs(float(loss.detach())) + float(gradient_norm(list(model.parameters())))
-    model.zero_grad(set_to_none=True)
-    if without:
-        return Finding(claim, "fail", note=f"no gradient reaches {without[0]}, {setting.name}")
-    return judge(claim, size, 0.0, setting.name)
-
-
-def micro_batches_agree(subject: Subject, tell: Tell) -> Iterator[Finding]:
-    """Promise 1: the real optimizer loop, in micro-batches, against the documents alone."""
-    setting = subject.settings[0]
-    model, total = subject.model.to(setting.device), subject.batch().total
-    bounds = BOUNDS[setting.precision]
-    for micro in (1, 2, 4):
-        tell(f"micro-batches of {micro}")
-        found = compare(
-            model,
-            partial(_step_half, subject, micro, setting),
-            partial(_alone_half, model, subject.trained, total, setting),
-        )
-        where = f"{len(subject.rows)} rows, micro-batches of {micro}, {setting.name}"
-        yield judge("a step's loss does not depend on the layout", found.loss, bounds.loss, where)
-        yield judge(
-            "a step's gradient does not depend on the layout",
-            found.gradient,
-            bounds.gradient,
-            where,
-        )
-
-
-def _step_half(subject: Subject, micro: int, setting: Setting) -> float:
-    """Forward and backward pass of a step as `whet sft` takes it."""
-    store = PackedStore(subject.packed_file())
-    settings = sft.Config(
-        model=str(subject.scratch),
-        data=store.path,
-        out=subject.scratch,
-        batch_size=len(subject.rows),
-        micro_batch_size=micro,
-    )
-    ranks = Ranks(device=setting.device)
-    inputs = (subject.model, None, store, None)
-    stage: Stage = packed.packed_stage(settings, ranks, *inputs, lineage={}, header=[])
-    stop = Stop(grace_s=0.0)
-    micros = to_device(stage.batches(0), ranks.device)
-    result = forward_backward(stage, 0, micros, settings, ranks, stop, setting.dtype)
-    return float(result.sums[0])

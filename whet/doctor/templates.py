@@ -11,12 +11,12 @@ from whet.chat.encode import Encoded, EncodeOptions, encode_many, encode_prompt
 from whet.doctor.finding import Finding, failed, judge, skipped
 from whet.doctor.subject import Subject
 from whet.errors import UserError
-from whet.evaluate.dev import misfits
+from whet.evaluate.dev import misfits, template_misfit
 
 
 def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
     """What is trained follows the prompt that `whet chat` gives, and ends with a stop token."""
-    faithful = "every reply is trained behind its own prompt"
+    faithful = "every reply is trained after its own prompt"
     stops = "every trained reply ends with a stop token"
     chat = subject.chat
     talks = [datum for datum in subject.data if isinstance(datum, Conversation)]
@@ -57,8 +57,7 @@ def _wrong_prompts(talk: Conversation, encoded: Encoded, chat: Chat, options: En
             asked = replace(
                 talk, messages=talk.messages[: span.message], weights=talk.weights[: span.message]
             )
-            switch = encoded.certificate.switches.get(span.message + 1, {})
-            prompt = encode_prompt(asked, chat, options, switch=switch, go_on=False)
+            prompt = encode_prompt(asked, chat, options, go_on=False)
             wrong += prompt != example.ids[: span.start].tolist()
     return wrong
 
@@ -81,8 +80,7 @@ def data_fit(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]
         yield skipped(fits, "its rows are not sound")
         return
     found = misfits(subject.model, subject.chat, store, "--data")
-    of_file = store.attrs.get("template_hash")
-    if subject.chat and of_file not in (None, subject.chat.template.hash):
-        found.append("its chat template is not the one that the model directory has")
+    if subject.chat:
+        found += template_misfit(subject.chat, store, "--data", "the model directory")
     yield failed(fits, "; ".join(found)) if found else judge(fits, 0, 0)
     yield judge(counts, 0, 0, f"all {n_rows:,} rows, when the file was opened")

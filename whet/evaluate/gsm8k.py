@@ -73,14 +73,12 @@ def gsm8k_accuracy(
     world_size: int = 1,
     reduce: Callable[[Sequence[float]], Sequence[float]] | None = None,
     quiet: bool = False,
-    between: Callable[[], None] = lambda: None,
 ) -> Accuracy:
     """Let the model answer `problems`.
 
     Each of `world_size` ranks answers its share, and `reduce` sums numbers over the ranks. Where
     every forward is a collective of all ranks (FSDP2), leave `world_size` at 1: then all of them
     answer all problems, in step. A question that leaves no room for a reply counts as wrong.
-    `between` is called between forward passes, as often as this rank's replies take.
     """
     share = problems[rank::world_size]
     prompts = [
@@ -96,7 +94,6 @@ def gsm8k_accuracy(
             stop_ids=chat.stop_ids,
             batch_size=batch_size,
             progress=progress,
-            between=between,
         )
     for i, reply in zip(fits, generated, strict=True):
         replies[i] = reply

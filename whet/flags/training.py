@@ -212,6 +212,11 @@ def unfit_flags(config: Any, ranks: int, adapter: Path | None) -> list[str]:
         found.append("--lora_4bit: needs an adapter to train; add --lora_rank 16")
     if config.train != "all" and trains_adapter:
         found.append("--train and an adapter exclude each other: the base is frozen")
+    if config.out_ckpt is not None and trains_adapter:
+        found.append(
+            "--out_ckpt: an adapter is trained, which is saved as a directory; afterwards: whet "
+            "export RUN --merge --to pt --out FILE"
+        )
     if adapter is not None:
         found += [
             f"--{name}: {adapter} is trained further, with its own settings; leave this out"

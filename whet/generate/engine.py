@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whet.errors import UserError
 from whet.generate.cache import Cache
@@ -393,7 +393,10 @@ def _switch(model: Transformer) -> int:
 def _room(model: Transformer, prompt: Sequence[int], index: int, max_new_tokens: int) -> int:
     """How many tokens the reply may have."""
     if not prompt:
-        raise ValueError(f"prompt {index} is empty: there is nothing to continue")
+        raise UserError(
+            f"prompt {index} has no tokens, so there is nothing to continue: the template writes "
+            "nothing for it, or the tokenizer drops its text"
+        )
     limit = model.config.max_positions
     if len(prompt) >= limit:
         raise UserError(
@@ -404,7 +407,7 @@ def _room(model: Transformer, prompt: Sequence[int], index: int, max_new_tokens:
 
 
 @contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off, and back to how it was."""
     was_training = model.training
     model.eval()

@@ -14,7 +14,7 @@ M packed tokens.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
-from whet.model.loss import linear_cross_entropy, linear_nll
+from whet.model.loss import linear_cross_entropy, linear_nll, linear_probability
 from whet.model.precision import product_type
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
@@ -45,6 +45,8 @@ class TokenLoss(NamedTuple):
     """Sum of weight x nll, a float32 scalar with a gradient."""
     nll: Tensor
     """-ln p(target) (B, T), float32, 0 where the weight is 0; detached unless `per_token`."""
+    watched: Tensor | None = None
+    """p(`watch`) (B, T), float32, 0 where the weight is 0."""
 
 
 class RMSNorm(nn.Module):
@@ -191,6 +193,7 @@ class Transformer(nn.Module):
         weight: Tensor | None = None,
         per_token: bool = False,
         temperature: float = 1.0,
+        watch: int | None = None,
         cache: KVCache | None = None,
         logits_at: Tensor | None = None,
         plan: AttentionPlan | None = None,
@@ -206,8 +209,11 @@ class Transformer(nn.Module):
 
         With `targets` and `weight` (B, T): TokenLoss, made without the logits of untrained
         positions. Where nothing is trained, the loss is 0 with a gradient (of 0) to all parameters.
-        With `per_token` its nll has a gradient, too, so that a loss may be any function of it; the
-        distribution is then softmax(logits / `temperature`), from which a policy has sampled.
+        With `per_token` its nll has a gradient, too, so that a loss may be any function of it. The
+        distribution is softmax(logits / `temperature`): the one from which a policy has sampled.
+
+        With `watch`, the id of a token, its probability at the same places is given, too; then
+        nothing has a gradient.
 
         A model with a `score` (reward model, critic) gives with `weight` its number at each token
         that has one, (B, T) float32, and 0 elsewhere; it has no logits.
@@ -241,9 +247,11 @@ class Transformer(nn.Module):
                 scores = F.linear(x.float(), self.score.weight.float())[:, 0]
                 return _spread(scores, plan, weight)
         assert targets is not None
+        if watch is not None:
+            return self._watched(x, targets, weight, plan, watch)
         if per_token:
             return self._token_nll(x, targets, weight, plan, temperature)
-        return self._loss(x, targets, weight, plan)
+        return self._loss(x, targets, weight, plan, temperature)
 
     def _layers(self, tokens: Tensor, plan: Plan, keep: Tensor | None = None) -> Tensor:
         """tokens (M,) -> normed hidden states (M, D), in the last layer only of the rows `keep`."""
@@ -279,16 +287,16 @@ class Transformer(nn.Module):
         logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _loss(self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan) -> TokenLoss:
+    def _loss(
+        self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
+    ) -> TokenLoss:
         """x (S', D) at the trained tokens of the plan, and what fills them up."""
         loss, nll = linear_cross_entropy(
             x,
             self.head_weight,
             _at_trained(targets, plan, len(x)),
             _at_trained(weight, plan, len(x)),
-            bias=self.head_bias,
-            softcap=self.config.logit_softcap,
-            logit_scale=self.config.logit_scale,
+            **self._curve(temperature),
         )
         return TokenLoss(loss, _spread(nll, plan, weight))
 
@@ -296,17 +304,33 @@ class Transformer(nn.Module):
         self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
     ) -> TokenLoss:
         """The same with a gradient for each token's nll."""
-        cap = self.config.logit_softcap  # z/T = cap/T tanh((scale/T) z / (cap/T))
-        nll = linear_nll(
+        wanted = _at_trained(targets, plan, len(x))
+        nll = linear_nll(x, self.head_weight, wanted, **self._curve(temperature))
+        spread = _spread(nll, plan, weight)
+        return TokenLoss((weight * spread).sum(), spread)
+
+    def _watched(
+        self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, watch: int
+    ) -> TokenLoss:
+        """The loss without a gradient, and the probability of one token."""
+        nll, watched = linear_probability(
             x,
             self.head_weight,
             _at_trained(targets, plan, len(x)),
-            bias=self.head_bias,
-            softcap=None if cap is None else cap / temperature,
-            logit_scale=self.config.logit_scale / temperature,
+            watch,
+            **self._curve(1.0),
         )
         spread = _spread(nll, plan, weight)
-        return TokenLoss((weight * spread).sum(), spread)
+        return TokenLoss((weight * spread).sum(), spread, _spread(watched, plan, weight))
+
+    def _curve(self, temperature: float) -> dict[str, Any]:
+        """How the head's products become logits: z/T = cap/T tanh((scale/T) z / (cap/T))."""
+        cap = self.config.logit_softcap
+        return {
+            "bias": self.head_bias,
+            "softcap": None if cap is None else cap / temperature,
+            "logit_scale": self.config.logit_scale / temperature,
+        }
 
     @property
     def prefixes_are_equal(self) -> bool:

@@ -98,6 +98,37 @@ def linear_nll(
     return nll
 
 
+@torch.no_grad()
+def linear_probability(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    watch: int,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-ln p(target) and p(`watch`), a token id, of each token: (M,) float32 each, no gradients.
+
+    Arguments as in `linear_cross_entropy`. Both come from one product with the head.
+    """
+    dtype = product_type(hidden)
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
+    nll, watched = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(weight.to(dtype), bias, softcap, logit_scale, chunk)
+        for part, _, products in head.products(hidden):
+            for rows, logits in head.few(products, part.start):
+                logits = logits * logit_scale
+                logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                log_p = torch.log_softmax(logits, -1)
+                nll[rows] = -log_p.gather(-1, targets[rows, None])[:, 0]
+                watched[rows] = log_p[:, watch].exp()
+    return nll, watched
+
+
 def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
     """How many tokens' logits, of `dtype`, exist at a time: up to 64 MiB of them, 256 on a GPU.
 
@@ -194,32 +225,46 @@ class _Head:
     logit_scale: float
     chunk: int
 
+    def products(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For each chunk of m tokens: where it lies, its hidden states (m, D) and their products
+        with the matrix (m, V), both in the type of products."""
+        # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
+        size = min(self.chunk, len(hidden))
+        buffer = hidden.new_empty(size, len(self.matrix), dtype=self.matrix.dtype)
+        for start in range(0, len(hidden), self.chunk):
+            x = hidden[start : start + self.chunk].to(self.matrix.dtype)
+            part = slice(start, start + len(x))
+            yield part, x, torch.mm(x, self.matrix.t(), out=buffer[: len(x)])
+
+    def few(self, products: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of `products` (m, V) at a time, as many as a CPU's cache holds: where they lie,
+        counted from `start`, and their logits in float32, before scale and softcap.
+
+        The logits lie in the place of the products where these are float32.
+        """
+        on_cpu = products.device.type == "cpu"
+        count = max(1, CACHED_LOGITS // products.shape[1]) if on_cpu else len(products)
+        for first in range(0, len(products), count):
+            logits = products[first : first + count].float()
+            if self.bias is not None:
+                logits += self.bias
+            yield slice(start + first, start + first + len(logits)), logits
+
     def passes(
         self, hidden: Tensor, targets: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """For each chunk of m tokens: where it lies, its hidden states (m, D) in the type of
-        products, nll (m,), and d nll / d logits up to `logit_scale` (m, V) in that type."""
-        # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
-        size, vocab = min(self.chunk, len(hidden)), len(self.matrix)
-        buffer = hidden.new_empty(size, vocab, dtype=self.matrix.dtype)
-        # A few rows at a time are softmaxed in float32, and stay in the processor's cache.
-        rows = max(1, CACHED_LOGITS // vocab) if hidden.device.type == "cpu" else size
-        for start in range(0, len(hidden), self.chunk):
-            part = slice(start, start + self.chunk)
-            x = hidden[part].to(self.matrix.dtype)
-            logits = torch.mm(x, self.matrix.t(), out=buffer[: len(x)])
+        """For each chunk: where it lies, its hidden states, nll (m,), and d nll / d logits up to
+        `logit_scale` (m, V) in the type of products, in the place of these."""
+        for part, x, products in self.products(hidden):
             nll = hidden.new_empty(len(x), dtype=torch.float32)
-            for few, wanted, found in zip(
-                logits.split(rows), targets[part].split(rows), nll.split(rows), strict=True
-            ):
-                exact = few.float()  # `few` itself if it is float32
-                if self.bias is not None:
-                    exact += self.bias
-                some, slope = _softmax_minus_target(exact, wanted, self.softcap, self.logit_scale)
-                found.copy_(some)
-                if slope is not few:
-                    few.copy_(slope)
-            yield part, x, nll, logits
+            for rows, logits in self.few(products):
+                wanted = targets[part][rows]
+                nll[rows], slope = _softmax_minus_target(
+                    logits, wanted, self.softcap, self.logit_scale
+                )
+                if slope.data_ptr() != products[rows].data_ptr():
+                    products[rows] = slope
+            yield part, x, nll, products
 
 
 @dataclass

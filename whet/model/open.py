@@ -9,7 +9,7 @@ from whet.errors import UserError
 from whet.files import read_json
 from whet.model.decoder import Transformer
 from whet.model.embedding import add_score
-from whet.model.foreign import load_foreign
+from whet.model.foreign_files import load_foreign
 from whet.model.hf.checkpoint import open_own
 from whet.model.hf.config import FAMILIES
 from whet.model.lora.lora import merge_lora

@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from whet.chat.certificate import Certificate
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
-from whet.chat.encode import Encoded, EncodeOptions, Example, encode_chat
-from whet.data.formats import Datum, to_example
+from whet.chat.encode import Datum, Encoded, encode_chat
+from whet.data.formats import to_example
+from whet.data.preferences import Preference
 from whet.data.reader import parse, read_units
 from whet.data.rows import DOCUMENT
 from whet.errors import UserError
@@ -29,9 +29,7 @@ class EncodedLine:
     chat: Chat
 
 
-def encode_line(
-    reference: str, chat: Chat, template_kwargs: dict[str, Any] | None = None
-) -> EncodedLine:
+def encode_line(reference: str, chat: Chat) -> EncodedLine:
     """Encode the conversation at `FILE:LINE`, counted from 1; in `.json` and Parquet, the record.
 
     Raises UserError if there is no such line, and Refused, a UserError, with the reason if the
@@ -56,8 +54,11 @@ def encode_line(
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from None
     datum = to_example(record, None, path, line)
-    options = EncodeOptions(template_kwargs=template_kwargs or {})
-    return EncodedLine(datum, encode_chat(datum, chat, options), chat)
+    if isinstance(datum, Preference):
+        raise UserError(
+            f"{datum.where}: is preference data; inspect the file that `whet prepare` makes"
+        )
+    return EncodedLine(datum, encode_chat(datum, chat), chat)
 
 
 def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:
@@ -75,27 +76,35 @@ def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:
     if isinstance(shown.datum, Conversation):
         yield ""
         yield rule("turns", ink)
-        yield from turn_lines(shown.datum, examples, shown.chat)
+        for number, role, what in turns(shown):
+            yield f"{number:>3}  {role:<10} {what}"
     yield ""
     yield rule("certificate", ink)
     for name, told in certificate_facts(shown.encoded.certificate, len(examples)).items():
         yield f"{name + ':':<24}{told}"
 
 
-def turn_lines(conversation: Conversation, examples: list[Example], chat: Chat) -> Iterator[str]:
-    """What becomes of each message: context, or which tokens are trained, and their last one."""
-    for number, message in enumerate(conversation.messages):
+def turns(shown: EncodedLine) -> list[tuple[int, str, str]]:
+    """Number and role of each message, and what becomes of it: context, or which tokens are
+    trained, and their last one."""
+    if not isinstance(shown.datum, Conversation):
+        return []
+    rows = []
+    examples = shown.encoded.examples
+    for number, message in enumerate(shown.datum.messages):
         found = []
         for i, example in enumerate(examples, 1):
             for span in (span for span in example.spans if span.message == number):
-                stop = visible(chat.tokenizer.decode([int(example.ids[span.end - 1])], False))
+                last = int(example.ids[span.end - 1])
+                stop = visible(shown.chat.tokenizer.decode([last], False))
                 where = f"example {i}, " if len(examples) > 1 else ""
                 weight = f", weight {span.weight:g}" if span.weight != 1 else ""
                 found.append(
                     f"{where}tokens {span.start:,} to {span.end - 1:,} trained{weight}, "
                     f"the last is {stop.strip()!r}"
                 )
-        yield f"{number + 1:>3}  {message['role']:<10} {'; '.join(found) or 'context'}"
+        rows.append((number + 1, message["role"], "; ".join(found) or "context"))
+    return rows
 
 
 def certificate_facts(certificate: Certificate, n_examples: int) -> dict[str, str]:
@@ -120,9 +129,6 @@ def certificate_facts(certificate: Certificate, n_examples: int) -> dict[str, st
     if certificate.untrained_turns:
         left_out = ", ".join(map(str, certificate.untrained_turns))
         facts["turns left out"] = f"{left_out}, which the template rewrites: --rewritten_turns last"
-    for turn, switch in certificate.switches.items():
-        told = ", ".join(f"{name}={value!r}" for name, value in switch.items())
-        facts[f"switch for turn {turn}"] = told
     if certificate.today:
         facts["date for the template"] = certificate.today
     return facts
@@ -153,8 +159,9 @@ def encoded_sheet(shown: EncodedLine) -> Sheet:
         lengths=documents["length"],
         fills=documents["length"],
         trained=int(documents["trained"].sum()),
+        turns=turns(shown),
         facts={
-            "template": shown.chat.template.hash[:12],
+            "template": shown.chat.template.name,
             **certificate_facts(shown.encoded.certificate, len(examples)),
         },
     )

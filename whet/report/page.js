@@ -83,28 +83,30 @@ function strip(data, r) {
   return made;
 }
 
-function drawDocument(data, r, doc, shown) {
-  const made = make("section", shown ? "document" : "document other");
+function drawDocument(data, r, doc, found) {
+  const made = make("section", found ? "document" : "document other");
   const margin = make("p", "where");
   margin.title = where(data, doc, data.sources);
   margin.append(make("b", "", where(data, doc, data.labels)));
   margin.append(`${plural(doc.length, "token")}, ${number(doc.trained)} trained`);
   made.append(margin);
-  if (!shown) return made;
+  if (!found) return made;
   const flow = make("p", "flow");
   for (let p = doc.start; p < doc.start + doc.length; p++) {
     const token = make("span", weight(data, r, p) !== 0 ? "t" : "c", text(data, r, p));
     token.dataset.place = p;
     flow.append(token);
   }
+  for (const [from, to] of found) for (let p = from; p <= to; p++) flow.children[p - doc.start].classList.add("hit");
   made.append(flow);
   return made;
 }
 
-function draw(data, item, r, isShown) {
+/** `found(r, doc)`: the hits in a document, each the places of its first and last token; null: it is not shown. */
+function draw(data, item, r, found) {
   const row = data.rows[r];
   const body = item.lastChild;
-  body.replaceChildren(...row.documents.map((doc) => drawDocument(data, r, doc, isShown(r, doc))));
+  body.replaceChildren(...row.documents.map((doc) => drawDocument(data, r, doc, found(r, doc))));
   const padding = data.width - row.filled;
   if (padding > 0) body.append(make("p", "pad padding", `padding, ${plural(padding, "place")}`));
   item.insertBefore(strip(data, r), body);
@@ -130,7 +132,7 @@ function heading(data, r) {
 
 function makeList(data) {
   const list = el("rows");
-  let isShown = () => true;
+  let found = () => [];
   const items = data.rows.map((row, r) => {
     const item = make("li", "row");
     const body = make("div", "tokens");
@@ -148,17 +150,17 @@ function makeList(data) {
       for (const { target: item, isIntersecting, boundingClientRect } of entries) {
         if (isIntersecting && !drawn.has(item)) {
           drawn.add(item);
-          draw(data, item, Number(item.lastChild.dataset.row), isShown);
+          draw(data, item, Number(item.lastChild.dataset.row), found);
         } else if (!isIntersecting && drawn.delete(item)) erase(item, boundingClientRect.height);
       }
     },
     { rootMargin: "75% 0px" },
   );
-  const show = (rows, predicate) => {
+  const show = (rows, finder) => {
     near.disconnect();
     drawn.forEach((item) => erase(item, item.offsetHeight));
     drawn.clear();
-    isShown = predicate;
+    found = finder;
     list.replaceChildren(...rows.map((r) => items[r]));
     if (!rows.length) list.append(make("li", "none", "No document matches."));
     rows.forEach((r) => near.observe(items[r]));
@@ -175,34 +177,85 @@ function makeReachable(list, body) {
 
 /* ---- Filter ---- */
 
-function documentText(data, r, doc) {
+/** Where `words` stand in a document: the places of the first and last token of each hit. */
+function hits(data, r, doc, words) {
   if (doc.text === null) {
     const parts = [];
-    for (let p = doc.start; p < doc.start + doc.length; p++) parts.push(data.plain(r, p));
-    doc.text = parts.join("").toLowerCase();
+    for (let p = doc.start; p < doc.start + doc.length; p++) parts.push(data.plain(r, p).toLowerCase());
+    let end = 0;
+    doc.ends = parts.map((part) => (end += part.length)); // of each token in the text
+    doc.text = parts.join("");
   }
-  return doc.text;
+  const found = [];
+  let token = 0;
+  for (let at = doc.text.indexOf(words); at >= 0; at = doc.text.indexOf(words, at + words.length)) {
+    while (doc.ends[token] <= at) token++;
+    const first = token;
+    while (doc.ends[token] < at + words.length) token++;
+    found.push([doc.start + first, doc.start + token]);
+  }
+  return found;
+}
+
+/** Step through the hits of the search: the one at hand is marked and scrolled to. */
+function makeSteps(list) {
+  let all = [];
+  let here = -1;
+  const label = () => (el("hits").value = all.length ? `${number(here + 1)} of ${plural(all.length, "hit")}` : "");
+  const show = (frames = 8) => {
+    const [r, place] = all[here];
+    document.querySelectorAll(".flow .here").forEach((one) => one.classList.remove("here"));
+    const token = list.items[r].querySelector(`span[data-place="${place}"]`);
+    (token ?? list.items[r]).scrollIntoView({ block: token ? "center" : "start" });
+    token?.classList.add("here");
+    if (frames > 0) requestAnimationFrame(() => show(frames - 1)); // rows around it get their true heights
+  };
+  const step = (by) => {
+    if (!all.length) return;
+    here = (here + by + all.length) % all.length;
+    label();
+    show();
+  };
+  el("next").addEventListener("click", () => step(1));
+  el("previous").addEventListener("click", () => step(-1));
+  el("find").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !all.length) return;
+    event.preventDefault();
+    step(event.shiftKey ? -1 : 1);
+  });
+  return (found) => {
+    [all, here] = [found, -1];
+    el("next").disabled = el("previous").disabled = !all.length;
+    label();
+  };
 }
 
 /** Fill the form and call `list.show` whenever it changes. */
 function makeFilter(data, list) {
+  const setHits = makeSteps(list);
   const source = el("source");
   const option = (label, value) => source.append(Object.assign(make("option", "", label), { value }));
   option("all sources", "");
   data.labels.forEach((label, s) => option(label, String(s)));
   const apply = () => {
     const words = el("find").value.toLowerCase();
-    const matches = (r, doc) =>
-      (source.value === "" || doc.source === Number(source.value)) && (!words || documentText(data, r, doc).includes(words));
-    const rows = [];
+    const find = (r, doc) => {
+      if (source.value !== "" && doc.source !== Number(source.value)) return null;
+      if (!words) return [];
+      const found = hits(data, r, doc, words);
+      return found.length ? found : null;
+    };
+    const [rows, all] = [[], []];
     let documents = 0;
     data.rows.forEach((row, r) => {
-      const n = row.documents.filter((doc) => matches(r, doc)).length;
-      if (n || (!words && source.value === "")) rows.push(r);
-      documents += n;
+      const found = row.documents.map((doc) => find(r, doc)).filter((one) => one !== null);
+      if (found.length || (!words && source.value === "")) rows.push(r);
+      documents += found.length;
+      for (const [first] of found.flat()) all.push([r, first]);
     });
     el("count").value = `${plural(rows.length, "row")}, ${plural(documents, "document")}`;
-    list.show(rows, matches);
+    setHits(all);
+    list.show(rows, find);
   };
   let waiting = 0;
   el("find").addEventListener("input", () => {
@@ -279,8 +332,12 @@ function makeCard(data) {
 function listen(card) {
   const rows = el("rows");
   const token = (target) => target.closest?.("span[data-place]");
-  rows.addEventListener("pointerover", (event) => (token(event.target) ? card.show(token(event.target)) : card.hide()));
-  rows.addEventListener("pointerleave", card.hide);
+  const showAt = (event) => (token(event.target) ? card.show(token(event.target)) : card.hide());
+  // A finger that leaves the screen leaves the rows as well: its card stays until the next tap.
+  const byMouse = (act) => (event) => event.pointerType === "mouse" && act(event);
+  rows.addEventListener("pointerover", byMouse(showAt));
+  rows.addEventListener("pointerleave", byMouse(card.hide));
+  document.addEventListener("click", showAt);
   rows.addEventListener("keydown", (event) => moveBy(event, card));
   rows.addEventListener("focusout", card.hide);
 }

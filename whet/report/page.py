@@ -36,6 +36,7 @@ def page(sheet: Sheet) -> str:
         "numbers": _numbers(sheet),
         "facts": _definitions("facts", sheet.facts),
         "figures": lengths_figure(sheet.lengths) + fills_figure(sheet.fills, sheet.width),
+        "turns": _turns(sheet),
         "account": _account(sheet),
         "left_out": _left_out(sheet),
         "data": _json(_payload(sheet)),
@@ -112,6 +113,24 @@ def _numbers(sheet: Sheet) -> str:
     return _definitions("numbers", numbers)
 
 
+def _turns(sheet: Sheet) -> str:
+    """What becomes of each message of the one conversation that is shown."""
+    if not sheet.turns:
+        return ""
+    body = "".join(
+        f"<tr><td>{number}</td><td class='words'>{escape(role)}</td>"
+        f"<td class='words'>{escape(what)}</td></tr>"
+        for number, role, what in sheet.turns
+    )
+    return (
+        '<section aria-labelledby="turns-title"><h2 id="turns-title">Turns</h2>'
+        '<table class="turns"><thead><tr><th scope="col">turn</th>'
+        '<th scope="col" class="words">role</th>'
+        '<th scope="col" class="words">what is trained</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></section>"
+    )
+
+
 ACCOUNT = ("lines", "examples", "tokens", "trained", "context", "truncated", "dropped")
 
 
@@ -126,7 +145,9 @@ def _account(sheet: Sheet) -> str:
         body.append(_account_row(totals(sheet.accounts), "total", ' class="total"'))
     return (
         '<section aria-labelledby="account-title"><h2 id="account-title">Token account</h2>'
-        f'<div class="scroll"><table><thead><tr><th scope="col">source</th>{head}'
+        '<p class="note more">The table goes on to the right.</p>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Token account as a table">'
+        f'<table><thead><tr><th scope="col">source</th>{head}'
         '<th scope="col" class="words">shares</th></tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
         '<p class="note">tokens = trained + context + truncated + dropped. '
@@ -172,11 +193,12 @@ def _left_out(sheet: Sheet) -> str:
         for left in sheet.left_out[:LEFT_OUT_SHOWN]
     )
     shown = min(len(sheet.left_out), LEFT_OUT_SHOWN)
-    more = f'<p class="note">{shown:,} of them are shown.</p>' if shown < total else ""
+    more = f'<p class="note">{shown:,} of {total:,}; the list scrolls.</p>'
     return (
-        f'<details id="left-out"><summary>{total:,} refused or left out</summary><ul>{kinds}</ul>'
+        f'<details id="left-out"><summary>{total:,} refused or left out</summary>'
+        f"<ul>{kinds}</ul>{more}"
         '<div class="scroll" tabindex="0" role="region" aria-label="Refused and left out">'
         '<table><thead><tr><th scope="col" class="words">source</th><th scope="col">line</th>'
         '<th scope="col" class="words">reason</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{more}</details>"
+        f"<tbody>{body}</tbody></table></div></details>"
     )

@@ -1,12 +1,15 @@
 """A packed file -> a Sheet."""
 
+import hashlib
 from dataclasses import fields
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from whet.chat.certificate import REASONS
+from whet.chat.chat import BUILT_IN
 from whet.chat.conversation import place
 from whet.data.account import SourceAccount, totals
 from whet.data.left_out import TOLD
@@ -86,9 +89,19 @@ def _facts(store: PackedStore) -> dict[str, str]:
     facts = {name: str(settings[name]) for name in ("date", "seed", "train_on") if name in settings}
     if store.kind != "text":
         facts["kind"] = store.kind
-    if template := store.attrs.get("template_hash"):
-        facts["template"] = str(template)[:12]
+    if store.attrs.get("template_hash"):
+        facts["template"] = _template_name(store)
     return facts
+
+
+def _template_name(store: PackedStore) -> str:
+    """How the template was given to `whet prepare`: by name, by file, or with the tokenizer."""
+    for name in BUILT_IN:
+        source = files("whet.chat").joinpath(f"{name}.jinja").read_bytes()
+        if hashlib.sha256(source).hexdigest() == store.attrs["template_hash"]:
+            return name
+    settings = store.attrs.get("settings", {})
+    return str(settings.get("chat_template") or f"that of {settings.get('tokenizer', 'its model')}")
 
 
 def _accounts(store: PackedStore) -> list[SourceAccount]:

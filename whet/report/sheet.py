@@ -42,6 +42,8 @@ class Sheet:
     first: int = 0
     """Number of the first row that is shown."""
     facts: dict[str, str] = field(default_factory=dict)
+    turns: list[tuple[int, str, str]] = field(default_factory=list)
+    """Of one conversation: number of each message from 1, its role, and what becomes of it."""
     accounts: list[SourceAccount] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     """Lines that were refused or left out, with reasons; may be only the first of them."""

@@ -15,12 +15,11 @@ std divides by one less than the number of rewards. A group whose rewards are al
 nothing: its advantages are 0 exactly, decided by max == min and not by a quotient of two roundings.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Advantage = Literal["group", "plain", "batch", "leave_one_out"]
+from whet.flags.choices import Advantage
+
 EPS = 1e-4
 
 

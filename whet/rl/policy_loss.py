@@ -19,16 +19,14 @@ How tokens are weighted is no part of the loss but of `weight` and `total`, see 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from whet.data.batches import per_document
+from whet.flags.choices import Normalize, PolicyLoss
 
-Kind = Literal["clip", "gspo", "cispo"]
-Normalize = Literal["tokens", "sequences", "constant"]
-USUAL_CLIP: dict[Kind, tuple[float, float]] = {
+USUAL_CLIP: dict[PolicyLoss, tuple[float, float]] = {
     "clip": (0.2, 0.28),
     "gspo": (3e-4, 4e-4),
     "cispo": (1.0, 4.0),
@@ -50,7 +48,7 @@ def policy_term(
     nll: Tensor,
     old_nll: Tensor,
     advantage: Tensor,
-    kind: Kind = "clip",
+    kind: PolicyLoss = "clip",
     *,
     low: float,
     high: float,

@@ -41,13 +41,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """All prompts of a file, as the `Documents` of a stage: prompt i is document i."""
+    """The prompts of a file. As the `Documents` of a stage they are numbered by their lines."""
 
     path: Path
     prompts: list[Prompt]
 
     @cached_property
     def fingerprint(self) -> str:
+        """Of what is asked and what is right."""
         digest = hashlib.sha256()
         for prompt in self.prompts:
             digest.update(json.dumps([prompt.ids, prompt.gold]).encode())
@@ -57,26 +58,25 @@ class Prompts:
         return len(self.prompts)
 
     def numbers(self, rows: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        """Rows of rollouts are made anew at each step; `Rollouts` knows what is in them."""
-        raise NotImplementedError
+        """A file of prompts alone: each is a row with one document."""
+        return np.array([self.prompts[int(row)].line for row in rows])
 
     def places(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        return [{"file": str(self.path), "line": self.prompts[int(i)].line} for i in numbers]
+        """File and line."""
+        return [{"file": str(self.path), "line": int(line)} for line in numbers]
 
     def find(self, file: str, line: int) -> np.ndarray:
+        """The prompt of a line; the end of the file's name is enough."""
         if not str(self.path).endswith(file):
-            raise UserError(f"--document {file}:{line}: the prompts are those of {self.path}")
-        found = [i for i, prompt in enumerate(self.prompts) if prompt.line == line]
-        if not found:
-            raise UserError(f"--document {file}:{line}: there is no prompt from that line")
-        return np.array(found)
+            raise UserError(f"{file}:{line}: the prompts are those of {self.path}")
+        return np.array([line])
 
 
 def load_prompts(
     path: str | Path,
     chat: Chat,
     *,
-    longest: int,
+    longest: int | None = None,
     limit: int | None = None,
     needs_gold: str = "",
     flag: str = "--prompts",
@@ -98,7 +98,7 @@ def load_prompts(
         for unit in units:
             prompt = _prompt(unit, path, chat)
             progress.advance(1)
-            if len(prompt.ids) > longest:
+            if longest is not None and len(prompt.ids) > longest:
                 too_long.append(unit.line)
             else:
                 found.append(prompt)

@@ -31,11 +31,12 @@ import torch
 from whet.chat.chat import Chat
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number
+from whet.flags.choices import Precision
+from whet.flags.policy import parse_reward
 from whet.generate.engine import evaluating
-from whet.generate.opened import Precision, open_model
+from whet.generate.opened import open_model
 from whet.rl.prompts import Prompt
 
-BUILT_IN = ("correct", "format", "length")
 NEEDS_GOLD = ("correct", "format")
 ROWS = 8  # replies that a reward model reads at once
 _IN_FORM = re.compile(r"<answer>[^<]*</answer>|####", re.IGNORECASE)
@@ -63,43 +64,6 @@ class Reward:
     name: str
     weight: float
     score: Score
-
-
-def parse_reward(text: str) -> tuple[str, float]:
-    """`NAME` or `NAME=WEIGHT`, as `--reward` takes them."""
-    name, equals, weight = text.rpartition("=")
-    if not equals:
-        return text, 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        value = math.nan
-    if not name or not math.isfinite(value):
-        raise UserError(f"--reward {text}: expected NAME or NAME=WEIGHT, such as format=0.2")
-    return name, value
-
-
-def flaws(texts: Sequence[str]) -> list[str]:
-    """What can be said against `--reward` before anything is loaded."""
-    found = []
-    for text in texts:
-        try:
-            name, _ = parse_reward(text)
-        except UserError as error:
-            found.append(str(error))
-            continue
-        file, _, function = name.rpartition(":")
-        if name in BUILT_IN or (Path(name) / "config.json").is_file() or _is_adapter(name):
-            continue
-        if file.endswith(".py") and function.isidentifier():
-            if not Path(file).is_file():
-                found.append(f"--reward {text}: {file} is no file")
-            continue
-        found.append(
-            f"--reward {text}: expected {', '.join(BUILT_IN)}, FILE.py:FUNCTION or the directory "
-            "of a reward model"
-        )
-    return found
 
 
 def open_rewards(
@@ -130,7 +94,7 @@ def open_rewards(
             score = stack.enter_context(PythonReward(name, seconds))
         else:
             score = reward_model(name, chat, device, precision)
-        found.append(Reward(Path(name).name, weight, score))
+        found.append(Reward(Path(name).name.rpartition(":")[2], weight, score))
     return found
 
 
@@ -309,7 +273,3 @@ def _last_scores(model: Any, texts: list[list[int]], device: torch.device) -> li
         weight[i, len(text) - 1] = 1.0
     scores = model(tokens.to(device), None, segments.to(device), weight=weight.to(device))
     return scores.sum(1).tolist()
-
-
-def _is_adapter(name: str) -> bool:
-    return (Path(name) / "adapter_config.json").is_file()

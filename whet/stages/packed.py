@@ -57,6 +57,7 @@ def packed_stage(
     if trained == 0:
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
     assert config.micro_batch_size is not None, "resolved before"
+    save = writer(config, model, chat, store, lineage, lora)
     return Stage(
         model=model,
         documents=store,
@@ -72,7 +73,8 @@ def packed_stage(
             quiet=config.quiet or not ranks.first,
             questions=questions,
         ),
-        save_model=writer(config, model, chat, store, lineage, lora),
+        save_model=save,
+        rehearse=save.rehearse,
         header=[*header, *data_in_words(config, store, dev, f"{trained:,.0f} trained tokens")],
     )
 
@@ -87,12 +89,12 @@ def writer(
 ) -> ModelWriter:
     """Saves the model with where it comes from: `lineage`, the packed file, and the settings, as
     the SHA-256 of the run's config.toml."""
-    hashes = {name: store.attrs.get(name) for name in ("tokenizer_hash", "template_hash")}
     lineage = {
         "data": str(store.path),
         **lineage,
         "data_hash": store.fingerprint,
-        **{name: value if isinstance(value, str) else None for name, value in hashes.items()},
+        "tokenizer_hash": store.attrs.get("tokenizer_hash"),
+        "template_hash": store.attrs.get("template_hash"),
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
     dtype = saved_as(config.save_dtype, model.config.hf)

@@ -269,6 +269,12 @@ def from_first(value: Any, ranks: Ranks, group: dist.ProcessGroup | None) -> Any
     return box[0]
 
 
+def wait_for_all(ranks: Ranks) -> None:
+    """Wait for all ranks, however long one takes: rank 0 writes and verifies a large model for
+    longer than `--rank_timeout`."""
+    gather(None, ranks, ranks.setup)
+
+
 @contextmanager
 def told_once(ranks: Ranks) -> Iterator[None]:
     """Let all ranks leave together if any raises UserError in the block; tell each problem once.

@@ -1,6 +1,7 @@
 """What is measured while a run trains: dev loss, where it comes from, answers, sample replies."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,38 +10,55 @@ from torch import nn
 
 from whet.chat.chat import Chat
 from whet.data.store import PackedStore
-from whet.evaluate.dev import dev_loss
+from whet.evaluate.dev import DevLoss, dev_loss
 from whet.evaluate.gsm8k import Problem, gsm8k_accuracy
 from whet.generate.engine import generate
-from whet.train.breakdown import breakdown
 from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
 from whet.train.signals import Interrupted, Stop
 from whet.train.stage import Evaluation
 
+MEET_EVERY = {"cuda": 8}
+"""Forward passes between two meetings of the ranks, by device, so that a GPU is not kept waiting;
+else 1."""
 SAMPLE_TOKENS = 128
 """New tokens of a sample reply."""
 TEXT_PROMPT_TOKENS = 16
 """What a sample starts with where every token is trained, as in plain text."""
 
 
-@dataclass(frozen=True)
-class _Meeting:
-    """Where the ranks of an evaluation hear that one of them was asked to stop.
+@dataclass
+class Meeting:
+    """Where the ranks of an evaluation or rollout hear that one of them was asked to stop.
 
-    A single rank needs none: there a signal cuts the evaluation short wherever it is. Of several,
-    all must leave at the same place. So they meet after each forward pass; one that is done with a
-    part, and may have had fewer of them, goes on meeting the others until all are.
+    A single rank needs none: there a signal cuts the work short wherever it is. Of several, all
+    must leave at the same place. So they meet after forward passes; one that is done with a part,
+    and may have had fewer of them, goes on meeting the others until all are.
     """
 
     stop: Stop
     ranks: Ranks
+    forwards: int = 0
+    """Since the last part."""
+
+    @contextmanager
+    def after_forwards(self, model: nn.Module) -> Iterator[None]:
+        """In the block, meet after forward passes of `model`. Raises Interrupted on all ranks if
+        one was asked to stop."""
+        hook = model.register_forward_hook(lambda *_: self.look())
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def look(self) -> None:
-        """Raises Interrupted on all ranks if one was asked."""
-        self._meet(done=False)
+        """Count a forward pass, and meet if it is time. Raises Interrupted on all ranks."""
+        self.forwards += 1
+        if self.forwards % MEET_EVERY.get(self.ranks.device.type, 1) == 0:
+            self._meet(done=False)
 
     def end_part(self) -> None:
         """Return when all ranks are here. Raises Interrupted on all of them if one was asked."""
+        self.forwards = 0
         while self._meet(done=True) < self.ranks.size:
             pass
 
@@ -68,76 +86,87 @@ class Evaluator:
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
         inner: Any = unwrap(model)
-        meeting = _Meeting(stop, ranks)
+        meeting = Meeting(stop, ranks)
+        metrics: dict[str, float] = {}
+        words: list[str] = []
 
         def reduce(values: Sequence[float]) -> list[float]:
             meeting.end_part()
             return sum_over_ranks(values, ranks)
 
-        metrics: dict[str, float] = {}
         # Where every forward is a collective, all ranks generate the same; else each its share.
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
         stop_ids = self.chat.stop_ids if self.chat else ()
-        if self.dev is not None:
-            found = dev_loss(
-                inner,
-                self.dev,
-                micro_rows=self.micro_rows,
-                device=ranks.device,
-                rank=ranks.rank,
-                world_size=ranks.size,
-                reduce=reduce,
-                stop_ids=stop_ids,
-                quiet=self.quiet,
-                between=meeting.look,
-            )
-            metrics |= {"dev_loss": found.loss, "dev_ppl": found.ppl}
-            if found.stop_probability is not None:
-                metrics["dev_stop_probability"] = found.stop_probability
-            metrics |= breakdown(
-                inner, self.dev, stop_ids, self.micro_rows, ranks, meeting.look, self.quiet
-            )
-        if self.questions and self.chat is not None:
-            answers = gsm8k_accuracy(
-                inner,
-                self.chat,
-                self.questions,
-                rank=share.rank,
-                world_size=share.size,
-                reduce=reduce if share.size > 1 else None,
-                quiet=self.quiet,
-                between=meeting.look,
-            )
-            metrics |= {
-                "gsm8k_accuracy": answers.accuracy,
-                "gsm8k_low": answers.low,
-                "gsm8k_high": answers.high,
-            }
-        samples = list(self._samples(inner, stop_ids, meeting)) if share.first else []
+        with meeting.after_forwards(inner):
+            if self.dev is not None:
+                found = dev_loss(
+                    inner,
+                    self.dev,
+                    micro_rows=self.micro_rows,
+                    device=ranks.device,
+                    rank=ranks.rank,
+                    world_size=ranks.size,
+                    reduce=reduce,
+                    stop_ids=stop_ids,
+                    quiet=self.quiet,
+                )
+                metrics |= metrics_of(found)
+                words += in_words(found)
+            if self.questions and self.chat is not None:
+                answers = gsm8k_accuracy(
+                    inner,
+                    self.chat,
+                    self.questions,
+                    rank=share.rank,
+                    world_size=share.size,
+                    reduce=reduce if share.size > 1 else None,
+                    quiet=self.quiet,
+                )
+                metrics |= {
+                    "gsm8k_accuracy": answers.accuracy,
+                    "gsm8k_low": answers.low,
+                    "gsm8k_high": answers.high,
+                }
+                interval = f"{100 * answers.low:.1f} to {100 * answers.high:.1f} %"
+                words.append(f"{answers.correct} of {answers.n} problems right ({interval})")
+            samples = list(self._samples(inner, stop_ids)) if share.first else []
         meeting.end_part()
-        return Evaluation(metrics, samples)
+        return Evaluation(metrics, samples, ", ".join(words))
 
-    def _samples(
-        self, model: Any, stop_ids: tuple[int, ...], meeting: _Meeting
-    ) -> Iterator[dict[str, Any]]:
+    def _samples(self, model: Any, stop_ids: tuple[int, ...]) -> Iterator[dict[str, Any]]:
         """Replies to the first prompts of the dev file, next to what stands there."""
         if self.dev is None or self.chat is None or self.n_samples == 0:
             return
         room = model.config.max_positions - 1
         pairs = [pair for pair in prompts_of(self.dev, self.n_samples) if len(pair[0]) <= room]
-        replies = generate(
-            model,
-            [prompt for prompt, _ in pairs],
-            max_new_tokens=SAMPLE_TOKENS,
-            stop_ids=stop_ids,
-            between=meeting.look,
-        )
+        prompts = [prompt for prompt, _ in pairs]
+        replies = generate(model, prompts, max_new_tokens=SAMPLE_TOKENS, stop_ids=stop_ids)
         for (prompt, expected), reply in zip(pairs, replies, strict=True):
             yield {
                 "prompt": self.chat.tokenizer.decode(prompt, skip_special=False),
                 "reply": self.chat.tokenizer.decode(reply, skip_special=False),
                 "expected": self.chat.tokenizer.decode(expected, skip_special=False),
             }
+
+
+def metrics_of(found: DevLoss) -> dict[str, float]:
+    """The numbers of a dev pass as they are logged."""
+    metrics = {"dev_loss": found.loss, "dev_ppl": found.ppl}
+    if found.stop_probability is not None:
+        metrics["dev_stop_probability"] = found.stop_probability
+    metrics |= {f"dev_loss/{name}": value for name, value in found.parts.items()}
+    if found.stop_inside is not None:
+        metrics["dev_stop_inside"] = found.stop_inside
+    return metrics
+
+
+def in_words(found: DevLoss) -> list[str]:
+    """The numbers of a dev pass for people."""
+    words = [f"dev loss {found.loss:.4f} nats a token (perplexity {found.ppl:.4g})"]
+    if found.stop_probability is not None:
+        inside = "" if found.stop_inside is None else f", {found.stop_inside:.2g} before them"
+        words.append(f"the stop token has probability {found.stop_probability:.3f} at ends{inside}")
+    return words
 
 
 def prompts_of(store: PackedStore, count: int) -> list[tuple[list[int], list[int]]]:

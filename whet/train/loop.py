@@ -107,7 +107,9 @@ def train(
         while True:
             at_end = facts.step == stage.total_steps
             to_evaluate = at_end or facts.step == 0 or _due(facts.step, settings.eval_every)
-            to_save = settings.save_every and (at_end or _due(facts.step, settings.save_every))
+            decays = settings.schedule == "wsd" and facts.step == facts.decay_step
+            due = at_end or decays or _due(facts.step, settings.save_every)
+            to_save = settings.save_every and due
             if to_evaluate or to_save or asked:
                 read(left=0)
             if to_evaluate and facts.evaluated < facts.step and not asked:
@@ -125,7 +127,11 @@ def train(
             if stage.before_step is not None:
                 read(left=0)
                 step = partial(stage.before_step, facts.step, stage.model, ranks, stop)
-                found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                try:
+                    found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
+                except UserError:  # on all ranks, say by a reward; the steps so far are kept
+                    save(wait=True)
+                    raise
                 if found is None:
                     asked = asked or stop.number or signal.SIGTERM
                     continue
@@ -191,8 +197,8 @@ def _evaluate(
         run.append("samples.jsonl", {"step": facts.step, **sample})
     if found.metrics:
         run.metrics(facts.step, found.metrics, {})
-        shown = {k: v for k, v in found.metrics.items() if "/" not in k}
-        run.say(f"step {facts.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items()))
+        shown = [f"{key} {v:.4g}" for key, v in found.metrics.items() if "/" not in key]
+        run.say(f"step {facts.step}: {found.words or ', '.join(shown)}")
     value = found.metrics.get(stage.best)
     if value is not None and _is_better(value, facts.best_value, stage.higher_is_better):
         facts.best_value, facts.best_step = value, facts.step
@@ -228,6 +234,7 @@ def _save_best(stage: Stage, run: RunFolder, metrics: dict[str, float]) -> None:
         stage.save_model(stage.model, run.path / "best", metrics)
     except (OSError, UserError) as error:
         run.say(f"warning: {run.path / 'best'} could not be written: {error}")
+    distributed.wait_for_all(run.ranks)
 
 
 def _log_step(
@@ -250,7 +257,7 @@ def _log_step(
         "lr": lr,
         "grad_norm": numbers.norm,
         "tokens": facts.tokens,
-        "trained_tokens": result.weight,
+        stage.unit: result.weight,
         **numbers.named,
         **made,
     }
@@ -261,7 +268,7 @@ def _log_step(
         "tokens_per_s": numbers.tokens / seconds,
         "memory_gb": memory.peak_bytes(run.ranks.device) / 1e9,
     }
-    timing["trained_per_s"] = result.weight / seconds
+    timing[f"{stage.unit.removesuffix('_tokens')}_per_s"] = result.weight / seconds
     run.metrics(result.step + 1, values, timing)
     rate = f"{timing['tokens_per_s']:,.0f} tokens/s"
     bar.advance(1, f"loss {numbers.loss:.4f}  lr {lr:.2e}  {rate}")

@@ -104,17 +104,19 @@ def test_what_cannot_be_is_told(case: str, base: Path) -> None:
 @pytest.mark.parametrize("case", ["mamba"])
 def test_modules_that_are_looked_into_are_refused(case: str, base: Path) -> None:
     assert case in CASES
-    with pytest.raises(UserError, match="MambaForCausalLM does not only call"):
+    with pytest.raises(UserError, match="MambaForCausalLM does not use dt_proj as plain linear"):
         apply_lora(opened(base), LoRA())
-    apply_lora(opened(base), LoRA(targets="in_proj"))
+    with pytest.raises(UserError, match="PEFT would not open an adapter on out_proj"):
+        apply_lora(opened(base), LoRA(targets="in_proj,out_proj"))
+    apply_lora(opened(base), LoRA(targets="in_proj,x_proj"))
 
 
 @pytest.mark.parametrize("case", ["mamba"])
 def test_an_adapter_of_peft_on_such_modules_is_refused(
     case: str, base: Path, tmp_path: Path
 ) -> None:
-    config = peft.LoraConfig(r=2, target_modules=["x_proj"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=2, target_modules=["dt_proj"], task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(copy.deepcopy(original(case)), config)
     theirs.save_pretrained(tmp_path / "a")
-    with pytest.raises(UserError, match="MambaForCausalLM does not only call"):
+    with pytest.raises(UserError, match="MambaForCausalLM does not use dt_proj as plain linear"):
         load_adapter(opened(base), tmp_path / "a")

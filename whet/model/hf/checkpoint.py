@@ -18,7 +18,7 @@ from whet.errors import UserError
 from whet.files import full_disk_reported, read_json, replaced, write_json
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.foreign import write_foreign
+from whet.model.foreign_files import check_writable, write_foreign
 from whet.model.hf import families, legacy
 from whet.model.hf.config import OWN_LAYOUT, from_hf, to_hf
 from whet.model.hf.fill import empty_model, fill_model
@@ -31,6 +31,7 @@ from whet.model.hf.weights import (
     write_directory,
 )
 
+NO_PT = "a .pt holds models of Whet's own families only; save a model directory"
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
@@ -160,7 +161,7 @@ def check_vocabulary(config: ModelConfig, chat: Chat, where: str | Path) -> None
 
 
 def save_model(
-    model: Transformer,
+    model: Any,
     directory: str | Path,
     chat: Chat | None,
     lineage: dict[str, Any],
@@ -168,6 +169,7 @@ def save_model(
     *,
     state: Mapping[str, Tensor] | None = None,
     shard_bytes: int = 5_000_000_000,
+    without_weights: bool = False,
 ) -> None:
     """Write a model directory that transformers, vLLM, TRL, PEFT and llama.cpp's converter open.
 
@@ -175,20 +177,25 @@ def save_model(
     every stop id, and `whet.json` with the `lineage`. `state` are the values if `model` does not
     hold them whole itself (FSDP). The files are written aside, opened again, and their weights and
     the logits of a probe compared with the model's; only then do they take their names, and
-    `config.json` as the last of them: a directory never mixes two models. Raises UserError when
-    there is no space, and RuntimeError when what was written does not give the model's logits.
+    `config.json` as the last of them: a directory never mixes two models. Of another architecture
+    nothing is computed. `without_weights` writes the rest, and looks whether weights would have
+    space and, of another architecture, a layout. Raises UserError when there is no space, and
+    RuntimeError when what was written does not give the model's logits.
     """
     directory = Path(directory)
     state = _plain_state(model, state)
     if chat is not None:
         check_vocabulary(model.config, chat, directory)
-    with replaced_model(directory, _nbytes(state, dtype)) as aside:
-        if isinstance(model, Transformer):
-            _write_weights(model.config, state, aside, dtype, shard_bytes)
-        else:
+    with replaced_model(directory, saved_bytes(state, dtype)) as aside:
+        own = isinstance(model, Transformer)
+        if without_weights and not own:
+            check_writable(model)
+        elif not own:
             write_foreign(model, state, aside, dtype, shard_bytes)
+        elif not without_weights:
+            _write_weights(model.config, state, aside, dtype, shard_bytes)
         _write_configs(model.config, chat, lineage, aside, dtype or _dtype_of(state))
-        if isinstance(model, Transformer):
+        if own and not without_weights:
             verify_saved(aside, model.config, state, dtype)
 
 
@@ -205,9 +212,12 @@ def save_pt(
     """Write `{model_state_dict, cfg, stage, step, metrics}`, loadable with `weights_only=True`.
 
     The names are Whet's own, `cfg` the fields of ModelConfig. Opened again and compared, like a
-    model directory; `dtype`, `state` and what is raised as for `save_model`.
+    model directory; `dtype`, `state` and what is raised as for `save_model`. Also raises UserError
+    for another architecture.
     """
     path = Path(path)
+    if not isinstance(model, Transformer):
+        raise UserError(f"{path}: {NO_PT}")
     state = _plain_state(model, state)
     content = {
         "model_state_dict": {name: value.to(dtype=dtype) for name, value in state.items()},
@@ -216,7 +226,7 @@ def save_pt(
         "step": step,
         "metrics": metrics,
     }
-    with replaced(path) as aside, full_disk_reported(path, _nbytes(state, dtype)):
+    with replaced(path) as aside, full_disk_reported(path, saved_bytes(state, dtype)):
         torch.save(content, aside)
         verify_saved(aside, model.config, state, dtype)
 
@@ -272,7 +282,8 @@ def _dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
     return next(iter(state.values())).dtype
 
 
-def _nbytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+def saved_bytes(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+    """The bytes of the weights `state`, rounded to `dtype` if given."""
     return sum(value.numel() * (dtype or value.dtype).itemsize for value in state.values())
 
 
@@ -285,7 +296,7 @@ def _write_weights(
 ) -> None:
     grouped = families.by_family_name(file_places(config))
     sizes = {
-        name: _nbytes({part: state[part] for part in parts}, dtype)
+        name: saved_bytes({part: state[part] for part in parts}, dtype)
         for name, parts in grouped.items()
     }
     write_directory(

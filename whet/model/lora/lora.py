@@ -8,7 +8,8 @@ bfloat16 or 4-bit.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.embedding import merge_rows, train_rows
 
+_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -53,6 +56,8 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = scale
         self.dropout = dropout
+        self.off = False
+        """Whether the layer gives what its base alone gives, see `without_adapters`."""
         device = base.weight.device
         self.a = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
@@ -63,6 +68,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs)."""
         y = self.base(x)
+        if self.off:
+            return y
         dropped = F.dropout(x, self.dropout, self.training)
         low = F.linear(dropped.to(self.a.dtype), self.a)
         change = F.linear(low, self.b) * self.scale
@@ -104,19 +111,11 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     found = linears(model)
     if not found:
         raise UserError("--lora_rank: this architecture has no linear modules; it is trained whole")
-    last_names = tuple(sorted({_last(name) for name in found}))
-    known = LINEARS if isinstance(model, Transformer) else last_names
-    kinds = known if lora.targets == "all-linear" else tuple(lora.targets.split(","))
-    unknown = sorted(set(kinds) - set(known))
-    if unknown:
-        raise UserError(
-            f"--lora_targets {lora.targets}: unknown {', '.join(unknown)}; "
-            f"expected all-linear, or some of {','.join(known)}"
-        )
+    kinds = _chosen_kinds(model, lora.targets, found)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, base in found.items():
-        if _last(name) not in kinds:
+        if kind_of(name) not in kinds:
             continue
         layer = LoRALinear(base, lora.rank, lora.scale, lora.dropout, lora.dora)
         bound = 1.0 / math.sqrt(layer.a.shape[1])  # as nn.Linear begins
@@ -126,7 +125,72 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     if isinstance(model, Transformer):
         train_rows(model, new_rows)
     else:
-        model.try_adapters()
+        refuse_unfit(model)
+
+
+def _chosen_kinds(
+    model: Transformer, targets: str, found: Mapping[str, nn.Linear]
+) -> tuple[str, ...]:
+    """The kinds of modules that `targets` names, of the linear modules `found`."""
+    known = LINEARS if isinstance(model, Transformer) else sorted(set(map(kind_of, found)))
+    refused = _refused_by_peft(model)
+    possible = tuple(kind for kind in known if kind not in refused)
+    kinds = possible if targets == "all-linear" else tuple(targets.split(","))
+    unknown = sorted(set(kinds) - set(known))
+    if unknown:
+        raise UserError(
+            f"--lora_targets {targets}: unknown {', '.join(unknown)}; "
+            f"expected all-linear, or some of {','.join(possible)}"
+        )
+    others = [kind for kind in kinds if kind in refused]
+    if others:
+        raise UserError(
+            f"--lora_targets {targets}: PEFT would not open an adapter on {','.join(others)} of "
+            "this architecture, or as another one (it takes such names for those of fused experts, "
+            "and has no adapters for Mamba's out_proj); leave them out: "
+            f"--lora_targets {','.join(kind for kind in kinds if kind in possible) or 'all-linear'}"
+        )
+    return kinds
+
+
+def _refused_by_peft(model: nn.Module) -> tuple[str, ...]:
+    """Names of linear modules on which PEFT opens no adapter, or another one.
+
+    Where the matrices of all experts are one tensor, it maps names of an expert's matrices onto
+    that tensor, wherever they stand; for Mamba's kinds it refuses `out_proj`.
+    """
+    if isinstance(model, Transformer):
+        return ()
+    fused = any(
+        p.dim() == 3 and name.rpartition(".")[2] in ("gate_up_proj", "down_proj")
+        for name, p in model.named_parameters()
+    )
+    config: Any = model.get_submodule("inner").config
+    return (*(_EXPERTS if fused else ()), *(["out_proj"] * (config.model_type in _MAMBAS)))
+
+
+def refuse_unfit(model: Any) -> None:
+    """Raise UserError, naming them, if another architecture does not use some modules that have
+    adapters now as plain linear ones: it reads their matrices, or they return more than a product.
+    """
+    if model.runs():
+        return
+    layers = list(adapters(model))
+    for name, layer in layers:
+        set_module(model, name, layer.base)
+    unfit, fine = list[str](), list[str]()
+    for kind in dict.fromkeys(kind_of(name) for name, _ in layers):
+        mine = [(name, layer) for name, layer in layers if kind_of(name) == kind]
+        for name, layer in mine:
+            set_module(model, name, layer)
+        (fine if model.runs() else unfit).append(kind)
+        for name, layer in mine:
+            set_module(model, name, layer.base)
+    instead = f": --lora_targets {','.join(fine)}" if fine else "; train the model whole"
+    raise UserError(
+        f"--lora_targets: {type(model.inner).__name__} does not use {', '.join(unfit)} as plain "
+        f"linear modules, so no adapter can stand there; leave them out{instead}"
+    )
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -136,14 +200,17 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if isinstance(model, Transformer):
-        return {name: m for name, m in found.items() if _last(name) in LINEARS}
+        return {name: m for name, m in found.items() if kind_of(name) in LINEARS}
     inner: Any = model.get_submodule("inner")
     taken = {id(inner.get_output_embeddings()), *(id(layer.base) for _, layer in adapters(model))}
     return {name: m for name, m in found.items() if id(m) not in taken}
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+def kind_of(name: str) -> str:
+    """The last part of a module's name; of a numbered one with its parent: `mlp.0`."""
+    parts = name.split(".")
+    words = [at for at, part in enumerate(parts) if not part.isdigit()]
+    return ".".join(parts[words[-1] if words else 0 :])
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -157,6 +224,19 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place called `name`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """In the block the model is its base: the reference of what the adapter has changed."""
+    layers = [layer for _, layer in adapters(model)]
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 @torch.no_grad()

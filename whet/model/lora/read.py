@@ -21,7 +21,16 @@ from whet.model.embedding import TrainableRows, grow_embedding
 from whet.model.hf.families import Place, place_modules
 from whet.model.hf.keys import LARGEST
 from whet.model.hf.weights import open_safetensors, read_into
-from whet.model.lora.lora import LINEARS, LoRA, LoRALinear, adapters, linears, set_module
+from whet.model.lora.lora import (
+    LINEARS,
+    LoRA,
+    LoRALinear,
+    adapters,
+    kind_of,
+    linears,
+    refuse_unfit,
+    set_module,
+)
 from whet.model.lora.peft_config import CONFIG, PeftConfig, read_peft_config
 
 WEIGHTS = "adapter_model.safetensors"
@@ -121,8 +130,8 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
             )
     _refuse_misfits(missing, tensors, config, directory)
     if not isinstance(model, Transformer):
-        model.try_adapters()
-    adapted = dict.fromkeys(name.rpartition(".")[2] for name, _ in adapters(model))
+        refuse_unfit(model)
+    adapted = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
     own = isinstance(model, Transformer)
     return LoRA(
         rank=config.rank,

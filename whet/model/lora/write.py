@@ -177,5 +177,7 @@ def _target_names(model: Transformer, chosen: Iterable[str]) -> list[str]:
     for module in chosen:
         parts = module.split(".")
         ends = [parts[-1], ".".join(parts[-2:]), module]
+        if parts[-1].isdigit():  # PEFT would find the layers' numbers, too
+            ends = [module]
         names.add(next(e for e in ends if not any(o.endswith(f".{e}") for o in other)))
     return sorted(names)

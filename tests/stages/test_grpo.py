@@ -1,0 +1,200 @@
+"""whet grpo: it learns from rewards, and is exact like every stage: layouts, kills, refusals."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import tiny
+from tests.processes import run_ranks, start, wait
+from whet.cli import main
+from whet.data.store import PackedStore
+from whet.rl.rollout_file import Rollout
+
+REWARDS = """
+import time
+
+def vowels(completions):
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+
+def seldom(completions):
+    return [float(text.count("e") > 1) for text in completions]
+
+def equal(completions):
+    return [0.3 for _ in completions]
+
+def later(completions, calls=[]):
+    calls.append(1)
+    if len(calls) > 3:
+        raise ValueError("enough")
+    return [float(len(text) % 3) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    tiny.model_directory(folder / "base", max_positions=64)
+    lines = [{"prompt": f"{a} plus {b}", "gold": 3} for a in tiny.WORDS[:4] for b in tiny.WORDS[:3]]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "mine.py").write_text(REWARDS)
+    return folder
+
+
+def command(world, out, reward="vowels", **flags):
+    values = {"model": world / "base", "prompts": world / "prompts.jsonl", "out": out}
+    values |= {"reward": f"{world / 'mine.py'}:{reward}", "truncated": "score", "lr": 3e-3}
+    values |= {"group_size": 4, "batch_size": 5, "max_new_tokens": 8, "precision": "float32"}
+    values |= {"cohort": 8, "micro_batch_size": 2, "samples": 1}
+    words = ["grpo", "--quiet"]
+    for key, value in (values | flags).items():
+        words += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return words
+
+
+def lines_of(out, name="metrics.jsonl"):
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def rewards_of(out):
+    return [line["reward"] for line in lines_of(out) if "reward" in line]
+
+
+def test_it_learns_what_is_rewarded(world, tmp_path):
+    assert (
+        main(
+            command(
+                world,
+                tmp_path / "run",
+                epochs=25,
+                batch_size=12,
+                lr=1e-2,
+                dev=world / "prompts.jsonl",
+            )
+        )
+        == 0
+    )
+    rewards = rewards_of(tmp_path / "run")
+    assert np.mean(rewards[:4]) < 0.15
+    assert np.mean(rewards[-4:]) > 0.4, rewards
+    last = [line for line in lines_of(tmp_path / "run") if "dev_reward" in line][-1]
+    assert last["dev_reward"] > 0.4
+    lineage = json.loads((tmp_path / "run" / "whet.json").read_text())
+    assert lineage["stage"] == "grpo"
+
+
+def test_a_rollout_holds_what_was_sampled(world, tmp_path):
+    out = tmp_path / "run"
+    assert main(command(world, out, max_steps=1, keep_rollouts=9)) == 0
+    rollout = Rollout(out / "rollouts" / "rollout_00000000.h5", 0)
+    store = PackedStore(rollout.store.path, kinds=("rollout",))
+    assert len(store.documents) == 5 * 4
+    line = lines_of(out)[0]
+    assert store.values("rewards", 1).mean() == pytest.approx(line["reward"])
+    assert line["mismatch"] < 1e-4, "the sampler's log-probabilities are the trainer's"
+    advantages = store.values("advantages", 1)
+    for number in set(store.documents["line"]):
+        assert advantages[store.documents["line"] == number].sum() == pytest.approx(0, abs=1e-5)
+    assert rollout.totals == [store.documents["trained"].sum()]
+    assert main(["ledger", str(out), "--step", "1"]) == 0
+    assert (
+        main(["ledger", str(out), "--document", f"prompts.jsonl:{store.documents['line'][0]}"]) == 0
+    )
+
+
+def test_equal_rewards_change_nothing(world, tmp_path):
+    out = tmp_path / "run"
+    assert main(command(world, out, "equal", max_steps=2, weight_decay=0.1)) == 0
+    assert [line["grad_norm"] for line in lines_of(out) if "grad_norm" in line] == [0.0, 0.0]
+    assert lines_of(out)[0]["informative"] == 0.0
+    before = load_file(world / "base" / "model.safetensors")
+    after = load_file(out / "model.safetensors")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("flags", [{}, {"updates": 2, "loss": "gspo", "kl": 0.1}])
+def test_micro_batches_change_nothing(world, tmp_path, flags):
+    runs = {}
+    for micro in (1, 3):
+        out = tmp_path / str(micro)
+        assert main(command(world, out, max_steps=4, micro_batch_size=micro, **flags)) == 0
+        runs[micro] = lines_of(out)
+    for one, other in zip(runs[1], runs[3], strict=True):
+        for name in ("train_loss", "grad_norm", "reward", "mismatch", "kl", "clipped"):
+            if name in one or name in other:
+                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+def test_two_ranks_sample_and_train_the_same(world, tmp_path):
+    assert main(command(world, tmp_path / "one", max_steps=3, keep_rollouts=9)) == 0
+    words = command(world, tmp_path / "two", max_steps=3, keep_rollouts=9)
+    assert run_ranks([words], size=2, folder=tmp_path) == [0, 0]
+    first = [f"rollouts/rollout_{n:08d}.h5" for n in range(1)]
+    for name in first:  # with the same weights; later ones differ by rounding
+        one, two = ((tmp_path / run / name).read_bytes() for run in ("one", "two"))
+        assert one == two
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
+        assert a["reward"] == pytest.approx(b["reward"])
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3, abs=1e-6)
+
+
+def test_killed_between_two_updates_of_a_rollout(world, tmp_path):
+    flags = {"updates": 2, "max_steps": 7, "save_every": 1, "eval_every": 3}
+    flags["dev"] = world / "prompts.jsonl"
+    alone, killed, log = tmp_path / "alone", tmp_path / "killed", tmp_path / "log"
+    assert main(command(world, alone, **flags)) == 0
+    process = start([command(world, killed, **flags)], log=log)
+    until = time.monotonic() + 120
+    while not (killed / "state" / "step_00000003").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    words = command(world, killed, resume=True, **flags)
+    assert wait([start([words], log=log)], [log], 120) == [0]
+    for name in ("model.safetensors", "metrics.jsonl", "ledger.bin", "samples.jsonl"):
+        assert (alone / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+def test_a_reward_that_fails_later_loses_nothing(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(command(world, out, "later", cohort=64, epochs=3)) == 2
+    assert "enough" in capsys.readouterr().err
+    assert (out / "state" / "step_00000003").is_dir()
+
+
+def test_refill_draws_until_groups_say_something(world, tmp_path):
+    flags = {"reward": "seldom", "max_steps": 1, "group_size": 2}
+    assert main(command(world, tmp_path / "a", **flags)) == 0
+    assert main(command(world, tmp_path / "b", refill=True, **flags)) == 0
+    plain, refilled = (lines_of(tmp_path / name)[0] for name in "ab")
+    assert plain["informative"] < 1.0
+    assert refilled["informative"] > plain["informative"]
+    assert refilled["prompts_asked"] > plain["prompts_asked"]
+
+
+def test_masked_replies_are_in_neither_sum(world, tmp_path):
+    out = tmp_path / "run"
+    assert main(command(world, out, max_steps=1, truncated="mask", max_new_tokens=3)) == 0
+    path = out / "rollouts" / "rollout_00000000.h5"
+    rollout = Rollout(path, 0)
+    trained = rollout.store.documents["trained"]
+    assert (trained == 0).sum() > 0
+    assert rollout.totals == [trained.sum()]
+
+
+def test_what_does_not_fit_is_told_at_once(world, tmp_path, capsys):
+    flags = {"prompts": tmp_path / "none.jsonl", "group_size": 1, "temperature": 0, "kl": -1}
+    assert main(command(world, tmp_path / "run", **flags)) == 2
+    said = capsys.readouterr().err
+    for name in ("--prompts", "--group_size", "--temperature", "--kl"):
+        assert name in said, name
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two", "gold": 2}\n')
+    words = command(world, tmp_path / "run", prompts=tmp_path / "p.jsonl")
+    words[words.index("--reward") + 1] = "correct"
+    assert main(words) == 2
+    assert "the reward correct needs a gold number" in capsys.readouterr().err

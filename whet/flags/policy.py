@@ -1,0 +1,94 @@
+"""The flags that stages share which train a policy on rewards for its own replies."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from whet.config import FIRST, FREE, InputFile, above_0, from_1
+from whet.errors import UserError
+from whet.flags.choices import Normalize, Truncated
+from whet.flags.training import tuning_flaws
+
+BUILT_IN = ("correct", "format", "length")
+
+
+def parse_reward(text: str) -> tuple[str, float]:
+    """(name, weight) of `NAME` or `NAME=WEIGHT`, as `--reward` takes them.
+
+    Raises UserError if the weight is no finite number.
+    """
+    name, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise UserError("expected NAME or NAME=WEIGHT, such as format=0.2")
+    return name, value
+
+
+def known_reward(text: str) -> str:
+    """A check of one of `--reward`."""
+    try:
+        name, _ = parse_reward(text)
+    except UserError as error:
+        return str(error)
+    file, _, function = name.rpartition(":")
+    if file.endswith(".py") and function.isidentifier():
+        return "" if Path(file).is_file() else f"{file} is no file"
+    models = ("config.json", "adapter_config.json")
+    if name in BUILT_IN or any((Path(name) / config).is_file() for config in models):
+        return ""
+    return f"expected {', '.join(BUILT_IN)}, FILE.py:FUNCTION or the directory of a reward model"
+
+
+@dataclass(kw_only=True)
+class Prompts:
+    """Prompts and rewards."""
+
+    prompts: Annotated[InputFile, FIRST]
+    """JSON lines with prompt, messages or question, and a gold number where a reward needs one."""
+    dev: Annotated[InputFile | None, FIRST] = None
+    """Held-out prompts, answered greedily at each evaluation."""
+    dev_limit: Annotated[int, from_1] = 200
+    """How many of them."""
+    reward: Annotated[tuple[str, ...], FIRST, known_reward] = ("correct",)
+    """What replies are worth: the sum of NAME or NAME=WEIGHT, each correct, format, length,
+    FILE.py:FUNCTION or a reward model's directory."""
+    reward_seconds: Annotated[float, above_0, FREE] = 60.0
+    """How long a function of yours may take for the replies that are generated together."""
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """Rollouts."""
+
+    group_size: Annotated[int, FIRST, from_1] = 8
+    """Replies sampled for each prompt; --batch_size is the number of prompts."""
+    max_new_tokens: Annotated[int, FIRST, from_1] = 256
+    """Longest reply."""
+    temperature: Annotated[float, above_0] = 1.0
+    """Of the samples. There is no top-k or top-p: they would sample from another distribution than
+    the one that is trained."""
+    truncated: Truncated = "penalty"
+    """Replies cut at --max_new_tokens: penalty lowers their reward by 1, mask does not train them,
+    score takes them as they are."""
+    updates: Annotated[int, from_1] = 1
+    """Optimizer steps of a rollout; each trains its own share of the prompts. With 1 the policy
+    that is trained is the one that sampled."""
+    normalize: Normalize = "tokens"
+    """What a loss is divided by: the step's trained tokens, each reply's own length (sequences), or
+    a constant."""
+    cohort: Annotated[int, from_1] = 64
+    """Replies generated together; part of the recipe, so that any number of ranks samples the
+    same."""
+    keep_rollouts: Annotated[int, from_1, FREE] = 2
+    """Rollout files kept: so many of the newest."""
+
+
+def policy_flaws(config: Any) -> list[str]:
+    """Flags that do not go together."""
+    return tuning_flaws(config, [config.prompts, config.dev])

@@ -1,0 +1,229 @@
+"""The rollouts of a run: made with the current weights, kept as files, and dealt to the steps.
+
+Step s (from 0) is update s % per_rollout of rollout s // per_rollout. A rollout's prompts are a
+pure function of (seed, rollout), its samples of these and the weights. So a run that is killed
+makes the same rollouts again; in the middle of one it reads its file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from whet.chat.chat import Chat
+from whet.data.batches import Batch, global_batch_rows, steps_per_epoch
+from whet.errors import UserError
+from whet.progress import say
+from whet.rl.prompts import Prompts
+from whet.rl.rewards import Reward
+from whet.rl.rollout_file import (
+    ROWS,
+    Rollout,
+    RolloutSettings,
+    rollout_files,
+    rollout_path,
+    write_rollout,
+)
+from whet.rl.sampling import Sample, SampleSettings, sample_groups
+from whet.train.distributed import Ranks, from_first, is_sharded, unwrap
+from whet.train.evaluation import Meeting
+from whet.train.signals import Stop
+from whet.train.state import saved_states
+
+REFILLS = 4
+"""How often more prompts are drawn for a rollout at most, to make up for uninformative groups."""
+MANY = 0.5
+"""A larger share of cut replies is reported in words."""
+
+
+@dataclass
+class Rollouts:
+    """The `documents`, `before_step` and `batches` of a stage that trains a policy."""
+
+    prompts: Prompts
+    sampling: SampleSettings
+    settings: RolloutSettings
+    rewards: Sequence[Reward]
+    chat: Chat
+    folder: Path
+    """Where the files go, in the run folder."""
+    batch_size: int
+    """Prompts of a rollout."""
+    micro_batch_size: int
+    ranks: Ranks
+    passes: int = 1
+    """How often each reply is trained."""
+    refill: bool = False
+    keep: int = 2
+    """Files kept: so many of the newest, and those that a saved state needs."""
+    quiet: bool = True
+    current: Rollout | None = None
+    known: dict[int, np.ndarray] = field(default_factory=dict)
+    """The prompt of each document of rollouts whose steps the ledger may not have written yet."""
+    reported_cut: bool = False
+
+    @property
+    def per_rollout(self) -> int:
+        """Optimizer steps of a rollout."""
+        return self.settings.updates * self.passes
+
+    @property
+    def rollouts_per_epoch(self) -> int:
+        """Rollouts in which each prompt is asked once."""
+        return steps_per_epoch(len(self.prompts), self.batch_size)
+
+    def before_step(
+        self, step: int, model: nn.Module, ranks: Ranks, stop: Stop
+    ) -> Mapping[str, float]:
+        """Make the step's rollout if it is the first of one; numbers for the log."""
+        number, update = divmod(step, self.per_rollout)
+        path, made = rollout_path(self.folder, number), dict[str, float]()
+        if update == 0:
+            made = self._make(number, path, model, ranks, stop)
+        if self.current is None or self.current.number != number:
+            self.current = Rollout(path, number)
+            self.known[number] = self._prompts_of(self.current)
+        return made
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step."""
+        number, update = divmod(step, self.per_rollout)
+        assert self.current is not None
+        assert self.current.number == number, "before_step opens the rollout"
+        part, epoch = update % self.settings.updates, number // self.rollouts_per_epoch
+        return self.current.batches(part, self.ranks, self.micro_batch_size, epoch)
+
+    def _make(
+        self, number: int, path: Path, model: nn.Module, ranks: Ranks, stop: Stop
+    ) -> dict[str, float]:
+        self.current = None
+        policy, meeting = unwrap(model), Meeting(stop, ranks)
+        share = Ranks(device=ranks.device) if is_sharded(model) else ranks
+        size, seed = self.batch_size, self.settings.seed
+        chosen = global_batch_rows(len(self.prompts), size, seed, number).tolist()
+        groups = self._sample(policy, chosen, number, share, meeting)
+        asked = len(groups)
+        for turn in range(REFILLS if self.refill else 0):
+            wanted = len(chosen) - len(live := [g for g in groups if _is_informative(g)])
+            others = self._others(number, turn, {s.prompt for g in groups for s in g}, wanted)
+            if not others:
+                break
+            groups = live + self._sample(policy, others, number, share, meeting)
+            asked += len(others)
+        metrics = numbers_of(groups, asked)
+        errors = [""]
+        if ranks.first:
+            try:
+                self._write(path, groups[: len(chosen)])
+            except UserError as error:
+                errors = [str(error)]
+        if failed := from_first(errors, ranks, ranks.background)[0]:
+            raise UserError(failed)
+        self._report(metrics)
+        return metrics
+
+    def _sample(
+        self, policy: Any, chosen: Sequence[int], number: int, share: Ranks, meeting: Meeting
+    ) -> list[list[Sample]]:
+        return sample_groups(
+            policy,
+            self.prompts,
+            chosen,
+            number,
+            self.sampling,
+            self.rewards,
+            self.chat,
+            share,
+            meeting,
+            self.quiet,
+        )
+
+    def _others(self, number: int, turn: int, used: set[int], wanted: int) -> list[int]:
+        """Further prompts for a rollout, by (seed, rollout, turn)."""
+        order = np.random.default_rng((self.settings.seed, number, turn)).permutation(
+            len(self.prompts)
+        )
+        return [int(i) for i in order if int(i) not in used][:wanted]
+
+    def _write(self, path: Path, groups: Sequence[Sequence[Sample]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = self.chat.tokenizer
+        pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
+        attrs = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
+        write_rollout(path, groups, self.prompts, self.settings, pad_id=pad, attrs=attrs)
+        steps = [int(state.name[5:]) for state in saved_states(self.folder.parent / "state")]
+        needed = {step // self.per_rollout for step in steps if step % self.per_rollout}
+        kept = list(rollout_files(self.folder))
+        for old, file in kept[: -self.keep]:
+            if old not in needed:
+                file.unlink(missing_ok=True)
+
+    def _report(self, metrics: Mapping[str, float]) -> None:
+        if metrics["truncated"] > MANY and not self.reported_cut and not self.quiet:
+            self.reported_cut = True
+            say(
+                f"note: {metrics['truncated']:.0%} of the replies were cut at --max_new_tokens "
+                f"{self.settings.max_new_tokens}; if they need more, raise it"
+            )
+
+    # What the ledger asks: documents are the prompts.
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the prompts."""
+        return self.prompts.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def numbers(self, rows: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        """The prompt of document `segments[i]`, from 1, of row `rows[i]`."""
+        found = np.zeros(len(rows), np.int64)
+        for number in np.unique(rows // ROWS):
+            here = rows // ROWS == number
+            table = self.known[int(number)]
+            found[here] = table[rows[here] % ROWS, segments[here]]
+        for old in sorted(self.known)[:-64]:
+            del self.known[old]
+        return found
+
+    def places(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """File and line of prompts."""
+        return self.prompts.places(numbers)
+
+    def find(self, file: str, line: int) -> np.ndarray:
+        """The prompts of a line."""
+        return self.prompts.find(file, line)
+
+    def _prompts_of(self, rollout: Rollout) -> np.ndarray:
+        """(rows, S + 1) the line of each document's prompt."""
+        return rollout.by_segment(rollout.store.documents["line"])
+
+
+def numbers_of(groups: Sequence[Sequence[Sample]], asked: int) -> dict[str, float]:
+    """What is logged of a rollout's samples; `asked` groups were sampled for it."""
+    samples = [sample for group in groups for sample in group]
+    rewards = np.array([sample.reward for sample in samples])
+    lengths = [len(sample.reply.ids) for sample in samples]
+    live = sum(_is_informative(group) for group in groups)
+    parts = {
+        f"reward/{name}": float(np.mean([sample.parts[name] for sample in samples]))
+        for name in samples[0].parts
+    }
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        **parts,
+        "informative": live / len(groups),
+        "prompts_asked": float(asked),
+        "truncated": float(np.mean([not sample.reply.stopped for sample in samples])),
+        "reply_tokens": float(np.mean(lengths)),
+        "entropy": -float(np.mean([x for sample in samples for x in sample.reply.logp])),
+    }
+
+
+def _is_informative(group: Sequence[Sample]) -> bool:
+    return len({sample.reward for sample in group}) > 1

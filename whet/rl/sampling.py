@@ -1,0 +1,158 @@
+"""Sampled groups of replies and their rewards, the same at any number of ranks.
+
+What is sampled depends on (seed, rollout, prompt, sample) alone. One thing could still differ from
+one number of ranks to another: a matrix product over another number of rows may round otherwise,
+and a draw fall between the two. So the sequences of a rollout are cut into fixed cohorts of whole
+groups; a cohort is generated in one call on one rank, wherever that is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from whet.chat.chat import Chat
+from whet.errors import UserError
+from whet.flags.choices import Truncated
+from whet.generate.engine import Reply, sample
+from whet.progress import Progress, track
+from whet.rl.prompts import Prompts
+from whet.rl.rewards import Answer, Reward, total_rewards
+from whet.train.distributed import Ranks, gather
+from whet.train.evaluation import Meeting
+
+PENALTY = 1.0
+"""What a cut reply loses under `--truncated penalty`."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How groups are sampled; see the flags of the same names."""
+
+    group_size: int
+    cohort: int
+    max_new_tokens: int
+    temperature: float
+    truncated: Truncated
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reply and what it is worth."""
+
+    prompt: int
+    """Its number in the prompts file."""
+    reply: Reply
+    reward: float
+    parts: dict[str, float]
+    """Each reward's own number, without weight."""
+
+
+def sample_groups(
+    model: Any,
+    prompts: Prompts,
+    chosen: Sequence[int],
+    rollout: int,
+    settings: SampleSettings,
+    rewards: Sequence[Reward],
+    chat: Chat,
+    share: Ranks,
+    meeting: Meeting,
+    quiet: bool,
+) -> list[list[Sample]]:
+    """A group of `group_size` samples for each prompt of `chosen`, in order, on every rank.
+
+    `share` says which cohorts this rank generates: all of them where each forward pass is a
+    collective of all ranks. All ranks call it. Raises UserError, on all of them, if a reward fails
+    on one.
+    """
+    size = settings.group_size
+    cohorts = cohorts_of(len(chosen), size, settings.cohort)
+    mine = range(share.rank, len(cohorts), share.size)
+    found = dict[int, list[list[Sample]]]()
+    errors = list[str]()
+    n_mine = sum(len(cohorts[c]) for c in mine) * size
+    with (
+        meeting.after_forwards(model),
+        track(f"Rollout {rollout + 1}", total=n_mine, unit="replies", quiet=quiet) as progress,
+    ):
+        for c in mine:
+            numbers = [chosen[i] for i in cohorts[c]]
+            replies = _generate(model, prompts, numbers, rollout, settings, chat, progress)
+            try:
+                found[c] = _judged(numbers, replies, prompts, settings, rewards, chat)
+            except UserError as error:
+                errors += str(error).splitlines()
+                break
+    meeting.end_part()
+    everybody = gather((found, errors), meeting.ranks)
+    if said := [line for _, lines in everybody for line in lines]:
+        raise UserError("\n".join(dict.fromkeys(said)))
+    whole = {c: groups for part, _ in everybody for c, groups in part.items()}
+    return [group for c in range(len(cohorts)) for group in whole[c]]
+
+
+def cohorts_of(n_prompts: int, group_size: int, cohort: int) -> list[range]:
+    """The prompts of each cohort: whole groups, at most `cohort` sequences if a group fits."""
+    groups = max(1, cohort // group_size)
+    return [range(i, min(i + groups, n_prompts)) for i in range(0, n_prompts, groups)]
+
+
+def _generate(
+    model: Any,
+    prompts: Prompts,
+    numbers: Sequence[int],
+    rollout: int,
+    settings: SampleSettings,
+    chat: Chat,
+    progress: Progress,
+) -> list[Reply]:
+    each = [(number, k) for number in numbers for k in range(settings.group_size)]
+    return sample(
+        model,
+        [prompts.prompts[number].ids for number, _ in each],
+        keys=[(settings.seed, rollout, number, k) for number, k in each],
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=chat.stop_ids,
+        temperature=settings.temperature,
+        batch_size=len(each),
+        progress=progress,
+    )
+
+
+def _judged(
+    numbers: Sequence[int],
+    replies: Sequence[Reply],
+    prompts: Prompts,
+    settings: SampleSettings,
+    rewards: Sequence[Reward],
+    chat: Chat,
+) -> list[list[Sample]]:
+    owner = np.repeat(numbers, settings.group_size).tolist()
+    answers = [
+        answer_of(prompts, number, reply, chat)
+        for number, reply in zip(owner, replies, strict=True)
+    ]
+    sums, parts = total_rewards(rewards, answers)
+    if settings.truncated == "penalty":
+        sums = [x - PENALTY * (not a.stopped) for x, a in zip(sums, answers, strict=True)]
+    samples = [
+        Sample(number, reply, reward, {name: values[i] for name, values in parts.items()})
+        for i, (number, reply, reward) in enumerate(zip(owner, replies, sums, strict=True))
+    ]
+    size = settings.group_size
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def answer_of(prompts: Prompts, number: int, reply: Reply, chat: Chat) -> Answer:
+    """A reply to prompt `number` as rewards see it."""
+    prompt = prompts.prompts[number]
+    ids = reply.ids[:-1] if reply.stopped else reply.ids
+    text = chat.tokenizer.decode(ids, skip_special=False)
+    # A template may begin the thinking for the model; then the reply holds its end only.
+    asked = chat.tokenizer.decode(prompt.ids[-16:], skip_special=False)
+    if asked.rstrip().endswith("<think>"):
+        text = f"<think>{text}"
+    return Answer(prompt, reply.ids, text, reply.stopped)

@@ -1,0 +1,155 @@
+"""GRPO: reinforcement learning from rewards, without a critic (arXiv:2402.03300).
+
+The model answers each prompt several times; replies that are better than the others of their group
+become more likely, worse ones less. Nothing shows it how to answer: it must sometimes be right by
+itself, and learns to be so more often. What `correct`, `format` or a function of yours rewards is
+what it will do, so held-out accuracy is logged beside the reward.
+
+With one update a rollout, the default, the policy that is trained is the one that sampled: then the
+gradient is that of SFT with the advantage as each token's weight, and SFT's own fused loss computes
+it. With more updates the ratio to the sampling policy is bounded by `--loss`.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whet.data.batches import Batch
+from whet.flags.choices import PolicyLoss
+from whet.flags.grpo import Config
+from whet.generate.engine import evaluating
+from whet.model.lora.lora import without_adapters
+from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term
+from whet.rl.prompts import Prompts
+from whet.stages.opening import open_for_training
+from whet.stages.policy import policy_stage
+from whet.train.distributed import Ranks, unwrap
+from whet.train.session import run_stage
+from whet.train.stage import Documents, Stage, Sums
+
+
+def build(config: Config, ranks: Ranks) -> Stage:
+    """Open the prompts, the model and the rewards, and check that they fit together."""
+    opened = open_for_training(config, ranks, [], {})
+    reference = None
+    if config.kl:
+        has_adapter = opened.lora is not None
+        reference = frozen_reference(opened.model, has_adapter, config.temperature)
+    low, high = USUAL_CLIP[config.loss]
+    low = low if config.clip_low is None else config.clip_low
+    high = high if config.clip_high is None else config.clip_high
+    loss = partial(
+        grpo_loss,
+        kind=None if config.updates == 1 else config.loss,
+        low=low,
+        high=high,
+        temperature=config.temperature,
+        kl=config.kl,
+        reference=reference,
+    )
+    return policy_stage(
+        config,
+        ranks,
+        opened,
+        loss,
+        name="grpo",
+        advantage=config.advantage,
+        refill=config.refill,
+    )
+
+
+def grpo_loss(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    kind: PolicyLoss | None,
+    low: float,
+    high: float,
+    temperature: float,
+    kl: float = 0.0,
+    reference: Callable[[nn.Module, Batch], Tensor] | None = None,
+) -> Sums:
+    """The policy loss of a micro-batch, see `whet.rl.policy_loss`; `kind` None is on-policy.
+
+    With `kl` each token adds kl x (ln p - ln p_reference)^2 / 2.
+    """
+    advantage, sampled = batch.extra["advantage"], batch.extra["sampled"]
+    on_policy = kind is None and reference is None
+    found = model(
+        batch.tokens,
+        None,
+        batch.segments,
+        targets=batch.targets,
+        weight=batch.weight * advantage if on_policy else batch.weight,
+        per_token=not on_policy,
+        temperature=temperature,
+        plan=batch.plan,
+    )
+    nll = found.nll.detach()
+    inside = batch.weight != 0
+    count = inside.sum().double()
+    named = {"mismatch": ((sampled - nll).abs().sum().double(), count)}
+    if on_policy:
+        return Sums(found.loss, nll, named)
+    if kind is None:
+        term = advantage * found.nll
+    else:
+        part = policy_term(
+            found.nll,
+            sampled,
+            advantage,
+            kind,
+            low=low,
+            high=high,
+            segments=batch.segments,
+            weight=batch.weight,
+        )
+        term = part.term
+        named["clipped"] = ((part.clipped * inside).sum().double(), count)
+    if reference is not None:
+        other = reference(model, batch)
+        term = term + kl * divergence(found.nll, other)
+        named["kl"] = (k3(nll, other).sum().double(), count)
+    return Sums((batch.weight * term).sum(), nll, named)
+
+
+def frozen_reference(
+    model: nn.Module, has_adapter: bool, temperature: float
+) -> Callable[[nn.Module, Batch], Tensor]:
+    """(model in training, batch) -> -ln p (B, T) of the model that training begins with.
+
+    Under an adapter that is the base, with the adapter switched off; else a copy of the weights.
+    """
+    copy = None if has_adapter else deepcopy(model).requires_grad_(False).eval()
+
+    def reference(model: nn.Module, batch: Batch) -> Tensor:
+        inner: Any = unwrap(model) if copy is None else copy.to(batch.tokens.device)
+        off = without_adapters(inner) if copy is None else nullcontext()
+        with torch.no_grad(), evaluating(inner), off:
+            found = inner(
+                batch.tokens,
+                None,
+                batch.segments,
+                targets=batch.targets,
+                weight=batch.weight,
+                temperature=temperature,
+                plan=batch.plan,
+            )
+        return found.nll
+
+    return reference
+
+
+def main(config: Config) -> int:
+    """`whet grpo`."""
+    return run_stage(config, "grpo", build)
+
+
+def documents(config: Config) -> Documents:
+    """What the ledger of a run with these settings names."""
+    return Prompts(config.prompts, [])

@@ -1,0 +1,152 @@
+"""A stage that trains a policy on rewards for its own replies: what GRPO and PPO share."""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from whet.chat.chat import Chat
+from whet.config import as_toml, collected, problems
+from whet.data.batches import Batch
+from whet.errors import UserError
+from whet.flags.choices import Advantage
+from whet.flags.policy import parse_reward
+from whet.model.hf.weights import saved_as
+from whet.rl.evaluation import PolicyEvaluator
+from whet.rl.prompts import Prompts, load_prompts
+from whet.rl.rewards import NEEDS_GOLD, open_rewards
+from whet.rl.rollout_file import RolloutSettings
+from whet.rl.rollouts import Rollouts
+from whet.rl.sampling import SampleSettings
+from whet.stages.opening import Opened
+from whet.stages.saving import ModelWriter
+from whet.train.distributed import Ranks
+from whet.train.session import total_steps
+from whet.train.stage import Stage, Sums
+
+
+def policy_stage(
+    config: Any,
+    ranks: Ranks,
+    opened: Opened,
+    loss_fn: Callable[[nn.Module, Batch], Sums],
+    *,
+    name: str,
+    advantage: Advantage,
+    refill: bool = False,
+    passes: int = 1,
+) -> Stage:
+    """The stage that samples replies to `config.prompts`, and trains them with `loss_fn`.
+
+    Raises UserError for prompts and rewards that do not fit the model.
+    """
+    quiet = config.quiet or not ranks.first
+    chat = opened.chat
+    if chat is None:
+        raise UserError(f"--model {config.model}: holds no tokenizer; add --tokenizer DIR")
+    prompts, dev, notes = _open_prompts(config, opened.model.config.max_positions, chat, quiet)
+    terms = open_rewards(
+        config.reward,
+        chat,
+        ExitStack(),  # processes of the user's functions end with this one
+        max_new_tokens=config.max_new_tokens,
+        seconds=config.reward_seconds,
+        device=ranks.device,
+    )
+    rollouts = Rollouts(
+        prompts,
+        SampleSettings(
+            config.group_size,
+            config.cohort,
+            config.max_new_tokens,
+            config.temperature,
+            config.truncated,
+            config.seed,
+        ),
+        RolloutSettings(
+            advantage,
+            config.normalize,
+            config.truncated,
+            config.max_new_tokens,
+            config.updates,
+            config.seed,
+        ),
+        terms,
+        chat,
+        config.out / "rollouts",
+        config.batch_size,
+        config.micro_batch_size,
+        ranks,
+        passes=passes,
+        refill=refill,
+        keep=config.keep_rollouts,
+        quiet=quiet,
+    )
+    a_rollout = min(config.batch_size, len(prompts))
+    return Stage(
+        model=opened.model,
+        documents=rollouts,
+        dev=dev,
+        total_steps=total_steps(config, rollouts.rollouts_per_epoch * rollouts.per_rollout),
+        batches=rollouts.batches,
+        loss_fn=loss_fn,
+        evaluate=PolicyEvaluator(
+            dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
+        ),
+        save_model=_writer(config, opened, prompts, name),
+        before_step=rollouts.before_step,
+        best="dev_reward",
+        higher_is_better=True,
+        header=[
+            *opened.header,
+            ("prompts", f"{prompts.path}: {len(prompts):,}, {len(dev) if dev else 0:,} held out"),
+            (
+                "rollout",
+                f"{a_rollout} prompts x {config.group_size} replies of up to "
+                f"{config.max_new_tokens} tokens, {rollouts.per_rollout} update(s)",
+            ),
+            ("reward", " + ".join(f"{term.weight:g} x {term.name}" for term in terms)),
+            *(("note", note) for note in notes),
+        ],
+    )
+
+
+def _open_prompts(
+    config: Any, max_positions: int, chat: Chat, quiet: bool
+) -> tuple[Prompts, Prompts | None, list[str]]:
+    names = [parse_reward(text)[0] for text in config.reward]
+    needs_gold = next((name for name in names if name in NEEDS_GOLD), "")
+    options: dict[str, Any] = {
+        "longest": max_positions - 1,
+        "needs_gold": needs_gold,
+        "quiet": quiet,
+    }
+    dev, found, notes = None, list[str](), list[str]()
+    prompts = None
+    with collected(found):
+        prompts, notes = load_prompts(config.prompts, chat, **options)
+    with collected(found):
+        if config.dev is not None:
+            limit = config.dev_limit
+            dev, more = load_prompts(config.dev, chat, limit=limit, flag="--dev", **options)
+            notes += more
+    problems(found)
+    assert prompts is not None
+    return prompts, dev, notes
+
+
+def _writer(config: Any, opened: Opened, prompts: Prompts, name: str) -> ModelWriter:
+    assert opened.chat is not None
+    lineage = {
+        "stage": name,
+        **opened.lineage,
+        "prompts": str(config.prompts),
+        "reward": list(config.reward),
+        "data_hash": prompts.fingerprint,
+        "tokenizer_hash": opened.chat.tokenizer.hash,
+        "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
+    }
+    dtype = saved_as(config.save_dtype, opened.model.config.hf)
+    return ModelWriter(opened.chat, lineage, config.out_ckpt, config.out, opened.lora, dtype)
