@@ -201,8 +201,7 @@ def misfits(model: Transformer, chat: Chat | None, store: PackedStore, flag: str
     """Why a packed file, given by `flag`, does not fit this model: a line for each reason."""
     found, config, attrs = [], model.config, store.attrs
     if chat and attrs.get("tokenizer_hash") not in (None, chat.tokenizer.hash):
-        settings = attrs.get("settings")
-        template = settings.get("chat_template") if isinstance(settings, dict) else None
+        template = (attrs.get("settings") or {}).get("chat_template")
         found.append(
             f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "
             "prepare` again with --tokenizer on the model's directory"

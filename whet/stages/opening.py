@@ -51,9 +51,17 @@ class Opened:
 
 
 def open_for_training(
-    config: Any, ranks: Ranks, found: list[str], data: Mapping[str, PackedStore]
+    config: Any,
+    ranks: Ranks,
+    found: list[str],
+    data: Mapping[str, PackedStore],
+    *,
+    score: bool = False,
+    adapter_lr: float = USUAL_ADAPTER_LR,
 ) -> Opened:
-    """Open `config.model`; `data` are packed files that it must fit, by flag.
+    """Open `config.model`; `data` are packed files that it must fit, by flag. With `score` it gives
+    scores in place of logits, and an adapter is merged. A new adapter trained with less than half
+    of `adapter_lr` is noted.
 
     Raises UserError with the problems in `found`, which the stage has met with its own inputs, and
     later with all that does not fit the opened model.
@@ -61,14 +69,14 @@ def open_for_training(
     quiet = config.quiet or not ranks.first
     problems(found)
     path = find_model(config.model, config.revision, quiet=quiet)
-    adapter = path if is_adapter(path) else None
+    adapter = path if is_adapter(path) and not score else None
     problems(unfit_flags(config, ranks.size, adapter))
     base = path if adapter is None else find_base(adapter, quiet=quiet)
     problems(_unfit_for_others(config) if is_foreign(base) else [])
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
     halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
     model = load_backbone_from_ckpt(
-        base, dtype=torch.bfloat16 if halved else torch.float32, quiet=quiet
+        base, dtype=torch.bfloat16 if halved else torch.float32, quiet=quiet, score=score
     )
     model.recompute = config.recompute
     header = [("model", f"{config.model}: {describe(model)}")]
@@ -90,6 +98,8 @@ def open_for_training(
             device=ranks.device,
             seed=config.seed,
         )
+        if score and lora is not None:
+            model.score.requires_grad_(True)
         parse_lr_groups(
             config.lr_groups, [n for n, p in model.named_parameters() if p.requires_grad]
         )
@@ -105,8 +115,8 @@ def open_for_training(
     problems(found)
     if lora is not None:
         header.append(("adapter", adapter_in_words(lora, config.lora_4bit)))
-        if config.lr < USUAL_ADAPTER_LR / 2:
-            usual = "usual for an adapter are 1e-4 to 2e-4: ten times those of all weights"
+        if config.lr < adapter_lr / 2:
+            usual = f"usual for an adapter is {adapter_lr:g} or more: ten times that of all weights"
             header.append(("note", f"--lr {config.lr:g}: {usual}"))
     name, revision = base_of(adapter) if adapter else (config.model, config.revision)
     lineage = {"base": name, "revision": revision}
