@@ -99,14 +99,17 @@ class Dialect:
         prompt: bool = False,
     ) -> str:
         """The text of messages that are in their form already; `prompt` asks for a reply."""
-        return self.template(tools).render(
-            messages,
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=prompt,
-            today=self.today,
-            variables=self._constant,
-        )
+        return self.template(tools).render(messages, **self._around(tools, documents, prompt))
+
+    def marks(
+        self, messages: list[Message], tools: Tools, documents: Tools, prompt: bool
+    ) -> list[int]:  # `ChatTemplate.marks`
+        return self.template(tools).marks(messages, **self._around(tools, documents, prompt))
+
+    def _around(self, tools: Tools, documents: Tools, prompt: bool) -> dict[str, Any]:
+        """What is rendered besides the messages."""
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": prompt}
+        return {**given, "today": self.today, "variables": self._constant}
 
     @cached_property
     def _constant(self) -> dict[str, Any]:
@@ -369,11 +372,10 @@ class Dialect:
         if tail is None or eos not in self.tokenizer.added:
             return None
         written = tail.rstrip()
-        more = _after(self._tried(form.shape([*before, reply, *follow]), tools), word)
-        if calls:
-            if more is None or not more.startswith(written):
-                return None
-        elif written:
+        more = _after(self._tried(form.shape([*before, reply, *follow]), tools), word) or ""
+        if calls and not more.startswith(written):
+            return None
+        if written and not calls:
             asked = _after(self._tried(form.shape(before)), ASKED) or ""
             always = asked.endswith(tail) and more and not more.startswith(written)
             if not self._begins_turn(tail) and not always:
