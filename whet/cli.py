@@ -29,6 +29,7 @@ COMMANDS = {
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
     "chat": ("whet.generate.chat", "talk to a model"),
     "export": ("whet.model.export", "write a model for other tools, merge adapters"),
+    "push": ("whet.push", "put a model on the Hugging Face Hub, with a card"),
     "doctor": ("whet.doctor.command", "prove it: every promise on your model, data and machine"),
     "replay": ("whet.stages.replay", "run one step of a run again and look at it"),
     "ledger": ("whet.stages.ledger", "which documents a step saw, which steps saw a document"),
