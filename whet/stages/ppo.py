@@ -83,10 +83,9 @@ def _open_critic(config: Config, ranks: Ranks, opened: Opened) -> Opened:
     """The critic: a model with a score and the policy's tokenizer."""
     wanted = replace(config, model=config.critic or config.model, lr_groups=())
     critic = open_for_training(wanted, ranks, [], {}, score=True)
-    if critic.chat and opened.chat:
-        if not critic.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
-            line = f"--critic {config.critic}: has another tokenizer than --model {config.model}"
-            problems([line])
+    own, other = opened.chat, critic.chat
+    if own and other and not other.tokenizer.knows_ids_of(own.tokenizer):
+        problems([f"--critic {config.critic}: has another tokenizer than --model {config.model}"])
     return critic
 
 
