@@ -403,9 +403,11 @@ def test_what_was_done_and_left_out_is_told(folder, tmp_path, capsys):
     )
     flags = ["--tokenizer", str(folder), "--out", str(tmp_path / "a.h5"), "--data", data]
     flags += ["--chat_template", str(template), "--decontaminate", test]
-    assert main(["prepare", *flags]) == 0
+    assert main(["prepare", *flags]) == 2
+    assert """--template_kwargs '{"brief": true}' encodes it""" in capsys.readouterr().err
+    assert main(["prepare", *flags, "--template_kwargs", '{"brief": true}']) == 0
     told = capsys.readouterr().out
-    assert '9 conversations rendered with {"brief": true}: use it as --template_kwargs' in told
+    assert "set brief = true" in PackedStore(tmp_path / "a.h5").attrs["chat"]["template"]
     assert f"5 examples left out: they share a question with an evaluation file\n  {data}:1" in told
     assert told.count("shares a question with") == 3
 

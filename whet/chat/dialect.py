@@ -248,6 +248,8 @@ class Dialect:
     ) -> str:
         """What is missing if the template fails with `error` on the turn `messages[index]`: a
         variable, a turn of the user's, or tools."""
+        if isinstance(error, BoundsError):
+            return ""
         missing = UNDEFINED.search(str(error))
         if missing and missing[1] in self.template(tools).variables:
             return f"; set it with --template_kwargs '{{\"{missing[1]}\": ...}}'"

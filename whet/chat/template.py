@@ -25,7 +25,7 @@ from typing import Any
 from whet.chat.conversation import Message
 from whet.errors import UserError
 
-SECONDS = 10.0  # of processor time for one rendering; real ones take thousandths
+SECONDS = 5.0  # of processor time for one rendering; 1,000 turns take 0.03, at worst 1
 MEMORY = 1 << 30  # bytes of address space of the renderer; Python and jinja take 50 MB of it
 ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt")
 # jinja's own names, and those of the functions that every template may call

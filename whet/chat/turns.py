@@ -250,27 +250,33 @@ class Rendered:
 
     def _words_closed(self, index: int, prompt: str, whole: str) -> str | None:
         """The words after a prompt that opens and closes an empty thought, which the template
-        does not write before the reply: at inference the model begins after it."""
+        does not write before the reply: at inference the model begins after it. None if they begin
+        with a thought of their own."""
         head, _ = self._around(index, {"role": "assistant"})
         opened = prompt[len(head) :].strip()
-        if not head or not prompt.startswith(head) or not whole.startswith(head) or not opened:
+        if not head or not prompt.startswith(head) or not whole.startswith(head):
             return None
+        opening, closing = self._thought_signs(index, head, opened)
         words = whole[len(head) :]
-        sign = FIRST_TAG.match(opened)
-        thinks = bool(sign) and words.lstrip().startswith(str(sign and sign.group()))
-        return words if self._ends_thought(opened, index) and not thinks else None
+        if not closing or not opened.endswith(closing):
+            return None
+        return None if opening and words.lstrip().startswith(opening) else words
 
-    def _ends_thought(self, opened: str, index: int) -> bool:
-        """Whether `opened` ends with what the template writes between a thought and a reply; where
-        it writes no thoughts, whether it ends with a closing tag that is no stop token."""
+    def _thought_signs(self, index: int, head: str, opened: str) -> tuple[str, str]:
+        """What the template writes before and after a thought that follows `head`; where it writes
+        none, the tags at both ends of `opened`. "" for both where `opened` ends no thought."""
         if any(opened.endswith(ending.stop) for ending in self.dialect.endings):
-            return False
+            return "", ""
         reply = {"role": "assistant", "reasoning_content": THOUGHT, "thinking": THOUGHT}
         before, _ = self._around(index, reply)
-        _, found, between = before.rpartition(THOUGHT)
-        if found and between.strip():
-            return opened.endswith(between.strip())
-        return bool(LAST_TAG.search(opened))
+        opening, found, closing = before.rpartition(THOUGHT)
+        if found and closing.strip():
+            return opening.removeprefix(head).strip(), closing.strip()
+        first, last = FIRST_TAG.match(opened), LAST_TAG.search(opened)
+        if not first or not last:
+            return "", ""
+        alone = first.group() == last.group()
+        return first.group().replace("/", "", 1) if alone else first.group(), last.group()
 
     def _around(self, index: int, message: Message) -> tuple[str, str]:
         """What the template writes before and after the content of `message`, in the place of
@@ -412,8 +418,8 @@ class Rendered:
         held = any(token in opened for token in self.chat.control)
         if not head or opened == prompt or not opened.strip() or held:
             return []
-        if self._ends_thought(opened.strip(), index):
-            return []
+        if opened.strip().endswith(self._thought_signs(index, head, opened.strip())[1] or "\n"):
+            return []  # a thought that is ended already
         return [f"give it a content that begins with {opened!r}, as the model's own words do"]
 
 

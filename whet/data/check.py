@@ -30,6 +30,7 @@ ATTRIBUTES = {
     "pad_id": int,
     "tokenizer_hash": str,
     "template_hash": str,
+    "chat": dict,
     "sources": list,
     "source_sha256": list,
     "settings": dict,

@@ -71,6 +71,7 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
         if added and not quiet:
             say(f"added to the vocabulary: {', '.join(added)}; give whet sft the same")
             say(f"--chat_template {config.chat_template}, so that the model gets their embeddings")
+    chat = chat.with_variables(read_variables(config.template_kwargs), config.date).settled()
     evaluations = read_evaluations(config.decontaminate) if config.decontaminate else None
     return _prepare(config, sources, chat, evaluations, quiet=quiet)
 
@@ -135,7 +136,7 @@ def flaws(config: Config) -> list[str]:
     elif bool(config.dev_out) != bool(config.dev_fraction):
         found.append("--dev_out and --dev_fraction belong together: give both or neither")
     with collected(found):
-        _encode_options(config)
+        read_variables(config.template_kwargs)
     if config.date:
         try:
             date.fromisoformat(config.date)
@@ -166,7 +167,7 @@ def _prepare(
     text_only: bool = False,
     quiet: bool = False,
 ) -> list[SourceAccount]:
-    config = dataclasses.replace(config, date=config.date or date.today().isoformat())
+    config = dataclasses.replace(config, date=config.date or chat.today.isoformat())
     encoder = BlockEncoder(
         chat=chat,
         options=_encode_options(config),
@@ -203,8 +204,6 @@ def _encode_options(config: Config) -> EncodeOptions:
         rewritten_turns=config.rewritten_turns,
         special_in_content=config.special_in_content,
         uncertain="drop",  # the workers hand refusals on; `stop_at_refusals` judges them
-        template_kwargs=read_variables(config.template_kwargs),
-        date=config.date,
     )
 
 
@@ -258,6 +257,7 @@ def _write(
         "pad_id": pad_id,
         "tokenizer_hash": tokenizer.hash,
         "template_hash": chat.template.hash,
+        "chat": chat.as_dict(),
         "sources": [source.path for source in sources],
         "source_sha256": [_sha256(source.path) for source in sources],
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},

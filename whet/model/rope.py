@@ -64,6 +64,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
+def frequency_factors(rope: Rope) -> Tensor:
+    """(size / 2,): what the plain frequencies of `rope` are divided by."""
+    positions = torch.zeros(0, dtype=torch.long)
+    plain = Rope(theta=rope.theta, size=rope.size)
+    return _frequencies(plain, positions) / _frequencies(rope, positions)
+
+
 def _frequencies(rope: Rope, lengths: Tensor) -> Tensor:
     """Radians per position: (size / 2,), or (M, size / 2) where they depend on the text's
     length."""

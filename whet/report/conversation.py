@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from whet.chat.certificate import Certificate
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
-from whet.chat.encode import Encoded, EncodeOptions, encode_chat
+from whet.chat.encode import Encoded, encode_chat
 from whet.data.formats import Datum, to_example
 from whet.data.reader import parse, read_units
 from whet.data.rows import DOCUMENT
@@ -29,9 +28,7 @@ class EncodedLine:
     chat: Chat
 
 
-def encode_line(
-    reference: str, chat: Chat, template_kwargs: dict[str, Any] | None = None
-) -> EncodedLine:
+def encode_line(reference: str, chat: Chat) -> EncodedLine:
     """Encode the conversation at `FILE:LINE`, counted from 1; in `.json` and Parquet, the record.
 
     Raises UserError if there is no such line, and Refused, a UserError, with the reason if the
@@ -56,8 +53,7 @@ def encode_line(
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from None
     datum = to_example(record, None, path, line)
-    options = EncodeOptions(template_kwargs=template_kwargs or {})
-    return EncodedLine(datum, encode_chat(datum, chat, options), chat)
+    return EncodedLine(datum, encode_chat(datum, chat), chat)
 
 
 def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:

@@ -89,12 +89,12 @@ def writer(
 ) -> ModelWriter:
     """Saves the model with where it comes from: `lineage`, the packed file, and the settings, as
     the SHA-256 of the run's config.toml."""
-    hashes = {name: store.attrs.get(name) for name in ("tokenizer_hash", "template_hash")}
     lineage = {
         "data": str(store.path),
         **lineage,
         "data_hash": store.fingerprint,
-        **{name: value if isinstance(value, str) else None for name, value in hashes.items()},
+        "tokenizer_hash": store.attrs.get("tokenizer_hash"),
+        "template_hash": store.attrs.get("template_hash"),
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
     dtype = saved_as(config.save_dtype, model.config.hf)

@@ -18,7 +18,7 @@ from whet.flags.replay import Config
 from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.progress import say, track
-from whet.stages import grpo, pretrain, sft
+from whet.stages import dpo, grpo, pretrain, reward, sft
 from whet.train import incidents, ledger, state, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
@@ -26,9 +26,15 @@ from whet.train.session import make_optimizers
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.state import Facts
-from whet.train.step import apply_step, count_step, dtype_of, forward_backward
+from whet.train.step import apply_step, autocast, count_step, dtype_of, forward_backward
 
-STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain, "grpo": grpo}
+STAGES: dict[str, Any] = {
+    "sft": sft,
+    "pretrain": pretrain,
+    "reward": reward,
+    "dpo": dpo,
+    "grpo": grpo,
+}
 
 
 def main(config: Config) -> int:
@@ -69,6 +75,9 @@ def run_settings(run: Path) -> tuple[TrainSettings, Any]:
 def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: Ranks) -> dict:
     """The record of step `step`, as an incident would have it."""
     optimizers = make_optimizers(stage.model, settings)
+    if stage.at_start is not None:
+        with autocast(ranks.device, dtype_of(settings)):
+            stage.at_start(stage.model, ranks)
     start, passed_over = state.newest_valid(run / "state", at_most=step - 1)
     for line in passed_over:
         print(f"warning: {line}", file=sys.stderr)

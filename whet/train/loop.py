@@ -255,7 +255,7 @@ def _log_step(
         "lr": lr,
         "grad_norm": numbers.norm,
         "tokens": facts.tokens,
-        "trained_tokens": result.weight,
+        stage.unit: result.weight,
         **numbers.named,
         **made,
     }
@@ -266,7 +266,7 @@ def _log_step(
         "tokens_per_s": numbers.tokens / seconds,
         "memory_gb": memory.peak_bytes(run.ranks.device) / 1e9,
     }
-    timing["trained_per_s"] = result.weight / seconds
+    timing[f"{stage.unit.removesuffix('_tokens')}_per_s"] = result.weight / seconds
     run.metrics(result.step + 1, values, timing)
     rate = f"{timing['tokens_per_s']:,.0f} tokens/s"
     bar.advance(1, f"loss {numbers.loss:.4f}  lr {lr:.2e}  {rate}")

@@ -10,13 +10,13 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whet.config import FREE, check, marked, problems, read_toml
 from whet.errors import UserError
@@ -33,6 +33,7 @@ from whet.train.run import RunFolder
 from whet.train.signals import stop_on_signals
 from whet.train.stage import Stage
 from whet.train.state import Facts
+from whet.train.step import autocast, dtype_of
 
 C = TypeVar("C", bound=TrainSettings)
 DEFAULT_MICRO_BATCH = 4
@@ -89,6 +90,10 @@ def _train(
     stage = dataclasses.replace(stage, model=model)
     with distributed.told_once(ranks):
         optimizers = make_optimizers(model, config)
+    if stage.at_start is not None:
+        with autocast(ranks.device, dtype_of(config)):
+            stage.at_start(model, ranks)
+        distributed.reshard(model)
     run.facts = now
     if start is not None:
         run.facts = state.load_state(start, model, optimizers, ranks)
@@ -230,14 +235,22 @@ def frozen_fingerprint(model: nn.Module) -> str:
 
     Those packed in 4 bits are left out: another device may round them otherwise.
     """
-    digest, any_frozen = hashlib.sha256(), False
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad and weight.is_floating_point():
-            values = weight.detach().flatten()
-            some = values[:: max(1, len(values) // 1024)].float().cpu()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
-            any_frozen = True
-    return digest.hexdigest()[:32] if any_frozen else ""
+    frozen = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if not weight.requires_grad and weight.is_floating_point()
+    }
+    return weights_fingerprint(frozen) if frozen else ""
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Distinguishes models by names, shapes and about a thousand numbers of each weight."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        values = weight.detach().flatten()
+        some = values[:: max(1, len(values) // 1024)].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _check_same_inputs(before: Facts, now: Facts, config: TrainSettings) -> None:

@@ -73,11 +73,16 @@ class Stage:
     """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
+    unit: str = "trained_tokens"
+    """What a batch's `total` counts, as it is named in the log."""
     rehearse: Callable[[nn.Module], None] | None = None
     """Write what `save_model` will write, read it back and remove it: called on rank 0 before the
     first step. Raises UserError if that fails."""
     dev: Documents | None = None
     """What is evaluated on."""
+    at_start: Callable[[nn.Module, Ranks], None] | None = None
+    """Called once by all ranks with the model as it was opened, on its device and spread, before a
+    state is loaded: what is computed from the weights that training begins with."""
     before_step: Callable[[int, nn.Module, Ranks, Stop], Mapping[str, float]] | None = None
     """Make what `batches(step)` reads with the current weights, as a rollout does, and return
     numbers for the step's log, equal on all ranks. With it no batch is read ahead. All ranks call

@@ -1,10 +1,4 @@
-"""Weight files: safetensors straight into a model's own memory and back, `.pt` without pickles.
-
-A safetensors file is eight bytes with the header's length, a JSON header `{name: {dtype, shape,
-data_offsets}}`, and the values (https://github.com/huggingface/safetensors#format). Reading it by
-hand takes a few lines and lets the values go from the file into the parameter without a second
-copy: a memory map would count the whole file against the memory of the process while it is copied.
-"""
+"""Weight files: safetensors into a model's own memory and back, `.pt` without pickles."""
 
 import contextlib
 import json
@@ -17,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from whet.errors import UserError
@@ -39,30 +34,25 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+"""The floating-point numbers of safetensors; others count as bytes, which nothing here reads."""
 READERS = min(4, os.cpu_count() or 1)
 """Threads that read and convert at once."""
+_BLOCK_BYTES = 1 << 24
+"""What a reader maps of a file at once: mapped pages count as memory of the process."""
 _HUGE = 1 << 21
-_STAGING_BYTES = 1 << 20  # stays in a core's own cache between reading and converting
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: in a file from byte `offset` on, or in memory as `tensor`."""
+    """One tensor, in a safetensors `file` under `name` or in memory as `tensor`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path | None = None
-    offset: int = 0
+    name: str = ""
     tensor: Tensor | None = None
 
     @property
@@ -134,37 +124,17 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
-    """Read and check the header of one safetensors file. Raises UserError when it is damaged."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise _damaged(path, f"its header should have {length:,} bytes, the file has {size:,}")
-        raw = file.read(length)
+    """Describe the tensors of one safetensors file. Raises UserError when it is damaged."""
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {name: _describe(entry, path, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"its header is not valid ({error})") from None
-    end = 8 + length
-    for name, stored in sorted(tensors.items(), key=lambda item: item[1].offset):
-        if stored.offset != end:
-            raise _damaged(path, f"the values of {name} do not begin where the ones before end")
-        end += stored.nbytes
-    if end != size:
-        raise _damaged(path, f"its header describes {end:,} bytes, the file has {size:,}")
-    return tensors
+        with safe_open(path, framework="pt") as file:
+            return {name: _describe(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from None
 
 
-def _describe(entry: dict, path: Path, start: int) -> Stored:
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"unknown dtype {entry['dtype']}")
-    stored = Stored(shape, _DTYPES[entry["dtype"]], file=path, offset=start + begin)
-    if any(not isinstance(n, int) or n < 0 for n in shape) or end - begin != stored.nbytes:
-        raise ValueError(f"shape {list(shape)} does not fit {end - begin} bytes")
-    return stored
+def _describe(path: Path, name: str, part: Any) -> Stored:
+    dtype = _DTYPES.get(part.get_dtype(), torch.uint8)
+    return Stored(tuple(part.get_shape()), dtype, file=path, name=name)
 
 
 def _damaged(path: Path, why: str) -> UserError:
@@ -215,57 +185,29 @@ def read_into(target: Tensor, stored: Stored, begin: int = 0, transpose: bool = 
     """Fill `target` with `target.shape[0]` rows of `stored`, from row `begin` on.
 
     With `transpose`, the stored matrix is (inputs, outputs) and `begin` counts its columns. Values
-    are cast to the dtype of `target`. Raises UserError when the file ends early.
+    are cast to the dtype of `target`. Raises UserError when the file cannot be read any more.
     """
     if stored.tensor is not None:
         source = stored.tensor.t() if transpose else stored.tensor
         target.copy_(source[begin : begin + target.shape[0]] if source.dim() else source)
         return
     assert stored.file is not None
-    with stored.file.open("rb", buffering=0) as file:
-        if transpose:
-            _read_columns(file, target, stored, begin)
-        else:
-            row_bytes = stored.nbytes // max(stored.shape[0], 1) if stored.shape else stored.nbytes
-            file.seek(stored.offset + begin * row_bytes)
-            _read_rows(file, target, stored)
-
-
-def _read_rows(file: BinaryIO, target: Tensor, stored: Stored) -> None:
-    """The values of `target` follow one another in the file, from its present position."""
-    flat = target.view(-1)
-    if target.dtype == stored.dtype and target.device.type == "cpu" and target.is_contiguous():
-        _fill(file, flat, stored)
-        return
-    size = min(flat.numel(), _STAGING_BYTES // stored.dtype.itemsize)
-    staging = torch.empty(size, dtype=stored.dtype)
-    for at in range(0, flat.numel(), max(size, 1)):
-        part = staging[: flat.numel() - at]
-        _fill(file, part, stored)
-        flat[at : at + part.numel()].copy_(part)
-
-
-def _read_columns(file: BinaryIO, target: Tensor, stored: Stored, begin: int) -> None:
-    """`target` (outputs, inputs) is a block of columns of the stored (inputs, columns) matrix."""
-    rows, columns = stored.shape
-    step = max(1, _STAGING_BYTES // max(columns * stored.dtype.itemsize, 1))
-    staging = torch.empty(min(step, rows), columns, dtype=stored.dtype)
-    file.seek(stored.offset)
-    for at in range(0, rows, step):
-        part = staging[: rows - at]
-        _fill(file, part, stored)
-        target[:, at : at + len(part)].copy_(part[:, begin : begin + target.shape[0]].t())
-
-
-def _fill(file: BinaryIO, tensor: Tensor, stored: Stored) -> None:
-    if not tensor.numel():
-        return
-    buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    while buffer:
-        n = file.readinto(buffer[: 1 << 30])  # type: ignore[attr-defined]
-        if not n:
-            raise _damaged(Path(file.name), f"it ends inside the values at byte {stored.offset:,}")
-        buffer = buffer[n:]
+    rows = stored.shape[0] if stored.shape else 1
+    step = max(1, _BLOCK_BYTES * rows // max(stored.nbytes, 1))
+    count = rows if transpose else len(target) if stored.shape else 1
+    for at in range(0, count, step):
+        try:
+            with safe_open(stored.file, framework="pt") as file:  # opened anew: the old map goes
+                if not stored.shape:
+                    target.copy_(file.get_tensor(stored.name))
+                elif transpose:
+                    part = file.get_slice(stored.name)[at : at + step, begin : begin + len(target)]
+                    target[:, at : at + step].copy_(part.t())
+                else:
+                    first, end = begin + at, begin + min(at + step, count)
+                    target[at : at + step].copy_(file.get_slice(stored.name)[first:end])
+        except (OSError, SafetensorError) as error:
+            raise _damaged(stored.file, str(error)) from None
 
 
 def saved_as(choice: SaveDtype, hf: Mapping[str, Any]) -> torch.dtype:
