@@ -77,12 +77,9 @@ def _axes(frame: _Frame) -> str:
     parts = []
     for value in _ticks(frame.low, frame.high, frame.log):
         y = frame.y(value)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>'
-        )
+        ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+        place = f'x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end"'
+        parts.append(f'<line class="grid" {ends}/><text {place}>{_short(value)}</text>')
     steps = sorted({frame.left, (frame.left + frame.right) // 2, frame.right})
     for value in steps:
         anchor = "start" if value == frame.left else "end" if value == frame.right else "middle"

@@ -49,7 +49,7 @@ class Run:
         records = [*self.steps, *self.evaluations, *self.timing]
         return [(r["step"], float(r[key])) for r in records if key in r and _is_number(r[key])]
 
-    def keys(self) -> list[str]:
+    def numbers(self) -> list[str]:
         """The names of all numbers, in the order in which they first appear."""
         records = [*self.steps[:3], *self.steps[-3:], *self.evaluations, *self.timing[:3]]
         return list(dict.fromkeys(key for r in records for key, v in r.items() if _is_number(v)))

@@ -97,7 +97,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
             for j, (key, word) in enumerate(keys.items())
         ]
 
-    found = list(dict.fromkeys(key for run in runs for key in run.keys()))
+    found = list(dict.fromkeys(key for run in runs for key in run.numbers()))
     sources = {key: key.removeprefix(SOURCES) for key in found if key.startswith(SOURCES)}
     other = [k for k in found if k not in KNOWN | DRAWN and not k.startswith("dev_loss/")]
     stop = {"dev_stop_probability": "at the end of replies", "dev_stop_inside": "before it"}
@@ -124,7 +124,7 @@ def _samples(run: Run, name: str) -> str:
     prompts: dict[str, list[dict[str, Any]]] = {}
     for sample in run.samples:
         prompts.setdefault(str(sample.get("prompt", "")), []).append(sample)
-    parts = []
+    parts: list[str] = []
     for prompt, found in prompts.items():
         last = len(found) - 1
         chosen = {i * last // max(SAMPLES_SHOWN - 1, 1) for i in range(SAMPLES_SHOWN)}
@@ -135,7 +135,8 @@ def _samples(run: Run, name: str) -> str:
         )
         expected = escape(str(found[-1].get("expected", "")))
         parts.append(
-            f"<details{' open' if not parts else ''}><summary>{escape(prompt[-120:].strip())}</summary>"
+            f"<details{'' if parts else ' open'}>"
+            f"<summary>{escape(prompt[-120:].strip())}</summary>"
             f'<p class="flow note">{escape(prompt)}</p><table><thead><tr><th scope="col">step</th>'
             f'<th scope="col" class="words">reply</th></tr></thead><tbody>{rows}'
             f'<tr class="total"><th scope="row">data</th><td class="words">{expected}</td></tr>'

@@ -342,6 +342,11 @@ def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -
     stage.save_model(stage.model, run.path, metrics)
     distributed.wait_for_all(run.ranks)
     run.say(f"done: {run.facts.step} steps in {run.facts.seconds:,.0f} s; the model is {run.path}")
+    if run.ranks.first:
+        from whet.report.run_page import write_page
+
+        with contextlib.suppress(UserError):  # a full disk: the model is what counts
+            run.say(f"curves and samples: {write_page([run.path])}")
     return 0
 
 
