@@ -108,6 +108,7 @@ def pair_stage(
     complete: Callable[[PackedStore, Batch], Batch],
     stage: str,
     words: Callable[[dict[str, float]], str],
+    next_command: str = "whet chat {run}",
 ) -> Stage:
     """The stage that minimises the mean of `judge`'s loss over the pairs of a step.
 
@@ -141,6 +142,7 @@ def pair_stage(
             dev, judge, complete, order["micro_batch_size"], words, config.quiet or not ranks.first
         ),
         save_model=save,
+        next=next_command,
         rehearse=save.rehearse,
         header=[*opened.header, *data_in_words(config, store, dev, count)],
     )

@@ -91,5 +91,7 @@ class Stage:
     """The metric of the evaluation that decides which model is kept in `best/`."""
     higher_is_better: bool = False
     """Which way `best` improves."""
+    next: str = "whet chat {run}"
+    """What to type when the model is trained; {run} stands for its folder."""
     header: Sequence[tuple[str, str]] = ()
     """What to print before training: (word, line)."""
