@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": ("whet.stages.pretrain", "train a small base model on plain text"),
     "prepare": ("whet.data.prepare", "conversations -> packed rows with loss mask"),
     "inspect": ("whet.report.inspect", "see what is trained, token by token"),
+    "report": ("whet.report.command", "one page of a run: curves, samples, incidents, lineage"),
     "plan": ("whet.stages.plan", "what `whet sft` will need, and settings that fit"),
     "sft": ("whet.stages.sft", "fine-tune a base model on packed rows"),
     "reward": ("whet.stages.reward", "train a reward model on pairs of replies"),
