@@ -39,8 +39,8 @@ def seen(template: ChatTemplate, messages: list[dict[str, Any]]) -> bool:
         EACH + ASK,
         "{% for m in messages %}{{ loop.index0 }}{{ loop.first }}{{ m.content }}{% endfor %}" + ASK,
         "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
-        "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}{{ m.content }}"
-        "{% endfor %}" + ASK,
+        "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}"
+        "{% for m in rest %}{{ m.content }}{% endfor %}" + ASK,
         "{% for m in messages %}{{ loop.previtem.role if loop.previtem }}{{ m.content }}"
         "{% endfor %}" + ASK,
         "{% macro say(m) %}{{ m.content }}{% endmacro %}{% for m in messages %}{{ say(m) }}"
