@@ -123,7 +123,7 @@ def test_the_format_may_be_said():
     assert to_example(record, "text") == RawText("plain", extra={"messages": HELLO})
     with pytest.raises(UserError, match="format alpaca needs the field instruction"):
         to_example(record, "alpaca")
-    with pytest.raises(UserError, match="--format csv: not a format; formats are messages"):
+    with pytest.raises(UserError, match="--format csv: not a format; formats are preferences"):
         to_example(record, "csv")
 
 
@@ -134,7 +134,8 @@ def test_the_format_may_be_said():
         (None, "expected a JSON object"),
         ({}, "record is empty"),
         ({"foo": 1}, r'fields \["foo"\] fit no known format; name the format'),
-        ({"chosen": "a", "rejected": "b"}, "preference data"),
+        ({"chosen": "a", "rejected": "b"}, "has no prompt; name the field"),
+        ({"prompt": "q", "chosen": "a"}, "a pair needs `rejected`, too"),
         ({"instruction": "a", "instances": []}, "each of `instances` as a line"),
         ({"instruction": "a"}, "answer is missing: `output`"),
         ({"input_ids": [1]}, "ids alone do not say what is trained"),
@@ -148,7 +149,10 @@ def test_the_format_may_be_said():
         ({"conversations": ["a"]}, "turn 1: expected an object"),
         ({"conversations": [{"from": "alien", "value": ""}]}, '`from` is "alien"; speakers are'),
         ({"conversations": [{"from": "gpt", "value": 3}]}, "value must be a text, got 3"),
-        ({"conversations": [{"from": "function_call", "value": "{"}]}, "the call is not JSON"),
+        (
+            {"conversations": [{"from": "function_call", "value": "{"}]},
+            "the call is a text that is not JSON",
+        ),
         ({"prompt": "", "completion": "b"}, "prompt is empty"),
         ({"prompt": "a", "completion": 7}, "completion must be a text or a list"),
         ({"prompt": "a", "completion": HELLO[:1]}, "begin with a message of the assistant"),

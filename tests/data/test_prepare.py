@@ -371,7 +371,8 @@ def test_what_the_user_sees(folder, tmp_path, capsys):
     assert main(["prepare", "--data", data, f"{data}:2", *flags]) == 0
     told = capsys.readouterr().out
     assert "source tokens" not in told
-    header, _, first, second, total = told.splitlines()[:5]
+    about, header, _, first, second, total = told.splitlines()[:6]
+    assert about.startswith(f"{out}: ")
     assert header.split() == [
         "source", "lines", "refused", "examples",
         "tokens", "trained", "context", "truncated", "dropped",
@@ -381,6 +382,10 @@ def test_what_the_user_sees(folder, tmp_path, capsys):
     assert total.startswith("total")
     assert "34 examples left out: exact duplicates" in told
     assert "% filled" in told
+    assert told.splitlines()[-2:] == [
+        f"next: whet inspect {out}",
+        f"      whet sft --model {folder} --data {out} --out runs/sft",
+    ]
 
 
 SWITCHED = """{%- for m in messages -%}

@@ -9,8 +9,9 @@ import numpy as np
 from whet.chat.certificate import Certificate
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
-from whet.chat.encode import Encoded, encode_chat
-from whet.data.formats import Datum, to_example
+from whet.chat.encode import Datum, Encoded, encode_chat
+from whet.data.formats import to_example
+from whet.data.preferences import Preference
 from whet.data.reader import parse, read_units
 from whet.data.rows import DOCUMENT
 from whet.errors import UserError
@@ -53,6 +54,10 @@ def encode_line(reference: str, chat: Chat) -> EncodedLine:
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from None
     datum = to_example(record, None, path, line)
+    if isinstance(datum, Preference):
+        raise UserError(
+            f"{datum.where}: is preference data; inspect the file that `whet prepare` makes"
+        )
     return EncodedLine(datum, encode_chat(datum, chat), chat)
 
 

@@ -25,12 +25,12 @@ from whet.flags.training import TrainSettings
 from whet.generate.engine import evaluating
 from whet.progress import track
 from whet.stages.opening import Opened
-from whet.stages.packed import batches_of_step, data_in_words, order_of, planned, writer
+from whet.stages.packed import batches_of_step, data_in_words, order_of, writer
 from whet.train.distributed import Ranks, sum_over_ranks, unwrap
 from whet.train.evaluation import Meeting
 from whet.train.session import total_steps
 from whet.train.signals import Stop
-from whet.train.stage import Evaluation, Stage, Sums
+from whet.train.stage import Evaluation, Stage, Sums, planned
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def pair_stage(
     complete: Callable[[PackedStore, Batch], Batch],
     stage: str,
     words: Callable[[dict[str, float]], str],
+    next_command: str = "whet chat {run}",
 ) -> Stage:
     """The stage that minimises the mean of `judge`'s loss over the pairs of a step.
 
@@ -141,6 +142,7 @@ def pair_stage(
             dev, judge, complete, order["micro_batch_size"], words, config.quiet or not ranks.first
         ),
         save_model=save,
+        next=next_command,
         rehearse=save.rehearse,
         header=[*opened.header, *data_in_words(config, store, dev, count)],
     )
