@@ -303,7 +303,8 @@ def _flatten(kept: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def _count(notes: Counter[str], encoded: Encoded) -> None:
     certificate = encoded.certificate
-    notes["control tokens in texts, encoded as plain text"] += certificate.escaped
+    plain = "control tokens in texts, encoded as plain text"
+    notes[f"{plain}; --special_in_content allow takes them as tokens"] += certificate.escaped
     notes["tokens split at the border of a reply"] += certificate.split_tokens
     split = len(encoded.examples) > 1
     notes["conversations split because the template rewrites earlier turns"] += split
