@@ -140,8 +140,8 @@ class Tokenizer:
         if others := {k: v for k, v in self.named.items() if k not in named}:
             config["extra_special_tokens"] = others
         write_text(folder / "tokenizer.json", self.json_text)
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        write_text(folder / "tokenizer_config.json", text)
+        # In ASCII: a stranger's file may hold half a character, which UTF-8 cannot write.
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2))
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
