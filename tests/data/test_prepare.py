@@ -282,7 +282,7 @@ def test_weights_of_messages_reach_the_rows(folder, tmp_path):
     assert store.loss_tokens.tolist() == [0.25 * (mask > 0).sum()]
 
 
-def test_rewritten_conversations_become_parts_on_one_side(folder, tmp_path):
+def test_rewritten_conversations_become_parts_on_one_side(folder, tmp_path, capsys):
     """A template that strips earlier thinking: one example for each trained turn."""
     template = tmp_path / "strip.jinja"
     template.write_text(
@@ -312,6 +312,17 @@ def test_rewritten_conversations_become_parts_on_one_side(folder, tmp_path):
     dev_lines = {line for _, line, _ in documents(PackedStore(tmp_path / "dev.h5"))}
     assert not train_lines & dev_lines
     check_account(store, accounts)
+    config = Config((data,), str(folder), out=str(tmp_path / "b.h5"), chat_template=str(template))
+    prepare(config)
+    more = sum(sum(map(len, ids)) - max(map(len, ids)) for ids in _ids_of(records, chat))
+    assert f"{more:,} tokens more through such splits; --rewritten_turns last" in (
+        capsys.readouterr().out
+    )
+
+
+def _ids_of(records, chat):
+    for record in records:
+        yield [example.ids for example in encode_chat(to_example(record), chat).examples]
 
 
 def test_text_keeps_every_token(folder, tmp_path, monkeypatch):

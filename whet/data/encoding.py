@@ -310,6 +310,9 @@ def _count(notes: Counter[str], encoded: Encoded) -> None:
     notes["tokens split at the border of a reply"] += certificate.split_tokens
     split = len(encoded.examples) > 1
     notes["conversations split because the template rewrites earlier turns"] += split
+    lengths = [len(example.ids) for example in encoded.examples]
+    again = "tokens more through such splits; --rewritten_turns last trains their last turn alone"
+    notes[again] += sum(lengths) - max(lengths)
     notes["replies closed with the stop token that the template leaves out"] += certificate.closed
     otherwise = "conversations with a reply that the template renders otherwise than its prompt"
     notes[f"{otherwise}; put behind the prompt"] += certificate.composed

@@ -69,6 +69,10 @@ class AttentionPlan:
     """(S,) which of the M tokens have a target that counts; None if nothing is known of targets."""
     after: list[int | None] | None = None
     """For each block the one whose tokens come before its own, see `share_prefixes`; None: none."""
+    filling: int = 0
+    """How many of the M tokens, the last ones, are there for the sake of M alone."""
+    kept: Tensor | None = None
+    """(S',) what the last layer computes, if that is more than `trained`, which it begins with."""
     flex_masks: dict[int | None, Any] = field(default_factory=dict)
 
     @property
@@ -84,8 +88,34 @@ class AttentionPlan:
     def unpack(self, x: Tensor, shape: torch.Size) -> Tensor:
         """(M, D) -> (B, T, D), zero where nothing is computed."""
         if self.index is not None:
-            x = x.new_zeros(shape.numel(), x.shape[-1]).index_put((self.index,), x)
+            kept = len(x) - self.filling
+            x = x.new_zeros(shape.numel(), x.shape[-1]).index_put((self.index[:kept],), x[:kept])
         return x.view(*shape, -1)
+
+    def filled(self) -> "AttentionPlan":
+        """The same plan with M and the number of trained tokens each a `repeated_size`: copies of
+        the first token, on which nothing depends, are added as a document at the end."""
+        count = len(self.positions)
+        filling = repeated_size(count) - count
+        kept = self.trained
+        if kept is not None:
+            kept = F.pad(kept, (0, repeated_size(len(kept)) - len(kept)))
+        if not filling:
+            return replace(self, kept=kept)
+        index = torch.arange(count) if self.index is None else self.index
+        first = torch.zeros(filling, dtype=torch.long, device=index.device)
+        return replace(
+            self,
+            index=torch.cat((index, index[:1] + first)),
+            positions=torch.cat((self.positions, first)),
+            lengths=torch.cat((self.lengths, first + filling)),
+            sizes=[*self.sizes, filling],
+            ends=torch.cat((self.ends, self.ends[-1:] + filling)),
+            longest=max(self.longest, filling),
+            after=None if self.after is None else [*self.after, None],
+            filling=filling,
+            kept=kept,
+        )
 
     def at(self, positions: Tensor) -> "AttentionPlan":
         """The same plan with the caller's `positions` (B, T)."""
@@ -113,6 +143,16 @@ class AttentionPlan:
         if window not in self.flex_masks:
             self.flex_masks[window] = kernels.flex_mask(self.ends, len(q), window)
         return kernels.flex(q, k, v, self.flex_masks[window], scale=scale, softcap=softcap)
+
+
+def repeated_size(count: int) -> int:
+    """`count` rounded up to one of few sizes: multiples of 64, from 2,048 on 16 for each doubling.
+
+    oneDNN, which multiplies bf16 on a CPU, compiles and keeps a product for each shape that it
+    meets. Where each batch has its own number of tokens, that takes time and memory without end.
+    """
+    step = max(64, (1 << count.bit_length()) >> 5)
+    return -(-count // step) * step
 
 
 SHARED = 64
@@ -212,10 +252,13 @@ class CachedPlan:
     ) -> Tensor:
         """Write `k`, `v` to the cache and attend over it; returns (M, N, H)."""
         shape = (*self.new_positions.shape, -1, q.shape[-1])
+        dtype = v.dtype
+        if q.device.type == "cpu":  # the cache then holds float32, too
+            q, k, v = kernels.wide(q, k, v)
         keys, values = self.cache.write(layer, k.view(shape), v.view(shape), self.new_positions)
         mask = self._mask(keys.shape[1], window)
         y = kernels.sdpa(q.view(shape), keys, values, mask=mask, scale=scale, softcap=softcap)
-        return y.flatten(0, 1)
+        return y.flatten(0, 1).to(dtype)
 
     def _mask(self, slots: int, window: int | None) -> Tensor:
         """(B, 1, T, S), True where a token sees a slot. The same for all layers of a kind."""

@@ -58,6 +58,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     transformers library. `roll` brings each number's partner to its place.
     """
     size = cos.shape[-1]
+    if x.device.type == "cpu":  # its attention takes float32, as cosine and sine are
+        x = x.to(torch.promote_types(x.dtype, cos.dtype))
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turned, rest = x[..., :size], x[..., size:]
     turned = turned * cos + turned.roll(size // 2, -1) * sin

@@ -46,7 +46,8 @@ from whet.stages.pairs import (
 )
 from whet.train.distributed import Ranks, sum_over_ranks, unwrap
 from whet.train.proposal import with_proposal
-from whet.train.session import run_stage, weights_fingerprint
+from whet.train.resume import weights_fingerprint
+from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage
 
 ADAPTER_LR = 1e-5

@@ -38,7 +38,15 @@ def build(config: Config, ranks: Ranks) -> Stage:
     opened = open_for_training(config, ranks, found, stores, score=True)
     judge = partial(judge_rewards, margin=config.margin, centre=config.centre)
     return pair_stage(
-        config, ranks, opened, stores, judge, at_last_tokens, "reward", order_in_words
+        config,
+        ranks,
+        opened,
+        stores,
+        judge,
+        at_last_tokens,
+        "reward",
+        order_in_words,
+        "whet grpo --reward {run} --model … --prompts …",
     )
 
 

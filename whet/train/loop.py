@@ -107,7 +107,9 @@ def train(
         while True:
             at_end = facts.step == stage.total_steps
             to_evaluate = at_end or facts.step == 0 or _due(facts.step, settings.eval_every)
-            to_save = settings.save_every and (at_end or _due(facts.step, settings.save_every))
+            decays = settings.schedule == "wsd" and facts.step == facts.decay_step
+            due = at_end or decays or _due(facts.step, settings.save_every)
+            to_save = settings.save_every and due
             if to_evaluate or to_save or asked:
                 read(left=0)
             if to_evaluate and facts.evaluated < facts.step and not asked:
