@@ -30,7 +30,7 @@ ORDER = {
     "train": 6,
     "rl": 7,
     "stages": 8,
-    "report": 9,  # stands aside: nothing imports it
+    "report": 3,  # reads files alone; a run writes its report at its end
     "compare": 9,  # stands aside: nothing imports it
     "doctor": 9,  # stands aside: nothing imports it
     "demo": 9,  # stands aside: nothing imports it

@@ -117,3 +117,12 @@ def holds(value: Any, test: Callable[[str], Any]) -> bool:
     if isinstance(value, list | tuple):
         return any(holds(item, test) for item in value)
     return False
+
+
+def any_text_holds(messages: list[dict[str, Any]], test: Callable[[str], Any]) -> bool:
+    """`holds`, quick for messages that are texts: most are searched, few hold anything."""
+    for message in messages:
+        for value in message.values():
+            if test(value) if type(value) is str else holds(value, test):
+                return True
+    return False

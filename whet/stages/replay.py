@@ -18,7 +18,7 @@ from whet.flags.replay import Config
 from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.progress import say, track
-from whet.stages import dpo, grpo, pretrain, reward, sft
+from whet.stages import dpo, grpo, ppo, pretrain, reward, sft
 from whet.train import incidents, ledger, state, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
@@ -34,6 +34,7 @@ STAGES: dict[str, Any] = {
     "reward": reward,
     "dpo": dpo,
     "grpo": grpo,
+    "ppo": ppo,
 }
 
 

@@ -22,6 +22,7 @@ from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.model.precision import multiplies_bf16
 from whet.progress import duration
+from whet.report.run_page import write_page
 from whet.train import distributed, memory, optim, state
 from whet.train.curves import open_curves
 from whet.train.distributed import Ranks
@@ -268,6 +269,9 @@ def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -
     run.say(f"done: {run.facts.step} steps in {duration(run.facts.seconds)}")
     for word, line in files_of(stage, run):
         run.say(f"  {word:<10} {line}")
+    if run.ranks.first:
+        with contextlib.suppress(UserError):  # a full disk: the model is what counts
+            run.say(f"  {'report':<10} {write_page([run.path])}")
     return 0
 
 
