@@ -3,12 +3,12 @@
     python -m benchmarks.bench_generate --new 256 --prompts 8 --peers no_cache
     python -m benchmarks.bench_generate --new 128 --prompts 64 --peers transformers
 
-`cache` is Whet's `generate`. Its peers: `no_cache`, Whet's `generate_without_cache`, which runs the whole
-text again for each token (the head at its last position only, padding left out: a fair one of its
-kind); `transformers`, `model.generate` on a batch padded on the left, as its documentation has it.
-Sides take turns, so a slow minute of the machine meets all. Their replies are compared. Printed is
-one JSON line a side: new tokens/s as median, minimum and maximum over the rounds; on a GPU also how
-often the host waited for it while `--new` tokens were made.
+`cache` is Whet's `generate`. Its peers: `no_cache`, Whet's `generate_without_cache`, which runs the
+whole text again for each token (the head at its last position only, padding left out: a fair one of
+its kind); `transformers`, `model.generate` on a batch padded on the left, as its documentation has
+it. Sides take turns, so a slow minute of the machine meets all. Their replies are compared. Printed
+is one JSON line a side: new tokens/s as median, minimum and maximum over the rounds; on a GPU also
+how often the host waited for it while `--new` tokens were made.
 """
 
 import argparse

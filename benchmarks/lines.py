@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
