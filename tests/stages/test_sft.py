@@ -204,7 +204,7 @@ def test_all_problems_are_told_at_once(world, tmp_path, capsys):
         ({"lr": "nan"}, "--lr nan: expected a number above 0"),
         ({"weight_decay": "nan"}, "--weight_decay nan: expected 0 or more"),
         ({"clip": "inf"}, "--clip inf: expected 0 or more"),
-        ({"beta1": 1}, "--beta1 1.0: expected a number from 0 to below 1"),
+        ({"beta2": 1}, "--beta2 1.0: expected a number from 0 to below 1"),
         ({"seed": -1}, "--seed -1: expected 0 or more"),
         ({"rank_timeout": 0}, "--rank_timeout 0.0: expected a number above 0"),
         ({"lora_rank": 0}, "--lora_rank 0: expected a number above 0"),
@@ -281,7 +281,7 @@ def test_nothing_trained_is_refused(world, tmp_path, capsys):
     assert "no token of it is trained" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [{"lora_dora": True}, {"lora_rslora": True, "lora_dropout": 0.1}])
+@pytest.mark.parametrize("flags", [{"lora_dora": True}, {"lora_dropout": 0.1}])
 def test_lora_trains_the_adapter_alone(world, tmp_path, flags):
     out = tmp_path / "out"
     assert main(command(world, out, lora_rank=2, lora_targets="q,v", **flags)) == 0
