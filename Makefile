@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint types tests soak test-gpu bench clean
+.PHONY: demo test lint types tests soak test-gpu bench house docs clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -38,6 +38,13 @@ soak: $(VENV)/.dev  ## the long forms: kills, fuzzing, every template with every
 
 test-gpu: $(VENV)/.dev  ## what needs a CUDA device
 	@$(BIN)/pytest -q -m gpu
+
+house: $(VENV)/.run  ## lines, files by room, circles of imports, what one step of `whet sft` calls
+	@$(BIN)/python -m scripts.house
+
+docs: $(VENV)/.dev  ## the documentation as a site, into site/
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 bench: $(VENV)/.dev  ## side-by-side benchmarks on this machine's CPU
 	@$(BIN)/python -m benchmarks.run

@@ -123,7 +123,7 @@ def torchs(hidden: Tensor, weight: Tensor, targets: Tensor, trained: Tensor) -> 
 
 def torch_best(hidden: Tensor, weight: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
     rows = trained.nonzero().flatten()
-    chunk = min(len(rows), chunk_tokens(len(weight), hidden.device))
+    chunk = min(len(rows), chunk_tokens(len(weight), hidden.device, hidden.dtype))
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
     return F.linear_cross_entropy(
         hidden[rows], weight, targets[rows], reduction="sum", options=options

@@ -60,6 +60,16 @@ def is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form of a Hub name, OWNER/NAME."""
+    return _NAME.fullmatch(name) is not None
+
+
+def hub_name(name: str) -> str:
+    """`is_hub_name` as a check of a flag: what is wrong, or nothing."""
+    return "" if is_hub_name(name) else "expected a name on the Hub, such as owner/model"
+
+
 def known_model(name: str) -> str:
     """`check_name` as a check of a flag: what is wrong, or nothing."""
     try:
@@ -108,9 +118,15 @@ def _download(name: str, revision: str | None, quiet: bool, weights: bool) -> st
             ) from None
         raise _broken_off(where, error) from None
     except Exception as error:
-        if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
+        if is_of_network(error):
             raise _broken_off(where, error) from None
         raise
+
+
+def is_of_network(error: Exception) -> bool:
+    """Whether a library for connections raised it; huggingface_hub lets these through."""
+    library = type(error).__module__.split(".")[0].rstrip("0123456789")
+    return library in ("httpx", "httpcore", "requests", "urllib")
 
 
 def _broken_off(where: str, error: Exception) -> UserError:

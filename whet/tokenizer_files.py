@@ -11,6 +11,7 @@ The converted tokenizer gives the ids of the original library, which is the orac
 import base64
 import binascii
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,80 +156,24 @@ def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """The pair each token is merged from: what BPE with the lower ranks alone makes of it."""
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: _rank(ranks, parts, i, rank))
-            if _rank(ranks, parts, best, rank) == rank:
+            joined = [left + right for left, right in pairwise(parts)]
+            best = min(range(len(joined)), key=lambda i: ranks.get(joined[i], rank))
+            if ranks.get(joined[best], rank) >= rank:
                 break
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+            parts[best : best + 2] = [joined[best]]
         if len(parts) == 2:
             pairs.append((parts[0], parts[1]))
     return pairs
 
 
-def _rank(ranks: dict[bytes, int], parts: list[bytes], i: int, limit: int) -> int:
-    return min(ranks.get(parts[i] + parts[i + 1], limit), limit)
-
-
 def _convert_sentencepiece(file: Path, content: bytes) -> Converted:
-    try:
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError:
-        raise UserError(
-            f"{file}: a SentencePiece model needs to be converted: pip install whet[convert]"
-        ) from None
-    protocol: Any = sentencepiece_model_pb2  # its classes are made when it is imported
-    proto = protocol.ModelProto()
-    try:
-        proto.ParseFromString(content)
-    except Exception:  # protobuf's own DecodeError
-        raise UserError(f"{file}: neither a SentencePiece model nor a tiktoken file") from None
-    if not proto.pieces:
-        raise UserError(f"{file}: neither a SentencePiece model nor a tiktoken file")
-    kinds = protocol.ModelProto.SentencePiece
+    proto, kinds = _read_sentencepiece(file, content)
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
-    if trainer.treat_whitespace_as_suffix or not normal.escape_whitespaces:
-        raise UserError(
-            f"{file}: a SentencePiece model with spaces at the end of words, or kept as they are; "
-            "only spaces at the beginning of words can be converted; give a tokenizer.json"
-        )
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    model: models.Model
-    if trainer.model_type == 1:
-        model = models.Unigram(pieces, trainer.unk_id, byte_fallback=trainer.byte_fallback)
-    elif trainer.model_type == 2:
-        vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
-        unk = trainer.unk_piece if trainer.unk_piece in vocab else None
-        model = models.BPE(
-            vocab,
-            _score_merges(pieces, vocab),
-            unk_token=unk,
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
-    else:
-        raise UserError(
-            f"{file}: SentencePiece model of type {trainer.model_type}; expected 1 or 2"
-        )
-    backend = tokenizers.Tokenizer(model)
-    steps: list[Any] = []
-    if normal.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(normal.precompiled_charsmap))
-    if normal.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), "")]  # spaces only, no other blanks
-        steps += [normalizers.Replace(Regex(" {2,}"), " ")]
     own = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
-    if normal.add_dummy_prefix and own:
-        # Before every text but one that is such a symbol: the symbols themselves are normalised
-        # like texts before they are looked for, and must stay what they are.
-        alone = "|".join(re.escape(text) for text in own)
-        steps += [normalizers.Replace(Regex(rf"\A(?!(?:{alone})?\z)"), SPACE)]
-    elif normal.add_dummy_prefix:
-        steps += [normalizers.Prepend(SPACE)]
-    steps += [normalizers.Replace(" ", SPACE)]
-    backend.normalizer = normalizers.Sequence(steps)
+    backend = tokenizers.Tokenizer(_sentencepiece_model(file, proto))
+    backend.normalizer = _sentencepiece_normalizer(normal, own)
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         + ([decoders.Strip(" ", 1, 0)] if normal.add_dummy_prefix else [])
@@ -248,8 +193,72 @@ def _convert_sentencepiece(file: Path, content: bytes) -> Converted:
     backend.add_tokens([AddedToken(text, normalized=bool(whole_text)) for text in own])
     named = {"bos_token": trainer.bos_piece, "eos_token": trainer.eos_piece}
     named["unk_token"] = trainer.unk_piece
-    known = {piece for piece, _ in pieces}
+    known = {piece.piece for piece in proto.pieces}
     return Converted(backend.to_str(), {k: v for k, v in named.items() if v in known})
+
+
+def _read_sentencepiece(file: Path, content: bytes) -> tuple[Any, Any]:
+    """The model and the kinds of its pieces."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise UserError(
+            f"{file}: a SentencePiece model needs to be converted: pip install whet[convert]"
+        ) from None
+    protocol: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    proto = protocol.ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except Exception:  # protobuf's own DecodeError
+        proto.Clear()
+    if not proto.pieces:
+        raise UserError(f"{file}: neither a SentencePiece model nor a tiktoken file")
+    if (
+        proto.trainer_spec.treat_whitespace_as_suffix
+        or not proto.normalizer_spec.escape_whitespaces
+    ):
+        raise UserError(
+            f"{file}: a SentencePiece model with spaces at the end of words, or kept as they are; "
+            "only spaces at the beginning of words can be converted; give a tokenizer.json"
+        )
+    return proto, protocol.ModelProto.SentencePiece
+
+
+def _sentencepiece_model(file: Path, proto: Any) -> models.Model:
+    trainer = proto.trainer_spec
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    if trainer.model_type == 1:
+        return models.Unigram(pieces, trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    if trainer.model_type != 2:
+        raise UserError(
+            f"{file}: SentencePiece model of type {trainer.model_type}; expected 1 or 2"
+        )
+    vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+    return models.BPE(
+        vocab,
+        _score_merges(pieces, vocab),
+        unk_token=trainer.unk_piece if trainer.unk_piece in vocab else None,
+        fuse_unk=True,
+        byte_fallback=trainer.byte_fallback,
+    )
+
+
+def _sentencepiece_normalizer(normal: Any, own: list[str]) -> normalizers.Normalizer:
+    """What is done with a text's characters and spaces; `own` are the maker's own symbols."""
+    steps: list[Any] = []
+    if normal.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(normal.precompiled_charsmap))
+    if normal.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), "")]  # spaces only, no other whitespace
+        steps += [normalizers.Replace(Regex(" {2,}"), " ")]
+    if normal.add_dummy_prefix and own:
+        # Before every text but one that is such a symbol: the symbols themselves are normalised
+        # like texts before they are looked for, and must stay what they are.
+        alone = "|".join(re.escape(text) for text in own)
+        steps += [normalizers.Replace(Regex(rf"\A(?!(?:{alone})?\z)"), SPACE)]
+    elif normal.add_dummy_prefix:
+        steps += [normalizers.Prepend(SPACE)]
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
 def _score_merges(pieces: list[tuple[str, float]], vocab: dict[str, int]) -> list[tuple[str, str]]:

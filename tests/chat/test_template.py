@@ -19,11 +19,17 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.chat import suite
 from whet.chat import template as rendering
+from whet.chat.chat import find_template
+from whet.chat.conversation import read_conversation
 from whet.chat.dialect import Form
+from whet.chat.encode import EncodeOptions, encode_chat, encode_many
 from whet.chat.template import BoundsError, ChatTemplate, TemplateError, read_variables
 from whet.errors import UserError
 
 TALK = [suite.user("Hi"), suite.said("Hello")]
+ODD_NAMES = ["today", "tools", "documents", "messages", "add_generation_prompt", "self", "loop"]
+ODD_NAMES += ["switch", "prompt", "variables", "template", "source", "caller", "kwargs"]
+ODD_NAMES += ["eos_token"]
 
 
 def compare(file: Path, conversations: list[Any]) -> None:
@@ -133,6 +139,38 @@ def test_a_variable_that_would_replace_something_is_refused_by_name(name: str) -
         ChatTemplate("x").render(TALK, variables={name: 1})
     with pytest.raises(UserError, match=f"--template_kwargs: {name} can't be set"):
         read_variables(f'{{"{name}": 1}}')
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "today",
+        "tools",
+        "documents",
+        "messages",
+        "add_generation_prompt",
+        "self",
+        "loop",
+        "switch",
+        "prompt",
+        "variables",
+        "template",
+        "source",
+        "caller",
+        "kwargs",
+        "eos_token",
+    ],
+)
+def test_a_template_may_read_a_variable_of_any_name(shared_data: Path, name: str) -> None:
+    """Such a conversation is encoded, with the variable as it is and set in the template."""
+    chatml = find_template("chatml").source
+    base = suite.base(shared_data / "tokenizers" / "minimind")
+    for before in (f"{{% if {name} is string %}}?{{% endif %}}", f"{{% set {name} = {name} %}}"):
+        chat = suite.with_template(base, before + chatml)
+        expected = list(encode_chat(TALK, suite.with_template(base, chatml)).ids)
+        if name != "eos_token" or "set" in before:
+            assert list(encode_chat(TALK, chat).ids) == expected
+        assert encode_many([read_conversation(TALK)], chat, EncodeOptions(uncertain="drop"))
 
 
 def test_objects_that_json_does_not_know_are_named_by_their_type_as_in_transformers() -> None:

@@ -108,7 +108,7 @@ def instructions() -> Iterator[object]:
 def pairs() -> Iterator[object]:
     yield {"prompt": "a"}
     yield {"completion": "b"}
-    yield {"prompt": "a", "chosen": "b", "rejected": "c"}
+    yield {"prompt": "a", "chosen": "b", "rejected": 7}
     for value in (True, 7, {}, [], "", " ", ["b"], [7], [USER], [{"role": "assistant"}]):
         yield {"prompt": "a", "completion": value}
     for value in (True, 7, {}, [], "", [7]):

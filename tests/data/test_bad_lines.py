@@ -31,7 +31,7 @@ def config(path, **options):
 def test_200_kinds_of_broken_lines_are_refused_one_by_one(broken):
     path, n = broken
     assert n >= 200
-    (account,) = prepare(config(path, bad_lines="drop", uncertain="drop"), quiet=True)
+    (account,) = prepare(config(path, refused="drop"), quiet=True)
     assert account.lines == n + 1
     store = PackedStore(path.parent / "out.h5")
     refusals = [json.loads(text) for text in store.texts("refusals")]
@@ -55,7 +55,7 @@ def test_by_default_the_first_errors_are_shown_and_nothing_is_written(broken):
     assert len(lines) == 21
     assert lines[0].startswith(f"{path}:1: ")
     assert f"first 20; of {n + 1:,} lines" in lines[-1]
-    assert "--bad_lines drop" in lines[-1]
+    assert "--refused drop" in lines[-1]
     assert "nothing was written" in lines[-1]
     assert sorted(p.name for p in path.parent.iterdir()) == ["broken.jsonl", "tokenizer"]
 
@@ -77,7 +77,7 @@ def test_the_command_exits_with_2_and_no_traceback(broken, capsys):
         ({"context_length": 1}, "--context_length 1: must be at least 2"),
         ({"dev_fraction": 0.1}, "--dev_out and --dev_fraction belong together"),
         ({"dev_fraction": 1.5, "dev_out": "d.h5"}, "--dev_fraction 1.5: must be"),
-        ({"format": "csv"}, "--format csv: formats are messages"),
+        ({"format": "csv"}, "--format csv: formats are preferences"),
         ({"template_kwargs": "{"}, "--template_kwargs: not JSON"),
         ({"template_kwargs": "[1]"}, "--template_kwargs: expected a JSON object"),
         ({"date": "yesterday"}, "--date yesterday: expected a date"),
@@ -98,7 +98,7 @@ def test_wrong_flags(broken, monkeypatch, change, told):
     monkeypatch.chdir(path.parent)
     (path.parent / "other.txt").write_text("dear to somebody")
     before = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
-    wrong = dataclasses.replace(config(path, bad_lines="drop", uncertain="drop"), **change)
+    wrong = dataclasses.replace(config(path, refused="drop"), **change)
     with pytest.raises(UserError) as error:
         prepare(wrong, quiet=True)
     assert told in str(error.value)

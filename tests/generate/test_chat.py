@@ -5,6 +5,7 @@ import pytest
 
 from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
+from whet.chat.template import ChatTemplate
 from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
 from whet.errors import UserError
@@ -173,3 +174,9 @@ def test_one_line_that_fails_or_is_stopped_does_not_end_the_talk(capsys) -> None
 def test_bad_flags_are_told_in_a_line(run, capsys, flags, message) -> None:
     assert main(["chat", str(run), *flags]) == 2
     assert capsys.readouterr().err.strip().startswith(f"whet: error: {message}")
+
+
+def test_a_prompt_of_no_tokens_is_one_line(model, chat) -> None:
+    silent = Chat(chat.tokenizer, ChatTemplate("{% if false %}x{% endif %}"))
+    with pytest.raises(UserError, match="no tokens, so there is nothing to continue"):
+        "".join(Talk(model, silent, Config(run=None)).answer("Hello"))

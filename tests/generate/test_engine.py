@@ -164,7 +164,7 @@ def test_prompts_that_cannot_be_answered() -> None:
     model = build(CONFIGS["grouped heads"])
     with pytest.raises(UserError, match=r"prompt 1 has 96 tokens.*96 positions"):
         generate(model, [[1], [1] * 96], max_new_tokens=2, stop_ids=[])
-    with pytest.raises(ValueError, match="prompt 0 is empty"):
+    with pytest.raises(UserError, match="prompt 0 has no tokens"):
         generate(model, [[]], max_new_tokens=2, stop_ids=[])
     assert generate(model, [], max_new_tokens=2, stop_ids=[]) == []
     assert generate(model, [[1], [2]], max_new_tokens=0, stop_ids=[]) == [[], []]

@@ -206,7 +206,7 @@ def test_no_more_logits_than_a_chunk_exist(monkeypatch):
 
 @pytest.mark.parametrize(("vocab", "tokens"), [(32_000, 512), (49_152, 256), (10**9, 128)])
 def test_the_chunk_shrinks_as_the_vocabulary_grows(vocab, tokens):
-    assert chunk_tokens(vocab, torch.device("cpu")) == tokens
+    assert chunk_tokens(vocab, torch.device("cpu"), torch.float32) == tokens
 
 
 def any_function(nll):

@@ -161,7 +161,7 @@ def test_a_file_of_whet_prepare_shows_account_and_what_was_left_out(tmp_path, to
     lines = [json.dumps(talk), json.dumps(talk), "{broken", json.dumps({"text": "a" * 99})]
     data.write_text("\n".join(lines) + "\n")
     out = tmp_path / "packed.h5"
-    flags = ["--tokenizer", tmp_path / "tokenizer", "--bad_lines", "drop", "--context_length", 64]
+    flags = ["--tokenizer", tmp_path / "tokenizer", "--refused", "drop", "--context_length", 64]
     assert main(["prepare", "--data", str(data), "--out", str(out), *map(str, flags)]) == 0
     capsys.readouterr()
     sheet = read_sheet(PackedStore(out), 0, 1, None)

@@ -103,5 +103,5 @@ def test_refused_data_leave_no_folder(tmp_path, capsys, name, content, told):
     assert main(command(tmp_path / name, tmp_path / "base")) == 2
     error = capsys.readouterr().err
     assert told in error
-    assert "--bad_lines" not in error, "no flag of this command"
+    assert "--refused" not in error, "no flag of this command"
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -1,5 +1,6 @@
 """whet sft from the command line: what it refuses, what it writes, and that it learns."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -330,14 +331,13 @@ def test_samples_show_prompt_reply_and_what_was_expected(world, tmp_path):
     assert set(json.loads(lines[0])) == {"step", "prompt", "reply", "expected"}
 
 
-def test_script_has_the_walk_through_as_defaults():
-    import importlib.util
-
-    path = Path(__file__).resolve().parents[2] / "scripts" / "train_sft.py"
-    spec = importlib.util.spec_from_file_location("train_sft", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    words = script.with_defaults(["--lr", "1e-5", "--out=elsewhere"])
-    assert words[words.index("--data") + 1] == "data/sft_packed.h5"
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_scripts_have_the_walk_through_as_defaults(monkeypatch, stage):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
+    script = importlib.import_module(f"train_{stage}")
+    words = importlib.import_module("walk_through").with_defaults(
+        script.DEFAULTS, ["--lr", "1e-5", "--out=elsewhere"]
+    )
+    assert words[words.index("--data") + 1] == script.DEFAULTS["--data"]
     assert "--out" not in words
     assert words[-2:] == ["1e-5", "--out=elsewhere"]

@@ -1,6 +1,9 @@
 """A training command around its loop: flags of a continued run, changed data, no memory left."""
 
+import json
+import shutil
 import sys
+import tomllib
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,10 @@ from tests.numerics.test_layouts import command
 from whet.cli import main
 from whet.stages import packed
 from whet.train.state import saved_states
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -134,3 +141,84 @@ def test_float8_is_refused_where_it_cannot_run(world, capsys):
     told = capsys.readouterr().err
     assert "--float8: needs a CUDA device of compute capability 9.0 (Hopper) or newer" in told
     assert not (world / "other" / "config.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more"), [("constant", {"max_steps": 10}), ("wsd", {"max_steps": 15})]
+)
+def test_a_run_is_made_longer(world, schedule, more):
+    """It ends as one that was as long from the beginning: of wsd, from where the rate fell."""
+    flags = {"schedule": schedule, "warmup": 1, "save_every": 3, "keep": 1, "max_steps": 8}
+    assert main(command(world, world / "run", **flags)) == 0
+    assert main([*command(world, world / "run", **(flags | more)), "--resume"]) == 0
+    assert main(command(world, world / "whole", **(flags | more))) == 0
+    for name in ("model.safetensors", "ledger.bin"):
+        assert (world / "run" / name).read_bytes() == (world / "whole" / name).read_bytes(), name
+    steps = [[x for x in metrics(world / n) if "train_loss" in x] for n in ("run", "whole")]
+    assert steps[0] == steps[1]
+
+
+def test_a_longer_run_by_epochs_goes_on_by_its_new_length(world):
+    flags = {"schedule": "constant", "save_every": 2, "max_steps": 1000, "epochs": 1}
+    assert main(command(world, world / "run", **flags)) == 0
+    longer = flags | {"epochs": 3}
+    assert main([*command(world, world / "run", **longer), "--resume"]) == 0
+    assert max(line["step"] for line in metrics(world / "run")) == 6
+    config = tomllib.loads((world / "run" / "config.toml").read_text())
+    assert config["epochs"] == 3, "the next resume has it, too"
+
+
+def test_what_cannot_be_made_longer_says_why(world, capsys):
+    words = command(world, world / "out", save_every=2, max_steps=12)
+    assert main([*words, "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert "a cosine schedule is laid out for the length it began with" in told
+    assert f"whet sft --model {world / 'out'} --out NEW" in told
+    words = command(world, world / "out", save_every=2, max_steps=4)
+    assert main([*words, "--resume"]) == 2
+    assert "it can be made longer, not shorter" in capsys.readouterr().err
+
+
+def test_a_wsd_run_without_a_state_from_before_its_decay_is_not_made_longer(world, capsys):
+    flags = {"schedule": "wsd", "save_every": 3, "max_steps": 10}
+    assert main(command(world, world / "run", **flags)) == 0
+    for folder in saved_states(world / "run" / "state")[:-1]:
+        shutil.rmtree(folder)
+    capsys.readouterr()
+    assert main([*command(world, world / "run", **(flags | {"max_steps": 20})), "--resume"]) == 2
+    assert "no state from before step 8, where its learning rate began" in capsys.readouterr().err
+
+
+def test_a_run_of_another_command_is_named(world, capsys):
+    (world / "out" / "run.json").write_text('{"command": "pretrain"}')
+    assert main([*command(world, world / "out", save_every=2), "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert "holds a run of `whet pretrain`, which `whet sft` can't continue" in told
+
+
+def test_the_end_says_where_everything_is(world, capsys):
+    words = command(world, world / "other", samples=1)
+    words.remove("--quiet")
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    out = world / "other"
+    for line in (f"whet chat {out}", f"tensorboard --logdir {out / 'tensorboard'}"):
+        assert line in told
+    assert str(out / "samples.jsonl") in told
+    assert "dev loss" in told
+    assert "nats a token" in told
+    assert "dev_loss" not in told.split("done:")[0], "no raw keys"
+
+
+def test_a_run_is_replayed_from_another_directory(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    words = command(
+        world, world / "out2", data="train.h5", model="base", dev="dev.h5", save_every=2
+    )
+    assert main(words) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main(["replay", str(world / "out2"), "--step", "5"]) == 0
+    assert "train_loss" in capsys.readouterr().out
+    assert main(["ledger", str(world / "out2"), "--step", "5"]) == 0

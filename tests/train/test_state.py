@@ -89,9 +89,11 @@ def test_prune_keeps_the_newest_and_the_one_an_incident_needs(tmp_path):
     model, optimizers = made(0)
     for step in (2, 4, 6, 8, 10):
         save(tmp_path, model, optimizers, step)
-    state.prune(tmp_path, 2, 10, needed_for=6)  # step 6 is replayed from the state after step 4
+    state.prune(
+        tmp_path, 2, Facts(step=10, incident_step=6)
+    )  # step 6 is replayed from the state after step 4
     assert [path.name[-2:] for path in state.saved_states(tmp_path)] == ["04", "08", "10"]
-    state.prune(tmp_path, 2, 10, needed_for=-1)
+    state.prune(tmp_path, 2, Facts(step=10))
     assert [path.name[-2:] for path in state.saved_states(tmp_path)] == ["08", "10"]
 
 
@@ -100,7 +102,7 @@ def test_prune_does_not_count_what_the_resume_has_passed_over(tmp_path):
     model, optimizers = made(0)
     for step in (3, 4, 9):
         save(tmp_path, model, optimizers, step)
-    state.prune(tmp_path, 1, 4, needed_for=-1)
+    state.prune(tmp_path, 1, Facts(step=4))
     assert [path.name[-2:] for path in state.saved_states(tmp_path)] == ["04", "09"]
 
 

@@ -17,12 +17,16 @@ import tokenizers
 from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
 from whet.chat.hidden import Joints, pattern_of
-from whet.chat.template import TAKEN, ChatTemplate
+from whet.chat.template import TAKEN, ChatTemplate, check_names
 from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer, write_text
 from whet.errors import UserError
 from whet.files import read_text
 
 BUILT_IN = ("plain", "chatml")
+DEFAULT = re.compile(r"\{%- if (\w+) is not defined %\}\{%- set \1 = (.*) %\}\{%- endif %\}\n")
+"""How a template sets a variable that nobody else sets: at its beginning, a line for each."""
+DATE = "chat_template_date"
+"""In tokenizer_config.json: the date that a template which asks for it was trained with."""
 CONTROL_LITERAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>")
 
 
@@ -117,6 +121,64 @@ class Chat:
         backend.encode_special_tokens = True
         return backend
 
+    def with_variables(self, variables: dict[str, Any], today: str | None = None) -> "Chat":
+        """This chat with `variables` over its own, and perhaps another date, as 2025-12-31.
+
+        Raises UserError for a variable that no template of it reads, and for what is no date.
+        """
+        check_names(variables, "--template_kwargs")
+        templates = [self.template, *([self.tool_template] if self.tool_template else [])]
+        known = frozenset().union(*(t.variables for t in templates))
+        unknown = sorted(variables.keys() - known)
+        if unknown:
+            some = sorted(known - TAKEN - set(self.tokenizer.named))
+            reads = f"it reads {', '.join(some)}" if some else "it reads none"
+            raise UserError(
+                f"--template_kwargs: the chat template reads no variable {', '.join(unknown)}; "
+                f"{reads}"
+            )
+        if named := sorted(variables.keys() & self.tokenizer.named.keys()):
+            raise UserError(
+                f"--template_kwargs: {', '.join(named)} is the tokenizer's own; change it in "
+                "tokenizer_config.json"
+            )
+        date_given = _date(today) if today else self.today
+        return replace(self, variables={**self.variables, **variables}, today=date_given)
+
+    def settled(self) -> "Chat":
+        """The same chat, but its templates themselves set the variables where nobody else does.
+
+        So they travel with the template, and every engine that reads it asks as Whet has trained.
+        """
+        if not self.variables:
+            return self
+        tool = self.tool_template and _with_defaults(self.tool_template, self.variables)
+        template = _with_defaults(self.template, self.variables)
+        return replace(self, template=template, tool_template=tool, variables={})
+
+    def as_dict(self) -> dict[str, str | None]:
+        """What conversations are rendered with, besides the tokenizer: for a packed file."""
+        chat = self.settled()
+        return {
+            "template": chat.template.source,
+            "tool_template": chat.tool_template.source if chat.tool_template else None,
+            "date": self.today.isoformat() if self._is_dated else None,
+        }
+
+    def rendering_as(self, recorded: dict[str, Any], where: str) -> "Chat":
+        """This tokenizer with what `as_dict` has recorded in `where`."""
+        texts = [recorded.get("template"), recorded.get("tool_template") or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{where}: its attribute chat holds no template; prepare it again")
+        template, tool = (ChatTemplate(str(text), f"{where}: chat template") for text in texts)
+        today = _date(recorded["date"]) if recorded.get("date") else self.today
+        return Chat(self.tokenizer, template, tool if tool.source else None, {}, today)
+
+    @property
+    def _is_dated(self) -> bool:
+        templates = [self.template, self.tool_template]
+        return any("strftime_now" in template.source for template in templates if template)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without what was found out by trying the template."""
         parts = (self.tokenizer, self.template, self.tool_template, self.variables, self.today)
@@ -125,24 +187,69 @@ class Chat:
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files and chat_template.jinja into `directory`."""
         folder = Path(directory)
-        self.tokenizer.save(folder)
-        write_text(folder / "chat_template.jinja", self.template.source)
-        if self.tool_template:
+        said = self.as_dict()
+        config = {k: v for k, v in self.tokenizer.config.items() if k != DATE}
+        config |= {DATE: said["date"]} if said["date"] else {}
+        replace(self.tokenizer, config=config).save(folder)
+        write_text(folder / "chat_template.jinja", str(said["template"]))
+        if said["tool_template"]:
             (folder / "additional_chat_templates").mkdir(exist_ok=True)
-            file = folder / "additional_chat_templates/tool_use.jinja"
-            write_text(file, self.tool_template.source)
+            write_text(folder / "additional_chat_templates/tool_use.jinja", said["tool_template"])
 
 
-def load_tokenizer(path: str | Path, chat_template: str | None = None) -> Chat:
+def load_tokenizer(
+    path: str | Path,
+    chat_template: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> Chat:
     """The tokenizer of the directory `path` with its chat template.
 
     `chat_template` is None (the directory's own, else Whet's plain one), `plain`, `chatml` or the
-    path of a file. Raises UserError if a file is missing or broken.
+    path of a file. `template_kwargs` are variables of it, over those that it sets itself. Raises
+    UserError if a file is missing or broken.
     """
     tokenizer = read_tokenizer(path)
     if chat_template is not None:
-        return Chat(tokenizer, find_template(chat_template))
-    return Chat(tokenizer, *_own_templates(Path(path), tokenizer.config))
+        chat = Chat(tokenizer, find_template(chat_template))
+    else:
+        chat = Chat(tokenizer, *_own_templates(Path(path), tokenizer.config))
+    return chat.with_variables(template_kwargs or {}, tokenizer.config.get(DATE))
+
+
+def defaults_of(source: str) -> tuple[dict[str, str], str]:
+    """The variables that a template sets where nobody else does, as jinja writes their values, and
+    the rest of the template."""
+    found: dict[str, str] = {}
+    while line := DEFAULT.match(source):
+        found[line[1]] = line[2]
+        source = source[line.end() :]
+    return found, source
+
+
+def _with_defaults(template: ChatTemplate, variables: dict[str, Any]) -> ChatTemplate:
+    found, rest = defaults_of(template.source)
+    found |= {name: _literal(value) for name, value in variables.items()}
+    lines = [
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}\n"
+        for name, value in found.items()
+    ]
+    return ChatTemplate("".join(lines) + rest, template.name)
+
+
+def _literal(value: Any) -> str:
+    """A JSON value as jinja writes it: the same, but for null."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(k)}: {_literal(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise UserError(f"--date {text}: expected a date such as 2025-12-31") from None
 
 
 def add_chat_tokens(chat: Chat, chat_template: str) -> tuple[Chat, list[str]]:

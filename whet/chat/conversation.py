@@ -17,6 +17,25 @@ REASONING_KEYS = (
     "reasoning",
     "thinking",
 )  # three names of one thing
+WEIGHT_KEYS = ("weight", "loss_weight")
+TRAIN_KEYS = ("train", "trainable", "training", "train_on_turn", "loss", "loss_mask")
+"""Other tools' names for a message's weight: true or false, or a number."""
+UNREADABLE = {
+    **dict.fromkeys(
+        ("train_detail", "training_detail", "mask", "masked", "loss_scale"),
+        "give the message a weight of 0 or 1",
+    ),
+    **dict.fromkeys(
+        ("images", "image", "image_url", "videos", "video", "audios", "audio", "refusal"),
+        "Whet trains on text alone",
+    ),
+}
+"""Keys of a message that say something which would be lost, and what to do."""
+EMPTY_IS_ABSENT = frozenset((*REASONING_KEYS, *UNREADABLE, "tool_calls", "function_call"))
+MESSAGE_KEYS = frozenset(
+    ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+)
+"""Keys of a message that are read."""
 LARGEST_WEIGHT = 1e30  # float32 holds it; JSON can hold any number
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("reasoning", "thinking")
@@ -150,18 +169,32 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
     role = message.get("role")
     if len(message) == 2 and type(message.get("content")) is str and role in ROLES:
         return dict(message), None  # most messages: nothing is left to judge
+    if role == "function":  # OpenAI's older name
+        role = "tool"
     if role not in ROLES:
         known = ", ".join(ROLES)
         what = "has no role" if role is None else f"has the unknown role {shown(role)}"
         raise UserError(f"{at}: {what}; roles are {known}")
-    read = {key: value for key, value in message.items() if value is not None}
-    read.pop("weight", None)
-    weight = _read_weight(message.get("weight"), role, at)
+    read = {
+        key: value
+        for key, value in message.items()
+        if value is not None and not (key in EMPTY_IS_ABSENT and value in ("", []))
+    }
+    read["role"] = role
+    weight = _read_weight(read, role, at)
+    for key in UNREADABLE:
+        if key in read:
+            raise UserError(f"{at} ({role}): {key} is not read; {UNREADABLE[key]}")
+    if "function_call" in read:  # OpenAI's older name of a single call
+        if "tool_calls" in read:
+            raise UserError(f"{at} ({role}): has function_call and tool_calls; keep one of them")
+        read["tool_calls"] = [_from_json(read.pop("function_call"), "function_call", at)]
     _read_content(read, message.get("content"), at)
     _read_reasoning(read, at)
     if role == "assistant":
         if "tool_calls" in read:
-            read["tool_calls"] = _read_tool_calls(read["tool_calls"], at)
+            calls = _from_json(read["tool_calls"], "tool_calls", at)
+            read["tool_calls"] = _read_tool_calls(calls, at)
         if not read.get("tool_calls"):
             read.pop("tool_calls", None)
             if "content" not in read and "reasoning_content" not in read:
@@ -176,19 +209,28 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
     return read, weight
 
 
-def _read_weight(weight: Any, role: str, at: str) -> float | None:
-    if weight is None:
+def _read_weight(read: Message, role: str, at: str) -> float | None:
+    """The weight that one of the keys in use for it gives, taken out of `read`."""
+    found = {key: read.pop(key) for key in (*WEIGHT_KEYS, *TRAIN_KEYS) if key in read}
+    for key, value in found.items():
+        if isinstance(value, bool) and key in TRAIN_KEYS:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            kind = "true, false or a number" if key in TRAIN_KEYS else "a number"
+            raise UserError(f"{at} ({role}): {key} must be {kind}, got {shown(value)}")
+        if not 0 <= value <= LARGEST_WEIGHT:
+            raise UserError(f"{at} ({role}): {key} must be finite, 0 or more, got {shown(value)}")
+    if len(set(map(float, found.values()))) > 1:
+        raise UserError(f"{at} ({role}): {' and '.join(found)} differ; keep one of them")
+    if not found:
         return None
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise UserError(f"{at} ({role}): weight must be a number, got {shown(weight)}")
-    if not 0 <= weight <= LARGEST_WEIGHT:
-        raise UserError(f"{at} ({role}): weight must be finite, 0 or more, got {shown(weight)}")
+    weight = float(next(iter(found.values())))
     if role != "assistant" and weight != 0:
         raise UserError(
             f"{at} ({role}): weight {weight:g} would train words that are not the model's; "
             "only assistant messages can have a weight other than 0"
         )
-    return float(weight)
+    return weight
 
 
 def _read_content(read: Message, content: Any, at: str) -> None:
@@ -270,15 +312,26 @@ def _read_tool_call(call: Any, at: str) -> dict[str, Any]:
     return {"type": "function", **rest, "function": inner}
 
 
+def _from_json(value: Any, name: str, where: str) -> Any:
+    """`value`, parsed if it is a text: tables without nested types hold objects as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {name} is a text that is not JSON ({error})") from None
+
+
 def _read_list_of_objects(value: Any, name: str, where: str) -> list[dict[str, Any]] | None:
-    if value is None or value == []:
+    if isinstance(value, str) and value.strip():
+        value = _from_json(value, name, where)
+    if (
+        value is None
+        or value == []
+        or value == {}
+        or (isinstance(value, str) and not value.strip())
+    ):
         return None
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: {name} is a text that is not JSON ({error})") from None
-        return _read_list_of_objects(value, name, where)
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise UserError(f"{where}: {name} must be a list of objects, got {shown(value)}")
     return [dict(item) for item in value]

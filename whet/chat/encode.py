@@ -6,13 +6,13 @@ The rules that every result keeps, or is refused, stand in docs/chat_templates.m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from datetime import date
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from whet.chat.align import Aligner, Located, Unclear
+from whet.chat.backend import TokenizerError, failures_named
 from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import (
@@ -25,7 +25,6 @@ from whet.chat.conversation import (
 )
 from whet.chat.examples import Draft, drafts, prompt_draft
 from whet.chat.turns import Rendered
-from whet.errors import UserError
 
 BATCH = 256  # conversations that are tokenised at once: enough to keep the tokenizer's threads busy
 
@@ -159,8 +158,9 @@ def encode_prompt(
     encoder = encoder_for(chat, options or EncodeOptions())
     draft = prompt_draft(encoder.rendered(messages), go_on)
     try:
-        return [int(i) for i in encoder.aligner.locate(draft).ids]
-    except Unclear as error:
+        with failures_named("the text"):
+            return [int(i) for i in encoder.aligner.locate(draft).ids]
+    except (Unclear, TokenizerError) as error:
         raise Refused(_refusal(messages, "tokens", str(error))) from None
 
 
@@ -178,9 +178,7 @@ class Encoder:
 
     def __init__(self, chat: Chat, options: EncodeOptions) -> None:
         if options.template_kwargs or options.date:
-            variables = {**chat.variables, **options.template_kwargs}
-            today = _date(options.date) if options.date else chat.today
-            chat = replace(chat, variables=variables, today=today)
+            chat = chat.with_variables(options.template_kwargs, options.date)
         self.chat = chat
         self.options = options
         self.aligner = Aligner(chat)
@@ -191,6 +189,15 @@ class Encoder:
 
     def encode(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         """The results for `data`, in order, tokenised together."""
+        try:
+            with failures_named("the text"):
+                return self._encoded(data)
+        except TokenizerError as error:
+            if len(data) == 1:
+                return [_refusal(data[0], "tokens", str(error))]
+            return [result for datum in data for result in self.encode([datum])]
+
+    def _encoded(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
         planned = [self._plan(datum) for datum in data]
         waiting = [draft for plan in planned if isinstance(plan, tuple) for draft in plan[0]]
         located = iter(self.aligner.locate_many(waiting))
@@ -214,7 +221,7 @@ class Encoder:
             return error.refusal
 
     def _raw(self, datum: RawText) -> Encoded:
-        """Text, trained whole, with the eos behind it; control tokens in it as `special` says."""
+        """Text, trained whole, with the eos after it; control tokens in it as `special` says."""
         if half := half_character(datum.text):
             raise Refused(_refusal(datum, "datum", half))
         pattern = self.chat.control_pattern
@@ -276,10 +283,3 @@ def _encoded(
 
 def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
     return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
-
-
-def _date(text: str) -> date:
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise UserError(f"--date {text}: expected a date such as 2025-12-31") from None

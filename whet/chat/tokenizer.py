@@ -18,6 +18,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from whet.chat.added_tokens import STANDARD, add_declared, read_declared
+from whet.chat.backend import failures_named, open_backend
+from whet.chat.template import check_names
 from whet.errors import UserError
 from whet.files import read_json, read_text, replaced
 from whet.tokenizer_files import add_ends, convert, find_convertible
@@ -43,13 +45,16 @@ class Tokenizer:
     config: dict[str, Any] = field(default_factory=dict, repr=False)
     further_eos_ids: tuple[int, ...] = ()  # of generation_config.json
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; control tokens in it are recognised, none is added."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, ends: bool = False) -> list[int]:
+        """The ids of `text`; control tokens in it are recognised. With `ends` come those that the
+        tokenizer puts around a whole text. Raises TokenizerError if it can't."""
+        with failures_named("the tokenizer"):
+            return list(self.backend.encode(text, add_special_tokens=ends).ids)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`, without the control tokens unless `skip_special` is False."""
-        return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+        with failures_named("the tokenizer"):
+            return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -106,12 +111,18 @@ class Tokenizer:
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def knows_ids_of(self, other: "Tokenizer") -> bool:
+        """Whether every id of `other` is the same token here; there may be more, such as the
+        padding token of a reward model."""
+        own = self.backend.get_vocab(with_added_tokens=True)
+        return other.backend.get_vocab(with_added_tokens=True).items() <= own.items()
+
     def with_tokens(self, texts: Iterable[str]) -> "Tokenizer":
         """This tokenizer with `texts` as special tokens, new ones at the end of the vocabulary."""
         new = [t for t in dict.fromkeys(texts) if self.backend.token_to_id(t) is None]
         if not new:
             return self
-        backend = _backend(self.json_text, Path("tokenizer.json"))
+        backend = open_backend(self.json_text, Path("tokenizer.json"))
         backend.add_special_tokens([AddedToken(text, normalized=False) for text in new])
         return replace(self, backend=backend, json_text=backend.to_str())
 
@@ -129,8 +140,8 @@ class Tokenizer:
         if others := {k: v for k, v in self.named.items() if k not in named}:
             config["extra_special_tokens"] = others
         write_text(folder / "tokenizer.json", self.json_text)
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        write_text(folder / "tokenizer_config.json", text)
+        # In ASCII: a stranger's file may hold half a character, which UTF-8 cannot write.
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2))
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -153,11 +164,12 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
         what = "is no directory" if not folder.is_dir() else "holds no tokenizer.json"
         raise UserError(f"{folder} {what}; expected a model or tokenizer directory")
     further = _eos_ids(folder)
-    backend = _backend(text, file)
+    backend = open_backend(text, file)
     before = repr(backend.get_added_tokens_decoder())
     declared = read_declared(folder, config, backend.get_added_tokens_decoder())
     given = made.named if made else {}
     named = {**given, **{name: token.content for name, token in declared.named.items()}}
+    check_names(named, f"{folder}: special tokens")
     if "eos_token" not in named and (eos := _likely_eos(backend, further)):
         named["eos_token"] = eos
     if declared.extra:
@@ -196,18 +208,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _rebuild(json_text: str, *rest: Any) -> Tokenizer:
-    return Tokenizer(_backend(json_text, Path("tokenizer.json")), json_text, *rest)
-
-
-def _backend(json_text: str, file: Path) -> tokenizers.Tokenizer:
-    """Raises UserError if the text of `file` is none of a tokenizer."""
-    try:
-        backend = tokenizers.Tokenizer.from_str(json_text)
-        backend.no_truncation()  # some files carry a truncation, which would cut silently
-        backend.no_padding()
-    except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{file} is no tokenizer.json: {error}") from None
-    return backend
+    return Tokenizer(open_backend(json_text, Path("tokenizer.json")), json_text, *rest)
 
 
 def _likely_eos(backend: tokenizers.Tokenizer, eos_ids: tuple[int, ...]) -> str | None:

@@ -30,6 +30,7 @@ ATTRIBUTES = {
     "pad_id": int,
     "tokenizer_hash": str,
     "template_hash": str,
+    "chat": dict,
     "sources": list,
     "source_sha256": list,
     "settings": dict,
@@ -41,6 +42,7 @@ REFUSAL = {"source": str, "line": int, "kind": str, "reason": str}
 DATASETS = (
     "tokens", "loss_mask", "segment_ids", "loss_tokens", "documents", "refusals",
     "scores", "margins", "labels", "logp", "advantages", "rewards",
+    "values", "returns", "token_advantages",
 )  # fmt: skip
 
 

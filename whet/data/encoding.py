@@ -4,9 +4,11 @@ Results are a few flat arrays, which cross the border between processes fast and
 conversations in little memory. A loss mask is kept as its runs of equal weight.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -14,11 +16,14 @@ import numpy as np
 
 from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat
-from whet.chat.conversation import Conversation, RawText, Tokenised
-from whet.chat.encode import Encoded, EncodeOptions, encode_many
+from whet.chat.conversation import MESSAGE_KEYS, Conversation, RawText, Tokenised
+from whet.chat.encode import Encoded, EncodeOptions, Example, encode_many
+from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations
-from whet.data.formats import IDS_KEYS, Datum, to_example
+from whet.data.formats import IDS_KEYS, MASK_KEYS, Datum, to_example
+from whet.data.preferences import Preference
 from whet.data.reader import GOES_ON, Block, Unit, parse
+from whet.data.record import renamed, rest
 from whet.errors import UserError
 
 CONVERSATION = np.dtype(
@@ -28,6 +33,9 @@ CONVERSATION = np.dtype(
         ("digest", "<u8", 2),  # of all ids and weights: equal for exact duplicates
         ("opening", "<u8"),  # of the first question: equal for what must not be split apart
         ("question", "<i4"),  # the evaluation question that it shares, -1 for none
+        ("kind", "i1"),  # index into KIND_NAMES
+        ("margin", "<f4"),  # of a pair of replies, as in `Preference`
+        ("scores", "<f4", 2),
     ]
 )
 EXAMPLE = np.dtype(
@@ -40,6 +48,7 @@ EXAMPLE = np.dtype(
         ("n_runs", "<i4"),
     ]
 )
+KIND_NAMES = tuple(KINDS)
 RUN = np.dtype([("start", "<i4"), ("end", "<i4"), ("weight", "<f4")])
 """Tokens start..end of an example, which all have the loss weight `weight`, not 0."""
 
@@ -68,6 +77,8 @@ class EncodedBlock:
     tokens: np.ndarray  # int32
     refusals: list[Refusal]
     notes: Counter[str]  # what certificates count: escaped control tokens, split tokens, ...
+    unused: Counter[str]  # fields that nothing reads: records that have them
+    renamed: Counter[str]  # fields of the file that `--fields` names: records that have them
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class BlockEncoder:
     paths: tuple[str, ...]  # of the sources
     context_length: int  # into pieces of which raw text is cut
     format: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)  # as `read_fields` gives them
     evaluations: Evaluations | None = None
     text_only: bool = False  # for pretraining: everything is trained, conversations are refused
 
@@ -86,33 +98,46 @@ class BlockEncoder:
         path = self.paths[block.source]
         data: list[Datum] = []
         refusals: list[Refusal] = []
+        renames: Counter[str] = Counter()
         for unit in block.units:
             try:
-                data.append(self._read(unit, path))
+                datum = self._read(unit, path, renames)
+                if isinstance(datum, Preference) and datum.has_empty_reply:
+                    refusals.append(_refusal(datum, "empty_reply", "a reply is empty"))
+                else:
+                    data.append(datum)
             except UserError as error:
                 refusals.append(Refusal("datum", str(error), path, unit.line))
-        results = encode_many(data, self.chat, self.options)
+        flat = [side for datum in data for side in sides_of(datum)]
+        results = iter(encode_many(flat, self.chat, self.options))
         kept: list[Entry] = []
         notes: Counter[str] = Counter()
-        for datum, result in zip(data, results, strict=True):
-            if isinstance(result, Refusal):
-                refusals.append(result)
+        for datum in data:
+            own = [next(results) for _ in sides_of(datum)]
+            if refused := _judge(datum, own):
+                refusals.append(refused)
                 continue
-            kept += self._entries(datum, result)
-            _count(notes, result)
+            encoded = [result for result in own if isinstance(result, Encoded)]
+            kept += self._entries(datum, [e for result in encoded for e in result.examples])
+            for result in encoded:
+                _count(notes, result)
         conversations = self._describe(block.source, kept)
         examples, runs, tokens = _flatten(kept)
         refusals.sort(key=lambda refusal: refusal.line)
-        lines, size = len(block.units), block.size
+        lines = sum(not unit.goes_on for unit in block.units)  # a long text is one document
+        size = block.size
         return EncodedBlock(
-            block.source, lines, size, conversations, examples, runs, tokens, refusals, notes
-        )
+            block.source, lines, size, conversations, examples, runs, tokens, refusals, notes,
+            Counter(name for datum in data for name in self._unused(datum)), renames,
+        )  # fmt: skip
 
-    def _read(self, unit: Unit, path: str) -> Datum:
+    def _read(self, unit: Unit, path: str, renames: Counter[str]) -> Datum:
         try:
             record = parse(unit)
         except UserError as error:
             raise UserError(f"{path}:{unit.line}: {error}") from None
+        if self.fields and isinstance(record, dict):
+            record = renamed(record, self.fields, renames)
         if not self.text_only:
             datum = to_example(record, self.format, path, unit.line)
             if isinstance(datum, Tokenised) and not any(datum.mask[1:]):
@@ -120,19 +145,21 @@ class BlockEncoder:
             return datum
         for key in IDS_KEYS if isinstance(record, Mapping) else ():
             if isinstance(record.get(key), list):
-                record = {"ids": record[key], "mask": [1] * len(record[key])}
+                mask = record.get("attention_mask") or [1] * len(record[key])
+                record = {**rest(record, *MASK_KEYS), "mask": mask}
+                break
         datum = to_example(record, self.format, path, unit.line)
-        if isinstance(datum, Conversation):
+        if isinstance(datum, Conversation | Preference):
             raise UserError(
                 f"{datum.where}: is a conversation; pretraining reads plain text (.txt, or records "
                 "with `text` or `ids`), `whet prepare` and `whet sft` train on conversations"
             )
         return datum
 
-    def _entries(self, datum: Datum, encoded: Encoded) -> list[Entry]:
+    def _entries(self, datum: Datum, encoded: Sequence[Example]) -> list[Entry]:
         """The examples of a conversation together. Text is cut into rows, no token of it lost, and
         each row is an entry of its own: a part of a long text can be held out for dev."""
-        examples = [(example.ids, example.loss_mask) for example in encoded.examples]
+        examples = [(example.ids, example.loss_mask) for example in encoded]
         if not isinstance(datum, RawText) and not self.text_only:
             return [Entry(datum, examples, 0)]
         ((ids, mask),) = examples
@@ -146,11 +173,17 @@ class BlockEncoder:
         table = np.zeros(len(kept), CONVERSATION)
         table["source"] = source
         table["line"] = [entry.datum.line for entry in kept]
-        digests = b"".join(_digest(entry.pieces) for entry in kept)
+        digests = b"".join(_digest(entry) for entry in kept)
         table["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
         openings = np.array([_opening(entry.datum) for entry in kept], np.uint64)
         table["opening"] = np.where(openings == 0, table["digest"][:, 0], openings)
         table["question"] = -1
+        table["margin"], table["scores"] = np.nan, np.nan
+        for number, entry in enumerate(kept):
+            if isinstance(entry.datum, Preference):
+                table["kind"][number] = 1 if len(entry.datum.sides) == 2 else 2
+                table["margin"][number] = entry.datum.margin
+                table["scores"][number, : len(entry.datum.scores)] = entry.datum.scores
         if self.evaluations:
             found = {id(entry.datum): entry.datum for entry in kept}  # a text has many entries
             question = {key: self._question(datum) for key, datum in found.items()}
@@ -161,14 +194,64 @@ class BlockEncoder:
         """The number of the evaluation question that `datum` shares, -1 if none."""
         if isinstance(datum, Tokenised):
             datum = RawText(self.chat.tokenizer.decode(datum.ids))
-        return self.evaluations.match(datum) if self.evaluations else -1
+        if not self.evaluations:
+            return -1
+        return max(self.evaluations.match(side) for side in sides_of(datum))
+
+    def _unused(self, datum: Datum) -> set[str]:
+        """The fields of its record that say something and that nothing reads."""
+        found = {k for k, v in datum.extra.items() if v not in (None, "", [], {}) and k != GOES_ON}
+        for side in sides_of(datum):
+            for message in side.messages if isinstance(side, Conversation) else ():
+                if len(message) > 2:
+                    others = message.keys() - MESSAGE_KEYS
+                    found |= {f"messages.{k}" for k in others if k not in self._template_words}
+        return found
+
+    @cached_property
+    def _template_words(self) -> set[str]:
+        """The words of the templates, which may read any key of a message."""
+        templates = (self.chat.template, self.chat.tool_template)
+        return set(re.findall(r"\w+", " ".join(t.source for t in templates if t)))
 
 
-def _digest(pieces: Pieces) -> bytes:
+def sides_of(datum: Datum) -> tuple[Conversation | RawText | Tokenised, ...]:
+    """What of `datum` is encoded on its own."""
+    return datum.sides if isinstance(datum, Preference) else (datum,)
+
+
+def _judge(datum: Datum, sides: Sequence[Encoded | Refusal]) -> Refusal | None:
+    """Why `datum` is left out, None if it is not: its first refusal, or sides that are no pair."""
+    for side in sides:
+        if isinstance(side, Refusal):
+            return side
+    if not isinstance(datum, Preference):
+        return None
+    examples = [e for side in sides if isinstance(side, Encoded) for e in side.examples]
+    if len(examples) != len(sides):
+        return _refusal(datum, "rewritten", "the template rewrites earlier turns of a reply")
+    if len(examples) == 2:
+        starts = [int(np.argmax(example.loss_mask != 0)) for example in examples]
+        prompts = [e.ids[:start] for e, start in zip(examples, starts, strict=True)]
+        if not np.array_equal(prompts[0], prompts[1]):
+            reason = "the template renders other prompts before the chosen and the rejected reply"
+            return _refusal(datum, "prompts", reason)
+        if np.array_equal(examples[0].ids, examples[1].ids):
+            return _refusal(datum, "equal_sides", "chosen and rejected are the same")
+    return None
+
+
+def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
+    return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
+
+
+def _digest(entry: Entry) -> bytes:
     digest = blake2b(digest_size=16)
-    for ids, mask in pieces:
+    for ids, mask in entry.pieces:
         digest.update(ids.data)
         digest.update(mask.data)
+    if isinstance(entry.datum, Preference) and len(entry.datum.sides) == 1:
+        digest.update(repr(entry.datum.scores).encode())  # good and bad are no duplicates
     return digest.digest()
 
 
@@ -221,11 +304,16 @@ def _flatten(kept: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def _count(notes: Counter[str], encoded: Encoded) -> None:
     certificate = encoded.certificate
-    notes["control tokens in texts, encoded as plain text"] += certificate.escaped
+    notes[
+        "control tokens in texts, encoded as plain text (--special_in_content allow: as control)"
+    ] += certificate.escaped
     notes["tokens split at the border of a reply"] += certificate.split_tokens
     split = len(encoded.examples) > 1
     notes["conversations split because the template rewrites earlier turns"] += split
+    lengths = [len(example.ids) for example in encoded.examples]
+    again = "tokens more through such splits; --rewritten_turns last trains their last turn alone"
+    notes[again] += sum(lengths) - max(lengths)
     notes["replies closed with the stop token that the template leaves out"] += certificate.closed
-    otherwise = "conversations with a reply that the template renders otherwise than its prompt"
-    notes[f"{otherwise}; put behind the prompt"] += certificate.composed
+    differs = "conversations with a reply that the template does not render after its prompt"
+    notes[f"{differs}; put there"] += certificate.composed
     notes["turns left out by --rewritten_turns last"] += len(certificate.untrained_turns)

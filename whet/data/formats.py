@@ -4,32 +4,41 @@ A format is recognised by a record's fields (`SIGNATURES`) or said by the user (
 fits none is refused with the fields it has: nothing is guessed.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from whet.chat.conversation import (
-    LARGEST_WEIGHT,
     Conversation,
+    Message,
     RawText,
     Tokenised,
-    place,
     read_conversation,
     shown,
 )
+from whet.data.preferences import LABEL_KEYS, Preference, read_labelled, read_pair
+from whet.data.record import (
+    LISTS_OF_MESSAGES,
+    SYSTEM_KEYS,
+    Origin,
+    Record,
+    check_meaning,
+    first_of,
+    from_json,
+    one_of,
+    rest,
+    text_of,
+)
+from whet.data.tokenised import IDS_KEYS, MASK_KEYS, read_tokenised
 from whet.errors import UserError
 
-Record = Mapping[str, Any]
-Datum = Conversation | RawText | Tokenised
-
-IDS_KEYS = ("ids", "input_ids", "tokens")
-MASK_KEYS = ("mask", "loss_mask", "assistant_masks", "completion_mask", "labels")
-IGNORED_LABEL = -100
+Datum = Conversation | RawText | Tokenised | Preference
 
 SIGNATURES: dict[str, tuple[tuple[str, ...], ...]] = {
     # format: its fields; one of each group must be there. The first format that fits is taken.
+    "preferences": (("chosen",), ("rejected",)),
+    "labels": (LABEL_KEYS,),  # if it is true or false, and the rest is a prompt and a completion
     "messages": (("messages",),),
     "sharegpt": (("conversations", "conversation"),),
     "tokenised": (IDS_KEYS, MASK_KEYS),
@@ -40,6 +49,15 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
 }
 FORMATS = tuple(SIGNATURES)
+TOOLS_KEYS = ("tools", "functions", "tool_defs", "available_tools")
+FIELDS = tuple(
+    dict.fromkeys([
+        *(field for groups in SIGNATURES.values() for group in groups for field in group),
+        *LISTS_OF_MESSAGES, *TOOLS_KEYS, *SYSTEM_KEYS, "documents", "input", "context", "history",
+        "margin", "attention_mask", "position_ids", "role", "content", "from", "value",
+    ])
+)  # fmt: skip
+"""The names that `--fields` can give to a file's own."""
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -59,10 +77,8 @@ SHAREGPT_ROLES = {
 
 HINTS = (
     # what a record of another kind has: what to do with it
-    (
-        {"chosen", "rejected"},
-        "this is preference data; SFT needs one answer, such as `chosen`",
-    ),
+    ({"chosen"}, "a pair needs `rejected`, too; for SFT rename it: --fields completion=chosen"),
+    ({"rejected_response"}, "a pair is read from the fields `chosen` and `rejected`: see --fields"),
     ({"instances"}, "write each of `instances` as a line with instruction, input and output"),
     ({"input_ids"}, "ids alone do not say what is trained; add `loss_mask` or `labels`"),
     ({"ids"}, "ids alone do not say what is trained; add `mask`"),
@@ -70,17 +86,6 @@ HINTS = (
     ({"prompt"}, "the answer is missing: `completion`"),
     ({"role", "content"}, "this is one message; a line holds a whole conversation in `messages`"),
 )
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a record was read: begins every error message."""
-
-    source: str
-    line: int
-
-    def error(self, message: str) -> UserError:
-        return UserError(f"{place(self.source, self.line)}: {message}")
 
 
 def to_example(record: Any, format: str | None = None, source: str = "", line: int = 0) -> Datum:
@@ -92,10 +97,12 @@ def to_example(record: Any, format: str | None = None, source: str = "", line: i
     if not isinstance(record, Mapping):
         raise at.error(f"expected a JSON object with a conversation's fields, got {shown(record)}")
     if format is None:
-        return READERS[detect_format(record, source, line)](record, at)
-    if format not in READERS:
+        format = detect_format(record, source, line)
+    elif format not in READERS:
         raise UserError(f"--format {format}: not a format; formats are {', '.join(FORMATS)}")
-    _require(record, format, at)
+    else:
+        _require(record, format, at)
+    check_meaning(record, at)
     return READERS[format](record, at)
 
 
@@ -103,10 +110,11 @@ def detect_format(record: Record, source: str = "", line: int = 0) -> str:
     """The name of the format whose fields `record` has; UserError if it fits none."""
     for name, groups in SIGNATURES.items():
         for group in groups:
-            if not _first(record, group):
+            if not first_of(record, group):
                 break
         else:
-            return name
+            if name != "labels" or _is_labelled(record):
+                return name
     at = Origin(source, line)
     if not record:
         raise at.error("the record is empty ({}); expected a conversation's fields")
@@ -115,47 +123,60 @@ def detect_format(record: Record, source: str = "", line: int = 0) -> str:
     raise at.error(f"fields {shown(list(record), 100)} fit no known format; {hint}")
 
 
-def _first(record: Record, keys: tuple[str, ...]) -> str | None:
-    for key in keys:  # a loop, as a generator would take twice as long for every line
-        if record.get(key) is not None:
-            return key
-    return None
+def _is_labelled(record: Record) -> bool:
+    """Whether it is what KTO learns from, not a record with some label: a prompt, a completion and
+    true or false. `kto_tag` says so itself."""
+    if record.get("kto_tag") is not None:
+        return True
+    pair = SIGNATURES["prompt_completion"]
+    return isinstance(record.get("label"), bool) and all(first_of(record, g) for g in pair)
 
 
 def _require(record: Record, name: str, at: Origin) -> None:
-    missing = [group for group in SIGNATURES[name] if not _first(record, group)]
+    missing = [group for group in SIGNATURES[name] if not first_of(record, group)]
     if missing:
         wanted = " or ".join(missing[0])
         raise at.error(f"format {name} needs the field {wanted}; got {shown(list(record), 100)}")
 
 
-def _rest(record: Record, *used: str) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in used}
-
-
-def _text(record: Record, key: str, at: Origin, *, empty: bool = True) -> str:
-    """The text in `record[key]`; missing counts as empty. Where `empty` is False, it may not be."""
-    value = record.get(key)
-    value = "" if value is None else value
-    if not isinstance(value, str):
-        raise at.error(f"{key} must be a text, got {shown(value)}")
-    if not empty and not value.strip():
-        raise at.error(f"{key} is empty")
-    return value
-
-
-def _messages(record: Record, at: Origin) -> Conversation:
-    messages = record["messages"]
-    if isinstance(messages, list):
-        messages = [_lift_calls(message, n, at) for n, message in enumerate(messages, 1)]
+def _conversation(
+    messages: Any, record: Record, at: Origin, *used: str | None, system: bool = True
+) -> Conversation:
+    """Messages with what stands beside them in the record: tools, documents, a system prompt."""
+    said = one_of(record, SYSTEM_KEYS, at) if system else None
+    if said is not None:
+        if not isinstance(said, str):
+            raise at.error(f"system must be a text, got {shown(said)}")
+        if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
+            first = messages[0]
+            if first.get("role") != "system":
+                messages = [{"role": "system", "content": said}, *messages]
+            elif first.get("content") != said:
+                raise at.error("has a field system and a system turn; keep one of them")
+    tools = one_of(record, TOOLS_KEYS, at)
+    if tools is not None and record.get("functions"):
+        functions = from_json(tools, "functions", at)
+        if isinstance(functions, list):  # OpenAI's older name: the functions without their shell
+            tools = [{"type": "function", "function": f} if _is_bare(f) else f for f in functions]
     return read_conversation(
         messages,
-        tools=record.get("tools"),
+        tools=tools,
         documents=record.get("documents"),
         source=at.source,
         line=at.line,
-        extra=_rest(record, "messages", "tools", "documents"),
+        extra=rest(record, *used, *TOOLS_KEYS, *SYSTEM_KEYS, "documents"),
     )
+
+
+def _is_bare(function: Any) -> bool:
+    return isinstance(function, Mapping) and "name" in function and "function" not in function
+
+
+def _messages(record: Record, at: Origin) -> Conversation:
+    messages = from_json(record["messages"], "messages", at)
+    if isinstance(messages, list):
+        messages = [_lift_calls(message, n, at) for n, message in enumerate(messages, 1)]
+    return _conversation(messages, record, at, "messages")
 
 
 def _lift_calls(message: Any, number: int, at: Origin) -> Any:
@@ -178,24 +199,12 @@ def _lift_calls(message: Any, number: int, at: Origin) -> Any:
 
 
 def _sharegpt(record: Record, at: Origin) -> Conversation:
-    key = _first(record, SIGNATURES["sharegpt"][0]) or ""
-    turns = record[key]
+    key = first_of(record, SIGNATURES["sharegpt"][0]) or ""
+    turns = from_json(record[key], key, at)
     if not isinstance(turns, list) or not turns:
         raise at.error(f"{key} must be a non-empty list of turns, got {shown(turns)}")
     messages = [_sharegpt_turn(turn, f"turn {n}", at) for n, turn in enumerate(turns, 1)]
-    system = _text(record, "system", at)
-    if system:
-        if messages[0].get("role") == "system":
-            raise at.error("has a field system and a system turn; keep one of them")
-        messages.insert(0, {"role": "system", "content": system})
-    return read_conversation(
-        messages,
-        tools=record.get("tools") or None,
-        documents=record.get("documents"),
-        source=at.source,
-        line=at.line,
-        extra=_rest(record, key, "system", "tools", "documents"),
-    )
+    return _conversation(messages, record, at, key)
 
 
 def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
@@ -209,9 +218,7 @@ def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
         raise at.error(f"{where}: `from` is {shown(speaker)}; speakers are {known}")
     if not isinstance(value, str):
         raise at.error(f"{where} ({speaker}): value must be a text, got {shown(value)}")
-    message: dict[str, Any] = {"role": SHAREGPT_ROLES[speaker], "content": value}
-    if "weight" in turn:
-        message["weight"] = turn["weight"]
+    message = {**rest(turn, "from", "value"), "role": SHAREGPT_ROLES[speaker], "content": value}
     if speaker in ("function_call", "tool_call"):
         message["content"] = ""
         message["tool_calls"] = _calls_in_text(value, f"{where} ({speaker})", at)
@@ -219,11 +226,17 @@ def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
 
 
 def _calls_in_text(value: str, where: str, at: Origin) -> list[Any]:
-    try:
-        calls = json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise at.error(f"{where}: the call is not JSON ({error}): {shown(value)}") from None
+    calls = from_json(value, f"{where}: the call", at)
     return calls if isinstance(calls, list) else [calls]
+
+
+def _speak(message: Any, where: str, at: Origin) -> Message:
+    """A message of either spelling."""
+    if isinstance(message, Mapping) and "from" in message:
+        return _sharegpt_turn(message, where, at)
+    if not isinstance(message, Mapping):
+        raise at.error(f"{where}: expected an object with role and content, got {shown(message)}")
+    return dict(message)
 
 
 def _alpaca(record: Record, at: Origin) -> Conversation:
@@ -236,17 +249,13 @@ def _dolly(record: Record, at: Origin) -> Conversation:
 
 def _instruction(record: Record, context_key: str, answer_key: str, at: Origin) -> Conversation:
     """Instruction, an empty line, and the context, if there is one, are the question."""
-    question = _text(record, "instruction", at, empty=False)
-    context = _text(record, context_key, at)
+    question = text_of(record, "instruction", at, empty=False)
+    context = text_of(record, context_key, at)
     if context.strip():
         question = f"{question}\n\n{context}"
     messages = _history(record, at)
-    system = _text(record, "system", at)
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    messages += _exchange(question, _text(record, answer_key, at, empty=False))
-    extra = _rest(record, "instruction", context_key, answer_key, "system", "history")
-    return read_conversation(messages, source=at.source, line=at.line, extra=extra)
+    messages += _exchange(question, text_of(record, answer_key, at, empty=False))
+    return _conversation(messages, record, at, "instruction", context_key, answer_key, "history")
 
 
 def _history(record: Record, at: Origin) -> list[dict[str, Any]]:
@@ -271,22 +280,15 @@ def _exchange(question: str, answer: str) -> list[dict[str, Any]]:
 
 def _prompt_completion(record: Record, at: Origin) -> Conversation:
     """Texts or lists of messages. Only the completion is trained, as the fields' names say."""
-    key = _first(record, ("completion", "response")) or ""
-    prompt = _side(record["prompt"], "prompt", "user", at)
+    key = first_of(record, ("completion", "response")) or ""
+    prompt = _history(record, at) + _side(record["prompt"], "prompt", "user", at)
     completion = _side(record[key], key, "assistant", at)
     for message in prompt:
         if message.get("role") == "assistant" and message.get("weight") is None:
             message["weight"] = 0  # null, too: tables with one schema for all rows write it
     if completion[0].get("role") != "assistant":
         raise at.error(f"{key} must begin with a message of the assistant")
-    return read_conversation(
-        prompt + completion,
-        tools=record.get("tools"),
-        documents=record.get("documents"),
-        source=at.source,
-        line=at.line,
-        extra=_rest(record, "prompt", key, "tools", "documents"),
-    )
+    return _conversation(prompt + completion, record, at, "prompt", key, "history")
 
 
 def _side(value: Any, key: str, role: str, at: Origin) -> list[dict[str, Any]]:
@@ -304,8 +306,8 @@ CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 def _gsm8k(record: Record, at: Origin) -> Conversation:
     """The worked answer becomes thinking, the number after `####` the answer."""
-    question = _text(record, "question", at, empty=False)
-    reasoning, mark, number = _text(record, "answer", at).rpartition("####")
+    question = text_of(record, "question", at, empty=False)
+    reasoning, mark, number = text_of(record, "answer", at).rpartition("####")
     number = number.strip().replace(",", "")
     if not mark or not number:
         raise at.error(
@@ -314,64 +316,27 @@ def _gsm8k(record: Record, at: Origin) -> Conversation:
         )
     reasoning = CALCULATOR_MARK.sub("", reasoning).strip()
     answer = f"<think>{reasoning}</think><answer>{number}</answer>"
-    extra = _rest(record, "question", "answer")
-    messages = _exchange(question, answer)
-    return read_conversation(messages, source=at.source, line=at.line, extra=extra)
+    return _conversation(_exchange(question, answer), record, at, "question", "answer")
 
 
 def _raw_text(record: Record, at: Origin) -> RawText:
-    text = _text(record, "text", at, empty=False)
-    return RawText(text, at.source, at.line, _rest(record, "text"))
+    text = text_of(record, "text", at, empty=False)
+    return RawText(text, at.source, at.line, rest(record, "text"))
 
 
-def _tokenised(record: Record, at: Origin) -> Tokenised:
-    ids_key = _first(record, IDS_KEYS) or ""
-    mask_key = _first(record, MASK_KEYS) or ""
-    ids = _numbers(record, ids_key, at)
-    mask = _numbers(record, mask_key, at)
-    if not ids:
-        raise at.error(f"{ids_key} is empty")
-    if len(ids) != len(mask):
-        raise at.error(f"{ids_key} has {len(ids)} entries, {mask_key} {len(mask)}")
-    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= 2**31:
-        wrong = next(i for i in ids if not isinstance(i, int) or not 0 <= i < 2**31)
-        raise at.error(f"{ids_key} must hold token ids, got {shown(wrong)}")
-    if mask_key == "labels":
-        mask = _mask_of_labels(ids, mask, at)
-    if not all(0 <= weight <= LARGEST_WEIGHT for weight in mask):
-        wrong = next(m for m in mask if not 0 <= m <= LARGEST_WEIGHT)
-        raise at.error(f"{mask_key} must hold finite weights of 0 or more, got {shown(wrong)}")
-    extra = _rest(record, ids_key, mask_key)
-    return Tokenised(ids, list(map(float, mask)), at.source, at.line, extra)
+def _labelled(record: Record, at: Origin) -> Preference:
+    def read(other: Record, at: Origin) -> Datum:
+        return READERS[detect_format(other, at.source, at.line)](other, at)
 
-
-def _numbers(record: Record, key: str, at: Origin) -> list[Any]:
-    values = record[key]
-    if not isinstance(values, list):
-        raise at.error(f"{key} must be a list of numbers, got {shown(values)}")
-    if set(map(type, values)) <= {int, float}:  # most lists; one by one takes ten times as long
-        return values
-    for value in values:
-        if not isinstance(value, int | float) or (isinstance(value, bool) and key in IDS_KEYS):
-            raise at.error(f"{key} must hold numbers alone, got {shown(value)}")
-    return values
-
-
-def _mask_of_labels(ids: list[int], labels: list[int], at: Origin) -> list[float]:
-    """Labels in transformers' sense: the id where it is trained, -100 where not, not shifted."""
-    for number, (token, label) in enumerate(zip(ids, labels, strict=True), 1):
-        if label not in (token, IGNORED_LABEL):
-            raise at.error(
-                f"label {number} is {shown(label)}, neither the id {token} of its place nor "
-                f"{IGNORED_LABEL}; labels must not be shifted"
-            )
-    return [float(label != IGNORED_LABEL) for label in labels]
+    return read_labelled(record, at, read)
 
 
 READERS: dict[str, Callable[[Record, Origin], Datum]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
-    "tokenised": _tokenised,
+    "tokenised": read_tokenised,
+    "preferences": partial(read_pair, speak=_speak),
+    "labels": _labelled,
     "alpaca": _alpaca,
     "dolly": _dolly,
     "prompt_completion": _prompt_completion,

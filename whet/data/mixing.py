@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from whet.data.encoding import KIND_NAMES
 from whet.errors import UserError
 from whet.flags.choices import Overlong
 
@@ -24,6 +25,7 @@ class Selection:
     kept: np.ndarray  # (examples,) tokens of it that are kept, from its beginning
     copies: np.ndarray  # (examples,) how often it is written
     dev: np.ndarray  # (examples,) bool: belongs to the dev file
+    needed: np.ndarray  # (examples,) places in one row: of a pair those of both sides
 
 
 def select(
@@ -53,11 +55,14 @@ def select(
     fate[(fate == KEPT) & (copies == 0)] = NOT_DRAWN
     copies[fate != KEPT] = 0
 
-    owner = examples["conversation"]
-    selection = Selection(fate[owner], examples["length"].copy(), copies[owner], dev[owner])
-    for i in np.flatnonzero((selection.fate == KEPT) & (examples["length"] > context_length)):
+    owner, length = examples["conversation"], examples["length"]
+    paired = (conversations["kind"] == KIND_NAMES.index("preferences"))[owner]
+    both = np.bincount(owner, length, len(conversations)).astype(np.int64)
+    needed = np.where(paired, both[owner], length)
+    selection = Selection(fate[owner], length.copy(), copies[owner], dev[owner], needed)
+    for i in np.flatnonzero((selection.fate == KEPT) & (needed > context_length)):
         kept = 0
-        if overlong == "truncate":
+        if overlong == "truncate" and not paired[i]:
             first = int(examples["first_run"][i])
             kept = whole_turns(runs[first : first + int(examples["n_runs"][i])], context_length)
         selection.kept[i] = kept
@@ -75,11 +80,13 @@ def duplicates(digests: np.ndarray) -> np.ndarray:
 
 
 def whole_turns(runs: np.ndarray, context_length: int) -> int:
-    """Tokens up to the end of the last trained run that ends within `context_length`; 0 if none.
+    """Tokens up to the end of the last trained turn that ends within `context_length`; 0 if none.
 
-    What is trained is never cut: a turn whose end is missing would teach the model not to stop.
+    What is trained is never cut: a turn whose end is missing would teach the model not to stop. A
+    turn whose weight changes within it has several runs, which touch.
     """
-    inside = runs["end"][runs["end"] <= context_length]
+    ends = np.append(runs["start"][1:] != runs["end"][:-1], True)
+    inside = runs["end"][ends & (runs["end"] <= context_length)]
     return int(inside.max()) if len(inside) else 0
 
 

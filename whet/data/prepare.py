@@ -9,6 +9,7 @@ any number of workers.
 
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -17,20 +18,23 @@ from pathlib import Path
 import numpy as np
 
 from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer
+from whet.chat.conversation import place
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import collected, problems
 from whet.data.account import SourceAccount, count, table, totals
+from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations, read_evaluations
-from whet.data.encoding import BlockEncoder
-from whet.data.formats import FORMATS
-from whet.data.left_out import LeftOut, fates, notes, stop_at_refusals
+from whet.data.encoding import KIND_NAMES, BlockEncoder
+from whet.data.formats import FIELDS, FORMATS
+from whet.data.left_out import fates, notes, records, stop_at_overlong, stop_at_refusals
 from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
 from whet.data.reader import Source, check_path, parse_sources, read_blocks
+from whet.data.record import read_fields
 from whet.data.spool import Spool
 from whet.data.store import PACKED
-from whet.data.writing import Encoded, write_packed
+from whet.data.writing import Tables, write_packed
 from whet.errors import UserError
 from whet.files import nearest, unwritable
 from whet.flags.prepare import Config
@@ -65,12 +69,15 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
     sources = parse_sources(config.data)
     if _workers(config, sources):
         start_server(BlockEncoder)  # it starts while the tokenizer is loaded
-    chat = load_tokenizer(find_model(config.tokenizer, quiet=quiet, weights=False))
+    directory = find_model(config.tokenizer, quiet=quiet, weights=False)
+    check_positions(directory, config.context_length)
+    chat = load_tokenizer(directory)
     if config.chat_template:
         chat, added = add_chat_tokens(chat, config.chat_template)
         if added and not quiet:
             say(f"added to the vocabulary: {', '.join(added)}; give whet sft the same")
             say(f"--chat_template {config.chat_template}, so that the model gets their embeddings")
+    chat = chat.with_variables(read_variables(config.template_kwargs), config.date).settled()
     evaluations = read_evaluations(config.decontaminate) if config.decontaminate else None
     return _prepare(config, sources, chat, evaluations, quiet=quiet)
 
@@ -135,7 +142,7 @@ def flaws(config: Config) -> list[str]:
     elif bool(config.dev_out) != bool(config.dev_fraction):
         found.append("--dev_out and --dev_fraction belong together: give both or neither")
     with collected(found):
-        _encode_options(config)
+        read_variables(config.template_kwargs)
     if config.date:
         try:
             date.fromisoformat(config.date)
@@ -146,6 +153,8 @@ def flaws(config: Config) -> list[str]:
             find_template(config.chat_template)
     if config.format and config.format not in FORMATS:
         found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
+    with collected(found):
+        read_fields(config.fields, FIELDS)
     if config.seed < 0:
         found.append(f"--seed {config.seed}: must be 0 or more")
     if config.workers is not None and config.workers < 0:
@@ -166,20 +175,25 @@ def _prepare(
     text_only: bool = False,
     quiet: bool = False,
 ) -> list[SourceAccount]:
-    config = dataclasses.replace(config, date=config.date or date.today().isoformat())
+    config = dataclasses.replace(config, date=config.date or chat.today.isoformat())
     encoder = BlockEncoder(
         chat=chat,
         options=_encode_options(config),
         paths=tuple(source.path for source in sources),
         context_length=config.context_length,
         format=config.format,
+        fields=read_fields(config.fields, FIELDS),
         evaluations=evaluations,
         text_only=text_only,
     )
     with Spool(nearest(Path(config.out).parent)) as spool:
         _encode(spool, encoder, sources, _workers(config, sources), quiet)
-        stop_at_refusals(spool, config.bad_lines, config.uncertain, has_flags=not text_only)
+        stop_at_refusals(spool, config.refused, has_flag=not text_only)
+        for name in (of_file or name for name, of_file in encoder.fields.items()):
+            if not spool.renamed[name]:
+                raise UserError(f"--fields {config.fields}: no record has a field {name}")
         conversations, examples, runs = spool.tables()
+        _check_one_kind(conversations, encoder.paths)
         selection = select(
             conversations,
             examples,
@@ -190,11 +204,50 @@ def _prepare(
             dev_fraction=config.dev_fraction,
             seed=config.seed,
         )
-        encoded = Encoded(spool, conversations, examples, runs, selection)
-        out = LeftOut(encoded, encoder.paths, config.context_length, evaluations)
+        tables = Tables(spool, conversations, examples, runs, selection)
+        left_out = records(tables, encoder.paths, config.context_length, evaluations)
         if config.overlong == "error":
-            out.stop_at_overlong()
-        return _write(config, sources, chat, encoded, out.records(), quiet)
+            stop_at_overlong(tables, left_out)
+        accounts = _write(config, sources, chat, tables, left_out, quiet)
+        if not quiet and not text_only:
+            _say_what_is_next(config, tables.kind)
+        return accounts
+
+
+def _check_one_kind(conversations: np.ndarray, paths: tuple[str, ...]) -> None:
+    """Raise UserError for a mixture of texts, pairs and labelled replies: no command trains it."""
+    kinds, first = np.unique(conversations["kind"], return_index=True)
+    if len(kinds) > 1:
+        found = [
+            f"{place(paths[conversations['source'][i]], int(conversations['line'][i]))} is of "
+            f"{KIND_NAMES[kind]} ({KINDS[KIND_NAMES[kind]]})"
+            for kind, i in zip(kinds, first, strict=True)
+        ]
+        problems([*found, "a packed file holds one kind: prepare them apart, or see --format"])
+
+
+def check_positions(directory: Path, context_length: int) -> None:
+    """Raise UserError if the model in `directory` has fewer positions than rows would have."""
+    try:
+        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        found = found.get("text_config", found)
+        positions = [found.get(name) for name in ("max_position_embeddings", "n_positions")]
+    except (OSError, ValueError, AttributeError):
+        return  # no model, or one that `whet sft` says more about
+    for most in positions:
+        if isinstance(most, int) and most < context_length:
+            raise UserError(
+                f"--context_length {context_length}: the model in {directory} has {most:,} "
+                f"positions; take --context_length {most} or less"
+            )
+
+
+def _say_what_is_next(config: Config, kind: str) -> None:
+    """The commands that usually follow."""
+    files = f"--data {config.out}" + (f" --dev {config.dev_out}" if config.dev_out else "")
+    command = {"text": "sft", "preferences": "dpo", "labels": "dpo --loss kto"}[kind]
+    say(f"next: whet inspect {config.out}")
+    say(f"      whet {command} --model {config.tokenizer} {files} --out runs/{command.split()[0]}")
 
 
 def _encode_options(config: Config) -> EncodeOptions:
@@ -203,8 +256,6 @@ def _encode_options(config: Config) -> EncodeOptions:
         rewritten_turns=config.rewritten_turns,
         special_in_content=config.special_in_content,
         uncertain="drop",  # the workers hand refusals on; `stop_at_refusals` judges them
-        template_kwargs=read_variables(config.template_kwargs),
-        date=config.date,
     )
 
 
@@ -240,16 +291,16 @@ def _write(
     config: Config,
     sources: list[Source],
     chat: Chat,
-    encoded: Encoded,
-    refusals: list[str],
+    tables: Tables,
+    left_out: list[dict[str, str | int]],
     quiet: bool,
 ) -> list[SourceAccount]:
     """Write the dev file, if one is wanted, and the training file; print their accounts."""
-    written = encoded.selection.fate == KEPT
-    trained = encoded.trained()
-    if not (written & ~encoded.selection.dev & (trained > 0)).any():
+    written = tables.selection.fate == KEPT
+    trained = tables.trained()
+    if not (written & ~tables.selection.dev & (trained > 0)).any():
         empty = f"--data: nothing stands in {', '.join(source.path for source in sources)}"
-        told = fates(encoded, config.overlong == "truncate") or empty
+        told = fates(tables, config.overlong == "truncate") or empty
         raise UserError(f"nothing is left to train on: {told}")
     tokenizer = chat.tokenizer
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
@@ -258,55 +309,56 @@ def _write(
         "pad_id": pad_id,
         "tokenizer_hash": tokenizer.hash,
         "template_hash": chat.template.hash,
+        "chat": chat.as_dict(),
         "sources": [source.path for source in sources],
         "source_sha256": [_sha256(source.path) for source in sources],
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},
     }
-    outputs = [(config.dev_out, encoded.selection.dev)] if config.dev_out else []
-    outputs.append((config.out, ~encoded.selection.dev))
+    outputs = [(config.dev_out, tables.selection.dev)] if config.dev_out else []
+    outputs.append((config.out, ~tables.selection.dev))
     accounts: list[SourceAccount] = []
     for path, side in outputs:
         training = path == config.out
-        accounts = _accounts(sources, encoded, trained, np.flatnonzero(side), training)
+        accounts = _accounts(sources, tables, trained, np.flatnonzero(side), training)
         total = totals(accounts)
         account = {"sources": [a.as_dict() for a in accounts], "total": total.as_dict()}
         n_rows = write_packed(
             path or "",
-            encoded,
+            tables,
             np.flatnonzero(side & written),
             context_length=config.context_length,
             pad_id=pad_id,
             seed=config.seed,
             attrs={**attrs, "account": account},
-            refusals=refusals if training else [],
+            refusals=left_out if training else [],
             quiet=quiet,
         )
         if not quiet:
             filled = (total.trained + total.context) / (n_rows * config.context_length)
-            say(table(accounts))
             say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
+            say(table(accounts))
     if not quiet:
-        for line in notes(encoded, accounts, refusals, config.overlong == "truncate"):
+        for line in notes(tables, left_out, config.overlong == "truncate"):
             say(line)
     return accounts
 
 
 def _accounts(
     sources: list[Source],
-    encoded: Encoded,
+    tables: Tables,
     trained: np.ndarray,
     members: np.ndarray,
     training: bool,
 ) -> list[SourceAccount]:
     """The account of one of the two files; lines and refusals are the training file's."""
-    source = encoded.conversations["source"][encoded.examples["conversation"]]
+    source = tables.conversations["source"][tables.examples["conversation"]]
     accounts = [SourceAccount(s.path, s.weight if training else 1.0) for s in sources]
-    count(accounts, source, trained, encoded.examples["length"], encoded.selection, members)
+    count(accounts, source, trained, tables.examples["length"], tables.selection, members)
     for number, account in enumerate(accounts):
-        own = encoded.examples["conversation"][members[source[members] == number]]
+        own = tables.examples["conversation"][members[source[members] == number]]
         account.conversations = len(np.unique(own))
         if training:
-            spool = encoded.spool
+            spool = tables.spool
             account.lines = spool.lines[number]
             account.refused = {k: n for (s, k), n in spool.refused.items() if s == number}
     return accounts

@@ -40,6 +40,8 @@ class Spool:
         self.refused: Counter[tuple[int, str]] = Counter()  # by source and kind
         self.lines: Counter[int] = Counter()  # read, by source
         self.notes: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()  # records that have a field which nothing reads
+        self.renamed: Counter[str] = Counter()  # records that have a field of `--fields`
 
     @property
     def n_tokens(self) -> int:
@@ -63,7 +65,12 @@ class Spool:
             n_tokens + len(block.tokens),
         ]
         self.lines[block.source] += block.lines
-        self.notes.update(block.notes)
+        for own, of_block in (
+            (self.notes, block.notes),
+            (self.unused, block.unused),
+            (self.renamed, block.renamed),
+        ):
+            own.update(of_block)
         for refusal in block.refusals:
             self.refused[block.source, refusal.kind] += 1
             if len(self.refusals) < KEPT_REFUSALS:

@@ -1,12 +1,14 @@
 """Selected examples -> rows -> the packed file."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from whet.data.encoding import KIND_NAMES
 from whet.data.mixing import Selection
 from whet.data.packing import pack
 from whet.data.spool import Spool
@@ -17,7 +19,7 @@ ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Tables:
     """The tables of all examples (`whet.data.encoding`), their tokens, and what becomes of them."""
 
     spool: Spool
@@ -25,6 +27,12 @@ class Encoded:
     examples: np.ndarray
     runs: np.ndarray
     selection: Selection
+
+    @property
+    def kind(self) -> str:
+        """What the examples of a conversation are to each other: the same for all."""
+        kinds = self.conversations["kind"]
+        return KIND_NAMES[int(kinds[0]) if len(kinds) else 0]
 
     def trained(self) -> np.ndarray:
         """Trained tokens in the kept part of each example, (examples,) int64."""
@@ -37,26 +45,30 @@ class Encoded:
 
 def write_packed(
     path: str | Path,
-    encoded: Encoded,
+    tables: Tables,
     members: np.ndarray,
     *,
     context_length: int,
     pad_id: int,
     seed: int,
     attrs: Mapping[str, Any],
-    refusals: list[str],
+    refusals: Sequence[Mapping[str, Any]],
     quiet: bool = False,
 ) -> int:
     """Pack the examples `members`, each as often as it has copies, and write them; returns rows."""
-    copies = encoded.selection.copies[members]
-    which = np.repeat(members, copies)
-    lengths = encoded.selection.kept[which]
-    packing = pack(lengths, context_length, seed)
+    kind = tables.kind
+    size = 2 if kind == "preferences" else 1  # examples that stand side by side
+    units = members.reshape(-1, size)
+    units = np.repeat(units, tables.selection.copies[units[:, 0]], axis=0)
+    lengths = tables.selection.kept[units]
+    packing = pack(lengths.sum(1), context_length, seed)
     order = np.lexsort((packing.start, packing.row))
-    which, rows = which[order], packing.row[order]
-    documents = _documents(encoded, which, rows, packing.start[order])
-    weighted = bool(np.any(encoded.runs["weight"] != 1))
+    starts = packing.start[order, None] + np.cumsum(lengths[order], axis=1) - lengths[order]
+    which, rows = units[order].ravel(), np.repeat(packing.row[order], size)
+    documents = _documents(tables, which, rows, starts.ravel())
+    weighted = bool(np.any(tables.runs["weight"] != 1))
     n_rows = packing.n_rows
+    attrs = {**attrs, "kind": kind}
     with (
         StoreWriter(path, n_rows, context_length, weighted=weighted, attrs=attrs) as writer,
         track(f"Writing {Path(path).name}", n_rows, "rows", quiet) as progress,
@@ -67,31 +79,43 @@ def write_packed(
             own = documents[begin:end].copy()
             own["row"] -= first
             shape = (n, context_length)
-            writer.write_rows(*_rows(encoded, which[begin:end], own, shape, pad_id))
+            writer.write_rows(*_rows(tables, which[begin:end], own, shape, pad_id))
             progress.advance(n)
         writer.write_documents(documents)
-        writer.write_texts("refusals", refusals)
+        writer.write_texts("refusals", [json.dumps(r, ensure_ascii=False) for r in refusals])
+        for name, values in _values(tables, units[order]).items():
+            writer.write_numbers(name, values)
     return n_rows
 
 
+def _values(tables: Tables, units: np.ndarray) -> dict[str, np.ndarray]:
+    """What the data say of the documents (U, size) beside their tokens, by the name in the file."""
+    said = tables.conversations[tables.examples["conversation"][units[:, 0]]]
+    if tables.kind == "labels":
+        return {"labels": said["scores"][:, 0]}
+    if tables.kind == "preferences":
+        return {"margins": said["margin"], "scores": said["scores"].ravel()}
+    return {}
+
+
 def _documents(
-    encoded: Encoded, which: np.ndarray, rows: np.ndarray, starts: np.ndarray
+    tables: Tables, which: np.ndarray, rows: np.ndarray, starts: np.ndarray
 ) -> np.ndarray:
     """The table of documents of the file: one for each of `which`, in the order of the rows."""
-    conversations = encoded.conversations[encoded.examples["conversation"][which]]
+    conversations = tables.conversations[tables.examples["conversation"][which]]
     documents = np.zeros(len(which), DOCUMENT)
     documents["row"] = rows
     documents["start"] = starts
-    documents["length"] = encoded.selection.kept[which]
-    documents["trained"] = encoded.trained()[which]
+    documents["length"] = tables.selection.kept[which]
+    documents["trained"] = tables.trained()[which]
     documents["source"] = conversations["source"]
     documents["line"] = conversations["line"]
-    documents["part"] = encoded.examples["part"][which]
+    documents["part"] = tables.examples["part"][which]
     return documents
 
 
 def _rows(
-    encoded: Encoded, which: np.ndarray, documents: np.ndarray, shape: tuple[int, int], pad_id: int
+    tables: Tables, which: np.ndarray, documents: np.ndarray, shape: tuple[int, int], pad_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokens, loss mask and segments (B, T) of rows that hold the examples `which`.
 
@@ -103,16 +127,16 @@ def _rows(
     segments = np.zeros(tokens.shape, np.int32)
     begin = documents["row"] * shape[1] + documents["start"]
     length = documents["length"].astype(np.int64)
-    examples = encoded.examples[which]
+    examples = tables.examples[which]
 
     places = _ranges(begin, length)
     pairs = zip(examples["offset"].tolist(), length.tolist(), strict=True)
-    tokens[places] = np.concatenate([encoded.spool.tokens(offset, n) for offset, n in pairs])
+    tokens[places] = np.concatenate([tables.spool.tokens(offset, n) for offset, n in pairs])
     first_of_row = np.searchsorted(documents["row"], documents["row"])
     segments[places] = np.repeat(np.arange(len(which)) - first_of_row + 1, length)
 
     n_runs = examples["n_runs"].astype(np.int64)
-    runs = encoded.runs[_ranges(examples["first_run"], n_runs)]
+    runs = tables.runs[_ranges(examples["first_run"], n_runs)]
     owner = np.repeat(np.arange(len(which)), n_runs)
     inside = runs["end"] <= length[owner]  # not cut off by --overlong truncate
     runs, owner = runs[inside], owner[inside]

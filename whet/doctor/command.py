@@ -18,6 +18,7 @@ import torch
 
 from whet.chat.chat import load_tokenizer
 from whet.chat.encode import EncodeOptions
+from whet.chat.template import read_variables
 from whet.config import problems
 from whet.data.store import PackedStore
 from whet.doctor import generating, numbers, runs, saving, templates
@@ -88,7 +89,8 @@ def admit(config: Config, scratch: Path) -> Subject:
     store = PackedStore(config.data) if config.data else None
     chat = None
     if config.tokenizer or (path / "tokenizer.json").is_file():
-        chat = load_tokenizer(config.tokenizer or path, config.chat_template)
+        variables = read_variables(config.template_kwargs)
+        chat = load_tokenizer(config.tokenizer or path, config.chat_template, variables)
     data = read_conversations(config.conversations, config.format) if config.conversations else []
     if data and chat is None:
         raise UserError(f"--conversations: {path} has no tokenizer; add --tokenizer DIR")

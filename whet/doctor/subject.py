@@ -18,9 +18,10 @@ from torch import Tensor
 
 from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat
-from whet.chat.encode import EncodeOptions, encode_many
+from whet.chat.encode import Datum, EncodeOptions, encode_many
 from whet.data.batches import Batch, make_batch
-from whet.data.formats import Datum, to_example
+from whet.data.formats import to_example
+from whet.data.preferences import Preference
 from whet.data.reader import parse, read_units
 from whet.data.store import PackedStore, Rows, StoreWriter, row_weights
 from whet.errors import UserError
@@ -165,7 +166,8 @@ def read_conversations(path: Path, format: str | None) -> list[Datum]:
         if len(data) == SCANNED_CONVERSATIONS:
             break
         try:
-            data.append(to_example(parse(unit), format, str(path), unit.line))
+            datum = to_example(parse(unit), format, str(path), unit.line)
+            data += datum.sides if isinstance(datum, Preference) else [datum]
         except UserError as error:
             where = f"{path}:{unit.line}: "
             raise UserError(where + str(error).removeprefix(where)) from None

@@ -11,7 +11,7 @@ from whet.chat.encode import Encoded, EncodeOptions, encode_many, encode_prompt
 from whet.doctor.finding import Finding, failed, judge, skipped
 from whet.doctor.subject import Subject
 from whet.errors import UserError
-from whet.evaluate.dev import misfits
+from whet.evaluate.dev import misfits, template_misfit
 
 
 def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
@@ -80,8 +80,7 @@ def data_fit(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]
         yield skipped(fits, "its rows are not sound")
         return
     found = misfits(subject.model, subject.chat, store, "--data")
-    of_file = store.attrs.get("template_hash")
-    if subject.chat and of_file not in (None, subject.chat.template.hash):
-        found.append("its chat template is not the one that the model directory has")
+    if subject.chat:
+        found += template_misfit(subject.chat, store, "--data", "the model directory")
     yield failed(fits, "; ".join(found)) if found else judge(fits, 0, 0)
     yield judge(counts, 0, 0, f"all {n_rows:,} rows, when the file was opened")

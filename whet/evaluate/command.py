@@ -3,9 +3,10 @@
 import time
 from typing import Any
 
+from whet.chat.template import read_variables
 from whet.config import problems
 from whet.data.store import PackedStore
-from whet.evaluate.dev import dev_loss, misfits
+from whet.evaluate.dev import dev_loss, misfits, template_misfit
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
 from whet.files import replaced, write_json
 from whet.flags.eval import Config
@@ -21,7 +22,8 @@ def main(config: Config) -> int:
     # Both files before the model: a typing error shows at once.
     questions = load_gsm8k(config.gsm8k, config.limit) if config.gsm8k else None
     store = PackedStore(config.dev) if config.dev else None
-    opened = open_model(config.run, config.tokenizer, config.device, config.precision)
+    variables = read_variables(config.template_kwargs)
+    opened = open_model(config.run, config.tokenizer, config.device, config.precision, variables)
     if store is not None:
         numbers |= _measure_loss(store, opened, config.micro_rows)
     if questions is not None:
@@ -58,6 +60,8 @@ def main(config: Config) -> int:
 def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[str, Any]:
     model, chat = opened
     problems(misfits(model, chat, store, "--dev"))
+    for line in template_misfit(chat, store, "--dev", "what the model is asked with"):
+        say(f"note: {line}")
     device = next(model.parameters()).device
     found = dev_loss(
         model,

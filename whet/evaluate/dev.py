@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.chat.chat import Chat
+from whet.chat.chat import Chat, defaults_of
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.store import PackedStore
 from whet.errors import UserError
@@ -166,12 +166,42 @@ def _add(by_class: Tensor, classes: Tensor, nll: Tensor) -> None:
         by_class.index_add_(0, each.flatten(), values.flatten(0, 1))
 
 
+ANOTHER_TEMPLATE = "another chat template"
+
+
+def template_difference(one: Chat, other: Chat) -> str:
+    """What chat `one` has otherwise than `other`, of its templates and what they set; "" if
+    nothing."""
+    found = [
+        defaults_of(str(chat.as_dict()[key]))
+        for chat in (one, other)
+        for key in ("template", "tool_template")
+    ]
+    mine, my_tools, theirs, their_tools = found
+    if (mine[1], my_tools[1]) != (theirs[1], their_tools[1]):
+        return ANOTHER_TEMPLATE
+    if mine[0] == theirs[0]:
+        return ""
+    said = [", ".join(f"{k} = {v}" for k, v in d.items()) or "none" for d in (mine[0], theirs[0])]
+    return f"the template variables {said[0]} instead of {said[1]}"
+
+
+def template_misfit(chat: Chat, store: PackedStore, flag: str, whose: str) -> list[str]:
+    """A line if the packed file was rendered otherwise than `chat`, which is that of `whose`."""
+    if "chat" not in store.attrs:
+        return []
+    rendered = chat.rendering_as(store.attrs["chat"], str(store.path))
+    difference = template_difference(rendered, chat)
+    return [f"{flag} {store.path}: was rendered with {difference}, unlike {whose}"] * bool(
+        difference
+    )
+
+
 def misfits(model: Transformer, chat: Chat | None, store: PackedStore, flag: str) -> list[str]:
     """Why a packed file, given by `flag`, does not fit this model: a line for each reason."""
     found, config, attrs = [], model.config, store.attrs
     if chat and attrs.get("tokenizer_hash") not in (None, chat.tokenizer.hash):
-        settings = attrs.get("settings")
-        template = settings.get("chat_template") if isinstance(settings, dict) else None
+        template = (attrs.get("settings") or {}).get("chat_template")
         found.append(
             f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "
             "prepare` again with --tokenizer on the model's directory"

@@ -30,6 +30,8 @@ class Config:
     """Seed of the sampling."""
     max_new_tokens: Annotated[int, from_1] = 512
     """Longest reply."""
+    template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object; default: those of the training data."""
     tokenizer: InputDir | None = None
     """Tokenizer directory; default: the model's own."""
     device: Device = "auto"

@@ -34,6 +34,8 @@ class Config:
     """Tokenizer directory; by default the model's own."""
     chat_template: Annotated[str | None, PLACE] = None
     """chatml, plain or a file; by default the model's own."""
+    template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object; default: those of the training data."""
     layers: Annotated[int | None, from_1] = None
     """Examine the first so many layers only, where the model is too large for this machine."""
     row_tokens: Annotated[int, at_least(24)] = 192

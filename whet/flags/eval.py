@@ -40,6 +40,8 @@ class Config:
     """Problems that are answered at once."""
     micro_rows: Annotated[int, from_1] = 4
     """Rows of the packed file in one forward."""
+    template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object; default: those of the training data."""
     tokenizer: InputDir | None = None
     """Tokenizer directory; default: the model's own."""
     device: Device = "auto"

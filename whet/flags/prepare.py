@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from whet.config import FIRST, PLACE, Place, at_least, below_1, from_0
-from whet.flags.choices import Overlong
+from whet.flags.choices import Overlong, Refused
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,15 @@ class Config:
     dev_fraction: Annotated[float, below_1] = 0.0
     """Share of the conversations that go to --dev_out; the same opening keeps them together."""
     format: str | None = None
-    """messages, sharegpt, alpaca, prompt_completion, dolly, gsm8k, text or tokenised; by default
-    recognised by the fields of each record."""
+    """messages, sharegpt, alpaca, prompt_completion, dolly, gsm8k, text, tokenised, preferences or
+    labels; by default recognised by the fields of each record."""
+    fields: str | None = None
+    """The file's own names of fields: messages=conversation,role=speaker; NAME= leaves one out."""
     overlong: Overlong = "drop"
     """Examples longer than a row: stop, leave out, or end after the last turn that fits whole."""
-    bad_lines: Literal["error", "drop"] = "error"
-    """Lines that cannot be read: tell them and stop, or leave them out, counted and recorded."""
-    uncertain: Literal["error", "drop"] = "error"
-    """The same for conversations without a provably right loss mask."""
+    refused: Refused = "error"
+    """Lines that cannot be read and conversations without a provably right loss mask: stop, or
+    leave them out, counted and recorded (drop_unproven: only the latter)."""
     decontaminate: tuple[Annotated[str, PLACE], ...] = ()
     """Evaluation files; conversations that share a question with them are left out."""
     chat_template: Annotated[str | None, PLACE] = None

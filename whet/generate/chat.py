@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
+from whet.chat.template import read_variables
 from whet.errors import UserError
 from whet.flags.chat import Config
 from whet.generate.engine import Sampling, stream
@@ -24,7 +25,8 @@ HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops a reply"
 
 def main(config: Config) -> int:
     """Run `whet chat`."""
-    opened = open_model(config.run, config.tokenizer, config.device, config.precision)
+    variables = read_variables(config.template_kwargs)
+    opened = open_model(config.run, config.tokenizer, config.device, config.precision, variables)
     talk = Talk(*opened, config)
     answer = talk.continue_text if config.raw else talk.answer
     if config.prompt is not None:
@@ -71,7 +73,7 @@ class Talk:
     def continue_text(self, text: str) -> Iterator[str]:
         """What the model writes after `text`, control tokens included."""
         tokenizer = self.chat.tokenizer
-        prompt = list(tokenizer.backend.encode(text).ids)  # with what the tokenizer puts first
+        prompt = tokenizer.encode(text, ends=True)  # with what the tokenizer puts first
         begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), 0)
         yield from self._pieces(prompt or [begin], show_control=True)
 

@@ -393,7 +393,10 @@ def _switch(model: Transformer) -> int:
 def _room(model: Transformer, prompt: Sequence[int], index: int, max_new_tokens: int) -> int:
     """How many tokens the reply may have."""
     if not prompt:
-        raise ValueError(f"prompt {index} is empty: there is nothing to continue")
+        raise UserError(
+            f"prompt {index} has no tokens, so there is nothing to continue: the template writes "
+            "nothing for it, or the tokenizer drops its text"
+        )
     limit = model.config.max_positions
     if len(prompt) >= limit:
         raise UserError(

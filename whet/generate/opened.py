@@ -1,7 +1,7 @@
 """A model opened for use: its weights on a device, and the chat that it was trained with."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,18 +26,20 @@ def open_model(
     tokenizer: str | Path | None = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    template_kwargs: dict[str, Any] | None = None,
 ) -> Opened:
     """The model of a run folder, a model directory, a `.pt` file or a Hub name.
 
     `tokenizer` is a directory, by default the model's own. `device` auto is CUDA if there is any;
-    `precision` auto is bf16 on CUDA. Raises UserError for what cannot be opened, and for a
+    `precision` auto is bf16 on CUDA. `template_kwargs` are variables of the chat template, over
+    those that the model was trained with. Raises UserError for what cannot be opened, and for a
     tokenizer with more ids than the model has.
     """
     path = find_model(path)
     if tokenizer is None and path.is_file():
         raise UserError(f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer")
     # The tokenizer first: it is quickly opened, and often what is wrong.
-    chat = load_tokenizer(tokenizer or tokenizer_home(path))
+    chat = load_tokenizer(tokenizer or tokenizer_home(path), template_kwargs=template_kwargs)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
     if device == "auto":

@@ -14,6 +14,7 @@ Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M pac
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -68,7 +69,12 @@ class AttentionPlan:
     trained: Tensor | None
     """(S,) which of the M tokens have a target that counts; None if nothing is known of targets."""
     after: list[int | None] | None = None
-    """For each block the one whose tokens come before its own, see `share_prefixes`; None: none."""
+    """For each block the one whose tokens, after those of the block before that one, come before
+    its own, see `share_prefixes`; None: none."""
+    filling: int = 0
+    """How many of the M tokens, the last ones, are there for the sake of M alone."""
+    kept: Tensor | None = None
+    """(S',) what the last layer computes, if that is more than `trained`, which it begins with."""
     flex_masks: dict[int | None, Any] = field(default_factory=dict)
 
     @property
@@ -84,8 +90,34 @@ class AttentionPlan:
     def unpack(self, x: Tensor, shape: torch.Size) -> Tensor:
         """(M, D) -> (B, T, D), zero where nothing is computed."""
         if self.index is not None:
-            x = x.new_zeros(shape.numel(), x.shape[-1]).index_put((self.index,), x)
+            kept = len(x) - self.filling
+            x = x.new_zeros(shape.numel(), x.shape[-1]).index_put((self.index[:kept],), x[:kept])
         return x.view(*shape, -1)
+
+    def filled(self) -> "AttentionPlan":
+        """The same plan with M and the number of trained tokens each a `repeated_size`: copies of
+        the first token, on which nothing depends, are added as a document at the end."""
+        count = len(self.positions)
+        filling = repeated_size(count) - count
+        kept = self.trained
+        if kept is not None:
+            kept = F.pad(kept, (0, repeated_size(len(kept)) - len(kept)))
+        if not filling:
+            return replace(self, kept=kept)
+        index = torch.arange(count) if self.index is None else self.index
+        first = torch.zeros(filling, dtype=torch.long, device=index.device)
+        return replace(
+            self,
+            index=torch.cat((index, index[:1] + first)),
+            positions=torch.cat((self.positions, first)),
+            lengths=torch.cat((self.lengths, first + filling)),
+            sizes=[*self.sizes, filling],
+            ends=torch.cat((self.ends, self.ends[-1:] + filling)),
+            longest=max(self.longest, filling),
+            after=None if self.after is None else [*self.after, None],
+            filling=filling,
+            kept=kept,
+        )
 
     def at(self, positions: Tensor) -> "AttentionPlan":
         """The same plan with the caller's `positions` (B, T)."""
@@ -115,6 +147,16 @@ class AttentionPlan:
         return kernels.flex(q, k, v, self.flex_masks[window], scale=scale, softcap=softcap)
 
 
+def repeated_size(count: int) -> int:
+    """`count` rounded up to one of few sizes: multiples of 64, from 2,048 on 16 for each doubling.
+
+    oneDNN, which multiplies bf16 on a CPU, compiles and keeps a product for each shape that it
+    meets. Where each batch has its own number of tokens, that takes time and memory without end.
+    """
+    step = max(64, (1 << count.bit_length()) >> 5)
+    return -(-count // step) * step
+
+
 SHARED = 64
 """Tokens from which on it pays to compute a common beginning once."""
 
@@ -125,41 +167,53 @@ def share_prefixes(plan: AttentionPlan, tokens: Tensor) -> AttentionPlan:
     `tokens` (M,) are the plan's, on the CPU. A system prompt in front of many documents is the
     same for all of them: same tokens, same positions, and nothing before it. So its hidden states
     are, too. The first document keeps it as a block of its own, and what follows in each of the
-    documents becomes a block `after` it. Only what lies before a document's first trained token is
-    shared: the target there is each document's own. For training alone, as logits of the shared
-    places exist once.
+    documents becomes a block `after` it. What some of these have in common next, as the replies of
+    a group or a pair have their prompt, becomes a block in the same way, to any depth.
+
+    Only what lies before a document's first trained token is shared: the target there is each
+    document's own. For training alone, as logits of the shared places exist once.
     """
     if plan.trained is None or plan.after is not None:
         return plan
-    ends = np.cumsum(plan.sizes)
-    starts = ends - plan.sizes
     ids, trained = tokens.numpy(), plan.trained.numpy()
+    starts = np.cumsum(plan.sizes) - plan.sizes
     firsts = np.append(trained, len(ids))[np.searchsorted(trained, starts)]
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for i, (start, first) in enumerate(zip(starts, firsts, strict=True)):
-        if first - start >= SHARED:
-            groups[ids[start : start + SHARED].tobytes()].append(i)
-    shared: dict[int, tuple[int, int]] = {}  # document -> the one that keeps the prefix, its length
-    for group in groups.values():
-        longest = min(firsts[i] - starts[i] for i in group)
-        texts = np.stack([ids[starts[i] : starts[i] + longest] for i in group])
-        length = int((texts == texts[0]).all(axis=0).cumprod().sum())
-        if len(group) > 1:
-            shared |= dict.fromkeys(group, (group[0], length))
-    if not shared:
+    # Of each document, from its start: the document that keeps a part of it, and its length.
+    parts: list[list[tuple[int, int]]] = [[] for _ in plan.sizes]
+
+    def share(documents: Iterable[int], begin: int) -> None:
+        """Find what some of `documents` share after their first `begin` tokens, equal in all."""
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        for i in documents:
+            if firsts[i] - starts[i] - begin >= SHARED:
+                groups[ids[starts[i] + begin :][:SHARED].tobytes()].append(i)
+        for group in groups.values():
+            if len(group) > 1:
+                longest = min(firsts[i] - starts[i] for i in group)
+                texts = np.stack([ids[starts[i] + begin : starts[i] + longest] for i in group])
+                length = int((texts == texts[0]).all(axis=0).cumprod().sum())
+                for i in group:
+                    parts[i].append((group[0], length))
+                share(group, begin + length)
+
+    share(range(len(plan.sizes)), 0)
+    if not any(parts):
         return plan
     sizes, after, kept = list[int](), list[int | None](), np.ones(len(ids), bool)
-    block_of = dict[int, int]()
+    block_of = dict[tuple[int, int], int]()
     for i, size in enumerate(plan.sizes):
-        owner, length = shared.get(i, (i, 0))
-        if length and owner == i:
-            block_of[i] = len(sizes)
-            sizes.append(length)
-            after.append(None)
-        elif length:
-            kept[starts[i] : starts[i] + length] = False
-        sizes.append(size - length)
-        after.append(block_of[owner] if length else None)
+        block, done = None, 0
+        for owner, length in parts[i]:
+            if owner == i:
+                block_of[i, done] = len(sizes)
+                sizes.append(length)
+                after.append(block)
+            else:
+                kept[starts[i] + done : starts[i] + done + length] = False
+            block = block_of[owner, done]
+            done += length
+        sizes.append(size - done)
+        after.append(block)
     keep = torch.from_numpy(kept.nonzero()[0])
     place = torch.from_numpy(kept.cumsum() - 1)
     return replace(
@@ -212,10 +266,13 @@ class CachedPlan:
     ) -> Tensor:
         """Write `k`, `v` to the cache and attend over it; returns (M, N, H)."""
         shape = (*self.new_positions.shape, -1, q.shape[-1])
+        dtype = v.dtype
+        if q.device.type == "cpu":  # the cache then holds float32, too
+            q, k, v = kernels.wide(q, k, v)
         keys, values = self.cache.write(layer, k.view(shape), v.view(shape), self.new_positions)
         mask = self._mask(keys.shape[1], window)
         y = kernels.sdpa(q.view(shape), keys, values, mask=mask, scale=scale, softcap=softcap)
-        return y.flatten(0, 1)
+        return y.flatten(0, 1).to(dtype)
 
     def _mask(self, slots: int, window: int | None) -> Tensor:
         """(B, 1, T, S), True where a token sees a slot. The same for all layers of a kind."""

@@ -230,13 +230,18 @@ class Transformer(nn.Module):
             plan = plan_documents(tokens.shape, tokens.device, segments, weight)
         if positions is not None:
             plan = plan.at(positions)
+        filled = (
+            tokens.device.type == "cpu" and product_type(next(self.parameters())) == torch.bfloat16
+        )
         if targets is None and not self.config.score:
+            plan = plan.filled() if filled else plan
             x = plan.unpack(self._layers(plan.pack(tokens), plan), tokens.shape)
             return self._logits(x, logits_at)
         assert weight is not None, "targets and scores need weights"
         if tokens.device.type == "cpu" and positions is None and self.prefixes_are_equal:
             plan = share_prefixes(plan, plan.pack(tokens))
-        x = self._layers(plan.pack(tokens), plan, plan.trained)
+        plan = plan.filled() if filled else plan
+        x = self._layers(plan.pack(tokens), plan, plan.trained if plan.kept is None else plan.kept)
         if self.config.score:
             with torch.autocast(x.device.type, enabled=False):  # one row: in float32 at no cost
                 scores = F.linear(x.float(), self.score.weight.float())[:, 0]
@@ -285,13 +290,12 @@ class Transformer(nn.Module):
     def _loss(
         self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
     ) -> TokenLoss:
-        """x (S, D) at the trained tokens of the plan."""
-        where = plan.trained_index
+        """x (S', D) at the trained tokens of the plan, and what fills them up."""
         loss, nll = linear_cross_entropy(
             x,
             self.head_weight,
-            targets.flatten()[where],
-            weight.flatten()[where],
+            _at_trained(targets, plan, len(x)),
+            _at_trained(weight, plan, len(x)),
             **self._curve(temperature),
         )
         return TokenLoss(loss, _spread(nll, plan, weight))
@@ -300,7 +304,7 @@ class Transformer(nn.Module):
         self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
     ) -> TokenLoss:
         """The same with a gradient for each token's nll."""
-        wanted = targets.flatten()[plan.trained_index]
+        wanted = _at_trained(targets, plan, len(x))
         nll = linear_nll(x, self.head_weight, wanted, **self._curve(temperature))
         spread = _spread(nll, plan, weight)
         return TokenLoss((weight * spread).sum(), spread)
@@ -312,7 +316,7 @@ class Transformer(nn.Module):
         nll, watched = linear_probability(
             x,
             self.head_weight,
-            targets.flatten()[plan.trained_index],
+            _at_trained(targets, plan, len(x)),
             watch,
             **self._curve(1.0),
         )
@@ -345,10 +349,17 @@ class Transformer(nn.Module):
         return None if self.config.tied else self.head.bias
 
 
+def _at_trained(x: Tensor, plan: AttentionPlan, size: int) -> Tensor:
+    """x (B, T) -> (size,): the S trained tokens, then zeros."""
+    found = x.flatten()[plan.trained_index]
+    return F.pad(found, (0, size - len(found)))
+
+
 def _spread(values: Tensor, plan: AttentionPlan, weight: Tensor) -> Tensor:
-    """values (S,) of the trained tokens -> (B, T) float32, 0 elsewhere."""
+    """values (S',), the first S of the trained tokens -> (B, T) float32, 0 elsewhere."""
+    where = plan.trained_index
     zeros = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
-    return zeros.index_put((plan.trained_index,), values.float()).view(weight.shape)
+    return zeros.index_put((where,), values[: len(where)].float()).view(weight.shape)
 
 
 @torch.no_grad()

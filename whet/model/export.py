@@ -1,12 +1,14 @@
 """`whet export`: write a model for other tools, merge an adapter into its base.
 
-Whatever is written is opened again and compared with the model it was made from. `gguf-ready` is
-the `hf` layout with a check that llama.cpp's `convert_hf_to_gguf.py` knows the architecture and
-every name of a tensor; its tables (`gguf-py/gguf/tensor_mapping.py`) gave the names here.
+Whatever is written is opened again and compared with the model it was made from. `gguf` is what
+llama.cpp and Ollama run (`gguf.py`); `gguf-ready` is the `hf` layout with a check that llama.cpp's
+`convert_hf_to_gguf.py` knows the architecture and every name of a tensor; its tables
+(`gguf-py/gguf/tensor_mapping.py`) gave the names here.
 """
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ import torch
 from whet.chat.chat import Chat, load_tokenizer
 from whet.config import problems
 from whet.errors import UserError
-from whet.files import PT, read_json, replaced, unwritable, unwritable_folder
+from whet.files import PT, read_json, replaced, replaced_folder, unwritable, unwritable_folder
 from whet.flags.export import Config
 from whet.hub import find_model
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
+from whet.model.gguf import notes, write_gguf
+from whet.model.gguf_tokenizer import modelfile, tokenizer_metadata
 from whet.model.hf.checkpoint import (
+    check_vocabulary,
     file_places,
     probe,
     relative_difference,
@@ -31,7 +36,7 @@ from whet.model.hf.config import CLASSES, OWN_LAYOUT, to_hf
 from whet.model.hf.weights import saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora
-from whet.model.open import load_backbone_from_ckpt, open_adapter
+from whet.model.open import is_foreign, load_backbone_from_ckpt, open_adapter
 from whet.progress import say
 
 _GGUF_NAME = re.compile(
@@ -53,8 +58,11 @@ def main(config: Config) -> int:
     _check_out(path, config)
     model = _open(path, config)
     chat = _chat(path, config)
-    dtype = saved_as(config.dtype, model.config.hf)
     lineage = _lineage(path)
+    if config.to == "gguf":
+        return _write_gguf(model, chat, config)
+    assert config.dtype != "q8_0", "checked with the flags"
+    dtype = saved_as(config.dtype, model.config.hf)
     if config.to == "pt":
         stage, step = str(lineage.get("stage", "export")), int(lineage.get("step", 0))
         save_pt(model, config.out, stage, step, dict(lineage.get("metrics", {})), dtype)
@@ -75,6 +83,30 @@ def main(config: Config) -> int:
     return 0
 
 
+def _write_gguf(model: Transformer, chat: Chat | None, config: Config) -> int:
+    """A folder with `model.gguf` and Ollama's Modelfile."""
+    assert chat is not None, "only a .pt is written without a tokenizer"
+    kind = (
+        "Q8_0" if config.dtype == "q8_0" else _GGUF_TYPES[saved_as(config.dtype, model.config.hf)]
+    )
+    check_vocabulary(model.config, chat, config.run)
+    tokenizer = tokenizer_metadata(chat, model.config.vocab_size)
+    nbytes = sum(p.numel() * (1 if kind == "Q8_0" else 4) for p in model.parameters())
+    with replaced_folder(config.out, nbytes) as aside:
+        write_gguf(model, aside / "model.gguf", kind, config.out.name, tokenizer)
+        text = modelfile(chat, model.config, "model.gguf")
+        (aside / "Modelfile").write_text(text, encoding="utf-8")
+    for note in notes(model.config):
+        print(f"note: {note}", file=sys.stderr)
+    say(f"{config.out / 'model.gguf'}: {kind}, read back and equal")
+    say(f"llama-cli -m {config.out / 'model.gguf'}    # llama.cpp")
+    say(f"ollama create NAME -f {config.out / 'Modelfile'}    # Ollama")
+    return 0
+
+
+_GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
 def _check_out(path: Path, config: Config) -> None:
     """Refuse an `--out` that is read, too: an adapter's base, once merged, would be merged again
     whenever the adapter is opened."""
@@ -88,6 +120,12 @@ def _check_out(path: Path, config: Config) -> None:
 
 
 def _open(path: Path, config: Config) -> Transformer:
+    base = adapter.find_base(path) if path.is_dir() and adapter.is_adapter(path) else path
+    if config.to != "hf" and is_foreign(base):
+        raise UserError(
+            f"--to {config.to}: {base} is of an architecture that is not Whet's own; --to hf "
+            "writes a model directory, which llama.cpp's own converter may know"
+        )
     if not (path.is_dir() and adapter.is_adapter(path)):
         if config.merge:
             raise UserError(f"--merge: {config.run} is a whole model, it has no adapter to merge")

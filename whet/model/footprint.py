@@ -6,7 +6,7 @@ import torch
 
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
-from whet.model.loss import chunk_tokens
+from whet.model.loss import CACHED_LOGITS, chunk_tokens
 
 
 def attention_flops(config: ModelConfig, sizes: Sequence[int], *, again: bool) -> float:
@@ -31,6 +31,8 @@ def seen_pairs(size: int, window: int | None) -> int:
 
 def head_bytes(model: Transformer, trained: int, device: torch.device, halves: bool) -> int:
     """What `linear_cross_entropy` holds over `trained` tokens besides its results: the logits of a
-    chunk, in float32 and, with `halves`, in the products' own type, twice."""
-    tokens = min(trained, chunk_tokens(model.config.vocab_size, device))
-    return tokens * model.config.vocab_size * (4 + 4 * halves)
+    chunk, with `halves` in bf16. A GPU softmaxes all of them at once, in float32."""
+    dtype, vocab = torch.bfloat16 if halves else torch.float32, model.config.vocab_size
+    tokens = min(trained, chunk_tokens(vocab, device, dtype))
+    at_once = tokens * vocab if device.type == "cuda" else max(vocab, CACHED_LOGITS)
+    return tokens * vocab * dtype.itemsize + 4 * at_once * halves

@@ -45,6 +45,8 @@ class ForeignConfig:
     """The smallest length limit of the configuration, under any of its names; 2^20 without one."""
     n_layers: int
     hf: dict[str, Any]
+    score: bool = False
+    """Scores need one of Whet's own families."""
 
     @property
     def family(self) -> str:

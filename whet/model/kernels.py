@@ -1,7 +1,7 @@
 """The ways to compute attention within documents. All give what `dense_attention` defines.
 
 ============  ==========================  ===================================================
-`documents`   CPU; float32 anywhere       one call of torch's SDPA per document
+`documents`   CPU; float32 anywhere       one call of torch's SDPA per document, in float32
 `varlen`      CUDA, bfloat16 or float16   torch's flash attention over documents end to end
 `flex`        CUDA, with a soft cap       torch's flex attention with a block mask
 ============  ==========================  ===================================================
@@ -12,6 +12,7 @@ Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M pac
 """
 
 import inspect
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -38,27 +39,38 @@ def documents(
 ) -> Tensor:
     """q (M, N, H), k and v (M, K, H), documents of `lengths` tokens end to end -> (M, N, H).
 
-    With `after` they are blocks: block i also sees all of block `after[i]`, which lies before it.
+    With `after` they are blocks: block i also sees all of block `after[i]`, which lies before it,
+    and all that this one sees.
+
+    Computed in float32, as all attention on a CPU: in bf16 torch's kernel is three times as slow,
+    and each new length of a document makes oneDNN compile, and keep, new products.
 
     `split`, because its gradient is one concatenation: that of a slice is a matrix of zeros each.
     """
     masks: dict[tuple[int, int], Tensor] = {}
-    outputs = []
+    outputs, dtype = [], v.dtype
+    q, k, v = wide(q, k, v)
     queries, keys, values = (t.split(lengths) for t in (q, k, v))
     for i, length in enumerate(lengths):
-        one = [queries[i], keys[i], values[i]]
-        before = None if after is None else after[i]
-        if before is not None:
-            one[1:] = (torch.cat((t[before], t[i])) for t in (keys, values))
+        one, chain = [queries[i], keys[i], values[i]], [i]
+        while after is not None and (before := after[chain[0]]) is not None:
+            chain.insert(0, before)
+        if len(chain) > 1:
+            one[1:] = (torch.cat([t[block] for block in chain]) for t in (keys, values))
         seen = len(one[1])
         mask = None
-        if before is not None or softcap is not None or (window is not None and window < length):
+        if seen > length or softcap is not None or (window is not None and window < length):
             if (length, seen) not in masks:
                 masks[length, seen] = causal_mask(seen, window, q.device)[-length:]
             mask = masks[length, seen]
         batched = (t[None] for t in one)
         outputs.append(sdpa(*batched, mask=mask, scale=scale, softcap=softcap)[0])
-    return torch.cat(outputs)
+    return torch.cat(outputs).to(dtype)
+
+
+def wide(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors in float32, or in float64 if they are that."""
+    return (t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
 
 
 def varlen(
@@ -158,18 +170,20 @@ def sdpa(
 ) -> Tensor:
     """q (B, T, N, H), k and v (B, S, K, H) -> (B, T, N, H). `mask` None is causal, T = S.
 
-    torch's SDPA has no soft cap; with one the scores are made in full.
+    The products are in the type of `q`, under autocast, too. torch's SDPA has no soft cap; with one
+    the scores are made in full.
     """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if softcap is None:
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
-        return y.transpose(1, 2)
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
-    assert mask is not None
-    probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    return (probabilities.to(v.dtype) @ v).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        if softcap is None:
+            grouped = q.shape[1] != k.shape[1]
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
+            return y.transpose(1, 2)
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = softcap * torch.tanh((q @ k.transpose(2, 3)).float() * (scale / softcap))
+        assert mask is not None
+        probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return (probabilities.to(v.dtype) @ v).transpose(1, 2)

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from whet.model.precision import product_type
 
+CACHED_LOGITS = 2**20
+"""Logits that are softmaxed at a time on a CPU: 4 MB of float32 stay in its cache."""
+
 
 def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
     """The loss of supervised fine-tuning, a float32 scalar.
@@ -61,7 +64,7 @@ def linear_cross_entropy(
     its type; softmax, sums and the accumulated gradient of `weight` stay float32. M may be 0: the
     sum is 0 with a gradient of 0.
     """
-    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
     if not torch.is_grad_enabled():
         # A Function is told that a parameter needs its gradient even where none will be asked for;
         # forming it would make evaluation three times as slow.
@@ -90,7 +93,7 @@ def linear_nll(
     instead of three, and still never all logits. A frozen head (`weight` without a gradient) saves
     one of them.
     """
-    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
     nll: Tensor = _LinearNll.apply(hidden, weight, bias, targets, softcap, logit_scale, chunk)
     return nll
 
@@ -112,27 +115,28 @@ def linear_probability(
     Arguments as in `linear_cross_entropy`. Both come from one product with the head.
     """
     dtype = product_type(hidden)
-    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device)
+    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
     nll, watched = hidden.new_empty(2, len(hidden), dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         head = _Head(weight.to(dtype), bias, softcap, logit_scale, chunk)
-        for part, _, logits in head.products(hidden):
-            logits = logits * logit_scale
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            log_p = torch.log_softmax(logits, -1)
-            nll[part] = -log_p.gather(-1, targets[part, None])[:, 0]
-            watched[part] = log_p[:, watch].exp()
+        for part, _, products in head.products(hidden):
+            for rows, logits in head.few(products, part.start):
+                logits = logits * logit_scale
+                logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+                log_p = torch.log_softmax(logits, -1)
+                nll[rows] = -log_p.gather(-1, targets[rows, None])[:, 0]
+                watched[rows] = log_p[:, watch].exp()
     return nll, watched
 
 
-def chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """How many tokens' float32 logits exist at a time: up to 64 MiB of them, 256 on a GPU.
+def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many tokens' logits, of `dtype`, exist at a time: up to 64 MiB of them, 256 on a GPU.
 
     A multiple of 128, at least 128: fewer or odd numbers make the matrix products slow, more bring
     nothing (docs/numerics.md has the measurement).
     """
     size = 2**28 if device.type == "cuda" else 2**26
-    return max(1, size // (4 * vocab_size) // 128) * 128
+    return max(1, size // (dtype.itemsize * vocab_size) // 128) * 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -222,29 +226,45 @@ class _Head:
     chunk: int
 
     def products(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """For each chunk of m tokens: where it lies, its hidden states (m, D) in the type of
-        products, and its logits (m, V) float32 before scale and softcap."""
+        """For each chunk of m tokens: where it lies, its hidden states (m, D) and their products
+        with the matrix (m, V), both in the type of products."""
         # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
         size = min(self.chunk, len(hidden))
         buffer = hidden.new_empty(size, len(self.matrix), dtype=self.matrix.dtype)
         for start in range(0, len(hidden), self.chunk):
-            part = slice(start, start + self.chunk)
-            x = hidden[part].to(self.matrix.dtype)
-            logits = torch.mm(x, self.matrix.t(), out=buffer[: len(x)]).float()
+            x = hidden[start : start + self.chunk].to(self.matrix.dtype)
+            part = slice(start, start + len(x))
+            yield part, x, torch.mm(x, self.matrix.t(), out=buffer[: len(x)])
+
+    def few(self, products: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of `products` (m, V) at a time, as many as a CPU's cache holds: where they lie,
+        counted from `start`, and their logits in float32, before scale and softcap.
+
+        The logits lie in the place of the products where these are float32.
+        """
+        on_cpu = products.device.type == "cpu"
+        count = max(1, CACHED_LOGITS // products.shape[1]) if on_cpu else len(products)
+        for first in range(0, len(products), count):
+            logits = products[first : first + count].float()
             if self.bias is not None:
                 logits += self.bias
-            yield part, x, logits
+            yield slice(start + first, start + first + len(logits)), logits
 
     def passes(
         self, hidden: Tensor, targets: Tensor
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """The same with nll (m,), and d nll / d logits up to `logit_scale` (m, V), float32, in
-        place of the logits."""
-        for part, x, logits in self.products(hidden):
-            nll, slope = _softmax_minus_target(
-                logits, targets[part], self.softcap, self.logit_scale
-            )
-            yield part, x, nll, slope
+        """For each chunk: where it lies, its hidden states, nll (m,), and d nll / d logits up to
+        `logit_scale` (m, V) in the type of products, in the place of these."""
+        for part, x, products in self.products(hidden):
+            nll = hidden.new_empty(len(x), dtype=torch.float32)
+            for rows, logits in self.few(products):
+                wanted = targets[part][rows]
+                nll[rows], slope = _softmax_minus_target(
+                    logits, wanted, self.softcap, self.logit_scale
+                )
+                if slope.data_ptr() != products[rows].data_ptr():
+                    products[rows] = slope
+            yield part, x, nll, products
 
 
 @dataclass
@@ -273,8 +293,7 @@ class _Gradients:
 
     def add(self, part: slice, x: Tensor, slope: Tensor, factor: Tensor, head: _Head) -> None:
         """Add a chunk of m tokens: x (m, D), slope (m, V) of `passes`, factor (m,)."""
-        dtype = head.matrix.dtype
-        slope, factor = slope.to(dtype), (factor * head.logit_scale)[:, None]
+        dtype, factor = head.matrix.dtype, (factor * head.logit_scale)[:, None]
         if self.hidden is not None:
             self.hidden[part] = (slope @ head.matrix) * factor
         if self.weight is not None:

@@ -58,10 +58,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     transformers library. `roll` brings each number's partner to its place.
     """
     size = cos.shape[-1]
+    if x.device.type == "cpu":  # its attention takes float32, as cosine and sine are
+        x = x.to(torch.promote_types(x.dtype, cos.dtype))
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turned, rest = x[..., :size], x[..., size:]
     turned = turned * cos + turned.roll(size // 2, -1) * sin
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+
+def frequency_factors(rope: Rope) -> Tensor:
+    """(size / 2,): what the plain frequencies of `rope` are divided by."""
+    positions = torch.zeros(0, dtype=torch.long)
+    plain = Rope(theta=rope.theta, size=rope.size)
+    return _frequencies(plain, positions) / _frequencies(rope, positions)
 
 
 def _frequencies(rope: Rope, lengths: Tensor) -> Tensor:

@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from whet.chat.certificate import Certificate
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
-from whet.chat.encode import Encoded, EncodeOptions, encode_chat
-from whet.data.formats import Datum, to_example
+from whet.chat.encode import Datum, Encoded, encode_chat
+from whet.data.formats import to_example
+from whet.data.preferences import Preference
 from whet.data.reader import parse, read_units
 from whet.data.rows import DOCUMENT
 from whet.errors import UserError
@@ -29,9 +29,7 @@ class EncodedLine:
     chat: Chat
 
 
-def encode_line(
-    reference: str, chat: Chat, template_kwargs: dict[str, Any] | None = None
-) -> EncodedLine:
+def encode_line(reference: str, chat: Chat) -> EncodedLine:
     """Encode the conversation at `FILE:LINE`, counted from 1; in `.json` and Parquet, the record.
 
     Raises UserError if there is no such line, and Refused, a UserError, with the reason if the
@@ -56,8 +54,11 @@ def encode_line(
     except UserError as error:
         raise UserError(f"{path}:{line}: {error}") from None
     datum = to_example(record, None, path, line)
-    options = EncodeOptions(template_kwargs=template_kwargs or {})
-    return EncodedLine(datum, encode_chat(datum, chat, options), chat)
+    if isinstance(datum, Preference):
+        raise UserError(
+            f"{datum.where}: is preference data; inspect the file that `whet prepare` makes"
+        )
+    return EncodedLine(datum, encode_chat(datum, chat), chat)
 
 
 def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:

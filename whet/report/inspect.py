@@ -25,8 +25,9 @@ def main(config: Config) -> None:
         from whet.chat.template import read_variables
         from whet.report.conversation import conversation_lines, encode_line, encoded_sheet
 
-        chat = load_tokenizer(_required(config.tokenizer), config.chat_template)
-        shown = encode_line(config.conversation, chat, read_variables(config.template_kwargs))
+        variables = read_variables(config.template_kwargs)
+        chat = load_tokenizer(_required(config.tokenizer), config.chat_template, variables)
+        shown = encode_line(config.conversation, chat)
         if config.html:
             _write(config.html, encoded_sheet(shown))
         else:

@@ -15,7 +15,12 @@ from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
 from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
-from whet.evaluate.dev import misfits
+from whet.evaluate.dev import (
+    ANOTHER_TEMPLATE,
+    misfits,
+    template_difference,
+    template_misfit,
+)
 from whet.flags.training import unfit_flags
 from whet.hub import find_model
 from whet.model.decoder import Transformer
@@ -46,9 +51,17 @@ class Opened:
 
 
 def open_for_training(
-    config: Any, ranks: Ranks, found: list[str], data: Mapping[str, PackedStore]
+    config: Any,
+    ranks: Ranks,
+    found: list[str],
+    data: Mapping[str, PackedStore],
+    *,
+    score: bool = False,
+    adapter_lr: float = USUAL_ADAPTER_LR,
 ) -> Opened:
-    """Open `config.model`; `data` are packed files that it must fit, by flag.
+    """Open `config.model`; `data` are packed files that it must fit, by flag. With `score` it gives
+    scores in place of logits, and an adapter is merged. A new adapter trained with less than half
+    of `adapter_lr` is noted.
 
     Raises UserError with the problems in `found`, which the stage has met with its own inputs, and
     later with all that does not fit the opened model.
@@ -56,14 +69,14 @@ def open_for_training(
     quiet = config.quiet or not ranks.first
     problems(found)
     path = find_model(config.model, config.revision, quiet=quiet)
-    adapter = path if is_adapter(path) else None
+    adapter = path if is_adapter(path) and not score else None
     problems(unfit_flags(config, ranks.size, adapter))
     base = path if adapter is None else find_base(adapter, quiet=quiet)
     problems(_unfit_for_others(config) if is_foreign(base) else [])
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
     halved = config.precision == "bf16" and (adapter is not None or config.lora_rank is not None)
     model = load_backbone_from_ckpt(
-        base, dtype=torch.bfloat16 if halved else torch.float32, quiet=quiet
+        base, dtype=torch.bfloat16 if halved else torch.float32, quiet=quiet, score=score
     )
     model.recompute = config.recompute
     header = [("model", f"{config.model}: {describe(model)}")]
@@ -71,6 +84,9 @@ def open_for_training(
     if config.chat_template is not None and chat is not None:
         chat, new_rows = add_tokens(model, chat, config.chat_template)
     lora = None
+    with collected(found):
+        if chat is not None:
+            chat = rendered_as_data(chat, config.chat_template, data, found, header)
     with collected(found):
         lora = choose_trained(
             model,
@@ -82,6 +98,8 @@ def open_for_training(
             device=ranks.device,
             seed=config.seed,
         )
+        if score and lora is not None:
+            model.score.requires_grad_(True)
         parse_lr_groups(
             config.lr_groups, [n for n, p in model.named_parameters() if p.requires_grad]
         )
@@ -97,8 +115,8 @@ def open_for_training(
     problems(found)
     if lora is not None:
         header.append(("adapter", adapter_in_words(lora, config.lora_4bit)))
-        if config.lr < USUAL_ADAPTER_LR / 2:
-            usual = "usual for an adapter are 1e-4 to 2e-4: ten times those of all weights"
+        if config.lr < adapter_lr / 2:
+            usual = f"usual for an adapter is {adapter_lr:g} or more: ten times that of all weights"
             header.append(("note", f"--lr {config.lr:g}: {usual}"))
     name, revision = base_of(adapter) if adapter else (config.model, config.revision)
     lineage = {"base": name, "revision": revision}
@@ -114,6 +132,34 @@ def _unfit_for_others(config: Any) -> list[str]:
     if config.out_ckpt is not None:
         found.append(f"--out_ckpt: {NO_PT}, which --out does")
     return found
+
+
+def rendered_as_data(
+    chat: Chat,
+    chat_template: str | None,
+    data: Mapping[str, PackedStore],
+    found: list[str],
+    header: list[tuple[str, str]],
+) -> Chat:
+    """`chat` with the template, its variables and date that the first of `data`, which is trained,
+    was rendered with: what the trained model is asked with, and saved with. Prompts of a policy are
+    no packed data: they are rendered with the model's own."""
+    if not data:
+        return chat
+    (_, trained), *others = data.items()
+    if "chat" not in trained.attrs:  # somebody else's, or text
+        return chat
+    rendered = chat.rendering_as(trained.attrs["chat"], str(trained.path))
+    if difference := template_difference(rendered, chat):
+        if chat_template is not None and difference == ANOTHER_TEMPLATE:
+            found.append(
+                f"--chat_template {chat_template}: {trained.path} was rendered with another one; "
+                "prepare it again with this one, or give here what it was prepared with"
+            )
+        header.append(("template", f"of {trained.path}: {difference}; it's saved with the model"))
+    for flag, store in others:
+        found += template_misfit(rendered, store, flag, str(trained.path))
+    return rendered
 
 
 def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat, list[int]]:

@@ -21,7 +21,8 @@ from whet.progress import track
 from whet.stages.opening import describe
 from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
-from whet.train.session import continues, run_stage
+from whet.train.resume import continues
+from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage
 
 TOKENIZER_CHARACTERS = 50_000_000

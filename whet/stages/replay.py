@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from whet.config import read_toml
+from whet.config import READ, marked, read_toml
 from whet.errors import UserError
 from whet.flags.replay import Config
 from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.progress import say, track
-from whet.stages import grpo, pretrain, sft
+from whet.stages import dpo, grpo, ppo, pretrain, reward, sft
 from whet.train import incidents, ledger, state, verdict
 from whet.train.ahead import to_device
 from whet.train.distributed import Ranks, start_ranks
@@ -26,9 +26,16 @@ from whet.train.session import make_optimizers
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.state import Facts
-from whet.train.step import apply_step, count_step, dtype_of, forward_backward
+from whet.train.step import apply_step, autocast, count_step, dtype_of, forward_backward
 
-STAGES: dict[str, Any] = {"sft": sft, "pretrain": pretrain, "grpo": grpo}
+STAGES: dict[str, Any] = {
+    "sft": sft,
+    "pretrain": pretrain,
+    "reward": reward,
+    "dpo": dpo,
+    "grpo": grpo,
+    "ppo": ppo,
+}
 
 
 def main(config: Config) -> int:
@@ -58,17 +65,34 @@ def main(config: Config) -> int:
 def run_settings(run: Path) -> tuple[TrainSettings, Any]:
     """The settings that a run was started with, and the module of its stage."""
     try:
-        command = json.loads((run / "run.json").read_text(encoding="utf-8"))["command"]
-        module = STAGES[command]
+        about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        module = STAGES[about["command"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}: is not the folder of a run ({error})") from None
     settings = module.Config(**read_toml(module.Config, run / "config.toml"))
+    settings = _with_places(settings, Path(about.get("directory", ".")))
     return dataclasses.replace(settings, out=run, resume=True, quiet=True), module
+
+
+def _with_places(settings: TrainSettings, directory: Path) -> TrainSettings:
+    """Paths that are relative and are not found from here are looked for in `directory`, where the
+    run was started."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, Path | str) and field.name in marked(type(settings), READ):
+            there = directory / value
+            if not Path(value).exists() and there.exists():
+                found[field.name] = type(value)(there) if isinstance(value, str) else there
+    return dataclasses.replace(settings, **found)
 
 
 def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: Ranks) -> dict:
     """The record of step `step`, as an incident would have it."""
     optimizers = make_optimizers(stage.model, settings)
+    if stage.at_start is not None:
+        with autocast(ranks.device, dtype_of(settings)):
+            stage.at_start(stage.model, ranks)
     start, passed_over = state.newest_valid(run / "state", at_most=step - 1)
     for line in passed_over:
         print(f"warning: {line}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from whet.chat.chat import Chat
 from whet.errors import UserError
 from whet.files import nearest
 from whet.model.hf.checkpoint import save_model, save_pt, saved_bytes
-from whet.model.lora.lora import LoRA
+from whet.model.lora.lora import LoRA, merge_lora
 from whet.model.lora.write import save_adapter
 from whet.train.distributed import is_first, unwrap, whole_weights
 
@@ -44,7 +45,11 @@ class ModelWriter:
             return
         whole: Any = unwrap(model)
         lineage = {**self.lineage, "metrics": metrics}
-        if self.lora is not None:
+        if self.lora is not None and getattr(whole.config, "score", False):
+            # PEFT would save the score beside the adapter; a whole model opens everywhere.
+            whole = deepcopy(whole).float()
+            merge_lora(whole)
+        elif self.lora is not None:
             base = str(self.lineage["base"])
             save_adapter(whole, directory, self.lora, base, self.chat, lineage, state=state)
             return

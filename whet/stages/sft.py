@@ -7,15 +7,16 @@ everything else. The context is read but not learnt. What changes is less what t
 what it does with it: it answers, in the answer's form, and stops.
 """
 
-from dataclasses import replace
+from functools import partial
 
-from whet.config import collected, problems, read_toml
+from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.flags.sft import Config
 from whet.stages.opening import open_for_training
 from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
+from whet.train.proposal import with_proposal
 from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage
 
@@ -47,20 +48,6 @@ def build(config: Config, ranks: Ranks) -> Stage:
     )
 
 
-def prepare(config: Config, ranks: Ranks) -> Config:
-    """`--auto`: settings that fit; a continued run keeps those that it has."""
-    if not config.auto:
-        return config
-    saved = config.out / "config.toml"
-    if saved.is_file():  # or the run would have been refused
-        before = read_toml(Config, saved)
-        kept = {name: before[name] for name in ("micro_batch_size", "recompute")}
-        return replace(config, **kept)
-    from whet.stages.plan import with_proposal  # it plans this module's own command
-
-    return with_proposal(config, ranks)
-
-
 def documents(config: Config) -> Documents:
     """What the ledger of a run with these settings names."""
     return PackedStore(config.data)
@@ -68,4 +55,4 @@ def documents(config: Config) -> Documents:
 
 def main(config: Config) -> int:
     """`whet sft`."""
-    return run_stage(config, "sft", build, prepare)
+    return run_stage(config, "sft", build, partial(with_proposal, build=build))

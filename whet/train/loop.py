@@ -107,7 +107,9 @@ def train(
         while True:
             at_end = facts.step == stage.total_steps
             to_evaluate = at_end or facts.step == 0 or _due(facts.step, settings.eval_every)
-            to_save = settings.save_every and (at_end or _due(facts.step, settings.save_every))
+            decays = settings.schedule == "wsd" and facts.step == facts.decay_step
+            due = at_end or decays or _due(facts.step, settings.save_every)
+            to_save = settings.save_every and due
             if to_evaluate or to_save or asked:
                 read(left=0)
             if to_evaluate and facts.evaluated < facts.step and not asked:
@@ -255,7 +257,7 @@ def _log_step(
         "lr": lr,
         "grad_norm": numbers.norm,
         "tokens": facts.tokens,
-        "trained_tokens": result.weight,
+        stage.unit: result.weight,
         **numbers.named,
         **made,
     }
@@ -266,7 +268,7 @@ def _log_step(
         "tokens_per_s": numbers.tokens / seconds,
         "memory_gb": memory.peak_bytes(run.ranks.device) / 1e9,
     }
-    timing["trained_per_s"] = result.weight / seconds
+    timing[f"{stage.unit.removesuffix('_tokens')}_per_s"] = result.weight / seconds
     run.metrics(result.step + 1, values, timing)
     rate = f"{timing['tokens_per_s']:,.0f} tokens/s"
     bar.advance(1, f"loss {numbers.loss:.4f}  lr {lr:.2e}  {rate}")

@@ -30,18 +30,31 @@ def lr_at(
     `warmup` is a fraction of the steps if below 1, else a number of steps; the rate rises linearly
     and reaches `peak` on the step after it. The last step has `final * peak`.
     """
-    warmup_steps = min(int(warmup if warmup >= 1 else warmup * total_steps), total_steps)
+    warmup_steps = warmup_length(total_steps, warmup)
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
-    begin = warmup_steps
-    if schedule == "wsd":
-        begin = max(warmup_steps, total_steps - round(WSD_DECAY_SHARE * total_steps))
+    begin = decay_begin(total_steps, schedule, warmup)
     if schedule == "constant" or step < begin:
         return peak
     # 0 on the first step after `begin`, 1 on the last step of the run
     done = min(1.0, (step - begin) / max(1, total_steps - 1 - begin))
     left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
     return peak * (final + (1 - final) * left)
+
+
+def warmup_length(total_steps: int, warmup: float) -> int:
+    """Steps of the warm-up."""
+    return min(int(warmup if warmup >= 1 else warmup * total_steps), total_steps)
+
+
+def decay_begin(total_steps: int, schedule: Schedule, warmup: float) -> int:
+    """The step (0-based) from which the learning rate falls; `total_steps` if it never does."""
+    if schedule == "constant":
+        return total_steps
+    begin = warmup_length(total_steps, warmup)
+    if schedule == "wsd":
+        begin = max(begin, total_steps - round(WSD_DECAY_SHARE * total_steps))
+    return begin
 
 
 def matches(pattern: str, name: str) -> bool:

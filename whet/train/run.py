@@ -233,7 +233,7 @@ class RunFolder:
         try:
             state.save_state(self.states, tensors, facts, self.ranks)
             if self.ranks.first:
-                state.prune(self.states, self.keep, facts.step, facts.incident_step)
+                state.prune(self.states, self.keep, facts)
         # DCP wraps a rank's OSError into an exception that derives from BaseException.
         except BaseException as error:
             if self.ranks.first:

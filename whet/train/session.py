@@ -5,11 +5,9 @@ ranks -> settings -> where the run stands -> stage -> all checks -> header -> lo
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,21 +16,30 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from whet.config import FREE, check, marked, problems, read_toml
+from whet.config import check, read_toml
 from whet.errors import UserError
-from whet.files import unwritable_folder
 from whet.flags.training import TrainSettings
 from whet.model.float8 import use_float8
 from whet.model.precision import multiplies_bf16
+from whet.progress import duration
+from whet.report.run_page import write_page
 from whet.train import distributed, memory, optim, state
 from whet.train.curves import open_curves
 from whet.train.distributed import Ranks
 from whet.train.loop import train
 from whet.train.profile import check_profile
+from whet.train.resume import (
+    check_same_inputs,
+    continues,
+    find_start,
+    frozen_fingerprint,
+    is_longer,
+)
 from whet.train.run import RunFolder
 from whet.train.signals import stop_on_signals
 from whet.train.stage import Stage
 from whet.train.state import Facts
+from whet.train.step import autocast, dtype_of
 
 C = TypeVar("C", bound=TrainSettings)
 DEFAULT_MICRO_BATCH = 4
@@ -55,6 +62,7 @@ def run_stage(
             config = resolve(config, ranks)
             check(config)
             start = find_start(config, command) if ranks.first else None
+            longer = is_longer(config)
         start = distributed.from_first(start, ranks, ranks.setup)
         with distributed.told_once(ranks):
             if ranks.first:
@@ -63,11 +71,17 @@ def run_stage(
         run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
         with distributed.told_once(ranks):
             stage = build(config, ranks)
-        return _train(config, command, stage, ranks, run, start)
+        return _train(config, command, stage, ranks, run, start, longer)
 
 
 def _train(
-    config: C, command: str, stage: Stage, ranks: Ranks, run: RunFolder, start: Path | None
+    config: C,
+    command: str,
+    stage: Stage,
+    ranks: Ranks,
+    run: RunFolder,
+    start: Path | None,
+    longer: bool,
 ) -> int:
     with distributed.told_once(ranks):
         if ranks.first and stage.rehearse is not None:
@@ -89,6 +103,10 @@ def _train(
     stage = dataclasses.replace(stage, model=model)
     with distributed.told_once(ranks):
         optimizers = make_optimizers(model, config)
+    if stage.at_start is not None:
+        with autocast(ranks.device, dtype_of(config)):
+            stage.at_start(model, ranks)
+        distributed.reshard(model)
     run.facts = now
     if start is not None:
         run.facts = state.load_state(start, model, optimizers, ranks)
@@ -97,7 +115,11 @@ def _train(
         if start is None:
             check_profile(config.profile, stage.total_steps)
         else:
-            _check_same_inputs(run.facts, now, config)
+            check_same_inputs(run.facts, now, config)
+            if longer and ranks.first:
+                state.remove_after(run.states, run.facts.step)
+        run.facts.total_steps = stage.total_steps
+        run.facts.decay_step = optim.decay_begin(stage.total_steps, config.schedule, config.warmup)
         run.take(about(command), config)
         run.open()
         if ranks.first:
@@ -160,100 +182,16 @@ def resolve(config: C, ranks: Ranks) -> C:
 
 
 def about(command: str) -> dict[str, str]:
-    """What else made the numbers of a run: the command and the versions; and torchrun's job."""
+    """What else made the numbers of a run: the command and the versions; torchrun's job; and the
+    directory that its paths are relative to."""
     return {
         "command": command,
         "job": distributed.job(),
+        "directory": os.getcwd(),
         "whet": version("whet"),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def continues(config: TrainSettings) -> bool:
-    """Whether this process takes up an earlier one's run: by flag, or restarted by torchrun.
-
-    A restarted process takes up only what its own job began: the first one may have been refused
-    because the folder holds another run.
-    """
-    if config.resume or distributed.restarts() == 0:
-        return config.resume
-    run = config.out / "run.json"
-    return not run.exists() or json.loads(run.read_text()).get("job") == distributed.job()
-
-
-def find_start(config: TrainSettings, command: str) -> Path | None:
-    """The state to continue from, or None to start at step 0.
-
-    Raises UserError if the folder holds a run that this command would overwrite, or one made with
-    other flags.
-    """
-    marks = ("config.toml", "metrics.jsonl", "state", "model.safetensors", "config.json")
-    holds = [mark for mark in marks if (config.out / mark).exists()]
-    problems(unwritable_folder("--out", config.out))
-    model = [mark for mark in holds if mark in ("model.safetensors", "config.json")]
-    if continues(config) and model and not (config.out / "config.toml").exists():
-        raise UserError(
-            f"--out {config.out}: holds a model that no run of Whet made ({model[0]}), which would "
-            "be overwritten; give another folder"
-        )
-    if not continues(config):
-        if holds:
-            raise UserError(
-                f"--out {config.out}: already holds a run ({holds[0]}); --resume continues it, "
-                "or give another folder, or remove this one"
-            )
-        return None
-    if (config.out / "config.toml").exists():
-        _check_same_flags(config, config.out / "config.toml")
-    start, passed_over = state.newest_valid(config.out / "state")
-    for line in passed_over:
-        print(f"warning: {line}", file=sys.stderr)
-    return start
-
-
-def _check_same_flags(config: TrainSettings, path: Path) -> None:
-    before = read_toml(type(config), path)
-    found = []
-    free = marked(type(config), FREE)
-    for field in dataclasses.fields(config):
-        now, then = getattr(config, field.name), before.get(field.name)
-        if field.name not in free and now != then:
-            found.append(f"--{field.name} {now}: the run in {config.out} was started with {then}")
-    if found:
-        found.append(f"to continue it with its own flags: --config {path} --resume")
-    problems(found)
-
-
-def frozen_fingerprint(model: nn.Module) -> str:
-    """Tells apart the weights that are not trained, by some numbers of each; "" if there are none.
-
-    Those packed in 4 bits are left out: another device may round them otherwise.
-    """
-    digest, any_frozen = hashlib.sha256(), False
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad and weight.is_floating_point():
-            values = weight.detach().flatten()
-            some = values[:: max(1, len(values) // 1024)].float().cpu()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
-            any_frozen = True
-    return digest.hexdigest()[:32] if any_frozen else ""
-
-
-def _check_same_inputs(before: Facts, now: Facts, config: TrainSettings) -> None:
-    """Refuse to go on with other files under the same names."""
-    what = {
-        "data": f"{getattr(config, 'data', 'the data')}: is not the file",
-        "dev": f"{getattr(config, 'dev', 'the dev data')}: is not the file",
-        "frozen": f"{getattr(config, 'model', 'the model')}: does not hold the frozen weights",
-    }
-    problems(
-        [
-            f"{words} that this run started with; restore it, or start a new run with another --out"
-            for name, words in what.items()
-            if getattr(before, name) != getattr(now, name)
-        ]
-    )
 
 
 def out_of_memory(config: TrainSettings, ranks: Ranks) -> str:
@@ -328,8 +266,26 @@ def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -
     metrics = last_metrics(run.path / "metrics.jsonl") if run.ranks.first else {}
     stage.save_model(stage.model, run.path, metrics)
     distributed.wait_for_all(run.ranks)
-    run.say(f"done: {run.facts.step} steps in {run.facts.seconds:,.0f} s; the model is {run.path}")
+    run.say(f"done: {run.facts.step} steps in {duration(run.facts.seconds)}")
+    for word, line in files_of(stage, run):
+        run.say(f"  {word:<10} {line}")
+    if run.ranks.first:
+        with contextlib.suppress(UserError):  # a full disk: the model is what counts
+            run.say(f"  {'report':<10} {write_page([run.path])}")
     return 0
+
+
+def files_of(stage: Stage, run: RunFolder) -> list[tuple[str, str]]:
+    """Where the results are, and what to type next."""
+    lines = [("model", str(run.path)), ("next", stage.next.format(run=run.path))]
+    if run.facts.best_step > 0 and (best := run.path / "best").is_dir():
+        value = f"{stage.best} {run.facts.best_value:.4g}"
+        lines.append(("best", f"{best}: step {run.facts.best_step}, {value}"))
+    if (run.path / "samples.jsonl").is_file() and (run.path / "samples.jsonl").stat().st_size:
+        lines.append(("replies", str(run.path / "samples.jsonl")))
+    if (run.path / "tensorboard").is_dir():
+        lines.append(("curves", f"tensorboard --logdir {run.path / 'tensorboard'}"))
+    return lines
 
 
 def last_metrics(path: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a stage brings to the loop: model, batches, loss, and how it is measured and saved."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from whet.data.batches import Batch
+from whet.model.attention import plan_documents
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 
@@ -73,11 +74,16 @@ class Stage:
     """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
+    unit: str = "trained_tokens"
+    """What a batch's `total` counts, as it is named in the log."""
     rehearse: Callable[[nn.Module], None] | None = None
     """Write what `save_model` will write, read it back and remove it: called on rank 0 before the
     first step. Raises UserError if that fails."""
     dev: Documents | None = None
     """What is evaluated on."""
+    at_start: Callable[[nn.Module, Ranks], None] | None = None
+    """Called once by all ranks with the model as it was opened, on its device and spread, before a
+    state is loaded: what is computed from the weights that training begins with."""
     before_step: Callable[[int, nn.Module, Ranks, Stop], Mapping[str, float]] | None = None
     """Make what `batches(step)` reads with the current weights, as a rollout does, and return
     numbers for the step's log, equal on all ranks. With it no batch is read ahead. All ranks call
@@ -86,5 +92,13 @@ class Stage:
     """The metric of the evaluation that decides which model is kept in `best/`."""
     higher_is_better: bool = False
     """Which way `best` improves."""
+    next: str = "whet chat {run}"
+    """What to type when the model is trained; {run} stands for its folder."""
     header: Sequence[tuple[str, str]] = ()
     """What to print before training: (word, line)."""
+
+
+def planned(batch: Batch) -> Batch:
+    """The batch with the plan that the model would make of it: here it costs a GPU no wait."""
+    plan = plan_documents(batch.tokens.shape, batch.tokens.device, batch.segments, batch.weight)
+    return replace(batch, plan=plan)

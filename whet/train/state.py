@@ -44,6 +44,10 @@ class Facts:
     """Optimizer steps taken (skipped ones count)."""
     evaluated: int = -1
     """The last step at which an evaluation was completed and logged."""
+    total_steps: int = 0
+    """Of the run."""
+    decay_step: int = -1
+    """Where the learning rate begins to fall: a run can be made longer from this step's state."""
     best_step: int = -1
     best_value: float | None = None
     """Of the metric that decides (`Stage.best`), at `best_step`."""
@@ -270,16 +274,25 @@ def _shape(shapes: dict, name: str) -> str:
     return str(tuple(shapes[name])) if name in shapes else "missing"
 
 
-def prune(states: Path, keep: int, step: int, needed_for: int) -> None:
-    """Remove all but the newest `keep` states and the one from which step `needed_for` replays.
+def prune(states: Path, keep: int, facts: Facts) -> None:
+    """Remove all but the newest `keep` states, the one from which the last step that was not
+    applied replays, and the one from which the learning rate falls.
 
     States after `step`, where the run stands, are damaged ones that its resume has passed over:
     they neither count nor go.
     """
-    kept = [p for p in saved_states(states) if int(p.name[5:]) <= step]
-    before = [p for p in kept if int(p.name[5:]) < needed_for]
+    kept = [p for p in saved_states(states) if int(p.name[5:]) <= facts.step]
+    needed = [p for p in kept if int(p.name[5:]) < facts.incident_step][-1:]
+    needed += [p for p in kept if int(p.name[5:]) == facts.decay_step]
     for folder in kept[: -max(1, keep)]:
-        if not (before and folder == before[-1]):
+        if folder not in needed:
+            _remove(folder)
+
+
+def remove_after(states: Path, step: int) -> None:
+    """Remove the states after `step`: the run goes on from there by another schedule."""
+    for folder in saved_states(states):
+        if int(folder.name[5:]) > step:
             _remove(folder)
 
 

@@ -11,6 +11,7 @@ from tests.model import zoo
 from tests.model.lora.test_lora import stir
 from tests.model.test_foreign import CASES, original
 from whet.errors import UserError
+from whet.model.export import merge_checked
 from whet.model.foreign import ForeignModel
 from whet.model.hf.checkpoint import save_model
 from whet.model.lora.lora import LoRA, adapters, apply_lora, linears, merge_lora
@@ -120,3 +121,14 @@ def test_an_adapter_of_peft_on_such_modules_is_refused(
     theirs.save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match="MambaForCausalLM does not use dt_proj as plain linear"):
         load_adapter(opened(base), tmp_path / "a")
+
+
+@pytest.mark.parametrize("case", ["gpt_neox"])
+def test_a_merge_is_checked_on_its_logits(case: str, base: Path, capsys) -> None:
+    model = opened(base)
+    apply_lora(model, LoRA(rank=2))
+    stir(model)
+    expected = model(TOKENS)
+    merge_checked(model)
+    assert torch.allclose(model(TOKENS), expected, atol=2e-4)
+    assert "merged: the logits differ by" in capsys.readouterr().out

@@ -262,7 +262,7 @@ def probe(model: Transformer) -> Tensor:
     size = (1, min(32, model.config.max_positions))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, size, generator=generator)
-    tokens = tokens.to(model.embed.weight.device)
+    tokens = tokens.to(next(model.parameters()).device)
     if model.config.score:
         return cast(Tensor, model(tokens, weight=torch.ones_like(tokens, dtype=torch.float32)))
     return cast(Tensor, model(tokens)).float()

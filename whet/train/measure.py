@@ -3,9 +3,12 @@
 The kernel's count of a process's peak memory only rises, and an allocator keeps what it once had;
 so each setting is measured in a fresh process, which ends with all that it held. What it measures
 is the real thing: the model as it is loaded, real rows, the loop's own step.
+
+`build` is a stage's: a function of a module, which another process can import.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import multiprocessing
 import time
@@ -21,14 +24,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from whet.data.batches import Batch
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
+from whet.model.decoder import Transformer
+from whet.model.float8 import use_float8
+from whet.model.footprint import attention_flops, head_bytes
 from whet.train import memory, verdict
 from whet.train.ahead import Micro, to_device
 from whet.train.distributed import Ranks
+from whet.train.session import make_optimizers
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.step import apply_step, dtype_of, forward_backward
 
 R = TypeVar("R")
+LOOKED_AT = 32
+"""Steps among which the fullest micro-batch is looked for."""
 STEPS = 5
 """Dry steps, each of other rows: the first makes the optimizer's state, the others are timed. An
 allocator needs more room for blocks that differ from step to step."""
@@ -69,6 +78,21 @@ class Cost:
     def transient(self) -> int:
         """The rest: activations, the head's buffers, what the allocator could not give back."""
         return max(0, self.peak - self.process - self.state)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A setting's cost on one rank, with what the command needs to know of the model."""
+
+    cost: Cost
+    head: int
+    """Bytes of the head's buffers, counted."""
+    parameters: int
+    trained: int
+    steps: int
+    """Of the whole run."""
+    micros: int
+    """Micro-batches of a step, on a rank."""
 
 
 def measure(target: Callable[..., R], *arguments: Any) -> R | None:
@@ -161,3 +185,49 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()
+
+
+def cost_of(
+    build: Callable[[Any, Ranks], Stage],
+    config: Any,
+    device: torch.device,
+    ranks: int,
+    rows: int,
+    recompute: str,
+) -> Measured:
+    """Measure one setting; runs in a process of its own."""
+    process = process_bytes(device)
+    config = dataclasses.replace(config, micro_batch_size=rows, quiet=True)
+    stage = build(config, Ranks(0, ranks, device))  # whose batches are the first rank's share
+    model = stage.model.to(device)
+    model.recompute = recompute  # type: ignore[assignment]
+    if config.float8:
+        use_float8(model, device)
+    optimizers = make_optimizers(model, config)
+    batches = dry_batches(stage)
+    micros = batches[0]
+    cost = dry_run(stage, config, optimizers, batches, recompute, process, device)
+    flops, head = 0.0, 0
+    if isinstance(model, Transformer):
+        plan = micros[0].plan
+        flops = attention_flops(model.config, plan.sizes, again=recompute == "full")
+        head = head_bytes(model, len(plan.trained), device, config.precision == "bf16")
+    parameters = list(model.parameters())
+    return Measured(
+        cost=dataclasses.replace(cost, micro_flops=cost.micro_flops + flops),
+        head=head,
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        steps=stage.total_steps,
+        micros=len(micros),
+    )
+
+
+def dry_batches(stage: Stage) -> list[list[Batch]]:
+    """A rank's micro-batches of the run's first steps, in their order, and at last the step of the
+    early ones that computes the most tokens.
+
+    In their order, since an allocator's need depends on it: a block fits where a larger one was.
+    """
+    found = [stage.batches(step) for step in range(min(stage.total_steps, LOOKED_AT))]
+    return [*found[: STEPS - 1], max(found, key=lambda micros: sum(micros[0].plan.sizes))]

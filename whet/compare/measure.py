@@ -1,0 +1,234 @@
+"""The numbers of one model for the table across the stages."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from whet.config import problems
+from whet.data.batches import Batch, per_document, read_batch
+from whet.data.store import PackedStore
+from whet.evaluate.answers import wilson
+from whet.evaluate.dev import dev_loss, misfits
+from whet.evaluate.statistics import pass_at_k
+from whet.flags.compare import Config
+from whet.generate.engine import Reply, evaluating, sample
+from whet.generate.opened import Opened
+from whet.progress import track
+from whet.rl.prompts import Prompts, load_prompts
+from whet.rl.rewards import Answer, correct, open_rewards, total_rewards
+from whet.rl.sampling import answer_of
+
+ROWS = 4  # of a packed file in one forward
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one model."""
+
+    name: str
+    numbers: dict[str, float]
+    right: list[bool] = field(default_factory=list)
+    """Of each problem, by greedy decoding."""
+    replies: list[str] = field(default_factory=list)
+    """The greedy reply to each problem."""
+    questions: list[str] = field(default_factory=list)
+
+
+def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> Measured:
+    """All numbers that `config` asks for; `first` is the first model, None for itself.
+
+    Raises UserError for files that do not fit the model.
+    """
+    if opened.model.config.score:
+        return Measured(name, _pairs(opened, config))
+    numbers = _dev(opened, config) | _pairs(opened, config)
+    if config.gsm8k is None:
+        return Measured(name, numbers)
+    prompts = _prompts(opened, config)
+    answers = _answers(opened, prompts, config, greedy=True)
+    right = [value == 1.0 for value in correct([answer for answer, _ in answers])]
+    numbers |= _accuracy(right, [reply for _, reply in answers])
+    numbers |= _rewards([answer for answer, _ in answers], opened, config)
+    if config.samples:
+        numbers |= _sampled(opened, first, prompts, config)
+    return Measured(
+        name,
+        numbers,
+        right,
+        [answer.text for answer, _ in answers],
+        [prompt.messages[-1]["content"] for prompt in prompts.prompts],
+    )
+
+
+def _prompts(opened: Opened, config: Config) -> Prompts:
+    assert config.gsm8k is not None
+    longest = opened.model.config.max_positions - 1
+    found, notes = load_prompts(
+        config.gsm8k,
+        opened.chat,
+        longest=longest,
+        limit=config.limit,
+        needs_gold="correct",
+        flag="--gsm8k",
+    )
+    problems(notes)  # models are compared on the same problems or not at all
+    return found
+
+
+def _answers(
+    opened: Opened, prompts: Prompts, config: Config, *, greedy: bool
+) -> list[tuple[Answer, Reply]]:
+    """The greedy reply to each prompt, or `config.samples` sampled ones."""
+    each = [(i, k) for i in range(len(prompts)) for k in range(1 if greedy else config.samples)]
+    title = "Answering" if greedy else "Sampling"
+    with track(title, total=len(each), unit="replies") as progress:
+        replies = sample(
+            opened.model,
+            [prompts.prompts[i].ids for i, _ in each],
+            keys=[(config.seed, i, k) for i, k in each],
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=opened.chat.stop_ids,
+            temperature=0.0 if greedy else config.temperature,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+    return [
+        (answer_of(prompts, i, reply, opened.chat), reply)
+        for (i, _), reply in zip(each, replies, strict=True)
+    ]
+
+
+def _accuracy(right: Sequence[bool], replies: Sequence[Reply]) -> dict[str, float]:
+    low, high = wilson(sum(right), len(right))
+    return {
+        "problems": len(right),
+        "accuracy": sum(right) / len(right),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "unstopped": sum(not reply.stopped for reply in replies) / len(replies),
+        "reply_tokens": sum(len(reply.ids) for reply in replies) / len(replies),
+    }
+
+
+def _rewards(answers: Sequence[Answer], opened: Opened, config: Config) -> dict[str, float]:
+    if not config.reward:
+        return {}
+    device = next(opened.model.parameters()).device
+    with ExitStack() as stack:
+        terms = open_rewards(
+            config.reward,
+            opened.chat,
+            stack,
+            max_new_tokens=config.max_new_tokens,
+            seconds=600.0,
+            device=device,
+            precision=config.precision,
+        )
+        sums, parts = total_rewards(terms, answers)
+    means = {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
+    return {"reward": float(np.mean(sums)), **means}
+
+
+def _sampled(
+    opened: Opened, first: Opened | None, prompts: Prompts, config: Config
+) -> dict[str, float]:
+    """pass@k of the samples, and how far they are from the first model."""
+    answers = _answers(opened, prompts, config, greedy=False)
+    n = config.samples
+    right = np.reshape(correct([answer for answer, _ in answers]), (-1, n)).sum(1).astype(int)
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]
+    found = {f"pass@{k}": float(np.mean([pass_at_k(n, int(c), k) for c in right])) for k in ks}
+    if first is None:
+        return {**found, "kl_to_first": 0.0}
+    if first.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
+        found["kl_to_first"] = _divergence(answers, first, config.temperature)
+    return found
+
+
+def _divergence(
+    answers: Sequence[tuple[Answer, Reply]], first: Opened, temperature: float
+) -> float:
+    """Nats a reply: the mean of ln p - ln p_first over the model's own samples, which is an
+    estimate of KL(model || first)."""
+    device = next(first.model.parameters()).device
+    sums = list[float]()
+    with torch.no_grad(), evaluating(first.model):
+        for answer, reply in answers:
+            tokens = torch.tensor([[*answer.prompt.ids, *reply.ids]], device=device)
+            weight = torch.zeros(tokens.shape, device=device)
+            weight[0, len(answer.prompt.ids) - 1 : -1] = 1.0
+            targets = tokens.roll(-1, 1)
+            found: Any = first.model(
+                tokens, targets=targets, weight=weight, temperature=temperature
+            )
+            sums.append(sum(reply.logp) + float(found.nll.sum()))
+    return float(np.mean(sums))
+
+
+def _dev(opened: Opened, config: Config) -> dict[str, float]:
+    if config.dev is None:
+        return {}
+    store = PackedStore(config.dev)
+    problems(misfits(opened.model, opened.chat, store, "--dev"))
+    device = next(opened.model.parameters()).device
+    found = dev_loss(opened.model, store, micro_rows=ROWS, device=device, quiet=False)
+    return {"dev_loss": found.loss}
+
+
+def _pairs(opened: Opened, config: Config) -> dict[str, float]:
+    """How often the chosen reply of a pair is preferred: by its score, or by its ln p a token."""
+    if config.pairs is None:
+        return {}
+    store = PackedStore(config.pairs, kinds=("preferences",))
+    problems(misfits(opened.model, opened.chat, store, "--pairs"))
+    right, n = 0, 0
+    with (
+        torch.no_grad(),
+        evaluating(opened.model),
+        track("Pairs", total=len(store), unit="rows") as progress,
+    ):
+        for start in range(0, len(store), ROWS):
+            rows = np.arange(start, min(start + ROWS, len(store)))
+            batch = read_batch(store, rows, total=1.0)
+            values, real = _preference(opened.model, batch)
+            chosen, rejected = values[:, 1::2], values[:, 2::2]
+            pairs = real[:, 1::2].bool()
+            right += int(((chosen > rejected) & pairs).sum())
+            n += int(pairs.sum())
+            progress.advance(len(rows))
+    low, high = wilson(right, n)
+    return {
+        "pairs": n,
+        "pair_accuracy": right / n,
+        "pair_accuracy_low": low,
+        "pair_accuracy_high": high,
+    }
+
+
+def _preference(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model thinks of each document, (B, S + 1), and 1 where there is one."""
+    device = next(model.parameters()).device
+    there = batch.to(device)
+    counted = (there.weight != 0).double()
+    count = int(there.segments.max()) + int(there.segments.max()) % 2
+    if model.config.score:
+        ends = torch.zeros_like(there.weight)
+        ends[:, :-1] = (there.segments[:, :-1] != there.segments[:, 1:]).float()
+        ends[:, -1] = 1.0
+        weight = ends * (there.segments != 0)
+        values = per_document(
+            model(there.tokens, None, there.segments, weight=weight).double(),
+            there.segments,
+            count,
+        )
+    else:
+        found = model(
+            there.tokens, None, there.segments, targets=there.targets, weight=there.weight
+        )
+        numbers = per_document(counted, there.segments, count).clamp(min=1)
+        values = -per_document(found.nll.double() * (counted != 0), there.segments, count) / numbers
+    return values, per_document(counted, there.segments, count)

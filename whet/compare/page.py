@@ -1,0 +1,107 @@
+"""One self-contained page of a comparison: curve, table, and replies side by side."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from whet.compare.measure import Measured
+from whet.compare.table import cell, columns_of
+
+SHOWN = 200  # problems on the page; the JSON file has them all
+WIDTH, HEIGHT, LEFT, BOTTOM = 480, 200, 40, 30  # of the curve, in its own units
+
+
+def page(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> str:
+    """The whole page as text; its content security policy allows its own style and script only."""
+    style, script = (_part(name) for name in ("page.css", "page.js"))
+    values = {
+        "title": escape(" → ".join(row["model"] for row in rows)),
+        "style": style,
+        "style_hash": _hash(style),
+        "script": script,
+        "script_hash": _hash(script),
+        "curve": _curve(rows),
+        "table": _table(rows),
+        "data": _replies(measured),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _part("page.html"))
+
+
+def _part(name: str) -> str:
+    return files("whet.compare").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    columns = columns_of(rows)
+    head = "".join(f"<th scope='col'>{escape(heading)}</th>" for _, heading, _ in columns)
+    body = "".join(
+        f"<tr><th scope='row'>{escape(row['model'])}</th>"
+        + "".join(f"<td>{escape(cell(row, column))}</td>" for column in columns)
+        + "</tr>"
+        for row in rows
+    )
+    return f"<thead><tr><th scope='col'>model</th>{head}</tr></thead><tbody>{body}</tbody>"
+
+
+def _curve(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy over the models, with its interval; nothing where no model has one."""
+    points = [(i, row) for i, row in enumerate(rows) if "accuracy" in row]
+    if not points:
+        return ""
+    step = (WIDTH - LEFT - 40) / max(1, len(rows) - 1)
+    high = HEIGHT - BOTTOM
+
+    def at(i: int, share: float) -> tuple[float, float]:
+        return LEFT + 20 + i * step, high - share * (high - 10)
+
+    line = " ".join("{:.1f},{:.1f}".format(*at(i, row["accuracy"])) for i, row in points)
+    marks = ""
+    for i, row in points:
+        x, y = at(i, row["accuracy"])
+        (_, top), (_, bottom) = at(i, row["accuracy_high"]), at(i, row["accuracy_low"])
+        marks += (
+            f'<line class="interval" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(row["model"])}: '
+            f"{row['accuracy']:.1%}</title></circle>"
+            f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(row["model"])}</text>'
+        )
+    grid = ""
+    for share in (0.0, 0.5, 1.0):
+        _, y = at(0, share)
+        grid += (
+            f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{share:.0%}</text>'
+        )
+    return (
+        "<figure><figcaption>Right replies<small>greedy, with the 95 % interval</small>"
+        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="Share of right replies of each model">{grid}'
+        f'<polyline class="curve" points="{line}"/>{marks}</svg></figure>'
+    )
+
+
+def _replies(measured: Sequence[Measured]) -> str:
+    """The replies for page.js; nothing in the JSON ends the element or opens a comment."""
+    answered = [each for each in measured if each.replies]
+    questions = answered[0].questions[:SHOWN] if answered else []
+    content = {
+        "models": [each.name for each in answered],
+        "problems": [
+            {
+                "question": str(question),
+                "replies": [each.replies[i] for each in answered],
+                "right": [each.right[i] for each in answered],
+            }
+            for i, question in enumerate(questions)
+        ],
+    }
+    return json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")

@@ -1,0 +1,73 @@
+"""The table across the stages: a row a model, and what each has gained and lost."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from whet.compare.measure import Measured
+from whet.evaluate.statistics import gained_and_lost, mcnemar
+
+COLUMNS = (
+    # number, heading, how it is written
+    ("accuracy", "right", "{:.1%}"),
+    ("gained", "gained", "+{:d}"),
+    ("lost", "lost", "-{:d}"),
+    ("p", "p", "{:.3f}"),
+    ("unstopped", "unstopped", "{:.1%}"),
+    ("reply_tokens", "tokens a reply", "{:.0f}"),
+    ("reward", "reward", "{:.3f}"),
+    ("pair_accuracy", "pairs right", "{:.1%}"),
+    ("dev_loss", "dev loss", "{:.4f}"),
+    ("kl_to_first", "nats from the first", "{:.2f}"),
+)
+
+
+def rows_of(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """The numbers of each model, and its difference from the model before it.
+
+    `gained` and `lost` are problems that it alone, or the one before alone, has right; `p` is the
+    exact p-value of their difference.
+    """
+    rows: list[dict[str, Any]] = []
+    before: Measured | None = None
+    for each in measured:
+        row: dict[str, Any] = {"model": each.name, **each.numbers}
+        if each.right and before is not None:
+            gained, lost = gained_and_lost(before.right, each.right)
+            row |= {"gained": gained, "lost": lost, "p": mcnemar(gained, lost)}
+        rows.append(row)
+        before = each if each.right else before
+    return rows
+
+
+def columns_of(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """The columns of which some row has a number; pass@k after the accuracy."""
+    found = [column for column in COLUMNS if any(column[0] in row for row in rows)]
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("pass@"))
+    return [*found[:1], *((name, name, "{:.1%}") for name in names), *found[1:]]
+
+
+def cell(row: dict[str, Any], column: tuple[str, str, str]) -> str:
+    """A number as it is written, with its 95 % interval if it has one."""
+    name, _, form = column
+    if name not in row:
+        return ""
+    text = form.format(row[name])
+    if f"{name}_low" in row:
+        text += f" ({row[f'{name}_low']:.1%} to {row[f'{name}_high']:.1%})"
+    return text
+
+
+def as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """The table for a terminal: as it is, a table in Markdown."""
+    columns = columns_of(rows)
+    lines = [["model", *(heading for _, heading, _ in columns)]]
+    lines += [[row["model"], *(cell(row, column) for column in columns)] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    padded = [
+        "| "
+        + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([padded[0], rule, *padded[1:]])

@@ -1,0 +1,151 @@
+"""A record of a data file: where it stands, and its fields under Whet's names."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from whet.chat.conversation import place, shown
+from whet.errors import UserError
+
+Record = Mapping[str, Any]
+
+IN_MESSAGES = ("role", "content", "from", "value")
+"""Names for `--fields` that are those of messages, not of records."""
+LISTS_OF_MESSAGES = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
+SYSTEM_KEYS = ("system", "system_prompt")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "trainable", "training")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a record was read: begins every error message."""
+
+    source: str
+    line: int
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{place(self.source, self.line)}: {message}")
+
+
+def first_of(record: Record, names: Iterable[str]) -> str | None:
+    """The first of the fields that the record has; null counts as absent."""
+    for name in names:  # a loop, as a generator would take twice as long for every line
+        if record.get(name) is not None:
+            return name
+    return None
+
+
+def rest(record: Record, *used: str | None) -> dict[str, Any]:
+    """The fields that are not `used`."""
+    return {name: value for name, value in record.items() if name not in used}
+
+
+def text_of(record: Record, name: str, at: Origin, *, empty: bool = True) -> str:
+    """The text in `record[name]`; missing counts as empty, which only `empty` allows."""
+    value = record.get(name)
+    value = "" if value is None else value
+    if not isinstance(value, str):
+        raise at.error(f"{name} must be a text, got {shown(value)}")
+    if not empty and not value.strip():
+        raise at.error(f"{name} is empty")
+    return value
+
+
+def from_json(value: Any, name: str, at: Origin) -> Any:
+    """`value`, parsed if it is a text: tables without nested types hold messages as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise at.error(f"{name} is a text that is not JSON ({error}): {shown(value)}") from None
+
+
+def one_of(record: Record, names: Sequence[str], at: Origin) -> Any:
+    """The value of the one field of `names` that is not empty, None if all are.
+
+    Raises UserError if several are and they differ.
+    """
+    found = {name: record[name] for name in names if record.get(name) not in (None, "", [])}
+    values = list(found.values())
+    if any(value != values[0] for value in values):
+        raise at.error(f"{' and '.join(found)} differ; keep one of them")
+    return values[0] if values else None
+
+
+def read_fields(argument: str | None, known: Iterable[str]) -> dict[str, str]:
+    """`--fields`: {Whet's name: the file's name, or "" for a field that is not to be used}."""
+    found: dict[str, str] = {}
+    for part in (argument or "").split(","):
+        name, equals, of_file = (word.strip() for word in part.partition("="))
+        if argument and (not name or not equals or name in found):
+            raise UserError(
+                f"--fields {argument}: expected NAME=NAME_IN_THE_FILE,… such as "
+                "messages=conversation,role=speaker; NAME= leaves a field out"
+            )
+        if of_file and name not in known:
+            raise UserError(f"--fields {part}: no field {name}; there are {', '.join(known)}")
+        if argument:
+            found[name] = of_file
+    return found
+
+
+def renamed(
+    record: dict[str, Any], fields: Mapping[str, str], seen: Counter[str]
+) -> dict[str, Any]:
+    """The record under Whet's names; a field whose name another one takes goes.
+
+    `seen` counts the file's names that the record has.
+    """
+    found = dict(record)
+    for name, of_file in fields.items():
+        if name in IN_MESSAGES:
+            continue
+        seen[of_file or name] += (of_file or name) in record
+        if not of_file:
+            found.pop(name, None)
+        elif of_file in record:
+            found.pop(of_file, None)
+            found[name] = record[of_file]
+    within = {name: fields[name] for name in IN_MESSAGES if fields.get(name)}
+    for name in LISTS_OF_MESSAGES if within else ():
+        if isinstance(found.get(name), list):
+            found[name] = [
+                renamed_message(message, within, seen) if isinstance(message, dict) else message
+                for message in found[name]
+            ]
+    return found
+
+
+def renamed_message(
+    message: dict[str, Any], within: Mapping[str, str], seen: Counter[str]
+) -> dict[str, Any]:
+    """The message with its keys `within` under Whet's names."""
+    seen.update(key for key in within.values() if key in message)
+    found = {key: value for key, value in message.items() if key not in within.values()}
+    return {**found, **{name: message[key] for name, key in within.items() if key in message}}
+
+
+def check_meaning(record: Record, at: Origin) -> None:
+    """Refuse fields that say something of the training which Whet does not do."""
+    for name in MEDIA:
+        if record.get(name) not in (None, "", [], {}):
+            raise at.error(f"has {name}, and Whet trains on text alone{UNUSED % name}")
+    for name in WEIGHTS:
+        value = record.get(name)
+        if value is not None and not (isinstance(value, int | float) and value == 1):
+            raise at.error(
+                f"{name} {shown(value)} of a whole record is not read; give each message a weight"
+                + UNUSED % name
+            )
+    if record.get("chat_template_kwargs") not in (None, "", {}, "{}"):
+        raise at.error(
+            "has chat_template_kwargs, and template variables are the same for all records: give "
+            "them as --template_kwargs" + UNUSED % "chat_template_kwargs"
+        )
+
+
+UNUSED = "; --fields %s= leaves this field out"

@@ -1,0 +1,37 @@
+"""The flags of `whet reward`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from whet.config import from_0
+from whet.flags.dpo import Pairs
+from whet.flags.training import Memory, Model, TrainSettings, Tuning, tuning_flaws
+
+
+@dataclass(kw_only=True)
+class Judging:
+    """Loss."""
+
+    margin: Annotated[float, from_0] = 0.0
+    """How much of a pair's stored margin the chosen reply's reward must lie above the other's."""
+    centre: Annotated[float, from_0] = 0.0
+    """Weight of the term that holds the rewards' mean at 0; 0.01 is usual."""
+
+
+@dataclass(kw_only=True)
+class Config(Memory, TrainSettings, Tuning, Judging, Pairs, Model):
+    """Train a reward model on pairs of a better and a worse reply.
+
+    whet reward --model runs/sft --data data/preferences.h5 --dev data/preferences_dev.h5 \\
+                --out runs/reward
+    """
+
+
+def flaws(config: Config) -> list[str]:
+    """Flags that do not go together, and what speaks against writing `--out_ckpt`."""
+    found = tuning_flaws(config, [config.data, config.dev])
+    if config.lora_4bit:
+        found.append("--lora_4bit: a reward model is saved whole, and 4 bits are not its weights")
+    if config.lora_rank is not None and config.shard:
+        found.append("--shard: a reward model's adapter is merged on saving; leave out one of both")
+    return found

@@ -1,0 +1,193 @@
+"""One self-contained page of one or several runs: curves, samples, incidents, lineage, settings."""
+
+import re
+import time
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from whet.files import replaced
+from whet.progress import duration
+from whet.report.curves import Line, chart
+from whet.report.page import csp_hash
+from whet.report.run import Run, read_run
+from whet.report.sheet import short_names
+
+SOURCES = "dev_loss/source/"
+KNOWN = {"step", "epoch", "tokens", "trained_tokens", "skipped", "seconds", "trained_per_s"}
+DRAWN = {"train_loss", "dev_loss", "dev_ppl", "lr", "grad_norm", "tokens_per_s", "memory_gb"}
+DRAWN |= {"dev_stop_probability", "dev_stop_inside"}
+SAMPLES_SHOWN = 12
+"""Evaluations of which samples are shown: the first, the last, and some between."""
+
+
+def write_page(paths: Sequence[Path], out: Path | None = None, refresh: int = 0) -> Path:
+    """Write the page of these run folders; returns its path, by default in the first folder.
+
+    With `refresh` the browser loads it again each so many seconds. Raises UserError for a folder
+    that holds no run.
+    """
+    runs = [read_run(Path(path)) for path in paths]
+    out = out or Path(paths[0]) / "report.html"
+    with replaced(out) as aside:
+        aside.write_text(page(runs, refresh), encoding="utf-8")
+    return out
+
+
+def page(runs: Sequence[Run], refresh: int = 0) -> str:
+    """The whole page as text."""
+    style = "".join(
+        files("whet.report").joinpath(name).read_text("utf-8") for name in ("page.css", "run.css")
+    )
+    names = short_names([str(run.path) for run in runs])
+    values = {
+        "title": escape(", ".join(names)),
+        "style": style,
+        "style_hash": csp_hash(style),
+        "refresh": f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
+        "summary": _summary(runs, names),
+        "curves": "".join(_curves(runs, names)),
+        "samples": "".join(_samples(r, name) for r, name in zip(runs, names, strict=True)),
+        "incidents": _incidents(runs, names),
+        "lineage": "".join(_lineage(r, name) for r, name in zip(runs, names, strict=True)),
+        "settings": _settings(runs, names),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    skeleton = files("whet.report").joinpath("run.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], skeleton)
+
+
+def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
+    head = ("run", "stage", "steps", "time", "train loss", "dev loss", "best dev loss", "state")
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        seconds = sum(value for _, value in run.points("seconds"))
+        dev = [value for _, value in run.points("dev_loss")]
+        loss = [value for _, value in run.points("train_loss")]
+        cells = [
+            run.about.get("command", "?"),
+            f"{run.step:,}" + (f" of {run.total:,}" if run.total else ""),
+            duration(seconds),
+            f"{loss[-1]:.4f}" if loss else "–",
+            f"{dev[-1]:.4f}" if dev else "–",
+            f"{min(dev):.4f}" if dev else "–",
+            "finished" if run.finished else "not finished",
+        ]
+        rows.append([name, *cells])
+    return _table("Runs", head, rows)
+
+
+def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """The figures, those that most people look at first."""
+    several = len(runs) > 1
+
+    def lines(keys: dict[str, str], **rest: Any) -> list[Line]:
+        """A curve for each run and key; of one run each key has its own colour."""
+        return [
+            Line(
+                f"{name} {word}".strip() if several else word or name,
+                run.points(key),
+                colour=i if several else j,
+                dashed=several and j > 0,
+                noisy=key in ("train_loss", "grad_norm", "tokens_per_s"),
+            )
+            for i, (run, name) in enumerate(zip(runs, names, strict=True))
+            for j, (key, word) in enumerate(keys.items())
+        ]
+
+    found = list(dict.fromkeys(key for run in runs for key in run.numbers()))
+    sources = {key: key.removeprefix(SOURCES) for key in found if key.startswith(SOURCES)}
+    other = [k for k in found if k not in KNOWN | DRAWN and not k.startswith("dev_loss/")]
+    stop = {"dev_stop_probability": "at the end of replies", "dev_stop_inside": "before it"}
+    return [
+        chart(
+            "Loss",
+            lines({"train_loss": "train", "dev_loss": "dev"}),
+            "nats a trained token, by step",
+        ),
+        chart("Dev loss by source", lines(sources), "nats a trained token")
+        if len(sources) > 1
+        else "",
+        chart("Stop token", lines(stop), "probability, over the dev file"),
+        chart("Learning rate", lines({"lr": ""})),
+        chart("Gradient norm", lines({"grad_norm": ""}), "before clipping", log=True),
+        chart("Speed", lines({"tokens_per_s": ""}), "tokens a second, all ranks"),
+        chart("Memory", lines({"memory_gb": ""}), "peak of the first rank, GB"),
+        *(chart(key, lines({key: ""})) for key in other),
+    ]
+
+
+def _samples(run: Run, name: str) -> str:
+    """Replies to the same prompts, as they change."""
+    prompts: dict[str, list[dict[str, Any]]] = {}
+    for sample in run.samples:
+        prompts.setdefault(str(sample.get("prompt", "")), []).append(sample)
+    parts: list[str] = []
+    for prompt, found in prompts.items():
+        last = len(found) - 1
+        chosen = {i * last // max(SAMPLES_SHOWN - 1, 1) for i in range(SAMPLES_SHOWN)}
+        rows = "".join(
+            f'<tr><th scope="row">{found[i]["step"]:,}</th>'
+            f'<td class="words">{escape(str(found[i].get("reply", "")))}</td></tr>'
+            for i in sorted(chosen)
+        )
+        expected = escape(str(found[-1].get("expected", "")))
+        parts.append(
+            f"<details{'' if parts else ' open'}>"
+            f"<summary>{escape(prompt[-120:].strip())}</summary>"
+            f'<p class="flow note">{escape(prompt)}</p><table><thead><tr><th scope="col">step</th>'
+            f'<th scope="col" class="words">reply</th></tr></thead><tbody>{rows}'
+            f'<tr class="total"><th scope="row">data</th><td class="words">{expected}</td></tr>'
+            "</tbody></table></details>"
+        )
+    title = f"Samples over time: {escape(name)}"
+    return f"<section><h2>{title}</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _incidents(runs: Sequence[Run], names: Sequence[str]) -> str:
+    rows = [
+        [name, f"{i.get('step', '?')}", str(i.get("reason", "")), str(i.get("replay", ""))]
+        for run, name in zip(runs, names, strict=True)
+        for i in run.incidents
+    ]
+    return _table("Steps that were not applied", ("run", "step", "reason", "look at it"), rows)
+
+
+def _lineage(run: Run, name: str) -> str:
+    """From the model back to its base, and the data of each."""
+    rows = []
+    for known in run.ancestors:
+        data = known.get("data", "")
+        data = ", ".join(data) if isinstance(data, list) else str(data)
+        base = str(known.get("base") or "")
+        rows.append([known["path"], str(known.get("stage", "?")), data, base])
+    return _table(f"What trained on what: {name}", ("model", "stage", "data", "started from"), rows)
+
+
+def _settings(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """One run's settings; of several those that differ."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    rows = [[key, *(str(run.settings.get(key, "–")) for run in runs)] for key in keys]
+    if len(runs) > 1:
+        rows = [row for row in rows if len(set(row[1:])) > 1]
+    title = "Settings" if len(runs) == 1 else "Settings that differ"
+    return _table(title, ("flag", *names), rows)
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    top = "".join(f'<th scope="col" class="words">{escape(word)}</th>' for word in head)
+    body = "".join(
+        f'<tr><th scope="row" class="words">{escape(row[0])}</th>'
+        + "".join(f'<td class="words">{escape(cell)}</td>' for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<section><h2>{escape(title)}</h2><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(title)}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
+        "</table></div></section>"
+    )

@@ -1,0 +1,245 @@
+"""Direct preference optimisation: from pairs of replies to a model that writes the better kind.
+
+A reply's implicit reward is beta x (ln p under the model - ln p under the reference), the reference
+being the model that training begins with. DPO is the reward model's loss with that reward: the
+model becomes its own judge. Its relatives, in the table of `whet.rl.preference_loss`, differ in
+what they compare.
+
+The reference is no second model but two numbers a pair, computed before the first step. What the
+loss leaves open is where the probability goes: both replies may become unlikely as long as the
+rejected one does so faster. So the chosen reply's own log-probability is logged, and said in words.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from whet.data.batches import Batch, per_document
+from whet.data.reference import Reference, documents_in, read_reference
+from whet.data.store import PackedStore
+from whet.flags.dpo import Config, Loss
+from whet.generate.engine import evaluating
+from whet.model.lora.lora import adapters
+from whet.progress import track
+from whet.rl.preference_loss import (
+    NEEDS_REFERENCE,
+    Replies,
+    implicit_reward,
+    kto_loss,
+    preference_loss,
+)
+from whet.stages.opening import open_for_training
+from whet.stages.pairs import (
+    Judged,
+    batch_of_rows,
+    open_pairs,
+    order_in_words,
+    pair_stage,
+    rows_of_file,
+    sides,
+)
+from whet.train.distributed import Ranks, sum_over_ranks, unwrap
+from whet.train.proposal import with_proposal
+from whet.train.resume import weights_fingerprint
+from whet.train.session import run_stage
+from whet.train.stage import Documents, Stage
+
+ADAPTER_LR = 1e-5
+FORGOTTEN = 0.5
+"""Nats a token by which the chosen replies may become less likely before it is said: then each of
+their tokens has lost 40 % of its probability."""
+
+
+def build(config: Config, ranks: Ranks) -> Stage:
+    """Open the pairs, the model and the reference, and check that they fit together."""
+    found = list[str]()
+    kinds = ("preferences", "labels") if config.loss == "kto" else ("preferences",)
+    stores = open_pairs(config, found, kinds)
+    opened = open_for_training(config, ranks, found, stores, adapter_lr=ADAPTER_LR)
+    beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
+    gamma = (beta / 2 if config.gamma is None else config.gamma) if config.loss == "simpo" else 0.0
+    judge = partial(
+        judge_replies,
+        kind=config.loss,
+        beta=beta,
+        gamma=gamma,
+        label_smoothing=config.label_smoothing,
+        sft_weight=config.sft_weight,
+    )
+    reference = Reference("")
+    made = config.out / "reference.safetensors"
+    if config.loss in NEEDS_REFERENCE:
+        model = f"{model_fingerprint(opened.model)} {config.precision}"
+        reference.model = model
+        if config.reference is not None:
+            reference = read_reference(config.reference, model, stores)
+        elif made.exists() and (config.out / "config.toml").exists():
+            reference = read_reference(made, model, stores)
+    complete = partial(with_reference, reference=reference)
+    words = partial(in_words, kind=config.loss)
+    stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo", words)
+    if config.loss in NEEDS_REFERENCE and not reference.logp:
+        assert config.micro_batch_size is not None, "resolved before"
+        start = partial(
+            compute_reference,
+            stores,
+            reference,
+            made,
+            micro_rows=config.micro_batch_size,
+            quiet=config.quiet or not ranks.first,
+        )
+        return replace(stage, at_start=start)
+    return stage
+
+
+def with_reference(store: PackedStore, batch: Batch, *, reference: Reference) -> Batch:
+    """The batch with `reference` (B, S + 1), and with `pairs` where it has single labelled
+    replies."""
+    extra = dict(batch.extra)
+    if store.kind == "labels":
+        extra["pairs"] = (extra["labels"][:, 1:] != 0).float()
+        count = extra["pairs"].shape[1]
+    else:
+        count = 2 * extra["pairs"].shape[1]
+    extra["reference"] = torch.from_numpy(reference.rows(store, batch.rows, count))
+    return replace(batch, extra=extra)
+
+
+def replies_of(model: nn.Module, batch: Batch) -> tuple[Replies, Tensor]:
+    """The log-probabilities of the documents of a batch, each (B, S + 1); and -ln p (B, T)."""
+    found: Any = model(
+        batch.tokens,
+        None,
+        batch.segments,
+        targets=batch.targets,
+        weight=batch.weight,
+        per_token=True,
+        plan=batch.plan,
+    )
+    reference = batch.extra["reference"]
+    count = reference.shape[1] - 1
+    logp = per_document(-found.nll.double() * batch.weight, batch.segments, count)
+    tokens = per_document(batch.weight, batch.segments, count)
+    return Replies(logp, reference, tokens), found.nll.detach()
+
+
+def judge_replies(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    kind: Loss,
+    beta: float,
+    gamma: float,
+    label_smoothing: float,
+    sft_weight: float,
+) -> Judged:
+    """The loss of the pairs, or of the labelled replies, of a batch."""
+    both, nll = replies_of(model, batch)
+    if "labels" in batch.extra:
+        return _judge_labelled(both, nll, batch.extra["labels"][:, 1:], beta, sft_weight)
+    parts = [sides(x) for x in (both.logp, both.reference, both.tokens)]
+    chosen, rejected = (Replies(*(part[i] for part in parts)) for i in (0, 1))
+    loss = preference_loss(
+        chosen,
+        rejected,
+        kind,
+        beta=beta,
+        gamma=gamma,
+        label_smoothing=label_smoothing,
+        sft_weight=sft_weight,
+    )
+    numbers = {"chosen_logp": chosen.logp.detach(), "rejected_logp": rejected.logp.detach()}
+    if kind in NEEDS_REFERENCE:
+        numbers["chosen_less_likely"] = (chosen.change < 0).double()
+        numbers["chosen_change_a_token"] = chosen.mean_change.detach()
+    better, worse = (implicit_reward(side, kind, beta) for side in (chosen, rejected))
+    return Judged(loss, better, worse, nll, numbers)
+
+
+def _judge_labelled(
+    both: Replies, nll: Tensor, labels: Tensor, beta: float, sft_weight: float
+) -> Judged:
+    """KTO of single replies: a good one, or the model against a bad one, stands as chosen."""
+    replies = Replies(*(x[:, 1:] for x in (both.logp, both.reference, both.tokens)))
+    good = labels > 0
+    loss = kto_loss(replies, good, beta, 0.0) - sft_weight * replies.mean * good
+    reward = implicit_reward(replies, "kto", beta) * labels
+    return Judged(loss, reward, torch.zeros_like(reward), nll)
+
+
+def compute_reference(
+    stores: Mapping[str, PackedStore],
+    reference: Reference,
+    path: Path,
+    model: nn.Module,
+    ranks: Ranks,
+    *,
+    micro_rows: int,
+    quiet: bool,
+) -> None:
+    """Fill `reference` with the numbers of `model` as it is, and write the file.
+
+    All ranks call it, each with its rows; all do the same number of forward passes.
+    """
+    inner: Any = unwrap(model)
+    empty = partial(with_reference, reference=Reference(""))
+    rows = sum(len(store) for store in stores.values()) // ranks.size
+    with track("Reference log-probabilities", rows, "rows", quiet) as progress:
+        for store in stores.values():
+            logp = np.zeros(len(store.document_rows))
+            for share in rows_of_file(store, ranks, micro_rows):
+                batch = batch_of_rows(store, share, micro_rows, empty, ranks.device)
+                with torch.no_grad(), evaluating(inner):
+                    found = replies_of(inner, batch)[0].logp.cpu().numpy()
+                row, segment = documents_in(store, share)
+                logp[store.numbers(share[row], segment)] = found[row, segment]
+                progress.advance(len(share))
+            reference.logp[store.fingerprint] = np.array(sum_over_ranks(logp.tolist(), ranks))
+    if ranks.first:
+        reference.save(path)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of the model as it computes: an adapter that changes nothing yet does not count."""
+    idle = [f"{name}." for name, layer in adapters(model) if not bool(layer.b.any())]
+    own = (".a", ".b", ".magnitude")
+    return weights_fingerprint(
+        {
+            name.replace(".base.", "."): weight
+            for name, weight in model.named_parameters()
+            if weight.is_floating_point()
+            and not (name.endswith(own) and name.startswith(tuple(idle)))
+        }
+    )
+
+
+def in_words(metrics: dict[str, float], *, kind: Loss) -> str:
+    """An evaluation's numbers for people, and what they warn of."""
+    words = order_in_words(metrics)
+    change = metrics.get("dev_chosen_change_a_token")
+    if change is None:
+        return words
+    if (share := metrics.get("dev_chosen_less_likely")) is not None:
+        words += f"; {100 * share:.0f} % of the chosen replies have become less likely"
+    if change < -FORGOTTEN:
+        words += (
+            f", by {-change:.2g} nats a token: the model forgets how to write them, whatever the "
+            "margin says; take a lower --lr, a larger --beta, or --sft_weight 1"
+        )
+    return words
+
+
+def documents(config: Config) -> Documents:
+    """What the ledger of a run with these settings names."""
+    return PackedStore(config.data, ("preferences", "labels"))
+
+
+def main(config: Config) -> int:
+    """`whet dpo`."""
+    return run_stage(config, "dpo", build, partial(with_proposal, build=build))

@@ -1,0 +1,256 @@
+"""A stage that learns from pairs of replies: what the reward model and DPO share.
+
+    packed pairs ──► (B, T) tokens ──► one number a document ──► chosen, rejected (B, P) ──► loss
+                     chosen in odd, rejected in even segments
+
+A stage brings a `Judge`: what the model makes of the pairs of a batch. Training sums its losses,
+the evaluation counts over the whole dev file how often the chosen reply is put first.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from whet.chat.chat import Chat
+from whet.config import collected
+from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
+from whet.data.store import PackedStore
+from whet.evaluate.answers import wilson
+from whet.evaluate.dev import source_labels
+from whet.flags.training import TrainSettings
+from whet.generate.engine import evaluating
+from whet.progress import track
+from whet.stages.opening import Opened
+from whet.stages.packed import batches_of_step, data_in_words, order_of, writer
+from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
+from whet.train.evaluation import Meeting, sample_replies
+from whet.train.session import total_steps
+from whet.train.signals import Stop
+from whet.train.stage import Evaluation, Stage, Sums, planned
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model makes of a batch of pairs; each (B, P), P the most pairs in a row."""
+
+    loss: Tensor
+    """With a gradient."""
+    chosen: Tensor
+    """The chosen reply's reward, detached."""
+    rejected: Tensor
+    """The rejected reply's."""
+    nll: Tensor
+    """(B, T) detached: what the ledger sums over a document."""
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    """More numbers of each pair, for the log, detached."""
+
+    @property
+    def first(self) -> Tensor:
+        """1 where the chosen reply is put first, 0 where the rejected one is, 0.5 for a tie."""
+        return 0.5 + 0.5 * torch.sign(self.chosen - self.rejected)
+
+    def all_numbers(self) -> dict[str, Tensor]:
+        """What is logged of each pair."""
+        margin = self.chosen - self.rejected
+        return {
+            "pair_accuracy": self.first,
+            "margin": margin,
+            "chosen_reward": self.chosen,
+            "rejected_reward": self.rejected,
+            **self.numbers,
+        }
+
+
+Judge = Callable[[nn.Module, Batch], Judged]
+
+
+def sums(model: nn.Module, batch: Batch, *, judge: Judge) -> Sums:
+    """The loss function of a stage of pairs: sums over the pairs that are there."""
+    found, real = judge(model, batch), batch.extra["pairs"]
+    count = real.sum()
+    named = {name: ((x * real).sum(), count) for name, x in found.all_numbers().items()}
+    return Sums((found.loss * real).sum(), found.nll, named)
+
+
+def sides(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 2 P + 1) a number for each document -> (B, P) of the chosen, (B, P) of the rejected."""
+    return documents[:, 1::2], documents[:, 2::2]
+
+
+def open_pairs(config: Any, found: list[str], kinds: Sequence[str]) -> dict[str, PackedStore]:
+    """--data and --dev by flag; problems are added to `found`."""
+    stores = {}
+    for flag, path in (("--data", config.data), ("--dev", config.dev)):
+        with collected(found):
+            if path is not None:
+                stores[flag] = PackedStore(path, kinds)
+                if not units_of(stores[flag]).any():
+                    found.append(f"{flag} {path}: holds no pair")
+    return stores
+
+
+def units_of(store: PackedStore) -> np.ndarray:
+    """(rows,) the pairs in each row, or the labelled replies."""
+    documents = np.bincount(store.document_rows, minlength=len(store)).astype(np.float64)
+    return documents // 2 if store.kind == "preferences" else documents
+
+
+def pair_stage(
+    config: TrainSettings,
+    ranks: Ranks,
+    opened: Opened,
+    stores: Mapping[str, PackedStore],
+    judge: Judge,
+    complete: Callable[[PackedStore, Batch], Batch],
+    stage: str,
+    words: Callable[[dict[str, float]], str],
+    next_command: str = "whet chat {run}",
+) -> Stage:
+    """The stage that minimises the mean of `judge`'s loss over the pairs of a step.
+
+    `complete` adds to a batch of some rows what the judge needs; `words` says an evaluation's
+    numbers in words.
+    """
+    store, dev = stores["--data"], stores.get("--dev")
+    units = units_of(store)
+    order = order_of(config, store)
+    unit = "pairs" if store.kind == "preferences" else "replies"
+    count = f"{units[: order['n_rows']].sum():,.0f} {unit}"
+    steps = -(-order["n_rows"] // config.batch_size)
+    lineage = {"stage": stage, **opened.lineage}
+    save = writer(config, opened.model, opened.chat, store, lineage, opened.lora)
+    return Stage(
+        model=opened.model,
+        documents=store,
+        dev=dev,
+        total_steps=total_steps(config, steps),
+        batches=partial(
+            batches_of_step,
+            **order,
+            store=store,
+            ranks=ranks,
+            weights=units,
+            complete=partial(complete, store),
+        ),
+        loss_fn=partial(sums, judge=judge),
+        unit=unit,
+        evaluate=PairEvaluator(
+            dev,
+            judge,
+            complete,
+            order["micro_batch_size"],
+            words,
+            chat=None if getattr(opened.model.config, "score", False) else opened.chat,
+            n_samples=config.samples,
+            quiet=config.quiet or not ranks.first,
+        ),
+        save_model=save,
+        next=next_command,
+        rehearse=save.rehearse,
+        header=[*opened.header, *data_in_words(config, store, dev, count)],
+    )
+
+
+def rows_of_file(store: PackedStore, ranks: Ranks, micro_rows: int) -> list[np.ndarray]:
+    """The rows of this rank's micro-batches of the whole file; equally many on every rank."""
+    mine = np.arange(ranks.rank, len(store), ranks.size)
+    count = micro_batch_count(len(store), ranks.size, micro_rows)
+    return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(count)]
+
+
+def batch_of_rows(
+    store: PackedStore,
+    rows: np.ndarray,
+    micro_rows: int,
+    complete: Callable[[PackedStore, Batch], Batch],
+    device: torch.device,
+) -> Batch:
+    """Some rows of a file, filled up to `micro_rows`, on the device."""
+    batch = complete(store, read_batch(store, rows, total=1.0))
+    return planned(micro_batches(batch, micro_rows, 1)[0]).to(device)
+
+
+@dataclass(frozen=True)
+class PairEvaluator:
+    """The judge's numbers over a dev file, and pair accuracy by source with its interval."""
+
+    dev: PackedStore | None
+    judge: Judge
+    complete: Callable[[PackedStore, Batch], Batch]
+    micro_rows: int
+    words: Callable[[dict[str, float]], str]
+    chat: Chat | None = None
+    """For sample replies."""
+    n_samples: int = 0
+    quiet: bool = True
+
+    def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
+        """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
+        if self.dev is None:
+            return Evaluation()
+        inner: Any = unwrap(model)
+        meeting = Meeting(stop, ranks)
+        with meeting.after_forwards(inner), evaluating(inner), torch.no_grad():
+            table = self._table(inner, ranks)
+            meeting.end_part()
+            # Where every forward is a collective, all ranks generate the same.
+            count = self.n_samples if ranks.first or is_sharded(model) else 0
+            samples = sample_replies(inner, self.dev, self.chat, count, every=2)
+        meeting.end_part()
+        names = sorted(table)
+        flat = sum_over_ranks(np.concatenate([table[name] for name in names]).tolist(), ranks)
+        parts = dict(zip(names, np.reshape(flat, (len(names), 2)), strict=True))
+        metrics = {name: float(total / n) for name, (total, n) in parts.items() if n}
+        right, pairs = parts["dev_pair_accuracy"]
+        low, high = wilson(right, int(pairs))
+        metrics |= {"dev_pair_accuracy_low": low, "dev_pair_accuracy_high": high}
+        return Evaluation(metrics, samples, self.words(metrics))
+
+    def _table(self, model: Any, ranks: Ranks) -> dict[str, np.ndarray]:
+        """Name -> (sum, count) over this rank's pairs."""
+        assert self.dev is not None
+        labels = dict.fromkeys(source_labels(self.dev))
+        found = {f"dev_pair_accuracy/source/{label}": np.zeros(2) for label in labels}
+        shares = rows_of_file(self.dev, ranks, self.micro_rows)
+        with track("Judging pairs", len(self.dev) // ranks.size, "rows", self.quiet) as progress:
+            for rows in shares:
+                batch = batch_of_rows(self.dev, rows, self.micro_rows, self.complete, ranks.device)
+                judged = self.judge(model, batch)
+                real = batch.extra["pairs"].cpu().numpy() != 0
+                for name, x in {"loss": judged.loss, **judged.all_numbers()}.items():
+                    values = x.double().cpu().numpy()[real]
+                    found.setdefault(f"dev_{name}", np.zeros(2))
+                    found[f"dev_{name}"] += values.sum(), len(values)
+                first = judged.first.double().cpu().numpy()
+                for label, value in zip(self._labels(batch, real), first[real], strict=True):
+                    if label is not None:
+                        found[f"dev_pair_accuracy/source/{label}"] += value, 1
+                progress.advance(len(rows))
+        return found
+
+    def _labels(self, batch: Batch, real: np.ndarray) -> list[str | None]:
+        """The source of each pair that is there, in the order of `real`."""
+        assert self.dev is not None
+        row, pair = np.nonzero(real)
+        if not len(self.dev.documents):
+            return [None] * len(row)
+        segment = 2 * pair + 1 if self.dev.kind == "preferences" else pair + 1
+        numbers = self.dev.numbers(batch.rows[row], segment)
+        labels: list[str | None] = [*source_labels(self.dev)]
+        sources = self.dev.documents["source"][numbers]
+        return [labels[s] if 0 <= s < len(labels) else None for s in sources]
+
+
+def order_in_words(metrics: dict[str, float]) -> str:
+    """How often the chosen reply is put first, for people."""
+    low, high = (100 * metrics[f"dev_pair_accuracy_{end}"] for end in ("low", "high"))
+    return (
+        f"the chosen reply is put first in {100 * metrics['dev_pair_accuracy']:.1f} % of the pairs "
+        f"({low:.1f} to {high:.1f} %), loss {metrics['dev_loss']:.4f} a pair, margin "
+        f"{metrics['dev_margin']:.3g}"
+    )

@@ -1,0 +1,174 @@
+"""Settings that fit into the memory there is: what `whet plan` shows and `--auto` takes.
+
+Nothing is derived that can be tried: a setting is measured by a few real steps (`measure.py`).
+Between settings memory is estimated by the one rule that it grows no faster than the rows of a
+micro-batch, and the one chosen so is measured, too.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from whet.config import read_toml
+from whet.errors import UserError
+from whet.progress import Progress, say, track
+from whet.train import distributed, memory
+from whet.train.distributed import Ranks
+from whet.train.measure import Measured, cost_of, measure
+from whet.train.session import DEFAULT_MICRO_BATCH
+from whet.train.stage import Stage
+from whet.train.state import saving_bytes
+
+C = TypeVar("C", bound=Any)
+FITS = 0.9
+"""Share of the memory that a proposal may need: predictions are good to a tenth."""
+LARGEST = {"cpu": DEFAULT_MICRO_BATCH, "cuda": 32}
+"""Rows of a micro-batch beyond which nothing is gained: the matrices are large enough."""
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found. Memory in bytes."""
+
+    flagged: Measured | None
+    """The cost of the flags' own setting; None if there is no memory for it."""
+    proposed: Measured | None
+    limit: float
+
+
+def make_plan(
+    build: Callable[[Any, Ranks], Stage], config: Any, device: torch.device, ranks: int, quiet: bool
+) -> Plan:
+    """Measure the flags' setting, and the best that fits, for one of `ranks` ranks."""
+    limit = memory_limit(config, device)
+    share = -(-config.batch_size // ranks)
+    cap = min(share, LARGEST[device.type])
+    wanted = (min(config.micro_batch_size or DEFAULT_MICRO_BATCH, share), config.recompute)
+    found: dict[tuple[int, str], Measured | None] = {}
+
+    def at(rows: int, recompute: str, bar: Progress) -> Measured | None:
+        if (rows, recompute) not in found:
+            bar.advance(0, f"{rows} rows a micro-batch, recompute {recompute}")
+            found[rows, recompute] = measure(cost_of, build, config, device, ranks, rows, recompute)
+            bar.advance(1)
+        return found[rows, recompute]
+
+    with track("Measuring", unit="settings", quiet=quiet) as bar:
+        flagged = at(*wanted, bar)
+        for recompute in RECOMPUTE:
+            one = at(1, recompute, bar)
+            if one is None or needed(one, config, ranks) > FITS * limit:
+                continue
+            rows, room = 1, FITS * limit - needed(one, config, ranks)
+            while 2 * rows <= cap and (2 * rows - 1) * one.cost.transient <= room:
+                rows *= 2
+            proposed = at(rows, recompute, bar)
+            while rows > 1 and (proposed is None or needed(proposed, config, ranks) > FITS * limit):
+                rows //= 2
+                proposed = at(rows, recompute, bar)
+            return Plan(flagged, proposed, limit)
+        return Plan(flagged, None, limit)
+
+
+def memory_limit(config: Any, device: torch.device) -> float:
+    """Bytes for one rank: --memory_gb, or what there is; ranks on a CPU share it."""
+    if config.memory_gb is not None:
+        return config.memory_gb * 1e9
+    sharing = distributed.ranks_on_machine() if device.type == "cpu" else 1
+    return memory.limit_bytes(device) / sharing
+
+
+def needed(found: Measured, config: Any, ranks: int) -> float:
+    """The peak of a run on one rank: what was measured, and what saving states takes beside it.
+
+    Sharded ranks hold their share of what is held all the time; that part is not measured.
+    """
+    cost = found.cost
+    spared = cost.state * (1 - 1 / ranks) if config.shard else 0.0
+    return cost.peak + saving(found, config, ranks) - spared
+
+
+def saving(found: Measured, config: Any, ranks: int) -> float:
+    """Bytes that a save takes, where a state is saved before the last step."""
+    if not config.save_async or not 0 < config.save_every < found.steps:
+        return 0.0
+    trained = found.cost.weights * found.trained / found.parameters
+    return saving_bytes((trained + found.cost.optimizer) / (ranks if config.shard else 1))
+
+
+def step_seconds(found: Measured) -> float:
+    """Seconds of an optimizer step: its micro-batches and the update."""
+    return found.micros * found.cost.micro_seconds + found.cost.update_seconds
+
+
+def as_json(found: Measured, config: Any, ranks: int) -> dict:
+    """A setting with its cost; memory in GB (1e9 bytes)."""
+    cost = found.cost
+    parts = {
+        "weights": cost.weights,
+        "gradients": cost.gradients,
+        "optimizer": cost.optimizer,
+        "activations": max(0, cost.transient - found.head),
+        "head": min(found.head, cost.transient),
+        "saving": saving(found, config, ranks),
+        "process": cost.process,
+    }
+    seconds = step_seconds(found)
+    return {
+        "micro_batch_size": cost.rows,
+        "recompute": cost.recompute,
+        "memory_gb": needed(found, config, ranks) / 1e9,
+        "memory_parts_gb": {name: size / 1e9 for name, size in parts.items()},
+        "parameters": found.parameters,
+        "trained_parameters": found.trained,
+        "flops_per_step": found.micros * cost.micro_flops * ranks,
+        "seconds_per_step": seconds,
+        "tokens_per_s": found.micros * cost.tokens * ranks / seconds,
+        "steps": found.steps,
+        "seconds": found.steps * seconds,
+    }
+
+
+def flags_of(found: Measured) -> str:
+    """The flags that make `whet sft` take this setting."""
+    return f"--micro_batch_size {found.cost.rows} --recompute {found.cost.recompute}"
+
+
+def no_room(plan: Plan) -> str:
+    """What to say where nothing fits."""
+    return (
+        f"no setting fits into {plan.limit / 1e9:.2f} GB, not even --micro_batch_size 1 "
+        "--recompute full; try --lora_rank 16, or --shard on more ranks"
+    )
+
+
+def with_proposal(config: C, ranks: Ranks, *, build: Callable[[Any, Ranks], Stage]) -> C:
+    """`config`, with `--auto` the settings that fit; a continued run keeps those that it has. Only
+    one rank calls it.
+
+    Raises UserError if nothing fits.
+    """
+    if not config.auto:
+        return config
+    saved = config.out / "config.toml"
+    if saved.is_file():  # or the run would have been refused
+        before = read_toml(type(config), saved)
+        kept = {name: before[name] for name in ("micro_batch_size", "recompute")}
+        return dataclasses.replace(config, **kept)
+    plan = make_plan(build, config, ranks.device, ranks.size, config.quiet)
+    if plan.proposed is None:
+        raise UserError(f"--auto: {no_room(plan)}")
+    row = as_json(plan.proposed, config, ranks.size)
+    if not config.quiet:
+        gb, limit = row["memory_gb"], plan.limit / 1e9
+        say(f"--auto chose {flags_of(plan.proposed)}: {gb:.2f} of {limit:.2f} GB")
+    cost = plan.proposed.cost
+    return dataclasses.replace(
+        config,
+        micro_batch_size=cost.rows,
+        recompute=cost.recompute,
+    )
