@@ -1,5 +1,6 @@
 """The README is true: its tree, its links, its commands."""
 
+import dataclasses
 import io
 import json
 import re
@@ -10,7 +11,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from whet.cli import COMMANDS, config_class, main
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
 def test_the_tree_is_that_of_today() -> None:
@@ -40,8 +41,6 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_on_the_pages_exist_with_their_flags(page) -> None:
-    import dataclasses
-
     for words in commands(page.read_text(encoding="utf-8")):
         if words[1] in ("COMMAND", "--help"):
             continue
@@ -84,3 +83,30 @@ def test_the_commands_by_hand_run_in_their_order(tmp_path, monkeypatch, capsys) 
         words = [files.get(word, word) for word in words] + SMALL.get(words[1], "").split()
         assert main(words[1:]) == 0, f"{' '.join(words)}: {capsys.readouterr().err}"
     assert (tmp_path / "runs/sft/report.html").is_file()
+
+
+def test_the_lines_of_the_foundations_do_what_the_formulas_say() -> None:
+    text = (REPOSITORY / "docs/foundations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(blocks) == text.count("```python") >= 7
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+
+
+def test_every_flag_that_the_guides_name_exists() -> None:
+    flags = {f.name for name in COMMANDS for f in dataclasses.fields(config_class(name))}
+    for name in ("coming_from", "trouble", "numbers", "sft", "start"):
+        text = (REPOSITORY / f"docs/{name}.md").read_text(encoding="utf-8")
+        said = {
+            flag
+            for span in re.findall(r"`([^`\n]+)`", text)
+            for flag in re.findall("--(\\w+)", span)
+        }
+        assert said - flags <= {"config", "help", "standalone", "nproc_per_node"}, name
+
+
+def test_every_page_is_in_the_site(tmp_path) -> None:
+    nav = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert f": {page.relative_to(REPOSITORY / 'docs')}\n" in nav
