@@ -6,7 +6,7 @@ torchrun --standalone --nproc_per_node=2 scripts/train_sft.py
 
 import sys
 
-from whet.cli import main
+from walk_through import run
 
 DEFAULTS = {
     "--model": "runs/base",
@@ -15,14 +15,5 @@ DEFAULTS = {
     "--out": "runs/sft",
 }
 
-
-def with_defaults(flags: list[str]) -> list[str]:
-    """`flags` after those defaults that they do not set themselves; a --config file sets all."""
-    given = {flag.partition("=")[0] for flag in flags}
-    if "--config" in given:
-        return flags
-    return [word for pair in DEFAULTS.items() if pair[0] not in given for word in pair] + flags
-
-
 if __name__ == "__main__":
-    sys.exit(main(["sft", *with_defaults(sys.argv[1:])]))
+    sys.exit(run("sft", DEFAULTS, sys.argv[1:]))

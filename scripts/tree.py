@@ -27,7 +27,7 @@ def tree() -> str:
     """The tree as a Markdown code block."""
     lines = [
         "```",
-        "scripts/train_sft.py".ljust(26) + "the entry for torchrun; `whet sft` with defaults",
+        "scripts/train_*.py".ljust(26) + "the entries for torchrun; each stage with defaults",
         "configs/".ljust(26) + "a TOML file for each real use",
         "benchmarks/".ljust(26) + "side-by-side runs against peers; results/ holds dated JSON",
         "tests/".ljust(26) + "mirrors whet/, plus numerics/ and end_to_end/",

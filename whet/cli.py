@@ -24,6 +24,7 @@ COMMANDS = {
     "reward": ("whet.stages.reward", "train a reward model on pairs of replies"),
     "dpo": ("whet.stages.dpo", "train a model on pairs of replies (DPO, IPO, SimPO, ORPO, KTO)"),
     "grpo": ("whet.stages.grpo", "train a model on rewards for its own replies"),
+    "ppo": ("whet.stages.ppo", "the same with a critic"),
     "configs": ("whet.recipes", "list the configurations that come with Whet, or print one"),
     "compare": ("whet.compare.command", "several models on the same problems: what changed"),
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),

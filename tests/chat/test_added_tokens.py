@@ -169,6 +169,8 @@ def test_ids_flags_and_names_are_those_of_transformers(
         (CONFIG, {"extra_special_tokens": {"tools": "<a>"}}, ".*tools can't be set"),
         (CONFIG, {"eos_token": 4}, "eos_token is 4; expected"),
         (MAP, {"pad_token": ["<a>"]}, "pad_token is .*; expected"),
+        (CONFIG, {"bos_token": "\ud800"}, ".* is no token"),
+        (ADDED, {"\ud800": 7}, ".* is no token"),
         (ADDED, {"<a>": "x"}, "'<a>' has the id 'x'"),
         (ADDED, ["<a>"], "expected a JSON object"),
     ],

@@ -220,6 +220,14 @@ def test_an_adapter_trains_from_the_same_reference(world, tmp_path):
     assert (tmp_path / "run" / "adapter_config.json").exists()
 
 
+def test_samples_are_replies_to_the_prompts_of_the_pairs(world, tmp_path):
+    assert main(command(world, "dpo", tmp_path / "run", samples=2, max_steps=1)) == 0
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [sample["step"] for sample in found] == [0, 0, 1, 1]
+    assert found[0]["prompt"] != found[1]["prompt"], "one of each pair"
+
+
 def test_labelled_replies_train_by_kto(world, tmp_path, capsys):
     data = {"data": world / "labels.h5", "dev": world / "labels.h5"}
     assert main(command(world, "dpo", tmp_path / "run", loss="kto", lr=1e-2, **data)) == 0

@@ -58,9 +58,9 @@ def read_declared(folder: Path, config: dict[str, Any], own: dict[int, AddedToke
     for content, number in _optional(file).items():
         if type(number) is not int:
             raise UserError(f"{file}: {content!r} has the id {number!r}; expected a whole number")
-        legacy[number] = AddedToken(
-            content, normalized=content not in special, special=content in special
-        )
+        flag = content in special
+        fields = {"content": content, "normalized": not flag, "special": flag}
+        legacy[number] = _token(fields, file)
     return Declared(_present(named), extra, {**legacy, **own})
 
 
@@ -121,15 +121,14 @@ def _numbered(tokens: Any, where: Path) -> dict[int, AddedToken]:
 
 def _token(value: Any, where: Path, special: bool = False) -> AddedToken:
     """One token: its text, or an object with its fields; `special` is what a silent one is."""
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
     try:
-        content = value["content"]
+        if isinstance(value, str):
+            return AddedToken(value, special=True)
         fields = {key: value[key] for key in FIELDS if key in value}
-        return AddedToken(content, **{"special": special, **fields})
-    except (TypeError, KeyError):
+        return AddedToken(value["content"], **{"special": special, **fields})
+    except (TypeError, KeyError, UnicodeError):
         raise UserError(
-            f"{where}: {value!r:.100} is no token; expected a text or an object with its content"
+            f"{where}: {value!a:.100} is no token; expected a text or an object with its content"
         ) from None
 
 

@@ -1,7 +1,7 @@
 """What a template does with conversations, found by trying it, never by its name.
 
 A few made-up conversations with marker words in them are rendered, and the renderings tell in which
-shape the template wants its messages, with which token a reply ends, what it writes behind that
+shape the template wants its messages, with which token a reply ends, what it writes after that
 token, and which of its switches change the generation prompt.
 """
 
@@ -62,11 +62,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a reply ends: the stop token's text and what the template writes behind it.
+    """How a reply ends: the stop token's text and what the template writes after it.
 
     `close` is not empty for a template that leaves the last reply open and closes it only when more
     follows: the text up to and with the stop token that is missing at the end, put in the place of
-    `after`. `calls` says whether this was seen behind tool calls.
+    `after`. `calls` says whether this was seen after tool calls.
     """
 
     stop: str
@@ -76,7 +76,7 @@ class Ending:
 
     @cached_property
     def tail(self) -> str:
-        """What stands behind the last word."""
+        """What stands after the last word."""
         return self.stop + self.after
 
 
@@ -99,14 +99,17 @@ class Dialect:
         prompt: bool = False,
     ) -> str:
         """The text of messages that are in their form already; `prompt` asks for a reply."""
-        return self.template(tools).render(
-            messages,
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=prompt,
-            today=self.today,
-            variables=self._constant,
-        )
+        return self.template(tools).render(messages, **self._around(tools, documents, prompt))
+
+    def marks(
+        self, messages: list[Message], tools: Tools, documents: Tools, prompt: bool
+    ) -> list[int]:  # `ChatTemplate.marks`
+        return self.template(tools).marks(messages, **self._around(tools, documents, prompt))
+
+    def _around(self, tools: Tools, documents: Tools, prompt: bool) -> dict[str, Any]:
+        """What is rendered besides the messages."""
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": prompt}
+        return {**given, "today": self.today, "variables": self._constant}
 
     @cached_property
     def _constant(self) -> dict[str, Any]:
@@ -173,8 +176,9 @@ class Dialect:
     def headers(self) -> frozenset[str]:
         """Control tokens that begin a turn.
 
-        They stand before the first message's text. What ends a turn may stand there, too, if the
-        template writes a system text of its own first; but that stands behind messages as well.
+        They stand before the first message's text, or right before the user's. What ends a turn may
+        stand there, too, if the template writes a system text of its own first; but that stands
+        after messages as well.
         """
         for before in self._openings[::-1]:
             text = self._tried(self.form(before).shape(before), prompt=True)
@@ -184,6 +188,8 @@ class Dialect:
             found = set(self._tokens(text.partition(first)[0]))
             for word in (first, ASKED):
                 found.difference_update(self._tokens(text.partition(word)[2])[:1])
+            asking = text.partition(ASKED)[0].rstrip()
+            found.update(t for t in self._tokens(asking)[-1:] if asking.endswith(t))
             return frozenset(token for token in found if not self._is_eos(token))
         return frozenset()
 
@@ -354,8 +360,9 @@ class Dialect:
     ) -> Ending | None:
         """The ending of a reply in a template that ends none: the eos, at which each engine stops.
 
-        Only blanks may stand behind a last reply, since a text there could be an end marker that
-        this tokenizer does not have as a token. A call goes on to where the next message begins.
+        Only whitespace and the header of the next turn may stand after a last reply, since a text
+        there could be an end marker that this tokenizer does not have as a token. A call goes on to
+        where the next message begins.
         """
         eos = self.tokenizer.named.get("eos_token", "")
         calls = "tool_calls" in reply
@@ -365,12 +372,15 @@ class Dialect:
         if tail is None or eos not in self.tokenizer.added:
             return None
         written = tail.rstrip()
-        if calls:
-            more = _after(self._tried(form.shape([*before, reply, *follow]), tools), word)
-            if more is None or not more.startswith(written):
-                return None
-        elif written:
+        more = _after(self._tried(form.shape([*before, reply, *follow]), tools), word) or ""
+        if calls and not more.startswith(written):
             return None
+        if written and not calls:
+            asked = _after(self._tried(form.shape(before)), ASKED) or ""
+            always = asked.endswith(tail) and more and not more.startswith(written)
+            if not self._begins_turn(tail) and not always:
+                return None
+            written = ""
         return Ending(eos, tail[len(written) :], eos, calls)
 
     def _stop_in(self, text: str, known: set[str]) -> tuple[str, int]:

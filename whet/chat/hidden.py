@@ -93,7 +93,7 @@ class Joints:
 
 
 def signs_of(text: str) -> list[str]:
-    """The characters of a control string that are neither letters nor digits, blanks nor _."""
+    """The characters of a control string that are neither letters nor digits, whitespace nor _."""
     return sorted({c for c in text if not (c.isalnum() or c.isspace() or c == "_")})
 
 
@@ -116,4 +116,13 @@ def holds(value: Any, test: Callable[[str], Any]) -> bool:
         return any(holds(key, test) or holds(item, test) for key, item in value.items())
     if isinstance(value, list | tuple):
         return any(holds(item, test) for item in value)
+    return False
+
+
+def any_text_holds(messages: list[dict[str, Any]], test: Callable[[str], Any]) -> bool:
+    """`holds`, quick for messages that are texts: most are searched, few hold anything."""
+    for message in messages:
+        for value in message.values():
+            if test(value) if type(value) is str else holds(value, test):
+                return True
     return False

@@ -9,19 +9,23 @@ The oracle is transformers' `apply_chat_template(tokenize=False)`: a sandboxed e
 trimmed blocks, loop controls, `raise_exception`, `strftime_now`, a `tojson` that escapes nothing,
 and `{% generation %}` blocks.
 
-A request is a pickle of (seconds, source, today, variables), where `variables` is None to ask what
-the template reads. The reply is `=` or, for an error, `!`, then the length (8 bytes, little-endian)
-and the text or message in UTF-8 (lone surrogates included). At the end of its memory the process
-exits with ENOMEM, at the end of its time by SIGPROF.
+A request is a pickle of (seconds, source, today, variables, marks), where `variables` is None to
+ask what the template reads, and `marks` asks where beginnings of the messages end. The reply is `=`
+or, for an error, `!`, then the length (8 bytes, little-endian) and the text or message in UTF-8
+(lone surrogates included). At the end of its memory the process exits with ENOMEM, at the end of
+its time by SIGPROF.
 """
 
 import errno
+import itertools
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date, datetime
 from functools import lru_cache
@@ -37,6 +41,8 @@ from jinja2.utils import Namespace
 LENGTH = 30_000_000  # characters of one rendering
 SHOWN = 1000  # characters of a message that a template writes
 COMPILED = 256  # templates that are kept
+# What lets a template know messages to come in its loop, or the loop's messages after it.
+LOOKING = re.compile(r"last|nextitem|revindex|length|namespace|cycler|joiner|\bloop\b(?! *\.)")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -79,6 +85,43 @@ class _Namespace(Namespace):
         if str(name).startswith("_"):
             raise jinja2.exceptions.SecurityError(f"a namespace can't hold the name {name!r}")
         super().__setitem__(name, value)
+
+
+class _Looking(Exception):  # noqa: N818 -- an answer, not an accident
+    """A template asks more of the messages than the next one."""
+
+
+class _Watched:
+    """Messages that a template can only go through once, or ask for the first of them.
+
+    `marks[k]` is how much text was written when message k was asked for, or the end after it.
+    """
+
+    def __init__(self, messages: list[Any], first: int = 0) -> None:
+        self.messages, self.first = messages, first
+        self.written = 0
+        self.marks: list[int] = []
+        self.rest: _Watched | None = None
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == 0 and not self.first:
+            return self.messages[0]
+        if key != slice(1, None, None) or self.first or self.rest:
+            raise _Looking
+        self.rest = _Watched(self.messages, 1)
+        return self.rest
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.marks:
+            raise _Looking
+        self.marks = [0] * self.first
+        for message in self.messages[self.first :]:
+            self.marks.append(self.written)
+            yield message
+        self.marks.append(self.written)
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -141,6 +184,36 @@ class _Templates:
             raise ValueError(f"a text of more than {LENGTH:,} characters")
         return text
 
+    def marks(self, source: str, today: str, variables: dict[str, Any]) -> str:
+        """As JSON: where in the rendering of all messages each beginning of them ends, empty if
+        the template could render a beginning in another way.
+
+        It could not if it goes through the messages once, knows nothing of those to come, writes
+        each before it asks for the next, and keeps nothing of them for the text after its loop.
+        Then `messages[:k]` are rendered as `text[: marks[k]]` and what stands after `marks[-1]`,
+        for k > 1.
+        """
+        if LOOKING.search(source):
+            return "[]"
+        watched = _Watched(variables["messages"])
+        self.today, text, seen = today, "", watched
+        template = self.compiled(source)
+        context = template.new_context({**variables, "messages": watched})
+        pieces = []
+        try:
+            for piece in template.root_render_func(context):
+                pieces.append(piece)
+                seen = watched.rest or watched
+                watched.written += len(piece)
+                seen.written = watched.written
+        except Exception:  # an object that is no list may fail in any way
+            return "[]"
+        text, marks = "".join(pieces), (watched.rest or watched).marks
+        grows = all(a < b for a, b in itertools.pairwise(marks[1:]))
+        once = len(marks) == len(watched.messages) + 1 and not (watched.rest and watched.marks)
+        alike = once and grows and text == template.render(variables)
+        return json.dumps(marks if alike else [])
+
     def description(self, source: str) -> str:
         """As JSON: the variables that the template reads and the constants each is compared with.
 
@@ -167,13 +240,20 @@ def _compared(tree: nodes.Template) -> dict[str, list[Any]]:
 
 
 def _answer(
-    templates: _Templates, seconds: float, source: str, today: str, variables: dict[str, Any] | None
+    templates: _Templates,
+    seconds: float,
+    source: str,
+    today: str,
+    variables: dict[str, Any] | None,
+    marks: bool,
 ) -> tuple[bytes, str]:
     # The kernel ends the process when the time is over, within a C call, too.
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         if variables is None:
             return b"=", templates.description(source)
+        if marks:
+            return b"=", templates.marks(source, today, variables)
         return b"=", templates.render(source, today, variables)
     except MemoryError:
         raise

@@ -54,7 +54,7 @@ class ChatTemplate:
         self.name = name
         self.hash = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         try:
-            described = json.loads(_ask((source, "", None)))
+            described = json.loads(_ask((source, "", None, False)))
         except _RenderError as failure:
             raise UserError(f"{name}: {failure}") from None
         self.variables = frozenset(described["variables"])
@@ -83,7 +83,29 @@ class ChatTemplate:
         check_names(named, "template variables")
         named |= {"messages": messages, "tools": tools, "documents": documents}
         named["add_generation_prompt"] = add_generation_prompt
-        content = (self.source, today.isoformat() if today else "", named)
+        return self._asked(today, named)
+
+    def marks(
+        self,
+        messages: list[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        today: date | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Where the first k messages end in `render(messages, ...)`, for each k: they alone, if
+        more than one, are rendered as that much of it, then what stands after the last mark.
+
+        Empty where the template might render them in another way.
+        """
+        named = {**(variables or {}), "messages": messages, "tools": tools}
+        named |= {"documents": documents, "add_generation_prompt": add_generation_prompt}
+        return list(json.loads(self._asked(today, named, marks=True)))
+
+    def _asked(self, today: date | None, variables: dict[str, Any], marks: bool = False) -> str:
+        content = (self.source, today.isoformat() if today else "", variables, marks)
         try:
             return _ask(content)
         except _RenderError as failure:
@@ -139,8 +161,8 @@ def _renderer(process_id: int) -> _Renderer:
     return _Renderer()
 
 
-def _ask(content: tuple[str, str, dict[str, Any] | None]) -> str:
-    """The renderer's reply to (source, today, variables)."""
+def _ask(content: tuple[str, str, dict[str, Any] | None, bool]) -> str:
+    """The renderer's reply to (source, today, variables, marks)."""
     request = io.BytesIO()
     try:
         _Pickler(request, pickle.HIGHEST_PROTOCOL).dump((SECONDS, *content))

@@ -111,6 +111,12 @@ class Tokenizer:
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def knows_ids_of(self, other: "Tokenizer") -> bool:
+        """Whether every id of `other` is the same token here; there may be more, such as the
+        padding token of a reward model."""
+        own = self.backend.get_vocab(with_added_tokens=True)
+        return other.backend.get_vocab(with_added_tokens=True).items() <= own.items()
+
     def with_tokens(self, texts: Iterable[str]) -> "Tokenizer":
         """This tokenizer with `texts` as special tokens, new ones at the end of the vocabulary."""
         new = [t for t in dict.fromkeys(texts) if self.backend.token_to_id(t) is None]
@@ -134,8 +140,8 @@ class Tokenizer:
         if others := {k: v for k, v in self.named.items() if k not in named}:
             config["extra_special_tokens"] = others
         write_text(folder / "tokenizer.json", self.json_text)
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        write_text(folder / "tokenizer_config.json", text)
+        # In ASCII: a stranger's file may hold half a character, which UTF-8 cannot write.
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2))
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:

@@ -5,30 +5,31 @@ For each assistant turn i two renderings are compared: the prompt that asks for 
 first must be the beginning of the second; the words are what the second adds, up to the end of the
 stop token.
 
-Some templates render the context of a reply otherwise once the reply stands behind it (a system
-text that is written before the last user message only). Then the words are those behind the same
-end of the context, and stand behind the prompt as it is at inference.
+Some templates render the context of a reply in another way once the reply follows it (a system
+text that is written before the last user message only). Then the words are those after the same
+end of the context, and stand after the prompt as it is at inference.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, Message, half_character
 from whet.chat.dialect import THOUGHT, Ending, beginning_of
-from whet.chat.hidden import Escapes, NoneFree, holds, mapped, signs_of
+from whet.chat.hidden import Escapes, NoneFree, any_text_holds, holds, mapped, signs_of
 from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
 
 BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
 STAND_IN = f"Q{BORDER}q"  # a reply in a trial rendering
+FEW = 8  # messages, of which each beginning is as quickly rendered as looked for
 ANOTHER = "take another template with --chat_template"
 FIRST_TAG = re.compile(r"<[^<>]+>|\[[^\[\]]+\]|\S+")  # `<think>`, `[THINK]` or a word
 # `</think>`, `[/THINK]`, `<think|>`
@@ -89,7 +90,7 @@ class Rendered:
     def _escape(self, pattern: re.Pattern[str]) -> None:
         content = (self.messages, self.tools, self.documents)
         beside = self.tools or self.documents
-        if not _any_text_holds(self.messages, pattern.search) and not (
+        if not any_text_holds(self.messages, pattern.search) and not (
             beside and holds(content[1:], pattern.search)
         ):
             return
@@ -117,7 +118,29 @@ class Rendered:
 
     def render(self, count: int, prompt: bool = False) -> str:
         """The first `count` messages."""
+        if self._marks and 1 < count < len(self.messages):
+            text = self._texts[prompt]
+            return text[: self._marks[count]] + text[self._marks[-1] :]
         return self._render(self.messages[:count], prompt)
+
+    @cached_property
+    def _marks(self) -> list[int]:
+        """Where each beginning of the messages ends in `_texts`, or empty if each is to be rendered
+        for itself: the template might render it in another way, or they are but few."""
+        if len(self.messages) <= FEW:
+            return []
+        content = (self.messages, self.tools, self.documents)
+        with suppress(TemplateError):
+            marks, others = (self.dialect.marks(*content, prompt) for prompt in (False, True))
+            if marks and marks == others:
+                one, other = (text[: marks[-1]] for text in self._texts)
+                return marks if one == other else []
+        return []
+
+    @cached_property
+    def _texts(self) -> tuple[str, str]:
+        """All messages, without and with a generation prompt."""
+        return self._render(self.messages), self._render(self.messages, prompt=True)
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str:
         return self.dialect.render(messages, self.tools, self.documents, prompt)
@@ -143,7 +166,7 @@ class Rendered:
     def _could_join(self) -> bool:
         possible = self.chat.joints.possible
         beside = self.tools or self.documents
-        return _any_text_holds(self.messages, possible) or bool(
+        return any_text_holds(self.messages, possible) or bool(
             beside and holds((self.tools, self.documents), possible)
         )
 
@@ -234,7 +257,7 @@ class Rendered:
         The prompt may end with other whitespace than stands before the written reply. Or it opens
         something (`<think>`) with which the content begins, and which the template does not write.
         """
-        if "tool_calls" in self.messages[index] or not _text_of(self.messages[index]):
+        if "tool_calls" in self.messages[index] or not written(self.messages[index].get("content")):
             return None
         head, tail = self._around(index, self.messages[index])
         if "".join(prompt.split()) == "".join(head.split()):
@@ -243,7 +266,7 @@ class Rendered:
             ends = prompt[len(prompt.rstrip()) :], head[len(head.rstrip()) :]
             left = ends[1].removeprefix(ends[0]) if ends[1].startswith(ends[0]) else ""
             return left + whole[len(head) :]
-        content, opened = _text_of(self.messages[index]), prompt[len(head) :]
+        content, opened = written(self.messages[index].get("content")), prompt[len(head) :]
         if prompt.startswith(head) and opened.strip() and content.startswith(opened):
             return content[len(opened) :] + tail
         return None
@@ -280,7 +303,7 @@ class Rendered:
 
     def _around(self, index: int, message: Message) -> tuple[str, str]:
         """What the template writes before and after the content of `message`, in the place of
-        message `index`; "" for both if it writes the content otherwise than once."""
+        message `index`; "" for both if it does not write the content exactly once."""
         [content] = self.form.shape([{"role": "assistant", "content": STAND_IN}])
         trial = self._render([*self.messages[:index], {**message, "content": content["content"]}])
         if trial.count(STAND_IN) != 1:
@@ -421,23 +444,6 @@ class Rendered:
         if opened.strip().endswith(self._thought_signs(index, head, opened.strip())[1] or "\n"):
             return []  # a thought that is ended already
         return [f"give it a content that begins with {opened!r}, as the model's own words do"]
-
-
-def _text_of(message: Message) -> str:
-    """The content, if it is one text, perhaps as a list of one part; else ""."""
-    content = message.get("content")
-    if isinstance(content, list) and len(content) == 1:
-        content = content[0].get("text")
-    return content if isinstance(content, str) else ""
-
-
-def _any_text_holds(messages: list[Message], test: Callable[[str], Any]) -> bool:
-    """`holds`, quick for messages that are texts: most are searched, few hold anything."""
-    for message in messages:
-        for value in message.values():
-            if test(value) if type(value) is str else holds(value, test):
-                return True
-    return False
 
 
 def _end_of(text: str, limit: int = 40) -> str:

@@ -144,7 +144,7 @@ def _sampled(
     found = {f"pass@{k}": float(np.mean([pass_at_k(n, int(c), k) for c in right])) for k in ks}
     if first is None:
         return {**found, "kl_to_first": 0.0}
-    if first.chat.tokenizer.hash == opened.chat.tokenizer.hash:
+    if first.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
         found["kl_to_first"] = _divergence(answers, first, config.temperature)
     return found
 

@@ -42,6 +42,7 @@ REFUSAL = {"source": str, "line": int, "kind": str, "reason": str}
 DATASETS = (
     "tokens", "loss_mask", "segment_ids", "loss_tokens", "documents", "refusals",
     "scores", "margins", "labels", "logp", "advantages", "rewards",
+    "values", "returns", "token_advantages",
 )  # fmt: skip
 
 

@@ -152,7 +152,8 @@ def notes(tables: Tables, left_out: list[dict[str, str | int]], truncate: bool) 
     if cut.any():
         lines.append(f"{cut.sum():,} examples end after the last turn that fits into a row")
     if spool.unused:
-        names = ", ".join(f"{name} ({n:,} rows)" for name, n in spool.unused.most_common())
+        often = sorted(spool.unused.items(), key=lambda item: (-item[1], item[0]))
+        names = ", ".join(f"{name} ({n:,} rows)" for name, n in often)
         lines.append(f"fields not used: {names}")
     return lines
 

@@ -10,10 +10,11 @@ from whet.chat.chat import Chat
 from whet.evaluate.answers import wilson
 from whet.generate.engine import sample
 from whet.progress import track
+from whet.rl.critic import policy_of
 from whet.rl.prompts import Prompts
 from whet.rl.rewards import Answer, Reward, correct, total_rewards
 from whet.rl.sampling import answer_of
-from whet.train.distributed import Ranks, gather, is_sharded, unwrap
+from whet.train.distributed import Ranks, gather, is_sharded
 from whet.train.evaluation import Meeting
 from whet.train.signals import Stop
 from whet.train.stage import Evaluation
@@ -39,7 +40,7 @@ class PolicyEvaluator:
         meeting = Meeting(stop, ranks)
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
         mine = range(share.rank, len(self.dev), share.size)
-        answers = self._answers(unwrap(model), mine, meeting)
+        answers = self._answers(policy_of(model), mine, meeting)
         sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
         meeting.end_part()
         own = [

@@ -239,7 +239,7 @@ def reward_model(directory: str, chat: Chat, device: torch.device, precision: Pr
     opened = open_model(directory, device="cuda" if on_gpu else "cpu", precision=precision)
     if not opened.model.config.score:
         raise UserError(f"--reward {directory}: is no reward model; `whet reward` makes one")
-    if opened.chat.tokenizer.hash != chat.tokenizer.hash:
+    if not opened.chat.tokenizer.knows_ids_of(chat.tokenizer):
         raise UserError(
             f"--reward {directory}: has another tokenizer than the policy; train a reward model "
             "from a model with the same one"

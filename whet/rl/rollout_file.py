@@ -14,24 +14,25 @@ masked, have 0. The attribute `ends` says where the rows of each update end, `to
 weights are divided by.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.packing import pack
 from whet.data.store import DOCUMENT, PackedStore, StoreWriter
 from whet.flags.choices import Advantage, Normalize, Truncated
-from whet.model.attention import plan_documents
 from whet.rl.advantages import group_advantages
 from whet.rl.policy_loss import token_weights
 from whet.rl.prompts import Prompts
 from whet.rl.sampling import Sample
 from whet.train.distributed import Ranks
+from whet.train.stage import planned
 
 ROWS = 1 << 20
 """Row r of rollout n has number n * ROWS + r in batches: the ledger meets rows of several files."""
@@ -51,62 +52,10 @@ class RolloutSettings:
     seed: int
 
 
-def write_rollout(
-    path: Path,
-    groups: Sequence[Sequence[Sample]],
-    prompts: Prompts,
-    settings: RolloutSettings,
-    *,
-    pad_id: int,
-    attrs: dict[str, Any],
-) -> None:
-    """Write the file: the groups are dealt to the updates in turn, each update has rows of its own.
-
-    Raises UserError if the file cannot be written.
-    """
-    parts = _parts(groups, prompts, settings)
-    length = max(SHORTEST_ROW, *(len(d.ids) for part in parts for d in part.documents))
-    packings = [
-        pack(np.array([len(d.ids) for d in part.documents]), length, settings.seed)
-        for part in parts
-    ]
-    ends = np.cumsum([packing.n_rows for packing in packings]).tolist()
-    shape = (ends[-1], length)
-    tokens, segments = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
-    mask, logp = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    table = list[tuple[int, ...]]()
-    placed = list[_Document]()
-    for part, packing, first in zip(parts, packings, [0, *ends], strict=False):
-        for i in np.lexsort((packing.start, packing.row)).tolist():
-            document, row, start = part.documents[i], first + packing.row[i], packing.start[i]
-            end = start + len(document.ids)
-            reply = slice(end - len(document.sample.reply.ids), end)
-            tokens[row, start:end] = document.ids
-            segments[row, start:end] = segments[row].max() + 1
-            mask[row, reply] = document.weight
-            logp[row, reply] = document.sample.reply.logp
-            line = prompts.prompts[document.sample.prompt].line
-            trained = len(document.sample.reply.ids) if document.weight else 0
-            table.append((row, start, len(document.ids), trained, 0, line, document.number))
-            placed.append(document)
-    said = {
-        "kind": "rollout",
-        "sources": [str(prompts.path)],
-        "pad_id": pad_id,
-        "ends": ends,
-        "totals": [part.total for part in parts],
-        **attrs,
-    }
-    with StoreWriter(path, *shape, weighted=True, attrs=said) as writer:
-        writer.write_rows(tokens, mask, segments)
-        writer.write_documents(np.array(table, DOCUMENT))
-        writer.write_numbers("logp", logp)
-        writer.write_numbers("advantages", np.array([d.advantage for d in placed]))
-        writer.write_numbers("rewards", np.array([d.sample.reward for d in placed]))
-
-
 @dataclass(frozen=True)
-class _Document:
+class Document:
+    """One reply after its prompt, and where it stands."""
+
     sample: Sample
     number: int
     """Of the sample in its group."""
@@ -114,37 +63,126 @@ class _Document:
     weight: float
     """Of each token of the reply."""
     advantage: float
+    row: int = 0
+    start: int = 0
+
+    @property
+    def end(self) -> int:
+        """Where its last token ends."""
+        return self.start + len(self.ids)
+
+    @property
+    def reply(self) -> range:
+        """The places of the reply's tokens in its row."""
+        return range(self.end - len(self.sample.reply.ids), self.end)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one update trains."""
+class Layout:
+    """A rollout in rows, before it is written."""
 
-    documents: list[_Document]
-    total: float
+    documents: list[Document]
+    """By row and start."""
+    tokens: np.ndarray
+    """(rows, T) int32."""
+    segments: np.ndarray
+    """(rows, T) int32."""
+    mask: np.ndarray
+    """(rows, T) float32."""
+    logp: np.ndarray
+    """(rows, T) float32."""
+    ends: list[int]
+    """Where the rows of each update end."""
+    totals: list[float]
+    """What the weights of each update are divided by."""
 
 
-def _parts(
-    groups: Sequence[Sequence[Sample]], prompts: Prompts, settings: RolloutSettings
-) -> list[_Part]:
+def lay_out(
+    groups: Sequence[Sequence[Sample]], prompts: Prompts, settings: RolloutSettings, pad_id: int
+) -> Layout:
+    """Put samples into rows: the groups are dealt to the updates in turn, and each update has rows
+    of its own."""
+    parts = [_part(groups, prompts, settings, update) for update in range(settings.updates)]
+    parts = [part for part in parts if part[0]]
+    length = max(SHORTEST_ROW, *(len(d.ids) for documents, _ in parts for d in documents))
+    placed, ends = list[Document](), [0]
+    for documents, _ in parts:
+        packing = pack(np.array([len(d.ids) for d in documents]), length, settings.seed)
+        rows = (packing.row + ends[-1]).tolist()
+        where = zip(documents, rows, packing.start.tolist(), strict=True)
+        own = [replace(d, row=row, start=start) for d, row, start in where]
+        placed += sorted(own, key=lambda d: (d.row, d.start))
+        ends.append(ends[-1] + packing.n_rows)
+    shape = (ends[-1], length)
+    tokens, segments = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
+    mask, logp = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    for d in placed:
+        tokens[d.row, d.start : d.end] = d.ids
+        segments[d.row, d.start : d.end] = segments[d.row].max() + 1
+        mask[d.row, d.reply] = d.weight
+        logp[d.row, d.reply] = d.sample.reply.logp
+    totals = [total for _, total in parts]
+    return Layout(placed, tokens, segments, mask, logp, ends[1:], totals)
+
+
+def _part(
+    groups: Sequence[Sequence[Sample]], prompts: Prompts, settings: RolloutSettings, update: int
+) -> tuple[list[Document], float]:
+    """The documents of an update, and what their weights are divided by."""
     rewards = torch.tensor([[s.reward for s in group] for group in groups], dtype=torch.float64)
     advantages = group_advantages(rewards, settings.advantage).tolist()
-    found = []
-    for update in range(min(settings.updates, len(groups))):
-        documents, lengths = list[_Document](), list[int]()
-        for g in range(update, len(groups), settings.updates):
-            for k, sample in enumerate(groups[g]):
-                ids = [*prompts.prompts[sample.prompt].ids, *sample.reply.ids]
-                kept = settings.truncated != "mask" or sample.reply.stopped
-                documents.append(_Document(sample, k, ids, float(kept), advantages[g][k]))
-                lengths.append(len(sample.reply.ids) if kept else 0)
-        # A masked reply is in neither sum: not in the losses, not in what they are divided by.
-        counted = torch.tensor([n for n in lengths if n])
-        weights, total = token_weights(counted, settings.normalize, settings.max_new_tokens)
-        each = iter(weights.tolist())
-        documents = [replace(d, weight=next(each)) if d.weight else d for d in documents]
-        found.append(_Part(documents, total))
-    return found
+    documents, lengths = list[Document](), list[int]()
+    for g in range(update, len(groups), settings.updates):
+        for k, sample in enumerate(groups[g]):
+            ids = [*prompts.prompts[sample.prompt].ids, *sample.reply.ids]
+            kept = settings.truncated != "mask" or sample.reply.stopped
+            documents.append(Document(sample, k, ids, float(kept), advantages[g][k]))
+            lengths.append(len(sample.reply.ids) if kept else 0)
+    # A masked reply is in neither sum: not in the losses, not in what they are divided by.
+    counted = torch.tensor([n for n in lengths if n])
+    weights, total = token_weights(counted, settings.normalize, settings.max_new_tokens)
+    each = iter(weights.tolist())
+    return [replace(d, weight=next(each)) if d.weight else d for d in documents], total
+
+
+def write_rollout(
+    path: Path,
+    layout: Layout,
+    prompts: Prompts,
+    places: Mapping[str, np.ndarray],
+    attrs: Mapping[str, Any],
+) -> None:
+    """Write the file; `places` are further numbers (rows, T) of each place, by name.
+
+    Raises UserError if it cannot be written.
+    """
+    said = {
+        "kind": "rollout",
+        "sources": [str(prompts.path)],
+        "ends": layout.ends,
+        "totals": layout.totals,
+        "places": list(places),
+        **attrs,
+    }
+    table = [
+        (
+            d.row,
+            d.start,
+            len(d.ids),
+            len(d.reply) if d.weight else 0,
+            0,
+            prompts.prompts[d.sample.prompt].line,
+            d.number,
+        )
+        for d in layout.documents
+    ]
+    with StoreWriter(path, *layout.tokens.shape, weighted=True, attrs=said) as writer:
+        writer.write_rows(layout.tokens, layout.mask, layout.segments)
+        writer.write_documents(np.array(table, DOCUMENT))
+        for name, numbers in {"logp": layout.logp, **places}.items():
+            writer.write_numbers(name, numbers)
+        writer.write_numbers("advantages", np.array([d.advantage for d in layout.documents]))
+        writer.write_numbers("rewards", np.array([d.sample.reward for d in layout.documents]))
 
 
 class Rollout:
@@ -158,6 +196,8 @@ class Rollout:
         """(rows, T) float32."""
         self.advantages = self.by_segment(self.store.values("advantages", 1))
         """(rows, S + 1) float32, of the documents of each row; column 0, the padding's, is 0."""
+        self.places = {name: self.store.of_places(name) for name in self.store.attrs["places"]}
+        """Further numbers (rows, T) float32 of each token."""
         self.ends: list[int] = self.store.attrs["ends"]
         self.totals: list[float] = self.store.attrs["totals"]
 
@@ -172,35 +212,37 @@ class Rollout:
     def batches(self, update: int, ranks: Ranks, micro_batch_size: int, epoch: int) -> list[Batch]:
         """This rank's micro-batches of an update, from 0; equally many on every rank.
 
-        `extra` has, of each place's target, `advantage` and `sampled`, its -ln p when it was
-        sampled, both (B, T). The weight of replies without an advantage is 0, so that they are not
-        computed; `total` counts them all the same. It is 0 if no reply has one.
+        `extra` has, of each place's target and by name, (B, T): `sampled`, its -ln p when it was
+        sampled; `advantage`, its own or its reply's; and what else the file has of places. Where
+        the advantage is the reply's, those without one get a weight of 0, so that they are not
+        computed; `total` counts them all the same. It is 0 if nothing is left to train.
         """
         whole = np.arange(self.ends[update - 1] if update else 0, self.ends[update])
         mine = whole[ranks.rank :: ranks.size]
-        worth = bool(self.advantages[whole].any())
+        worth = bool(self.places) or bool(self.advantages[whole].any())
         total = self.totals[update] if worth else 0.0
         share = read_batch(self.store, mine, total=total, epoch=epoch)
-        advantage = torch.from_numpy(self.advantages[mine]).gather(1, share.segments)
-        sampled = -torch.from_numpy(self.logp[mine]).roll(-1, 1)
-        weight = share.weight * (advantage != 0)
-        inside = weight != 0
+        extra = {name: _before(numbers[mine]) for name, numbers in self.places.items()}
+        extra["sampled"] = -_before(self.logp[mine])
+        weight = share.weight
+        if "token_advantages" in extra:
+            extra["advantage"] = extra.pop("token_advantages")
+        else:
+            extra["advantage"] = torch.from_numpy(self.advantages[mine]).gather(1, share.segments)
+            weight = weight * (extra["advantage"] != 0)
         share = replace(
             share,
             weight=weight,
             rows=mine + self.number * ROWS,
-            extra={
-                "advantage": torch.where(inside, advantage, 0.0),
-                "sampled": torch.where(inside, sampled, 0.0),
-            },
+            extra={name: torch.where(weight != 0, x, 0.0) for name, x in extra.items()},
         )
         count = micro_batch_count(len(whole), ranks.size, micro_batch_size)
-        return [_planned(micro) for micro in micro_batches(share, micro_batch_size, count)]
+        return [planned(micro) for micro in micro_batches(share, micro_batch_size, count)]
 
 
-def _planned(batch: Batch) -> Batch:
-    plan = plan_documents(batch.tokens.shape, batch.tokens.device, batch.segments, batch.weight)
-    return replace(batch, plan=plan)
+def _before(numbers: np.ndarray) -> Tensor:
+    """(B, T) numbers of tokens, at the places before them: where the model predicts them."""
+    return torch.from_numpy(numbers).roll(-1, 1)
 
 
 def rollout_path(folder: Path, number: int) -> Path:

@@ -5,7 +5,7 @@ pure function of (seed, rollout), its samples of these and the weights. So a run
 makes the same rollouts again; in the middle of one it reads its file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,26 @@ from whet.chat.chat import Chat
 from whet.data.batches import Batch, global_batch_rows, steps_per_epoch
 from whet.errors import UserError
 from whet.progress import say
+from whet.rl.critic import Completed, policy_of
 from whet.rl.prompts import Prompts
 from whet.rl.rewards import Reward
 from whet.rl.rollout_file import (
     ROWS,
+    Layout,
     Rollout,
     RolloutSettings,
+    lay_out,
     rollout_files,
     rollout_path,
     write_rollout,
 )
 from whet.rl.sampling import Sample, SampleSettings, sample_groups
-from whet.train.distributed import Ranks, from_first, is_sharded, unwrap
+from whet.train.distributed import Ranks, from_first, is_sharded
 from whet.train.evaluation import Meeting
 from whet.train.signals import Stop
 from whet.train.state import saved_states
 
+Complete = Callable[[Layout, nn.Module, Ranks], Completed]
 REFILLS = 4
 """How often more prompts are drawn for a rollout at most, to make up for uninformative groups."""
 MANY = 0.5
@@ -57,6 +61,8 @@ class Rollouts:
     passes: int = 1
     """How often each reply is trained."""
     refill: bool = False
+    complete: Complete | None = None
+    """What else a stage needs of each token: numbers (rows, T) by name, and some for the log."""
     keep: int = 2
     """Files kept: so many of the newest, and those that a saved state needs."""
     quiet: bool = True
@@ -100,7 +106,7 @@ class Rollouts:
         self, number: int, path: Path, model: nn.Module, ranks: Ranks, stop: Stop
     ) -> dict[str, float]:
         self.current = None
-        policy, meeting = unwrap(model), Meeting(stop, ranks)
+        policy, meeting = policy_of(model), Meeting(stop, ranks)
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
         size, seed = self.batch_size, self.settings.seed
         chosen = global_batch_rows(len(self.prompts), size, seed, number).tolist()
@@ -114,13 +120,20 @@ class Rollouts:
             groups = live + self._sample(policy, others, number, share, meeting)
             asked += len(others)
         metrics = numbers_of(groups, asked)
-        errors = [""]
+        tokenizer = self.chat.tokenizer
+        pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
+        layout = lay_out(groups[: len(chosen)], self.prompts, self.settings, pad)
+        places = dict[str, np.ndarray]()
+        if self.complete is not None:
+            places, more = self.complete(layout, model, ranks)
+            metrics |= more
+        failed = ""
         if ranks.first:
             try:
-                self._write(path, groups[: len(chosen)])
+                self._write(path, layout, places, pad)
             except UserError as error:
-                errors = [str(error)]
-        if failed := from_first(errors, ranks, ranks.background)[0]:
+                failed = str(error)
+        if failed := from_first(failed, ranks, ranks.background):
             raise UserError(failed)
         self._report(metrics)
         return metrics
@@ -148,12 +161,12 @@ class Rollouts:
         )
         return [int(i) for i in order if int(i) not in used][:wanted]
 
-    def _write(self, path: Path, groups: Sequence[Sequence[Sample]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def _write(
+        self, path: Path, layout: Layout, places: Mapping[str, np.ndarray], pad: int
+    ) -> None:
         tokenizer = self.chat.tokenizer
-        pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
         attrs = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-        write_rollout(path, groups, self.prompts, self.settings, pad_id=pad, attrs=attrs)
+        write_rollout(path, layout, self.prompts, places, {**attrs, "pad_id": pad})
         steps = [int(state.name[5:]) for state in saved_states(self.folder.parent / "state")]
         needed = {step // self.per_rollout for step in steps if step % self.per_rollout}
         kept = list(rollout_files(self.folder))

@@ -24,18 +24,19 @@ from whet.flags.choices import PolicyLoss
 from whet.flags.grpo import Config
 from whet.generate.engine import evaluating
 from whet.model.lora.lora import without_adapters
+from whet.rl.critic import policy_of
 from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term
 from whet.rl.prompts import Prompts
 from whet.stages.opening import open_for_training
-from whet.stages.policy import policy_stage
-from whet.train.distributed import Ranks, unwrap
+from whet.stages.policy import ADAPTER_LR, policy_stage
+from whet.train.distributed import Ranks
 from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage, Sums
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
     """Open the prompts, the model and the rewards, and check that they fit together."""
-    opened = open_for_training(config, ranks, [], {})
+    opened = open_for_training(config, ranks, [], {}, adapter_lr=ADAPTER_LR)
     reference = None
     if config.kl:
         has_adapter = opened.lora is not None
@@ -128,7 +129,7 @@ def frozen_reference(
     copy = None if has_adapter else deepcopy(model).requires_grad_(False).eval()
 
     def reference(model: nn.Module, batch: Batch) -> Tensor:
-        inner: Any = unwrap(model) if copy is None else copy.to(batch.tokens.device)
+        inner: Any = policy_of(model) if copy is None else copy.to(batch.tokens.device)
         off = without_adapters(inner) if copy is None else nullcontext()
         with torch.no_grad(), evaluating(inner), off:
             found = inner(

@@ -142,7 +142,10 @@ def rendered_as_data(
     header: list[tuple[str, str]],
 ) -> Chat:
     """`chat` with the template, its variables and date that the first of `data`, which is trained,
-    was rendered with: what the trained model is asked with, and saved with."""
+    was rendered with: what the trained model is asked with, and saved with. Prompts of a policy are
+    no packed data: they are rendered with the model's own."""
+    if not data:
+        return chat
     (_, trained), *others = data.items()
     if "chat" not in trained.attrs:  # somebody else's, or text
         return chat
@@ -218,8 +221,7 @@ def lora_of(config: Any) -> LoRA | None:
         config.lora_alpha,
         config.lora_targets,
         config.lora_dropout,
-        config.lora_rslora,
-        config.lora_dora,
+        dora=config.lora_dora,
     )
 
 

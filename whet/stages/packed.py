@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,6 @@ from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.gsm8k import Problem
 from whet.flags.training import TrainSettings
-from whet.model.attention import plan_documents
 from whet.model.decoder import Transformer
 from whet.model.hf.weights import saved_as
 from whet.model.lora.lora import LoRA
@@ -31,7 +29,7 @@ from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.session import total_steps
-from whet.train.stage import Stage, Sums
+from whet.train.stage import Stage, Sums, planned
 
 
 def packed_stage(
@@ -97,7 +95,7 @@ def writer(
         "template_hash": store.attrs.get("template_hash"),
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
-    dtype = saved_as(config.save_dtype, model.config.hf)
+    dtype = saved_as("same", model.config.hf)
     return ModelWriter(chat, lineage, config.out_ckpt, config.out, lora, dtype)
 
 
@@ -176,9 +174,3 @@ def batches_of_step(
     count = micro_batch_count(len(whole), ranks.size, micro_batch_size)
     cut = micro_batches(complete(share), micro_batch_size, count)
     return [planned(micro) for micro in cut]
-
-
-def planned(batch: Batch) -> Batch:
-    """The batch with the plan that the model would make of it: here it costs a GPU no wait."""
-    plan = plan_documents(batch.tokens.shape, batch.tokens.device, batch.segments, batch.weight)
-    return replace(batch, plan=plan)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from whet.chat.chat import Chat
 from whet.config import collected
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.store import PackedStore
@@ -25,12 +26,12 @@ from whet.flags.training import TrainSettings
 from whet.generate.engine import evaluating
 from whet.progress import track
 from whet.stages.opening import Opened
-from whet.stages.packed import batches_of_step, data_in_words, order_of, planned, writer
-from whet.train.distributed import Ranks, sum_over_ranks, unwrap
-from whet.train.evaluation import Meeting
+from whet.stages.packed import batches_of_step, data_in_words, order_of, writer
+from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
+from whet.train.evaluation import Meeting, sample_replies
 from whet.train.session import total_steps
 from whet.train.signals import Stop
-from whet.train.stage import Evaluation, Stage, Sums
+from whet.train.stage import Evaluation, Stage, Sums, planned
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,14 @@ def pair_stage(
         loss_fn=partial(sums, judge=judge),
         unit=unit,
         evaluate=PairEvaluator(
-            dev, judge, complete, order["micro_batch_size"], words, config.quiet or not ranks.first
+            dev,
+            judge,
+            complete,
+            order["micro_batch_size"],
+            words,
+            chat=None if getattr(opened.model.config, "score", False) else opened.chat,
+            n_samples=config.samples,
+            quiet=config.quiet or not ranks.first,
         ),
         save_model=save,
         next=next_command,
@@ -176,6 +184,9 @@ class PairEvaluator:
     complete: Callable[[PackedStore, Batch], Batch]
     micro_rows: int
     words: Callable[[dict[str, float]], str]
+    chat: Chat | None = None
+    """For sample replies."""
+    n_samples: int = 0
     quiet: bool = True
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
@@ -186,6 +197,10 @@ class PairEvaluator:
         meeting = Meeting(stop, ranks)
         with meeting.after_forwards(inner), evaluating(inner), torch.no_grad():
             table = self._table(inner, ranks)
+            meeting.end_part()
+            # Where every forward is a collective, all ranks generate the same.
+            count = self.n_samples if ranks.first or is_sharded(model) else 0
+            samples = sample_replies(inner, self.dev, self.chat, count, every=2)
         meeting.end_part()
         names = sorted(table)
         flat = sum_over_ranks(np.concatenate([table[name] for name in names]).tolist(), ranks)
@@ -194,7 +209,7 @@ class PairEvaluator:
         right, pairs = parts["dev_pair_accuracy"]
         low, high = wilson(right, int(pairs))
         metrics |= {"dev_pair_accuracy_low": low, "dev_pair_accuracy_high": high}
-        return Evaluation(metrics, [], self.words(metrics))
+        return Evaluation(metrics, samples, self.words(metrics))
 
     def _table(self, model: Any, ranks: Ranks) -> dict[str, np.ndarray]:
         """Name -> (sum, count) over this rank's pairs."""

@@ -18,13 +18,16 @@ from whet.rl.evaluation import PolicyEvaluator
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import NEEDS_GOLD, open_rewards
 from whet.rl.rollout_file import RolloutSettings
-from whet.rl.rollouts import Rollouts
+from whet.rl.rollouts import Complete, Rollouts
 from whet.rl.sampling import SampleSettings
 from whet.stages.opening import Opened
 from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks
 from whet.train.session import total_steps
 from whet.train.stage import Stage, Sums
+
+ADAPTER_LR = 1e-5
+"""Usual learning rate of an adapter here."""
 
 
 def policy_stage(
@@ -37,6 +40,7 @@ def policy_stage(
     advantage: Advantage,
     refill: bool = False,
     passes: int = 1,
+    complete: Complete | None = None,
 ) -> Stage:
     """The stage that samples replies to `config.prompts`, and trains them with `loss_fn`.
 
@@ -81,9 +85,11 @@ def policy_stage(
         ranks,
         passes=passes,
         refill=refill,
+        complete=complete,
         keep=config.keep_rollouts,
         quiet=quiet,
     )
+    save = _writer(config, opened, prompts, name)
     a_rollout = min(config.batch_size, len(prompts))
     return Stage(
         model=opened.model,
@@ -95,7 +101,8 @@ def policy_stage(
         evaluate=PolicyEvaluator(
             dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
         ),
-        save_model=_writer(config, opened, prompts, name),
+        save_model=save,
+        rehearse=save.rehearse,
         before_step=rollouts.before_step,
         best="dev_reward",
         higher_is_better=True,
@@ -148,5 +155,5 @@ def _writer(config: Any, opened: Opened, prompts: Prompts, name: str) -> ModelWr
         "tokenizer_hash": opened.chat.tokenizer.hash,
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
-    dtype = saved_as(config.save_dtype, opened.model.config.hf)
+    dtype = saved_as("same", opened.model.config.hf)
     return ModelWriter(opened.chat, lineage, config.out_ckpt, config.out, opened.lora, dtype)

@@ -111,9 +111,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
             config.layers,
             config.heads,
             n_kv_heads=config.kv_heads,
-            mlp_width=config.mlp_width,
             max_positions=config.context_length,
-            theta=config.rope_theta,
             tied=config.tied,
         )
     )

@@ -129,24 +129,30 @@ class Evaluator:
                 }
                 interval = f"{100 * answers.low:.1f} to {100 * answers.high:.1f} %"
                 words.append(f"{answers.correct} of {answers.n} problems right ({interval})")
-            samples = list(self._samples(inner, stop_ids)) if share.first else []
+            count = self.n_samples if share.first else 0
+            samples = sample_replies(inner, self.dev, self.chat, count)
         meeting.end_part()
         return Evaluation(metrics, samples, ", ".join(words))
 
-    def _samples(self, model: Any, stop_ids: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-        """Replies to the first prompts of the dev file, next to what stands there."""
-        if self.dev is None or self.chat is None or self.n_samples == 0:
-            return
-        room = model.config.max_positions - 1
-        pairs = [pair for pair in prompts_of(self.dev, self.n_samples) if len(pair[0]) <= room]
-        prompts = [prompt for prompt, _ in pairs]
-        replies = generate(model, prompts, max_new_tokens=SAMPLE_TOKENS, stop_ids=stop_ids)
-        for (prompt, expected), reply in zip(pairs, replies, strict=True):
-            yield {
-                "prompt": self.chat.tokenizer.decode(prompt, skip_special=False),
-                "reply": self.chat.tokenizer.decode(reply, skip_special=False),
-                "expected": self.chat.tokenizer.decode(expected, skip_special=False),
-            }
+
+def sample_replies(
+    model: Any, dev: PackedStore | None, chat: Chat | None, count: int, every: int = 1
+) -> list[dict[str, Any]]:
+    """Replies to the first prompts of the dev file, next to what stands there; see `prompts_of`."""
+    if dev is None or chat is None or count == 0:
+        return []
+    room = model.config.max_positions - 1
+    pairs = [pair for pair in prompts_of(dev, count, every) if len(pair[0]) <= room]
+    prompts = [prompt for prompt, _ in pairs]
+    replies = generate(model, prompts, max_new_tokens=SAMPLE_TOKENS, stop_ids=chat.stop_ids)
+    return [
+        {
+            "prompt": chat.tokenizer.decode(prompt, skip_special=False),
+            "reply": chat.tokenizer.decode(reply, skip_special=False),
+            "expected": chat.tokenizer.decode(expected, skip_special=False),
+        }
+        for (prompt, expected), reply in zip(pairs, replies, strict=True)
+    ]
 
 
 def metrics_of(found: DevLoss) -> dict[str, float]:
@@ -169,12 +175,13 @@ def in_words(found: DevLoss) -> list[str]:
     return words
 
 
-def prompts_of(store: PackedStore, count: int) -> list[tuple[list[int], list[int]]]:
-    """The first `count` documents, each cut before its first trained span: (prompt, that span)."""
+def prompts_of(store: PackedStore, count: int, every: int = 1) -> list[tuple[list[int], list[int]]]:
+    """The first `count` documents, each cut before its first trained span: (prompt, that span).
+    `every`: 2 takes the first of each pair of a row only."""
     found: list[tuple[list[int], list[int]]] = []
     for row in range(len(store)):
         read = store.rows([row])
-        for segment in range(1, int(read.segment_ids.max()) + 1):
+        for segment in range(1, int(read.segment_ids.max()) + 1, every):
             if len(found) == count:
                 return found
             here = read.segment_ids[0] == segment

@@ -1,0 +1,153 @@
+"""PPO: reinforcement learning from rewards, with a critic (arXiv:1707.06347).
+
+Where GRPO compares the replies of a group, PPO asks a second model, the critic, what reward the
+policy may expect from each token on; what a token brings beyond that is its advantage (GAE). A
+reward of a whole reply thus becomes a signal for each of its tokens, at the price of a second model
+that must first learn to judge: `explained_variance` says how well it does. The distance from the
+model that training began with is paid for within the reward, token by token.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from whet.chat.chat import Chat
+from whet.config import problems
+from whet.data.batches import Batch
+from whet.flags.ppo import Config
+from whet.model.lora.lora import LoRA
+from whet.rl.critic import ActorCritic, judged_places, policy_of
+from whet.rl.policy_loss import policy_term, value_loss
+from whet.rl.prompts import Prompts
+from whet.stages.grpo import frozen_reference
+from whet.stages.opening import Opened, open_for_training
+from whet.stages.policy import ADAPTER_LR, policy_stage
+from whet.stages.saving import ModelWriter
+from whet.train.distributed import Ranks, unwrap
+from whet.train.session import run_stage
+from whet.train.stage import Documents, Stage, Sums
+
+
+def build(config: Config, ranks: Ranks) -> Stage:
+    """Open prompts, policy, critic and rewards, and check that they fit together."""
+    # Patterns of --lr_groups are those of both models, and are checked with the optimizer.
+    bare = replace(config, lr_groups=())
+    opened = open_for_training(bare, ranks, [], {}, adapter_lr=ADAPTER_LR)
+    critic = _open_critic(config, ranks, opened)
+    reference = None
+    if config.kl:
+        reference = frozen_reference(opened.model, opened.lora is not None, config.temperature)
+    model = ActorCritic(opened.model, critic.model)
+    loss = partial(
+        ppo_loss,
+        low=config.clip_low,
+        high=config.clip_high,
+        value_clip=config.value_clip,
+        value_weight=config.value_weight,
+        temperature=config.temperature,
+    )
+    assert config.micro_batch_size is not None, "resolved before"
+    complete = partial(
+        judged_places,
+        reference=reference,
+        kl=config.kl,
+        gamma=config.gamma,
+        lam=config.gae_lambda,
+        micro_batch_size=config.micro_batch_size,
+    )
+    stage = policy_stage(
+        config,
+        ranks,
+        opened,
+        loss,
+        name="ppo",
+        advantage="plain",
+        passes=config.passes,
+        complete=complete,
+    )
+    start = ("critic", f"{config.critic or config.model}, learning rate x {config.critic_lr:g}")
+    save = partial(save_both, policy=stage.save_model, chat=opened.chat, lora=critic.lora)
+    return replace(
+        stage,
+        model=model,
+        save_model=save,
+        rehearse=lambda model: stage.rehearse and stage.rehearse(policy_of(model)),
+        header=[*stage.header, start],
+    )
+
+
+def _open_critic(config: Config, ranks: Ranks, opened: Opened) -> Opened:
+    """The critic: a model with a score and the policy's tokenizer."""
+    wanted = replace(config, model=config.critic or config.model, lr_groups=())
+    critic = open_for_training(wanted, ranks, [], {}, score=True)
+    own, other = opened.chat, critic.chat
+    if own and other and not other.tokenizer.knows_ids_of(own.tokenizer):
+        problems([f"--critic {config.critic}: has another tokenizer than --model {config.model}"])
+    return critic
+
+
+def ppo_loss(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    low: float,
+    high: float,
+    value_clip: float,
+    value_weight: float,
+    temperature: float,
+) -> Sums:
+    """The losses of policy and critic of a micro-batch, see `whet.rl.policy_loss`."""
+    found, values = model(
+        batch.tokens,
+        None,
+        batch.segments,
+        targets=batch.targets,
+        weight=batch.weight,
+        per_token=True,
+        temperature=temperature,
+        plan=batch.plan,
+    )
+    sampled, nll = batch.extra["sampled"], found.nll.detach()
+    part = policy_term(found.nll, sampled, batch.extra["advantage"], "clip", low=low, high=high)
+    old, returns = batch.extra["values"], batch.extra["returns"]
+    errors = value_loss(values, old, returns, value_clip)
+    count = (batch.weight != 0).sum().double()
+    named = {
+        "mismatch": ((sampled - nll).abs().sum().double(), count),
+        "clipped": ((part.clipped * (batch.weight != 0)).sum().double(), count),
+        "value_loss": (errors.detach().sum().double(), count),
+    }
+    loss = (batch.weight * (part.term + value_weight * errors)).sum()
+    return Sums(loss, nll, named)
+
+
+def save_both(
+    model: nn.Module,
+    directory: Path,
+    metrics: dict[str, float],
+    *,
+    policy: Any,
+    chat: Chat | None,
+    lora: LoRA | None,
+) -> None:
+    """Write the policy as the model, and the critic into `critic/` beside it."""
+    inner: Any = unwrap(model)
+    policy(inner.policy, directory, metrics)
+    lineage = {"stage": "critic", "base": policy.lineage["base"]}
+    ModelWriter(chat, lineage, lora=lora)(inner.critic, directory / "critic", metrics)
+
+
+def main(config: Config) -> int:
+    """`whet ppo`."""
+    critic = f"re:^critic[.]={config.critic_lr:g}"
+    if critic not in config.lr_groups:  # a resumed run's own flags have it
+        config = replace(config, lr_groups=(*config.lr_groups, critic))
+    return run_stage(config, "ppo", build)
+
+
+def documents(config: Config) -> Documents:
+    """What the ledger of a run with these settings names."""
+    return Prompts(config.prompts, [])
