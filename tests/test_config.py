@@ -211,18 +211,3 @@ def test_help_groups_its_flags_and_begins_with_those_that_matter(
     first = re.findall(r"(?m)^  --(\w+)", text.partition("most used:")[2].partition("\n\n")[0])
     assert set(first) == {"model", "data", "dev", "out", "lr", "epochs", "batch_size"}
     assert "example:" in text
-
-
-FLAGS_OF_SFT = """
-auto batch_size beta2 chat_template clip compile data dev device epochs eval_every final_lr
-float8 grace_seconds gsm8k_dev gsm8k_limit keep lora_4bit lora_alpha lora_dora lora_dropout
-lora_rank lora_targets lr lr_groups max_steps memory_gb micro_batch_size model on_spike
-optimizer out out_ckpt overfit_rows precision profile quiet rank_timeout recompute resume
-revision samples save_async save_every schedule seed shard tokenizer train wandb_project warmup
-weight_decay
-"""
-
-
-def test_the_flags_of_sft_are_these() -> None:
-    """A new one needs a person who would set it; one that is gone is told in the CHANGELOG."""
-    assert sorted(f.name for f in dataclasses.fields(config_class("sft"))) == FLAGS_OF_SFT.split()
