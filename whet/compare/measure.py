@@ -142,6 +142,8 @@ def _sampled(
     right = np.reshape(correct([answer for answer, _ in answers]), (-1, n)).sum(1).astype(int)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]
     found = {f"pass@{k}": float(np.mean([pass_at_k(n, int(c), k) for c in right])) for k in ks}
+    rewards = _rewards([answer for answer, _ in answers], opened, config)
+    found |= {f"sampled_{name}": value for name, value in rewards.items()}
     if first is None:
         return {**found, "kl_to_first": 0.0}
     if first.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
