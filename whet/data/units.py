@@ -6,7 +6,8 @@ from whet.data.store import PackedStore
 
 
 def extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What the kind of a packed file adds to a batch of `rows`, float32; of `text` nothing.
+    """What the kind of a packed file adds to a batch of `rows`, float32; of texts and rollouts
+    nothing.
 
     A row of `preferences` holds whole pairs: documents 2p + 1 and 2p + 2 are the chosen and the
     rejected reply of its pair p (from 0). `pairs` (B, P) is 1 where the row has that pair and
@@ -14,7 +15,7 @@ def extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
     Of `labels`, `labels` (B, S + 1) is 1 for a good document, -1 for a bad one and 0 where there is
     none: column s is document s of the row, column 0 the padding.
     """
-    if store.kind == "text":
+    if store.kind not in ("preferences", "labels"):
         return {}
     ids = store.document_ids(rows)
     first, end = (np.searchsorted(store.document_rows, rows, side) for side in ("left", "right"))

@@ -104,7 +104,7 @@ def train_and_compare(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
     _prepare(out, "two_styles", tokenizer="base")
     run_command(
         "sft", sft, model=out / "base", data=out / "two_styles.h5", out=out / "sft",
-        lr=1e-3, epochs=3, batch_size=4, eval_every=0, **common,
+        lr=1e-3, epochs=2, batch_size=4, eval_every=0, **common,
     )  # fmt: skip
     title("4/7  Reward model", "Good answers against answers with a defect.")
     _prepare(out, "defects", tokenizer="sft", dev=0.15)
