@@ -26,6 +26,9 @@ OWN_LAYOUT = "whet"
 """The `model_type` of what no family of the ecosystem computes, such as learned positions together
 with a bias on the head; weights have Whet's own names."""
 
+NOT_WRITTEN = ("family", "hf", "generation", "file_dtype")
+"""The fields of `ModelConfig` that describe the files, not the model."""
+
 _WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
 _GEMMA = {"attention_bias", "hidden_activation", "query_pre_attn_scalar", "layer_types"}
 _GEMMA |= {"sliding_window", "final_logit_softcapping"}
@@ -38,12 +41,14 @@ FAMILIES: dict[str, Json] = {
         "num_key_value_heads": 8,
         "sliding_window": 4096,
         "windows": "all",
+        "max_position_embeddings": 131_072,
     },
     "qwen2": {
         "reads": {"hidden_act", *_WINDOWS},
         "qkv_bias": True,
         "sliding_window": 4096,
         "windows": "upper",
+        "max_position_embeddings": 32_768,
     },
     "qwen3": {
         "reads": {"hidden_act", "attention_bias", *_WINDOWS},
@@ -51,6 +56,7 @@ FAMILIES: dict[str, Json] = {
         "sliding_window": 4096,
         "windows": "upper",
         "head_dim": 128,
+        "max_position_embeddings": 32_768,
     },
     "smollm3": {
         "reads": {
@@ -61,6 +67,7 @@ FAMILIES: dict[str, Json] = {
         "rope_theta": 2_000_000.0,
         "no_rope_layer_interval": 4,
         "windows": "no rope",
+        "max_position_embeddings": 32_768,
     },
     "gemma": {
         "reads": {"hidden_act", "attention_bias"},
@@ -68,6 +75,7 @@ FAMILIES: dict[str, Json] = {
         "head_dim": 256,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
     },
     "gemma2": {
         "reads": {*_GEMMA, "attn_logit_softcapping"},
@@ -82,6 +90,7 @@ FAMILIES: dict[str, Json] = {
         "windows": "pattern",
         "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
+        "max_position_embeddings": 8192,
     },
     "gemma3_text": {
         "reads": {*_GEMMA, "sliding_window_pattern", "rope_local_base_freq"},
@@ -106,7 +115,9 @@ FAMILIES: dict[str, Json] = {
         "reads": {"hidden_act", "sliding_window", "partial_rotary_factor"},
         "windows": "all",
         "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
+        "rope_kinds": ("default", "longrope"),
     },
     "olmo2": {
         "reads": {"hidden_act", "attention_bias"},
@@ -301,7 +312,8 @@ def to_hf(config: ModelConfig) -> Json:
         return dict(config.hf)
     if config.family == OWN_LAYOUT:
         fields = dataclasses.asdict(config)
-        del fields["hf"], fields["family"]
+        for name in NOT_WRITTEN:
+            del fields[name]
         return {"model_type": OWN_LAYOUT, **fields}
     changed: Json = {"vocab_size": config.vocab_size}
     if config.hf and config.tied != from_hf({**config.hf, **changed}).tied:
@@ -340,7 +352,7 @@ def _as_llama(config: ModelConfig) -> Json:
 
 def _read_whet(config: Json) -> ModelConfig:
     """Whet's own terms: the fields of `ModelConfig` as they are."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"family", "hf"}
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - set(NOT_WRITTEN)
     keys = Keys(config, {})
     values = {name: keys.take(name) for name in names if name in config}
     refuse_leftovers(keys, OWN_LAYOUT)
