@@ -1,12 +1,12 @@
 """`whet demo --all`: the stages after SFT on the tiny world, each visibly doing its own work.
 
-The assistant of this demo has been shown only half of the world's kinds of events, and two styles
-of answering, each as often: `<think>14+5=19</think><answer>19</answer>` and `14+5=19 #### 19`. From
-it
+The assistant of this demo has been shown only two of the world's eight kinds of events, and two
+styles of answering, each as often: `<think>14+5=19</think><answer>19</answer>` and `14+5=19 #### 19`.
+From it
 
 - a reward model learns to tell a good answer from one with a defect,
 - DPO learns to prefer the first style, from pairs of right answers,
-- GRPO learns the other half of the events from nothing but whether a number is right.
+- GRPO learns the other six from nothing but whether a number is right.
 
 `whet compare` then shows what each of them has changed, and what it has left as it was.
 """
@@ -26,8 +26,8 @@ from whet.demo.world import KINDS, Problem, World
 from whet.progress import say
 from whet.stages import dpo, grpo, reward, sft
 
-SHOWN_KINDS = KINDS[::2]
-"""The kinds of events that SFT shows: two that add and two that take away."""
+SHOWN_KINDS = (KINDS[0], KINDS[4])
+"""The kinds of events that SFT shows: one that adds and one that takes away."""
 STYLE = "def tags(completions):\n    return [float(t.startswith('<think>')) for t in completions]\n"
 """The reward function that compares styles: 1 for the preferred one."""
 
@@ -40,7 +40,7 @@ class Sizes:
     pairs: int = 1200
     reward_steps: int = 100
     dpo_steps: int = 40
-    grpo_steps: int = 80
+    grpo_steps: int = 100
 
 
 def write(made: World, seed: int, folder: Path, sizes: Sizes) -> None:
@@ -100,11 +100,11 @@ def with_defect(problem: Problem, rng: random.Random) -> str:
 def train_and_compare(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
     """SFT, reward model, DPO and GRPO from `out`/base, and the table across them."""
     data, common = out / "world", {"seed": seed, "save_every": 0, "samples": 0}
-    title("3/7  Fine-tuning (SFT)", "Half of the kinds of events, in two styles of answering.")
+    title("3/7  Fine-tuning (SFT)", "Two of eight kinds of events, in two styles of answering.")
     _prepare(out, "two_styles", tokenizer="base")
     run_command(
         "sft", sft, model=out / "base", data=out / "two_styles.h5", out=out / "sft",
-        lr=1e-3, epochs=2, batch_size=4, eval_every=0, **common,
+        lr=1e-3, epochs=4, batch_size=4, eval_every=0, **common,
     )  # fmt: skip
     title("4/7  Reward model", "Good answers against answers with a defect.")
     _prepare(out, "defects", tokenizer="sft", dev=0.15)
@@ -123,7 +123,7 @@ def train_and_compare(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
     title("6/7  GRPO", "All kinds of events; nothing says how, only whether the number is right.")
     run_command(
         "grpo", grpo, model=out / "sft", prompts=data / "prompts.jsonl", dev=data / "test.jsonl",
-        out=out / "grpo", lr=3e-4, batch_size=16, group_size=8, max_new_tokens=48, epochs=9,
+        out=out / "grpo", lr=5e-4, batch_size=16, group_size=8, max_new_tokens=48, epochs=9,
         max_steps=sizes.grpo_steps, eval_every=20, **common,
     )  # fmt: skip
     title("7/7  What each stage has changed", "The test problems, for each model.")
