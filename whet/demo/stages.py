@@ -1,8 +1,8 @@
 """`whet demo --all`: the stages after SFT on the tiny world, each visibly doing its own work.
 
 The assistant of this demo has been shown only two of the world's eight kinds of events, and two
-styles of answering, each as often: `<think>14+5=19</think><answer>19</answer>` and `14+5=19 #### 19`.
-From it
+styles of answering, each as often: `<think>14+5=19</think><answer>19</answer>` and
+`14+5=19 #### 19`. From it
 
 - a reward model learns to tell a good answer from one with a defect,
 - DPO learns to prefer the first style, from pairs of right answers,
@@ -40,7 +40,7 @@ class Sizes:
     pairs: int = 1200
     reward_steps: int = 100
     dpo_steps: int = 40
-    grpo_steps: int = 100
+    grpo_steps: int = 120
 
 
 def write(made: World, seed: int, folder: Path, sizes: Sizes) -> None:
@@ -123,7 +123,7 @@ def train_and_compare(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
     title("6/7  GRPO", "All kinds of events; nothing says how, only whether the number is right.")
     run_command(
         "grpo", grpo, model=out / "sft", prompts=data / "prompts.jsonl", dev=data / "test.jsonl",
-        out=out / "grpo", lr=5e-4, batch_size=16, group_size=8, max_new_tokens=48, epochs=9,
+        out=out / "grpo", lr=3e-4, batch_size=16, group_size=8, max_new_tokens=48, epochs=9,
         max_steps=sizes.grpo_steps, eval_every=20, **common,
     )  # fmt: skip
     title("7/7  What each stage has changed", "The test problems, for each model.")
