@@ -1,16 +1,19 @@
-"""Generation with the cache against decoding without one: same work, in turn, in one run.
+"""Generation against other ways to the same tokens: same weights and prompts, in turn, in one run.
 
-    python -m benchmarks.bench_generate --new 256 --rounds 3
+    python -m benchmarks.bench_generate --new 256 --prompts 8 --peers no_cache
+    python -m benchmarks.bench_generate --new 128 --prompts 64 --peers transformers
 
-Both sides are Whet's own: `generate`, and `generate_without_cache`, which runs the whole text again
-for each token (the head at its last position only, padding left out: a fair one of its kind). They
-take turns, so a slow minute of the machine meets both. The replies of both are compared.
-Printed is one JSON line a side: new tokens/s as median, minimum and maximum over the rounds; on a
-GPU also how often the host waited for it while `--new` tokens were made.
+`cache` is Whet's `generate`. Its peers: `no_cache`, Whet's `generate_without_cache`, which runs the
+whole text again for each token (the head at its last position only, padding left out: a fair one of
+its kind); `transformers`, `model.generate` on a batch padded on the left, as its documentation has
+it. Sides take turns, so a slow minute of the machine meets all. Their replies are compared. Printed
+is one JSON line a side: new tokens/s as median, minimum and maximum over the rounds; on a GPU also
+how often the host waited for it while `--new` tokens were made.
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -23,6 +26,7 @@ from benchmarks.lines import emit, origin, spread
 from benchmarks.workload import MODEL
 from whet.generate.engine import generate, generate_without_cache
 from whet.model.decoder import Transformer, init_weights
+from whet.model.hf.checkpoint import save_model
 from whet.model.hf.config import from_hf
 
 
@@ -30,24 +34,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--new", type=int, default=256, help="new tokens for each prompt")
     parser.add_argument("--prompts", type=int, default=8, help="prompts, run as one batch")
+    parser.add_argument("--peers", nargs="+", choices=["no_cache", "transformers"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     args = parser.parse_args()
+    peers = args.peers or ["no_cache"]
 
     model = Transformer(from_hf(MODEL))
     init_weights(model, seed=0)
-    model = model.to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = model.to(args.device, dtype)
     prompts = some_prompts(args.prompts)
 
     def cached(new: int) -> list[list[int]]:
         options = {"max_new_tokens": new, "stop_ids": (), "batch_size": len(prompts)}
         return generate(model, prompts, **options)
 
-    def uncached(new: int) -> list[list[int]]:
+    def no_cache(new: int) -> list[list[int]]:
         return generate_without_cache(model, prompts, max_new_tokens=new, stop_ids=())
 
-    sides: dict[str, Callable[[int], list[list[int]]]] = {"cache": cached, "no cache": uncached}
+    sides: dict[str, Callable[[int], list[list[int]]]] = {"cache": cached}
+    if "no_cache" in peers:
+        sides["no cache"] = no_cache
+    if "transformers" in peers:
+        sides["transformers"] = transformers_side(model, prompts, args.device, dtype)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     busy: dict[str, list[float]] = {side: [] for side in sides}
     replies: dict[str, list[list[int]]] = {}
@@ -61,21 +72,41 @@ def main() -> None:
             seconds[side].append(time.perf_counter() - started)
             busy[side].append(time.process_time() - cpu)
     count = sum(map(len, replies["cache"]))
-    same = sum(
-        a == b
-        for left, right in zip(replies["cache"], replies["no cache"], strict=True)
-        for a, b in zip(left, right, strict=True)
-    )
     for side in sides:
         line = summary(side, args, [count / each for each in seconds[side]])
         line["host_waits"] = waits[side]
-        line["share_of_equal_tokens"] = round(same / count, 4)
-        if side == "no cache":
-            times = [b / a for a, b in zip(seconds["cache"], seconds["no cache"], strict=True)]
+        if side != "cache":
+            pairs = zip(replies["cache"], replies[side], strict=True)
+            same = sum(a == b for ours, other in pairs for a, b in zip(ours, other, strict=True))
+            line["share_of_equal_tokens"] = round(same / count, 4)
+            times = [b / a for a, b in zip(seconds["cache"], seconds[side], strict=True)]
             line |= spread("cache_is_times_faster", times, 2)
-            by_cpu = statistics.median(busy["no cache"]) / statistics.median(busy["cache"])
+            by_cpu = statistics.median(busy[side]) / statistics.median(busy["cache"])
             line["cache_is_times_faster_by_cpu"] = round(by_cpu, 2)
         emit(line, args.out)
+
+
+def transformers_side(
+    model: Transformer, prompts: list[list[int]], device: str, dtype: torch.dtype
+) -> Callable[[int], list[list[int]]]:
+    """The same weights in transformers' own model."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "model", None, {"made_by": "benchmarks.bench_generate"})
+        theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
+    theirs = theirs.to(device).eval()
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+
+    @torch.no_grad()
+    def run(new: int) -> list[list[int]]:
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        found = theirs.generate(ids, attention_mask=mask, pad_token_id=0, **options)
+        return found[:, longest:].tolist()
+
+    return run
 
 
 def host_waits(run: Callable[[int], list[list[int]]], args: argparse.Namespace) -> int | None:

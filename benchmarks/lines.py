@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
 
 def spread(name: str, values: Sequence[float], digits: int = 1) -> dict[str, float]:
     """Median, minimum and maximum of `values`, under `name`, `name`_min and `name`_max."""
@@ -46,15 +48,15 @@ def installed(*packages: str) -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Cores and the processor's name."""
-    name = platform.machine()
+    """Cores, the processor's name, and what of its vector instructions matters for products."""
+    name, sets = platform.machine(), list[str]()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    return f"{os.cpu_count()} cores, {name}"
+        text = info.read_text(encoding="utf-8").partition("\n\n")[0]
+        found = dict(map(str.strip, line.split(":", 1)) for line in text.splitlines())
+        name = found.get("model name", name)
+        sets = [each for each in INSTRUCTIONS if each in found.get("flags", "").split()]
+    return ", ".join([f"{os.cpu_count()} cores", name, *sets])
 
 
 def cpu_of(process: int | str, children: bool = False) -> float:

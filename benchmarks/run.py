@@ -48,6 +48,10 @@ def commands() -> dict[str, list[str]]:
         "head": ["bench_head"],
         "shared": ["bench_shared"],
         "generate": ["bench_generate", "--rounds", "1"],
+        "generate_64": [
+            *("bench_generate", "--new", "128", "--prompts", "64", "--rounds", "2"),
+            *("--peers", "transformers"),
+        ],
         "train": ["bench_train", "--rounds", "2", "--steps", "3"],
         "train_bf16": bf16,
         "open": ["bench_open"],

@@ -84,10 +84,14 @@ def head(lines: list[Line]) -> list[tuple[str, ...]]:
 
 
 def generating(lines: list[Line]) -> list[tuple[str, ...]]:
-    line = by_side(lines)["no cache"]
-    what = f"generation, {line['new_tokens']} new tokens, {line['prompts']} prompts"
-    measured = ratio(line, "cache_is_times_faster")
-    return [(what, "decoding without a cache", "10 ×", measured)]
+    peers = {"no cache": ("decoding without a cache", "10 ×")}
+    peers["transformers"] = ("transformers' `generate`, padded", "3 ×")
+    cells = []
+    for line in lines:
+        if line["side"] in peers:
+            what = f"generation, {line['new_tokens']} new tokens, {line['prompts']} prompts"
+            cells.append((what, *peers[line["side"]], ratio(line, "cache_is_times_faster")))
+    return cells
 
 
 def sharing(lines: list[Line]) -> list[tuple[str, ...]]:
@@ -145,6 +149,7 @@ CELLS = {
     "head": head,
     "shared": sharing,
     "generate": generating,
+    "generate_64": generating,
     "train": training,
     "train_bf16": training,
     "open": opening,

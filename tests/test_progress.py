@@ -48,7 +48,7 @@ def test_slow_work_is_told_by_the_piece(monkeypatch: pytest.MonkeyPatch) -> None
         bar.started, clock[0] = 0.0, 60.0
         assert bar.line() == "Examining: 0 of 4 checks (0 %)"
         bar.advance(2)
-        assert bar.line() == "Examining: 2 of 4 checks (50 %), 30 s each, 60 s left"
+        assert bar.line() == "Examining: 2 of 4 checks (50 %), 30 s a check, 60 s left"
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,17 @@ def test_bars_take_turns_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         bar.advance()
     words = [screen.getvalue().rfind(word) for word in ("Dev loss", "Training")]
     assert 0 < words[0] < words[1]
+
+
+@pytest.mark.parametrize(
+    ("total", "done", "text"),
+    [
+        (2.2, 0.44, "Encoding: 0.44 of 2.20 MB (20 %)"),
+        (220.4, 44.1, "Encoding: 44 of 220 MB (20 %)"),
+        (None, 0.44, "Encoding: 0.44 MB"),
+    ],
+)
+def test_little_is_not_shown_as_nothing(total, done, text) -> None:
+    with track("Encoding", total=total, unit="MB", quiet=True) as bar:
+        bar.advance(done)
+        assert bar.line().startswith(text)

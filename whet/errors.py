@@ -1,5 +1,6 @@
 """The one error type that is told in a line instead of a traceback."""
 
+import re
 import sys
 
 
@@ -12,7 +13,13 @@ class UserError(Exception):
     """
 
 
+PASSWORD = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@")
+
+
 def tell(error: UserError) -> None:
-    """Print the problem, or each of the problems, on a line of standard error."""
+    """Print the problem, or each of the problems, on a line of standard error.
+
+    A password in a URL, `https://user:password@host`, is not shown.
+    """
     for line in str(error).splitlines():
-        print(f"whet: error: {line}", file=sys.stderr)
+        print(f"whet: error: {PASSWORD.sub('***@', line)}", file=sys.stderr)

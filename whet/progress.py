@@ -39,15 +39,18 @@ class Progress:
         """One line of text, such as `Packing: 1,200 of 5,000 rows (24 %), 600 rows/s, 6 s left`."""
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         unit = f" {self.unit}" if self.unit else ""
-        text = f"{self.description}: {self.done:,.0f}"
+        digits = 0 if (self.total or self.done) >= 10 or self.done == round(self.done) else 2
+        text = f"{self.description}: {self.done:,.{digits}f}"
         if self.total:
-            text += f" of {self.total:,.0f}{unit} ({100 * self.done / self.total:.0f} %)"
+            whole = f"{self.total:,.{digits}f}{unit}"
+            text += f" of {whole} ({100 * self.done / self.total:.0f} %)"
         else:
             text += unit
         if rate >= 0.2:
             text += f", {rate:,.0f}{unit}/s" if rate >= 100 else f", {rate:.3g}{unit}/s"
         elif rate:
-            text += f", {1 / rate:,.3g} s each"
+            each = f"a {self.unit.removesuffix('s')}" if self.unit else "each"
+            text += f", {1 / rate:,.3g} s {each}"
         if self.total and 0 < self.done < self.total:
             text += f", {duration((self.total - self.done) / rate)} left"
         return f"{text}  {self.note}".rstrip()

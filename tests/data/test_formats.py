@@ -1,7 +1,11 @@
+import json
+from collections import Counter
+
 import pytest
 
 from whet.chat.conversation import Conversation, RawText, Tokenised
-from whet.data.formats import FORMATS, SIGNATURES, detect_format, to_example
+from whet.data.formats import FIELDS, FORMATS, SIGNATURES, detect_format, to_example
+from whet.data.record import read_fields, renamed
 from whet.errors import UserError
 
 HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -184,3 +188,165 @@ def test_every_format_has_a_reader_and_every_real_file_is_read(shared_data):
         records = json.loads(text) if path.suffix == ".json" else map(json.loads, text.splitlines())
         for line, record in enumerate(records, 1):
             assert isinstance(to_example(record, None, path.name, line), Conversation)
+
+
+CALLS = [{"function": {"name": "f", "arguments": {}}}]
+ASKED = {"role": "user", "content": "Hi"}
+
+
+def reply(**keys):
+    """The weight and the message that an assistant's message with these keys becomes."""
+    record = {"messages": [ASKED, {"role": "assistant", "content": "Hello", **keys}]}
+    datum = to_example(record, source="a.jsonl", line=3)
+    return datum.weights[1], datum.messages[1]
+
+
+@pytest.mark.parametrize("key", ["train", "trainable", "training", "loss", "loss_mask"])
+def test_a_message_says_whether_it_is_trained(key):
+    assert reply(**{key: False})[0] == 0
+    assert reply(**{key: True})[0] == 1
+    assert reply(**{key: 0})[0] == 0
+    assert reply(**{key: None})[0] is None
+    weight, message = reply(**{key: False, "weight": 0})
+    assert (weight, message.keys()) == (0, {"role", "content"})
+    with pytest.raises(UserError, match=f"weight and {key} differ; keep one"):
+        reply(**{key: False, "weight": 1})
+    with pytest.raises(UserError, match=f"{key} must be true, false or a number, got"):
+        reply(**{key: [1, 0]})
+    other = {"messages": [{**ASKED, key: True}, *HELLO[1:]]}
+    with pytest.raises(UserError, match="would train words that are not the model's"):
+        to_example(other)
+    assert to_example({"messages": [{**ASKED, key: False}, *HELLO[1:]]}).weights == [0, None]
+
+
+def test_sharegpt_turns_say_it_too():
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "train": False}]
+    more = [*turns, {"from": "gpt", "value": "x", "loss_weight": 0.5}]
+    assert to_example({"conversations": more}).weights == [None, 0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"train_detail": [{"begin": 0}]}, "train_detail is not read; give the message a weight"),
+        ({"mask": True}, "mask is not read; give the message a weight"),
+        ({"images": ["a.png"]}, "images is not read; Whet trains on text alone"),
+        ({"refusal": "No."}, "refusal is not read"),
+        ({"function_call": {"name": "f"}, "tool_calls": CALLS}, "has function_call and tool_calls"),
+        ({"tool_calls": "{"}, "tool_calls is a text that is not JSON"),
+    ],
+)
+def test_what_a_message_says_is_read_or_refused(keys, told):
+    with pytest.raises(UserError, match=f"a.jsonl:3: message 2 .*: {told}|a.jsonl:3: .*{told}"):
+        reply(**keys)
+
+
+@pytest.mark.parametrize("empty", ["", [], None])
+@pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
+def test_empty_means_absent(empty, role):
+    keys = ("tool_calls", "reasoning_content", "reasoning", "thinking", "function_call", "images")
+    message = {"role": role, "content": "x", **dict.fromkeys(keys, empty)}
+    beside = {"tools": empty, "documents": empty, "functions": empty, "system": empty}
+    for record in (
+        {"messages": [*HELLO, message], **beside},
+        {"prompt": [*HELLO, message], "completion": "x", **beside},
+        {"conversations": [*HELLO, message], **beside},
+        {"instruction": "x", "output": "y", **beside},
+    ):
+        datum = to_example(record)
+        assert datum.tools is None
+        assert datum.documents is None
+        assert {"role": role, "content": "x"} in datum.messages or "output" in record
+    assert to_example({"messages": json.dumps(HELLO), "tools": "[]"}).messages == HELLO
+
+
+def test_calls_and_tools_under_older_names():
+    tool = {"name": "f", "parameters": {}}
+    called = {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}
+    result = {"role": "function", "name": "f", "content": "1"}
+    record = {"messages": [ASKED, called, result, called]}
+    datum = to_example({**record, "functions": [tool]})
+    assert datum.tools == [{"type": "function", "function": tool}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    assert datum.messages[1]["tool_calls"] == [call]
+    assert datum.messages[2]["role"] == "tool"
+    for key in ("tool_defs", "available_tools", "tools"):
+        assert to_example({**record, key: [tool]}).tools == [tool]
+        assert to_example({**record, key: json.dumps([tool])}).tools == [tool]
+    with pytest.raises(UserError, match="tools and tool_defs differ; keep one of them"):
+        to_example({**record, "tools": [tool], "tool_defs": [{"name": "g"}]})
+    as_text = [ASKED, {"role": "assistant", "tool_calls": json.dumps(CALLS)}]
+    assert to_example({"messages": as_text}).messages[1]["tool_calls"] == [call]
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_prompt_beside_the_messages(key):
+    system = {"role": "system", "content": "S"}
+    for record in ({"messages": HELLO}, {"prompt": "Hi", "completion": "Hello"}):
+        assert to_example({**record, key: "S"}).messages == [system, *HELLO]
+    assert to_example({"messages": [system, *HELLO], key: "S"}).messages == [system, *HELLO]
+    with pytest.raises(UserError, match="has a field system and a system turn"):
+        to_example({"messages": [system, *HELLO], key: "T"})
+
+
+IDS = {"input_ids": [9, 9, 1, 2, 3, 9], "loss_mask": [0, 0, 0, 1, 1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"attention_mask": [0, 0, 1, 0, 1, 1]}, "attention_mask must be 1 for the tokens of one"),
+        ({"attention_mask": [1, 1, 1, 1, 0, 0]}, "a token is trained where attention_mask is 0"),
+        ({"attention_mask": [1, 1]}, "input_ids has 6 entries, attention_mask 2"),
+        ({"position_ids": [0, 1, 2, 0, 1, 2]}, "position_ids begin again at 4: it holds several"),
+        ({"position_ids": [5, 6, 7, 8, 9, 10]}, "position 1 of position_ids is 5; .* count from 0"),
+        ({"seq_lengths": [3, 3]}, "seq_lengths has several entries: it holds several texts"),
+        ({"cu_seqlens": [0, 3, 6]}, "cu_seqlens has several entries"),
+        ({"segment_ids": [1, 1, 1, 2, 2, 2]}, "segment_ids differ: it holds several texts"),
+        ({"token_type_ids": [0, 0, 1, 1, 0, 0]}, "token_type_ids are not read"),
+        ({"labels": [-100, -100, 1, 2, 3, -100]}, "loss_mask and labels train other tokens"),
+        ({"loss_weights": [1, 1, 1, 1, 1, 1]}, "loss_weights: weights of tokens are read as"),
+    ],
+)
+def test_what_stands_beside_ids_is_read_or_refused(more, told):
+    with pytest.raises(UserError, match=told):
+        to_example({**IDS, **more})
+
+
+def test_padding_of_ids_goes():
+    beside = {"attention_mask": [0, 0, 1, 1, 1, 0], "position_ids": [1, 1, 0, 1, 2, 1]}
+    datum = to_example({**IDS, **beside, "cu_seqlens": [0, 6], "token_type_ids": [0] * 6})
+    assert (datum.ids, datum.mask) == ([1, 2, 3], [0, 1, 1])
+    assert datum.extra == {}
+    assert to_example({**IDS, "completion_mask": [0, 0, 0, 1, 1, 0]}).ids == IDS["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"images": ["a"]}, "has images, and Whet trains on text alone; --fields images= leaves"),
+        ({"loss_weight": 0.5}, "loss_weight 0.5 of a whole record is not read"),
+        ({"train": False}, "train false of a whole record"),
+        ({"chat_template_kwargs": {"a": 1}}, "has chat_template_kwargs.*--template_kwargs"),
+    ],
+)
+def test_what_stands_beside_messages_is_refused(more, told):
+    with pytest.raises(UserError, match=told):
+        to_example({"messages": HELLO, **more})
+    assert to_example({"messages": HELLO, "images": [], "weight": 1}).messages == HELLO
+
+
+def test_fields_of_other_names():
+    fields = read_fields("messages=dialogue,role=speaker,content=said,system=intro,images=", FIELDS)
+    turns = [{"speaker": m["role"], "said": m["content"]} for m in HELLO]
+    seen = Counter()
+    record = renamed({"dialogue": turns, "intro": "S", "images": ["x"], "id": 1}, fields, seen)
+    assert [m["content"] for m in to_example(record).messages] == ["S", "Hi", "Hello"]
+    assert to_example(record).extra == {"id": 1}
+    assert seen == {"dialogue": 1, "intro": 1, "images": 1, "speaker": 2, "said": 2}
+    record = {"question": "Hi", "prompt": "old", "completion": "x"}
+    other = renamed(record, {"prompt": "question"}, seen)
+    assert to_example(other).messages[0]["content"] == "Hi"
+    for wrong in ("messages", "nothing=x", "a=b=c", "=x", "messages=a,messages=b"):
+        with pytest.raises(UserError, match="--fields"):
+            read_fields(wrong, FIELDS)

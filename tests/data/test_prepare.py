@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -368,7 +369,7 @@ def test_nothing_left_to_train_on(folder, tmp_path):
         run(folder, tmp_path, [data], context_length=5)
     with pytest.raises(UserError, match=r"--data: nothing stands in .*empty.jsonl"):
         run(folder, tmp_path, [write(tmp_path / "empty.jsonl", [])])
-    with pytest.raises(UserError, match=r"no turn of theirs fits: raise --context_length"):
+    with pytest.raises(UserError, match=r"nothing of them fits whole: raise --context_length"):
         run(folder, tmp_path, [data], context_length=5, overlong="truncate")
     assert not (tmp_path / "out").exists()
 
@@ -426,6 +427,68 @@ def test_what_was_done_and_left_out_is_told(folder, tmp_path, capsys):
     assert "set brief = true" in PackedStore(tmp_path / "a.h5").attrs["chat"]["template"]
     assert f"5 examples left out: they share a question with an evaluation file\n  {data}:1" in told
     assert told.count("shares a question with") == 3
+
+
+def test_fields_that_nothing_reads_are_named(folder, tmp_path, capsys):
+    from whet.cli import main
+
+    records = conversations(4, turns=1)
+    for n, record in enumerate(records):
+        record |= {"id": n + 1, "empty": "", "tools": []}
+        record["messages"][0] |= {"stamp": "t", "name": "x"}
+        if n < 2:
+            record["note"] = {"a": 1}
+    records[3]["messages"][0]["content"] = "a <|im_end|> within"
+    flags = ["--tokenizer", str(folder), "--out", str(tmp_path / "a.h5")]
+    assert main(["prepare", "--data", write(tmp_path / "a.jsonl", records), *flags]) == 0
+    told = capsys.readouterr().out
+    assert "fields not used: id (4 rows), messages.stamp (4 rows), note (2 rows)\n" in told
+    assert "encoded as plain text (--special_in_content allow: as control)" in told
+    flags += ["--fields", "messages=dialogue"]
+    assert main(["prepare", "--data", write(tmp_path / "a.jsonl", records), *flags]) == 2
+    assert "--fields messages=dialogue: no record has a field dialogue" in capsys.readouterr().err
+
+
+def test_more_places_than_the_model_has_positions(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    data = write(tmp_path / "a.jsonl", conversations(3))
+    for config in ({"max_position_embeddings": 64}, {"text_config": {"n_positions": 64}}):
+        (model / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="has 64 positions; take --context_length 64 or less"):
+            run(model, tmp_path, [data], context_length=65)
+        run(model, tmp_path, [data], context_length=64)
+
+
+def test_a_turn_with_two_weights_is_not_cut(folder, tmp_path):
+    """Where the weight changes within a turn of ready ids, its first part is no whole turn."""
+    turn = {"ids": list(range(5, 17)), "mask": [0, 0, 0, 0, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]}
+    first = {"ids": list(range(5, 17)), "mask": [0, 1, 1, 0.5, 0, 0, 1, 1, 1, 0.5, 0.5, 0.5]}
+    data = [write(tmp_path / "a.jsonl", [turn, first])]
+    store, accounts = run(folder, tmp_path, data, context_length=10, overlong="truncate")
+    assert accounts[0].dropped_examples == {"overlong": 1}
+    ((ids, mask),) = documents(store)[0, 2, 0]
+    assert (ids.tolist(), mask.tolist()) == ([5, 6, 7, 8], [0, 1, 1, 0.5])
+
+
+def test_a_long_text_is_one_line_of_the_account(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "PIECE_CHARS", 50)
+    (tmp_path / "a.txt").write_text("".join(f"{n} two three four five\n" for n in range(30)))
+    (account,) = prepare_text(
+        [str(tmp_path / "a.txt")], load_tokenizer(folder), 32, str(tmp_path / "t.h5"), quiet=True
+    )
+    assert account.lines == 1
+    assert account.examples > 3
+
+
+def test_padding_of_ids_is_no_text(folder, tmp_path):
+    """For pretraining, too, where ids need no mask."""
+    padded = {"input_ids": [9, 9, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]}
+    out = str(tmp_path / "t.h5")
+    data = [write(tmp_path / "a.jsonl", [padded])]
+    prepare_text(data, load_tokenizer(folder), 32, out, quiet=True)
+    ((ids, mask),) = documents(PackedStore(out))[0, 1, 0]
+    assert (ids.tolist(), mask.tolist()) == ([5, 6, 7], [0, 1, 1])
 
 
 def test_refusals_of_one_reason_are_told_three_times(folder, tmp_path):

@@ -4,7 +4,16 @@ import json
 import pytest
 
 import whet.data.reader as reader
-from whet.data.reader import Source, Unit, parse, parse_source, read_blocks, read_units
+from whet.data.formats import to_example
+from whet.data.reader import (
+    Source,
+    Unit,
+    parse,
+    parse_source,
+    read_blocks,
+    read_units,
+    without_nulls,
+)
 from whet.errors import UserError
 
 RECORDS = [{"text": f"öne {i}", "n": [i, {"a": None}]} for i in range(40)]
@@ -39,7 +48,7 @@ def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "data.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows()), path)
-    assert read(path) == list(enumerate(rows(), 1))
+    assert read(path) == list(enumerate(map(without_nulls, rows()), 1))
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match=r"data\.parquet: cannot be read as Parquet"):
         read(path)
@@ -57,7 +66,7 @@ def test_a_hub_data_set_from_a_local_directory(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()))
     for name in ("plain", "dict#test", "files"):
-        assert read(tmp_path / name) == list(enumerate(rows(), 1))
+        assert read(tmp_path / name) == list(enumerate(map(without_nulls, rows()), 1))
     with pytest.raises(UserError, match="no data set to load"):
         read(tmp_path / "dict#absent")
 
@@ -185,3 +194,67 @@ def test_weights_of_sources(argument, source):
 def test_wrong_weights(argument):
     with pytest.raises(UserError, match=r"--data a\.jsonl"):
         parse_source(argument)
+
+
+CALL = {"name": "find", "arguments": {"city": "Ulm", "deep": [{"x": 1, "y": None}]}}
+SCHEMA = {"name": "find", "parameters": {"type": "object", "enum": [None, "a"], "default": None}}
+
+
+def with_nulls(path, kind):
+    """A conversation with tools, beside one whose calls and schemas have other keys."""
+    other = {"name": "add", "arguments": {"a": 1, "b": {"c": 2}, "deep": [{"z": "q"}]}}
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "tool_calls": [{"function": call}]},
+            ],
+            "tools": [{"function": {"name": "f", "parameters": parameters}}],
+        }
+        for call, parameters in (
+            (CALL, {"type": "object", "properties": {"city": {"type": "string"}}}),
+            (other, {"type": "object", "properties": {"a": {"type": "integer", "minimum": 0}}}),
+        )
+    ]
+    if kind == "jsonl":
+        path = path / "a.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif kind == "parquet":
+        pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        path = path / "a.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        datasets = pytest.importorskip("datasets")
+        path = path / "saved"
+        datasets.Dataset.from_list(records).save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved"])
+def test_nulls_of_a_tables_struct_are_no_arguments(tmp_path, kind):
+    """And a null that somebody wrote into JSON stays."""
+    first, second = (to_example(parse(unit)) for unit in read_units(with_nulls(tmp_path, kind)))
+    arguments = first.messages[1]["tool_calls"][0]["function"]["arguments"]
+    written = {"x": 1, "y": None} if kind == "jsonl" else {"x": 1}
+    assert arguments == {"city": "Ulm", "deep": [written]}
+    properties = first.tools[0]["function"]["parameters"]["properties"]
+    assert properties == {"city": {"type": "string"}}
+    assert second.messages[1]["tool_calls"][0]["function"]["arguments"] == {
+        "a": 1, "b": {"c": 2}, "deep": [{"z": "q"}],
+    }  # fmt: skip
+
+
+def test_lists_keep_their_nulls():
+    assert without_nulls(SCHEMA)["parameters"] == {"type": "object", "enum": [None, "a"]}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.jsonl.gz"])
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf_16_is_named(tmp_path, name, coding):
+    path = tmp_path / name
+    content = json.dumps({"text": "Hi"}).encode(coding)
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(UserError, match="is UTF-16 or UTF-32; Whet reads UTF-8: iconv"):
+        list(read_units(str(path)))

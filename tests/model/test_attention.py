@@ -194,6 +194,49 @@ def test_a_shared_plan_keeps_places_positions_and_trained_tokens():
     assert all(position_of[place] == position for place, position in found)
 
 
+def pairs():
+    """Two pairs of replies, and one more document: all share 70 tokens, then each pair a prompt of
+    its own of 90 (of which the second has 80 in common)."""
+    generator = torch.Generator().manual_seed(6)
+
+    def draw(n):
+        return torch.randint(1, 50, (n,), generator=generator)
+
+    system, texts = draw(70), []
+    for prompt, replies in ((draw(90), (5, 8)), (draw(90), (7, 4))):
+        texts += [torch.cat((system, prompt, draw(reply))) for reply in replies]
+    texts[3][150:160] = (texts[3][150:160] + 1) % 50
+    texts.append(torch.cat((system, draw(6))))
+    lengths = [len(text) for text in texts]
+    weight = [torch.arange(n) >= (159 if n > 80 else 69) for n in lengths]
+    segments = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(lengths)])
+    return torch.cat(texts)[None], segments[None], torch.cat(weight).float()[None]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 4, 100])
+def test_two_levels_of_shared_beginnings(window, softcap):
+    """A system prompt that all have, and after it a prompt that the replies of a pair have."""
+    tokens, segments, weight = pairs()
+    plan = plan_documents(tokens.shape, tokens.device, segments, weight)
+    shared = share_prefixes(plan, plan.pack(tokens))
+    assert shared.sizes == [69, 90, 6, 9, 81, 17, 14, 7]
+    assert shared.after == [None, 0, 1, 1, 0, 4, 4, 0]
+    assert shared.trained_index.tolist() == plan.trained_index.tolist()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, tokens.shape[1], n, 8, generator=generator) for n in (4, 2, 2))
+    begins = plan.ends.tolist()
+    for t in (q, k, v):  # equal tokens after equal ones, as a model would make them
+        for owner, other, length in ((0, 1, 159), (0, 2, 69), (2, 3, 150), (0, 4, 69)):
+            t[:, begins[other] : begins[other] + length] = t[
+                :, begins[owner] : begins[owner] + length
+            ]
+    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    expected = kernels.dense_attention(q, k, v, segments, **options)[0, shared.index]
+    found = shared.attend(*(t[0, shared.index] for t in (q, k, v)), layer=0, **options)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("what", ["short", "trained", "one token"])
 def test_what_is_not_shared(what):
     """A short beginning, one in which something is trained, and one that differs at its start."""

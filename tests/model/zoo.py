@@ -108,6 +108,11 @@ def oracle(case: str, seed: int = 0, auto: Any = AutoModelForCausalLM, **extra: 
     kind, values = CASES[case]
     config = AutoConfig.for_model(kind, **{**values, **extra})
     model = auto.from_config(config, attn_implementation="eager")
+    return randomised(model, kind, seed)
+
+
+def randomised(model: nn.Module, kind: str, seed: int = 0) -> nn.Module:
+    """`model` with random parameters, norms and biases too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

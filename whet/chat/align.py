@@ -3,9 +3,9 @@
 The ids are those of the whole text (rule 1). What must be shown is that the prompt, tokenised
 alone, gives the very ids that stand before the words (rules 3 and 4).
 
-An added token cuts a text: what stands before it and what stands behind it are tokenised apart
+An added token cuts a text: what stands before it and what stands after it are tokenised apart
 (`Cutter`). So only the stretch between the last added token of the prompt and the words matters,
-mostly `assistant\\n`. The quick way compares the ids behind that token with the ids of this
+mostly `assistant\\n`. The quick way compares the ids after that token with the ids of this
 stretch, tokenised once and remembered. Where it cannot tell, the careful way does the same with
 character offsets, tokenises prompt and words apart where a token straddles their border, and
 tokenises stretches with hidden control strings as plain text.
@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 
 @dataclass
 class Cutter:
-    """Cuts and tokenises texts. `added` are the added tokens that hold more than blanks."""
+    """Cuts and tokenises texts. `added` are the added tokens that hold more than whitespace."""
 
     backend: tokenizers.Tokenizer
     added: dict[str, int]
@@ -145,13 +145,13 @@ class Located:
 
 @dataclass
 class _Header:
-    """The end of a generation prompt: an added token and the stretch behind it."""
+    """The end of a generation prompt: an added token and the stretch after it."""
 
     text: str  # both, as written
     token: str
     length: int  # of the stretch
     ids: list[int]  # of the stretch
-    swallows: bool  # the token takes in blanks behind it, and nothing of the stretch is left
+    swallows: bool  # the token takes in whitespace after it, and nothing of the stretch is left
 
 
 @dataclass
@@ -205,7 +205,7 @@ class Aligner:
         return None
 
     def remember(self, token: str, stretch: str, ids: list[int]) -> None:
-        """Keep a stretch behind an added token, so that the quick way can use it."""
+        """Keep a stretch after an added token, so that the quick way can use it."""
         if len(self.headers) < MAX_HEADERS and len(stretch) < 200:
             text = token + stretch
             if all(header.text != text for header in self.headers):
@@ -214,24 +214,24 @@ class Aligner:
                 swallows = swallows and not stretch.strip()
                 self.headers.append(_Header(text, token, len(stretch), ids, swallows))
 
-    def behind(self, token: str | None, text: str) -> list[int]:
+    def after(self, token: str | None, text: str) -> list[int]:
         """The ids of `text` where it follows the added token `token`, or begins everything."""
         if token is None:
             return self.tokenizer.encode(text)
         ids = self.tokenizer.encode(token + text)
         return ids[ids.index(self.tokenizer.added[token]) + 1 :]
 
-    def behind_plain(self, token: str | None, text: str, hidden: dict[str, str]) -> list[int]:
-        """As `behind`, but with the hidden control strings as plain text."""
+    def after_plain(self, token: str | None, text: str, hidden: dict[str, str]) -> list[int]:
+        """As `after`, but with the hidden control strings as plain text."""
         clear = restored(text, hidden)
-        if self.behind(token, text) == self.tokenizer.encode(text):
+        if self.after(token, text) == self.tokenizer.encode(text):
             return list(self.chat.plain_backend.encode(clear, add_special_tokens=False).ids)
         return self.following(clear, plain=True)
 
     def following(self, text: str, plain: bool) -> list[int]:
         """The ids of `text` where it goes on after other text: no blank is put before it.
 
-        Some tokenizers begin each text with a blank. So it is tokenised behind an anchor that
+        Some tokenizers begin each text with a blank. So it is tokenised after an anchor that
         shares no token with it, and the anchor's ids are taken off.
         """
         if not text:
@@ -260,7 +260,7 @@ class _Stretch:
     """The ordinary tokens between two added tokens: ids[first:last], text[start:end]."""
 
     token: str | None  # the added token before it
-    token_end: int  # where the offsets say that this ends: some swallow blanks behind them
+    token_end: int  # where the offsets say that this ends: some swallow whitespace after them
     first: int
     last: int
     start: int
@@ -279,7 +279,7 @@ class _Careful:
     def located(self) -> Located:
         ids: list[int] = []
         begins: dict[int, int] = {}  # start of a mark -> token
-        ends: dict[int, int] = {}  # end of an added token -> token behind it
+        ends: dict[int, int] = {}  # end of an added token -> token after it
         starts = {mark.start: mark for mark in self.draft.marks}
         for stretch, token_id in self._stretches():
             border = next(
@@ -319,7 +319,7 @@ class _Careful:
             name = added.get(token_id)
             if name is None:
                 continue
-            # The offsets may take in blanks around the token; it stands where it is written.
+            # The offsets may take in whitespace around the token; it stands where it is written.
             at = text.find(name, max(start, offsets[k][0]))
             if at < 0 or at + len(name) > offsets[k][1]:
                 continue  # a token matched after normalisation: then it is part of its stretch
@@ -353,8 +353,8 @@ class _Careful:
 
     def _plain(self, token: str | None, text: str, hidden: dict[str, str]) -> list[int]:
         if any(character in text for character in hidden):
-            return self.aligner.behind_plain(token, text, hidden)
-        return self.aligner.behind(token, text)
+            return self.aligner.after_plain(token, text, hidden)
+        return self.aligner.after(token, text)
 
     def _plain_border(self, head: str, text: str, hidden: dict[str, str], n: int) -> bool:
         """Whether a token ends where the clear text of `head` ends, in the stretch taken alone."""
@@ -382,10 +382,10 @@ class _Careful:
 def _between(offsets: list[tuple[int, int]], n: int, border: int, token_end: int) -> bool:
     """Whether the first n tokens end, and the rest begin, at character `border`."""
     before = offsets[n - 1][1] if n else token_end
-    behind = offsets[n][0] if n < len(offsets) else border
-    return before <= border <= behind
+    following = offsets[n][0] if n < len(offsets) else border
+    return before <= border <= following
 
 
 def _letters(text: str) -> str:
-    """`text` without blanks: where a stretch begins, some tokenizers put one."""
+    """`text` without whitespace: where a stretch begins, some tokenizers put one."""
     return re.sub(r"\s+", "", text)

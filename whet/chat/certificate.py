@@ -60,10 +60,10 @@ class Certificate:
     escaped: int = 0
     """Control tokens in somebody's text, encoded as plain text (rule 5)."""
     closed: bool = False
-    """The template writes no stop token behind the last reply; it was put there (rule 2)."""
+    """The template writes no stop token after the last reply; it was put there (rule 2)."""
     composed: bool = False
-    """The template renders a reply behind something else than its prompt, or without the beginning
-    that the prompt opens; the reply was put behind its prompt (rule 3)."""
+    """The template renders a reply after something other than its prompt, or without the beginning
+    that the prompt opens; the reply was put after its prompt (rule 3)."""
     rewritten: bool = False
     """The template rewrites earlier turns, so the conversation became several examples (rule 3)."""
     untrained_turns: tuple[int, ...] = ()

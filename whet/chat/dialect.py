@@ -1,7 +1,7 @@
 """What a template does with conversations, found by trying it, never by its name.
 
 A few made-up conversations with marker words in them are rendered, and the renderings tell in which
-shape the template wants its messages, with which token a reply ends, what it writes behind that
+shape the template wants its messages, with which token a reply ends, what it writes after that
 token, and which of its switches change the generation prompt.
 """
 
@@ -62,11 +62,11 @@ class Form:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a reply ends: the stop token's text and what the template writes behind it.
+    """How a reply ends: the stop token's text and what the template writes after it.
 
     `close` is not empty for a template that leaves the last reply open and closes it only when more
     follows: the text up to and with the stop token that is missing at the end, put in the place of
-    `after`. `calls` says whether this was seen behind tool calls.
+    `after`. `calls` says whether this was seen after tool calls.
     """
 
     stop: str
@@ -76,7 +76,7 @@ class Ending:
 
     @cached_property
     def tail(self) -> str:
-        """What stands behind the last word."""
+        """What stands after the last word."""
         return self.stop + self.after
 
 

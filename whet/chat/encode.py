@@ -221,7 +221,7 @@ class Encoder:
             return error.refusal
 
     def _raw(self, datum: RawText) -> Encoded:
-        """Text, trained whole, with the eos behind it; control tokens in it as `special` says."""
+        """Text, trained whole, with the eos after it; control tokens in it as `special` says."""
         if half := half_character(datum.text):
             raise Refused(_refusal(datum, "datum", half))
         pattern = self.chat.control_pattern

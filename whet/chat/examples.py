@@ -76,8 +76,8 @@ def drafts(
     if remaining and rewritten_turns == "error":
         raise rendered.refused(
             "rewritten",
-            "the template renders this turn otherwise once more follows, and --rewritten_turns is "
-            "error; split makes an example of its own for it",
+            "the template changes this turn once more follows, and --rewritten_turns is error; "
+            "split makes an example of its own for it",
             remaining[-1],
         )
     return made[::-1], certificate
@@ -157,6 +157,6 @@ def _begun(rendered: Rendered, count: int, prompt: str) -> str:
     before, found, _ = text.rpartition(mark)
     if not found or not before.startswith(prompt):
         raise rendered.refused(
-            "not_a_prefix", "the template does not write this reply behind its prompt", count
+            "not_a_prefix", "the template does not write this reply after its prompt", count
         )
     return before

@@ -93,7 +93,7 @@ class Joints:
 
 
 def signs_of(text: str) -> list[str]:
-    """The characters of a control string that are neither letters nor digits, blanks nor _."""
+    """The characters of a control string that are neither letters nor digits, whitespace nor _."""
     return sorted({c for c in text if not (c.isalnum() or c.isspace() or c == "_")})
 
 

@@ -71,7 +71,7 @@ class Marked:
         return int(mark) if mark else value
 
     def _text(self, value: Any, what: str) -> Any:
-        """A text, or a list of parts, with a mark behind its last word."""
+        """A text, or a list of parts, with a mark after its last word."""
         if isinstance(value, list):
             return [*value[:-1], {**value[-1], "text": self._text(value[-1]["text"], what)}]
         end = len(value.rstrip())
@@ -91,7 +91,7 @@ def written(content: Any) -> str:
 
 
 def stands_in(words: str, text: str) -> bool:
-    """Whether `text` is written in `words`, perhaps with other blanks and marks between."""
+    """Whether `text` is written in `words`, perhaps with other whitespace and marks between."""
     if text.strip() in words:
         return True
     at = 0

@@ -5,9 +5,9 @@ For each assistant turn i two renderings are compared: the prompt that asks for 
 first must be the beginning of the second; the words are what the second adds, up to the end of the
 stop token.
 
-Some templates render the context of a reply otherwise once the reply stands behind it (a system
-text that is written before the last user message only). Then the words are those behind the same
-end of the context, and stand behind the prompt as it is at inference.
+Some templates render the context of a reply in another way once the reply follows it (a system
+text that is written before the last user message only). Then the words are those after the same
+end of the context, and stand after the prompt as it is at inference.
 """
 
 import json
@@ -303,7 +303,7 @@ class Rendered:
 
     def _around(self, index: int, message: Message) -> tuple[str, str]:
         """What the template writes before and after the content of `message`, in the place of
-        message `index`; "" for both if it writes the content otherwise than once."""
+        message `index`; "" for both if it does not write the content exactly once."""
         [content] = self.form.shape([{"role": "assistant", "content": STAND_IN}])
         trial = self._render([*self.messages[:index], {**message, "content": content["content"]}])
         if trial.count(STAND_IN) != 1:

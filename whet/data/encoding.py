@@ -124,7 +124,8 @@ class BlockEncoder:
         conversations = self._describe(block.source, kept)
         examples, runs, tokens = _flatten(kept)
         refusals.sort(key=lambda refusal: refusal.line)
-        lines, size = len(block.units), block.size
+        lines = sum(not unit.goes_on for unit in block.units)  # a long text is one document
+        size = block.size
         return EncodedBlock(
             block.source, lines, size, conversations, examples, runs, tokens, refusals, notes,
             Counter(name for datum in data for name in self._unused(datum)), renames,
@@ -303,7 +304,9 @@ def _flatten(kept: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def _count(notes: Counter[str], encoded: Encoded) -> None:
     certificate = encoded.certificate
-    notes["control tokens in texts, encoded as plain text"] += certificate.escaped
+    notes[
+        "control tokens in texts, encoded as plain text (--special_in_content allow: as control)"
+    ] += certificate.escaped
     notes["tokens split at the border of a reply"] += certificate.split_tokens
     split = len(encoded.examples) > 1
     notes["conversations split because the template rewrites earlier turns"] += split
@@ -311,6 +314,6 @@ def _count(notes: Counter[str], encoded: Encoded) -> None:
     again = "tokens more through such splits; --rewritten_turns last trains their last turn alone"
     notes[again] += sum(lengths) - max(lengths)
     notes["replies closed with the stop token that the template leaves out"] += certificate.closed
-    otherwise = "conversations with a reply that the template renders otherwise than its prompt"
-    notes[f"{otherwise}; put behind the prompt"] += certificate.composed
+    differs = "conversations with a reply that the template does not render after its prompt"
+    notes[f"{differs}; put there"] += certificate.composed
     notes["turns left out by --rewritten_turns last"] += len(certificate.untrained_turns)

@@ -116,7 +116,7 @@ def stop_at_overlong(tables: Tables, left_out: list[dict[str, str | int]]) -> No
 def fates(tables: Tables, truncate: bool) -> str:
     """How many examples had which fate, for instance `12 overlong, 3 duplicate`.
 
-    `truncate` says whether long examples were cut.
+    `truncate`: long examples were cut where they can be, so only longer rows help.
     """
     fate = tables.selection.fate
     counts = np.bincount(fate, minlength=len(FATES))
@@ -152,7 +152,8 @@ def notes(tables: Tables, left_out: list[dict[str, str | int]], truncate: bool) 
     if cut.any():
         lines.append(f"{cut.sum():,} examples end after the last turn that fits into a row")
     if spool.unused:
-        names = ", ".join(f"{name} ({n:,} rows)" for name, n in spool.unused.most_common())
+        often = sorted(spool.unused.items(), key=lambda item: (-item[1], item[0]))
+        names = ", ".join(f"{name} ({n:,} rows)" for name, n in often)
         lines.append(f"fields not used: {names}")
     return lines
 
@@ -165,5 +166,5 @@ def _some(reasons: list[str]) -> list[str]:
 
 def _ways_to_fit(truncate: bool) -> str:
     if truncate:
-        return "no turn of theirs fits: raise --context_length"
+        return "nothing of them fits whole: raise --context_length"
     return "see --context_length and --overlong truncate"

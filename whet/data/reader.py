@@ -45,6 +45,11 @@ class Unit(NamedTuple):
     line: int  # from 1; the number of the record in `.json`, Parquet and data sets of the hub
     content: str | bytes | dict[str, Any]
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is a piece of a long text that the next unit goes on with."""
+        return isinstance(self.content, dict) and bool(self.content.get(GOES_ON))
+
 
 class Block(NamedTuple):
     """Records for one worker; `source` is the number of their source, `size` their bytes."""
@@ -123,10 +128,10 @@ def read_units(path: str) -> Iterator[Unit]:
     with _opened(path) as file:
         if kind == ".jsonl":
             yield from _line_units(path, file)
-        elif kind == ".json":
-            yield from _json_units(path, io.TextIOWrapper(file, "utf-8-sig", newline=""))
-        else:
-            yield from _text_units(path, io.TextIOWrapper(file, "utf-8-sig", newline=""))
+            return
+        _check_encoding(path, file.peek(4)[:4])
+        text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+        yield from (_json_units if kind == ".json" else _text_units)(path, text)
 
 
 def parse(unit: Unit) -> Any:
@@ -218,6 +223,7 @@ def _line_units(path: str, file: IO[bytes]) -> Iterator[Unit]:
     """One record a line. An empty line is handed on and refused: half of a file may be missing."""
     for number, line in enumerate(file, 1):
         if number == 1:
+            _check_encoding(path, line)
             line = line.removeprefix(b"\xef\xbb\xbf")
             if line.startswith(b"["):
                 raise UserError(f"{path}:1: is a JSON array, not JSON Lines; name the file .json")
@@ -284,6 +290,14 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
             return
 
 
+def _check_encoding(path: str, begin: bytes) -> None:
+    """Name UTF-16 and UTF-32, which Windows writes and which no JSON reader takes."""
+    if begin[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in begin[:4]:
+        raise UserError(
+            f"{path}: is UTF-16 or UTF-32; Whet reads UTF-8: iconv -f UTF-16 -t UTF-8 {path}"
+        )
+
+
 BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -329,11 +343,22 @@ def _parquet_units(path: str) -> Iterator[Unit]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
+                for record in batch.to_pylist(maps_as_pydicts="lossy"):
                     number += 1
-                    yield Unit(number, record)
+                    yield Unit(number, without_nulls(record))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as Parquet: {error}") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of an Arrow table without the keys that are null, at any depth.
+
+    All rows of a table have one struct, so an object gains the keys of every other row as nulls:
+    as arguments of a call, or in the schema of a tool, they would be trained.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 HUB_NAME = re.compile(r"(?P<name>[^@#]+)(@(?P<config>[^@#]+))?(#(?P<split>[^@#]+))?")
@@ -354,7 +379,7 @@ def _hub_units(path: str) -> Iterator[Unit]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: no such file, and no data set to load: {reason}") from None
     for number, record in enumerate(data, 1):
-        yield Unit(number, record)
+        yield Unit(number, without_nulls(record))
 
 
 def _hub_name(path: str) -> tuple[str, str | None, str | None]:

@@ -14,6 +14,7 @@ Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M pac
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -68,7 +69,8 @@ class AttentionPlan:
     trained: Tensor | None
     """(S,) which of the M tokens have a target that counts; None if nothing is known of targets."""
     after: list[int | None] | None = None
-    """For each block the one whose tokens come before its own, see `share_prefixes`; None: none."""
+    """For each block the one whose tokens, after those of the block before that one, come before
+    its own, see `share_prefixes`; None: none."""
     filling: int = 0
     """How many of the M tokens, the last ones, are there for the sake of M alone."""
     kept: Tensor | None = None
@@ -165,41 +167,53 @@ def share_prefixes(plan: AttentionPlan, tokens: Tensor) -> AttentionPlan:
     `tokens` (M,) are the plan's, on the CPU. A system prompt in front of many documents is the
     same for all of them: same tokens, same positions, and nothing before it. So its hidden states
     are, too. The first document keeps it as a block of its own, and what follows in each of the
-    documents becomes a block `after` it. Only what lies before a document's first trained token is
-    shared: the target there is each document's own. For training alone, as logits of the shared
-    places exist once.
+    documents becomes a block `after` it. What some of these have in common next, as the replies of
+    a group or a pair have their prompt, becomes a block in the same way, to any depth.
+
+    Only what lies before a document's first trained token is shared: the target there is each
+    document's own. For training alone, as logits of the shared places exist once.
     """
     if plan.trained is None or plan.after is not None:
         return plan
-    ends = np.cumsum(plan.sizes)
-    starts = ends - plan.sizes
     ids, trained = tokens.numpy(), plan.trained.numpy()
+    starts = np.cumsum(plan.sizes) - plan.sizes
     firsts = np.append(trained, len(ids))[np.searchsorted(trained, starts)]
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for i, (start, first) in enumerate(zip(starts, firsts, strict=True)):
-        if first - start >= SHARED:
-            groups[ids[start : start + SHARED].tobytes()].append(i)
-    shared: dict[int, tuple[int, int]] = {}  # document -> the one that keeps the prefix, its length
-    for group in groups.values():
-        longest = min(firsts[i] - starts[i] for i in group)
-        texts = np.stack([ids[starts[i] : starts[i] + longest] for i in group])
-        length = int((texts == texts[0]).all(axis=0).cumprod().sum())
-        if len(group) > 1:
-            shared |= dict.fromkeys(group, (group[0], length))
-    if not shared:
+    # Of each document, from its start: the document that keeps a part of it, and its length.
+    parts: list[list[tuple[int, int]]] = [[] for _ in plan.sizes]
+
+    def share(documents: Iterable[int], begin: int) -> None:
+        """Find what some of `documents` share after their first `begin` tokens, equal in all."""
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        for i in documents:
+            if firsts[i] - starts[i] - begin >= SHARED:
+                groups[ids[starts[i] + begin :][:SHARED].tobytes()].append(i)
+        for group in groups.values():
+            if len(group) > 1:
+                longest = min(firsts[i] - starts[i] for i in group)
+                texts = np.stack([ids[starts[i] + begin : starts[i] + longest] for i in group])
+                length = int((texts == texts[0]).all(axis=0).cumprod().sum())
+                for i in group:
+                    parts[i].append((group[0], length))
+                share(group, begin + length)
+
+    share(range(len(plan.sizes)), 0)
+    if not any(parts):
         return plan
     sizes, after, kept = list[int](), list[int | None](), np.ones(len(ids), bool)
-    block_of = dict[int, int]()
+    block_of = dict[tuple[int, int], int]()
     for i, size in enumerate(plan.sizes):
-        owner, length = shared.get(i, (i, 0))
-        if length and owner == i:
-            block_of[i] = len(sizes)
-            sizes.append(length)
-            after.append(None)
-        elif length:
-            kept[starts[i] : starts[i] + length] = False
-        sizes.append(size - length)
-        after.append(block_of[owner] if length else None)
+        block, done = None, 0
+        for owner, length in parts[i]:
+            if owner == i:
+                block_of[i, done] = len(sizes)
+                sizes.append(length)
+                after.append(block)
+            else:
+                kept[starts[i] + done : starts[i] + done + length] = False
+            block = block_of[owner, done]
+            done += length
+        sizes.append(size - done)
+        after.append(block)
     keep = torch.from_numpy(kept.nonzero()[0])
     place = torch.from_numpy(kept.cumsum() - 1)
     return replace(

@@ -23,21 +23,39 @@ def grow_embedding(model: Transformer, n_tokens: int, multiple: int = 64) -> ran
     if n_tokens <= old:
         return range(old, old)
     new = -(-n_tokens // multiple) * multiple
-    model.embed.weight = _grown(model.embed.weight, new)
-    model.embed.num_embeddings = new
-    if hasattr(model, "head"):
-        model.head.weight = _grown(model.head.weight, new)
-        model.head.out_features = new
-        if model.head.bias is not None:
-            model.head.bias = _grown(model.head.bias, new)
-    model.config = dataclasses.replace(model.config, vocab_size=new)
+    resize_embedding(model, new)
     return range(old, new)
 
 
-def _grown(weight: Tensor, rows: int) -> nn.Parameter:
+@torch.no_grad()
+def resize_embedding(model: Transformer, rows: int) -> None:
+    """Give embedding and head `rows` rows: the first ones, or more, which are the mean."""
+    model.embed.weight = _resized(model.embed.weight, rows)
+    model.embed.num_embeddings = rows
+    if hasattr(model, "head"):
+        model.head.weight = _resized(model.head.weight, rows)
+        model.head.out_features = rows
+        if model.head.bias is not None:
+            model.head.bias = _resized(model.head.bias, rows)
+    model.config = dataclasses.replace(model.config, vocab_size=rows)
+
+
+def _resized(weight: Tensor, rows: int) -> nn.Parameter:
     mean = weight.float().mean(dim=0).to(weight.dtype)
-    added = mean.expand(rows - len(weight), *weight.shape[1:])
-    return nn.Parameter(torch.cat([weight, added]), requires_grad=weight.requires_grad)
+    added = mean.expand(max(0, rows - len(weight)), *weight.shape[1:])
+    return nn.Parameter(torch.cat([weight[:rows], added]), requires_grad=weight.requires_grad)
+
+
+@torch.no_grad()
+def untie(model: Transformer) -> None:
+    """Give a tied head a matrix of its own, equal to the embedding."""
+    if not model.config.tied:
+        return
+    model.config = dataclasses.replace(model.config, tied=False)
+    if not model.config.score:
+        weight = model.embed.weight
+        model.head = nn.Linear(model.config.width, len(weight), bias=False, device="meta")
+        model.head.weight = nn.Parameter(weight.clone(), requires_grad=weight.requires_grad)
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ def documents(
 ) -> Tensor:
     """q (M, N, H), k and v (M, K, H), documents of `lengths` tokens end to end -> (M, N, H).
 
-    With `after` they are blocks: block i also sees all of block `after[i]`, which lies before it.
+    With `after` they are blocks: block i also sees all of block `after[i]`, which lies before it,
+    and all that this one sees.
 
     Computed in float32, as all attention on a CPU: in bf16 torch's kernel is three times as slow,
     and each new length of a document makes oneDNN compile, and keep, new products.
@@ -51,13 +52,14 @@ def documents(
     q, k, v = wide(q, k, v)
     queries, keys, values = (t.split(lengths) for t in (q, k, v))
     for i, length in enumerate(lengths):
-        one = [queries[i], keys[i], values[i]]
-        before = None if after is None else after[i]
-        if before is not None:
-            one[1:] = (torch.cat((t[before], t[i])) for t in (keys, values))
+        one, chain = [queries[i], keys[i], values[i]], [i]
+        while after is not None and (before := after[chain[0]]) is not None:
+            chain.insert(0, before)
+        if len(chain) > 1:
+            one[1:] = (torch.cat([t[block] for block in chain]) for t in (keys, values))
         seen = len(one[1])
         mask = None
-        if before is not None or softcap is not None or (window is not None and window < length):
+        if seen > length or softcap is not None or (window is not None and window < length):
             if (length, seen) not in masks:
                 masks[length, seen] = causal_mask(seen, window, q.device)[-length:]
             mask = masks[length, seen]

@@ -221,8 +221,7 @@ def lora_of(config: Any) -> LoRA | None:
         config.lora_alpha,
         config.lora_targets,
         config.lora_dropout,
-        config.lora_rslora,
-        config.lora_dora,
+        dora=config.lora_dora,
     )
 
 

@@ -95,7 +95,7 @@ def writer(
         "template_hash": store.attrs.get("template_hash"),
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
-    dtype = saved_as(config.save_dtype, model.config.hf)
+    dtype = saved_as("same", model.config.hf)
     return ModelWriter(chat, lineage, config.out_ckpt, config.out, lora, dtype)
 
 

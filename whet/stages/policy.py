@@ -155,5 +155,5 @@ def _writer(config: Any, opened: Opened, prompts: Prompts, name: str) -> ModelWr
         "tokenizer_hash": opened.chat.tokenizer.hash,
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
-    dtype = saved_as(config.save_dtype, opened.model.config.hf)
+    dtype = saved_as("same", opened.model.config.hf)
     return ModelWriter(opened.chat, lineage, config.out_ckpt, config.out, opened.lora, dtype)

@@ -24,7 +24,6 @@ from whet.model.precision import multiplies_bf16
 from whet.progress import duration
 from whet.report.run_page import write_page
 from whet.train import distributed, memory, optim, state
-from whet.train.curves import open_curves
 from whet.train.distributed import Ranks
 from whet.train.loop import train
 from whet.train.profile import check_profile
@@ -35,7 +34,7 @@ from whet.train.resume import (
     frozen_fingerprint,
     is_longer,
 )
-from whet.train.run import RunFolder
+from whet.train.run import RunFolder, open_curves
 from whet.train.signals import stop_on_signals
 from whet.train.stage import Stage
 from whet.train.state import Facts
@@ -163,7 +162,6 @@ def make_optimizers(model: nn.Module, config: TrainSettings) -> list[torch.optim
     return optim.make_optimizers(
         config.optimizer,
         optim.parameter_groups(inner, config.weight_decay, lr_groups),
-        beta1=config.beta1,
         beta2=config.beta2,
     )
 
@@ -278,6 +276,7 @@ def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -
 def files_of(stage: Stage, run: RunFolder) -> list[tuple[str, str]]:
     """Where the results are, and what to type next."""
     lines = [("model", str(run.path)), ("next", stage.next.format(run=run.path))]
+    lines.append(("look", f"whet report {run.path}"))
     if run.facts.best_step > 0 and (best := run.path / "best").is_dir():
         value = f"{stage.best} {run.facts.best_value:.4g}"
         lines.append(("best", f"{best}: step {run.facts.best_step}, {value}"))

@@ -38,12 +38,14 @@ FAMILIES: dict[str, Json] = {
         "num_key_value_heads": 8,
         "sliding_window": 4096,
         "windows": "all",
+        "max_position_embeddings": 131_072,
     },
     "qwen2": {
         "reads": {"hidden_act", *_WINDOWS},
         "qkv_bias": True,
         "sliding_window": 4096,
         "windows": "upper",
+        "max_position_embeddings": 32_768,
     },
     "qwen3": {
         "reads": {"hidden_act", "attention_bias", *_WINDOWS},
@@ -51,6 +53,7 @@ FAMILIES: dict[str, Json] = {
         "sliding_window": 4096,
         "windows": "upper",
         "head_dim": 128,
+        "max_position_embeddings": 32_768,
     },
     "smollm3": {
         "reads": {
@@ -61,6 +64,7 @@ FAMILIES: dict[str, Json] = {
         "rope_theta": 2_000_000.0,
         "no_rope_layer_interval": 4,
         "windows": "no rope",
+        "max_position_embeddings": 32_768,
     },
     "gemma": {
         "reads": {"hidden_act", "attention_bias"},
@@ -68,6 +72,7 @@ FAMILIES: dict[str, Json] = {
         "head_dim": 256,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
     },
     "gemma2": {
         "reads": {*_GEMMA, "attn_logit_softcapping"},
@@ -82,6 +87,7 @@ FAMILIES: dict[str, Json] = {
         "windows": "pattern",
         "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
+        "max_position_embeddings": 8192,
     },
     "gemma3_text": {
         "reads": {*_GEMMA, "sliding_window_pattern", "rope_local_base_freq"},
@@ -106,7 +112,9 @@ FAMILIES: dict[str, Json] = {
         "reads": {"hidden_act", "sliding_window", "partial_rotary_factor"},
         "windows": "all",
         "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
+        "rope_kinds": ("default", "longrope"),
     },
     "olmo2": {
         "reads": {"hidden_act", "attention_bias"},

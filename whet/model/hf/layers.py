@@ -24,11 +24,12 @@ KINDS: dict[RopeKind, set[str]] = {
 NEEDED: dict[RopeKind, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
+    "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-"""The keys without which a kind stretches nothing, or not as it was trained. Where yarn and
-longrope say no factor, it follows from the lengths of text before and after."""
+"""The keys without which a kind stretches nothing, or not as it was trained. Where
+longrope says no factor, it follows from the lengths of text before and after."""
 
 SHARED = {
     "rope_type",
@@ -100,30 +101,46 @@ def _ropes(keys: Keys, head_size: int, max_positions: int) -> tuple[Rope, Rope]:
     fraction = keys.number("partial_rotary_factor", 1.0)
     original = keys.take("original_max_position_embeddings")
     scaling, parameters = keys.take("rope_scaling"), keys.take("rope_parameters")
-    by_type = parameters or {}
-    if not any(isinstance(value, dict) for value in by_type.values()):
-        everywhere = scaling or parameters or {}
-        by_type = {"full_attention": everywhere}
-        if local_theta is None:
-            by_type["sliding_attention"] = everywhere
-    elif local_theta is None or not set(by_type) <= set(LAYER_KINDS):
-        raise UserError(
-            f"config.json: rope_parameters has {', '.join(by_type)}; expected "
-            f"{' and '.join(LAYER_KINDS) if local_theta else 'the same for all layers'}"
-        )
+    if local_theta is not None:
+        by_type = _by_layer_kind(scaling or {}, parameters or {})
+    else:
+        by_type = dict.fromkeys(LAYER_KINDS, scaling or parameters or {})
+        if any(isinstance(value, dict) for value in (parameters or {}).values()):
+            raise UserError(
+                f"config.json: rope_parameters has {', '.join(parameters)}; expected the same for "
+                "all layers"
+            )
     thetas = {"full_attention": theta, "sliding_attention": local_theta or theta}
     full, sliding = (
         _read_rope(
-            by_type.get(kind) or {},
+            by_type[kind],
             thetas[kind],
             None if "partial_rotary_factor" in keys.unread else fraction,
             head_size,
             max_positions,
             original,
+            keys.defaults.get("rope_kinds", tuple(KINDS)),
         )
         for kind in thetas
     )
     return full, sliding
+
+
+def _by_layer_kind(
+    scaling: dict[str, Any], parameters: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """{kind of layer: its rotary settings}, where they differ (Gemma 3); `scaling` holds for the
+    full layers, on top of `parameters`. Raises UserError for what transformers would not use."""
+    if parameters and not (set(parameters) <= set(LAYER_KINDS) and "full_attention" in parameters):
+        raise UserError(
+            f"config.json: rope_parameters has {', '.join(parameters)}; expected "
+            f"{' and '.join(LAYER_KINDS)}, each with settings of its own"
+        )
+    if "type" in scaling and "rope_type" not in scaling:
+        raise UserError("config.json: rope_scaling has type; this model_type reads rope_type")
+    found = {kind: dict(parameters.get(kind) or {}) for kind in LAYER_KINDS}
+    found["full_attention"] |= scaling
+    return found
 
 
 def _read_rope(
@@ -133,15 +150,16 @@ def _read_rope(
     head_size: int,
     max_positions: int,
     original: int | None,
+    kinds: tuple[RopeKind, ...],
 ) -> Rope:
     """The `Rope` of one `scaling` dictionary; what it lacks comes from the other arguments.
 
     `fraction` is None where the family turns whole heads, whatever the dictionary says. `original`
     is `original_max_position_embeddings` where it stands beside and not in the dictionary (Phi-3).
-    Raises UserError for a kind that is not known, a key that the kind does not have, and one that
-    it needs and lacks.
+    Raises UserError for a kind that is none of `kinds`, a key that the kind does not have, and one
+    that it needs and lacks.
     """
-    kind = _kind(scaling)
+    kind = _kind(scaling, kinds)
     inside = scaling.get("original_max_position_embeddings")
     part = scaling.get("partial_rotary_factor", fraction)
     found = [
@@ -199,14 +217,15 @@ def _number(scaling: dict[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
-def _kind(scaling: dict[str, Any]) -> RopeKind:
+def _kind(scaling: dict[str, Any], kinds: tuple[RopeKind, ...]) -> RopeKind:
+    """The kind that `scaling` names, one of `kinds`, which the family knows."""
     name = scaling.get("rope_type") or scaling.get("type") or "default"
-    if name == "su" or (name == "yarn" and "short_factor" in scaling):
+    if name in ("su", "yarn") and "yarn" not in kinds:
         return "longrope"  # as early files of Phi-3 call it
-    for kind in KINDS:
+    for kind in kinds:
         if kind == name:
             return kind
-    raise UserError(f"config.json: rope type {name!r} is none of {', '.join(KINDS)}")
+    raise UserError(f"config.json: rope type {name!r} is none of {', '.join(kinds)}")
 
 
 def _output_scale(kind: str, scaling: dict[str, Any], factor: float, original: int) -> float:

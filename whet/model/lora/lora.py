@@ -112,7 +112,7 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
     if not found:
         raise UserError("--lora_rank: this architecture has no linear modules; it is trained whole")
     kinds = _chosen_kinds(model, lora.targets, found)
-    model.requires_grad_(False)
+    freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for name, base in found.items():
         if kind_of(name) not in kinds:
@@ -126,6 +126,13 @@ def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), see
         train_rows(model, new_rows)
     else:
         refuse_unfit(model)
+
+
+def freeze(model: nn.Module) -> None:
+    """Train nothing but a score, which starts from zeros or small."""
+    model.requires_grad_(False)
+    if isinstance(model, Transformer) and model.config.score:
+        model.score.requires_grad_(True)
 
 
 def _chosen_kinds(

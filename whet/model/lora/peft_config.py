@@ -51,6 +51,8 @@ class PeftConfig:
     alphas: dict[str, float]
     rows: list[int] | dict[str, list[int]]
     """Trained token rows: of the embedding, or {module: ids}."""
+    task: str | None = None
+    """PEFT's task type: SEQ_CLS is a model with a score in place of logits."""
 
     def rank_of(self, module: str) -> int:
         """The rank of the adapter on `module`."""
@@ -68,8 +70,18 @@ class PeftConfig:
             return self.rows if embedding else []
         return next((ids for key, ids in self.rows.items() if _ends(module, [key])), [])
 
+    def trained_whole(self, module: str) -> bool:
+        """Whether `module` is saved whole, trained as a copy of its own: PEFT looks at the end of
+        its name, so that `norm` means every module that ends so."""
+        return module.endswith(tuple(self.whole))
+
+    @property
+    def names_targets(self) -> bool:
+        """Whether the targets may be other modules than linear layers without the head."""
+        return self.targets is not None and self.targets != "all-linear"
+
     def targeted(self, module: str) -> bool:
-        """Whether the linear layer `module`, which is not the head, has an adapter.
+        """Whether `module` has an adapter; all-linear does not mean the head.
 
         Only if `targets` is not None.
         """
@@ -159,6 +171,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
         ranks=values.get("rank_pattern") or {},
         alphas=values.get("alpha_pattern") or {},
         rows=values.get("trainable_token_indices") or [],
+        task=values.get("task_type"),
     )
 
 

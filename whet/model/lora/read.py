@@ -6,9 +6,9 @@ apart (GPT-2's and Phi-3's queries, keys and values), the adapters are joined as
 tests' oracle.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from whet.errors import UserError
 from whet.files import read_json
 from whet.hub import find_model, is_adapter
 from whet.model.decoder import Transformer
-from whet.model.embedding import TrainableRows, grow_embedding
+from whet.model.embedding import add_score
 from whet.model.hf.families import Place, place_modules
 from whet.model.hf.keys import LARGEST
 from whet.model.hf.weights import open_safetensors, read_into
@@ -26,16 +26,24 @@ from whet.model.lora.lora import (
     LoRA,
     LoRALinear,
     adapters,
+    freeze,
     kind_of,
     linears,
     refuse_unfit,
     set_module,
 )
 from whet.model.lora.peft_config import CONFIG, PeftConfig, read_peft_config
+from whet.model.lora.whole import PREFIX, check_shape, put_whole
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-ROWS = "token_adapter.trainable_tokens_delta"
+SCORES = ("score", "classifier")
+"""What PEFT saves whole of a model with a score; the second is the name in other architectures."""
+_REASONS = {
+    ".bias": "trained biases are not supported",
+    "lora_A.weight": "is it an adapter of another model?",
+    "lora_B.weight": "is it an adapter of another model?",
+    ".weight": "a whole matrix that modules_to_save does not name, or of another model",
+}
 
 
 def base_of(directory: Path) -> tuple[str, str | None]:
@@ -83,13 +91,18 @@ def places_of(model: Transformer, names: Iterable[str]) -> dict[str, Place]:
 def continue_adapter(model: Transformer, directory: Path) -> LoRA:
     """`load_adapter`, for training it further.
 
-    Raises UserError if it holds a whole embedding or head, which Whet would not train.
+    Raises UserError if it holds whole matrices other than a score, or an adapter of the embedding
+    or the head: Whet would not train these.
     """
-    whole = read_json(directory / CONFIG).get("modules_to_save")
+    whole = [name for name in read_peft_config(directory).whole if name not in SCORES]
+    ends = re.compile(r"(lm_head|embed_tokens|wte)\.(lora_|.*weight)|\.base_layer\.")
+    if not whole and (directory / WEIGHTS).is_file():
+        whole = [name for name in open_safetensors(directory / WEIGHTS) if ends.search(name)]
     if whole:
         raise UserError(
-            f"{directory}: holds whole matrices ({', '.join(map(str, whole))}) beside its adapter, "
-            f"which can't be trained further; merge it: whet export {directory} --merge --out DIR"
+            f"{directory}: holds whole matrices ({', '.join(whole[:3])}) beside its adapter, or an "
+            "adapter of the embedding or the head, which can't be trained further; merge it: "
+            f"whet export {directory} --merge --out DIR"
         )
     return load_adapter(model, directory)
 
@@ -104,33 +117,11 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
     """
     directory = Path(directory)
     config = read_peft_config(directory)
-    tensors = _read_tensors(directory / WEIGHTS)
-    rows = _rows_needed(config, tensors, directory)
-    if isinstance(model, Transformer):
-        grow_embedding(model, rows, multiple=1)
-    elif rows > model.config.vocab_size:
-        raise UserError(
-            f"{directory}: has rows for {rows} tokens, its base for {model.config.vocab_size}; new "
-            "tokens under an adapter need one of Whet's own families: merge it with PEFT"
-        )
-    model.requires_grad_(False)
-    missing: list[str] = []
-    if isinstance(model, Transformer):
-        missing += _put_embeddings(model, config, tensors, directory)
-    kinds = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] * config.dora))
-    for module, names in family_modules(model).items():
-        keys = [f"{PREFIX}{module}.{kind}" for kind in kinds]
-        there = [key for key in keys if key in tensors]
-        if not (there if config.targets is None else config.targeted(module)):
-            continue
-        missing += [key for key in keys if key not in tensors]
-        if len(there) == len(keys):
-            _put_adapter(
-                model, module, names, [tensors.pop(key) for key in keys], config, directory
-            )
-    _refuse_misfits(missing, tensors, config, directory)
-    if not isinstance(model, Transformer):
-        refuse_unfit(model)
+    rows = _vocabulary(config, directory)
+    try:
+        _put_all(model, config, _read_tensors(directory / WEIGHTS), rows)
+    except UserError as error:
+        raise UserError(f"{directory / WEIGHTS}: {error}") from None
     adapted = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
     own = isinstance(model, Transformer)
     return LoRA(
@@ -143,25 +134,57 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
     )
 
 
-def _refuse_misfits(
-    missing: list[str], left: Mapping[str, Tensor], config: PeftConfig, directory: Path
+def _put_all(
+    model: Transformer, config: PeftConfig, tensors: dict[str, Tensor], vocab_size: int
 ) -> None:
+    """Put all of `tensors` on `model`. Raises UserError if they are not those of `config`."""
+    missing: list[str] = []
+    if isinstance(model, Transformer):
+        if config.task == "SEQ_CLS":
+            add_score(model)
+        freeze(model)
+        missing += put_whole(model, config, tensors, vocab_size)
+    elif vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"rows for {vocab_size} tokens, but its base has {model.config.vocab_size}; new tokens "
+            "under an adapter need one of Whet's own families: merge it with PEFT"
+        )
+    else:
+        freeze(model)
+    kinds = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] * config.dora))
+    for module, names in family_modules(model).items():
+        keys = [f"{PREFIX}{module}.{kind}" for kind in kinds]
+        there = [key for key in keys if key in tensors]
+        if not (there if config.targets is None else config.targeted(module)):
+            continue
+        missing += [key for key in keys if key not in tensors]
+        if len(there) == len(keys):
+            _put_adapter(model, module, names, [tensors.pop(key) for key in keys], config)
+    _refuse_misfits(missing, tensors, config)
+    if not isinstance(model, Transformer):
+        refuse_unfit(model)
+
+
+def _refuse_misfits(missing: list[str], left: Mapping[str, Tensor], config: PeftConfig) -> None:
     """Raise UserError if the configuration and the weights are not of one adapter: opened in part,
     it would be another one than was trained."""
     if missing:
         raise UserError(
-            f"{directory / WEIGHTS}: {len(missing)} tensors that {CONFIG} speaks of are missing, "
+            f"{len(missing)} tensors that {CONFIG} speaks of are missing, "
             f"such as {missing[0]}; the two files are not of one adapter, or one is damaged"
         )
     if any(name.endswith("lora_magnitude_vector") for name in left) and not config.dora:
         raise UserError(
-            f"{directory / WEIGHTS}: holds DoRA's magnitudes, but use_dora is false in {CONFIG}; "
+            f"it holds DoRA's magnitudes, but use_dora is false in {CONFIG}; "
             "the two files are not of one adapter"
         )
     if left:
+        name = next(iter(left))
+        why = "is it an adapter of another model?"
+        why = next((reason for end, reason in _REASONS.items() if name.endswith(end)), why)
         raise UserError(
-            f"{directory / WEIGHTS}: {len(left)} tensors fit no linear layer of the base that "
-            f"{CONFIG} names, such as {next(iter(left))}; is it an adapter of another model?"
+            f"{len(left)} tensors fit no linear layer of the base that {CONFIG} names, such as "
+            f"{name}; {why}"
         )
 
 
@@ -179,57 +202,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _rows_needed(config: PeftConfig, tensors: Mapping[str, Tensor], directory: Path) -> int:
-    """How many rows the base's embedding must have."""
+def _vocabulary(config: PeftConfig, directory: Path) -> int:
+    """How many rows the base's embedding must have for the adapter's token rows."""
     said = config.rows
     ids = [i for row_ids in said.values() for i in row_ids] if isinstance(said, dict) else said
     lineage = directory / "whet.json"
     saved = read_json(lineage).get("vocab_size", 0) if lineage.is_file() else 0
     if type(saved) is not int or not 0 <= saved < LARGEST:
         raise UserError(f"{lineage}: vocab_size is {saved!r}; expected a whole number")
-    whole = [
-        t.shape[0]
-        for name, t in tensors.items()
-        if name.endswith(("embed_tokens.weight", "wte.weight")) and t.dim()
-    ]
-    return max([saved, *whole, *(i + 1 for i in ids)], default=0)
-
-
-def _put_embeddings(
-    model: Transformer, config: PeftConfig, tensors: dict[str, Tensor], directory: Path
-) -> list[str]:
-    """Take whole and partly trained embeddings and heads out of `tensors`, into `model`.
-
-    Returns the names of trained rows that `config` speaks of and `tensors` lacks.
-    """
-    missing = []
-    names = ["embed"] if model.config.tied else ["embed", "head"]
-    for name, place in place_modules(model.config, names).items():
-        module: Any = getattr(model, name)
-        whole = tensors.pop(f"{PREFIX}{place.name}.weight", None)
-        if whole is not None:
-            _check_shape(whole, module.weight.shape, place.name, directory)
-            module.weight.data.copy_(whole)
-        ids, key = config.rows_of(place.name, name == "embed"), f"{PREFIX}{place.name}.{ROWS}"
-        if not ids:
-            continue
-        if key not in tensors:
-            missing.append(key)
-            continue
-        rows = tensors.pop(key)
-        _check_shape(rows, (len(ids), model.config.width), place.name, directory)
-        wrapper = TrainableRows(module, ids)
-        wrapper.rows.data.copy_(rows)
-        setattr(model, name, wrapper)
-    return missing
-
-
-def _check_shape(found: Tensor, expected: Any, name: str, directory: Path) -> None:
-    if tuple(found.shape) != tuple(expected):
-        raise UserError(
-            f"{directory / WEIGHTS}: {name} is {list(found.shape)}, the base needs "
-            f"{list(expected)}; is it an adapter of another model?"
-        )
+    return max([saved, *(i + 1 for i in ids)])
 
 
 def _put_adapter(
@@ -238,7 +219,6 @@ def _put_adapter(
     names: list[str],
     values: list[Tensor],
     config: PeftConfig,
-    directory: Path,
 ) -> None:
     """Share one adapter of the files, (A, B) or (A, B, magnitude), among the modules `names` that
     are joined in the family's `module`."""
@@ -249,13 +229,13 @@ def _put_adapter(
     rank = config.rank_of(module)
     if a.dim() == 2 and len(a) != rank:
         raise UserError(
-            f"{directory / WEIGHTS}: the adapter of {module} has rank {len(a)}, by {CONFIG} "
-            f"{rank}; the two files are not of one adapter"
+            f"the adapter of {module} has rank {len(a)}, by {CONFIG} {rank}; the two files are not "
+            "of one adapter"
         )
-    _check_shape(a, (rank, bases[0].in_features), f"{names[0]} lora_A", directory)
-    _check_shape(b, (sum(outputs), rank), f"{names[0]} lora_B", directory)
+    check_shape(a, (rank, bases[0].in_features), f"{names[0]} lora_A")
+    check_shape(b, (sum(outputs), rank), f"{names[0]} lora_B")
     for magnitude in dora:
-        _check_shape(magnitude, (sum(outputs),), f"{names[0]} lora_magnitude_vector", directory)
+        check_shape(magnitude, (sum(outputs),), f"{names[0]} lora_magnitude_vector")
     magnitudes = dora[0].split(outputs) if dora else [None] * len(names)
     scale = config.scale_of(module)
     for name, base, (own_a, own_b), m in zip(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from whet.chat.chat import Chat
 from whet.files import write_json
@@ -23,7 +23,8 @@ from whet.model.hf.families import place_modules
 from whet.model.hf.weights import replaced_model
 from whet.model.lora.lora import LoRA, adapters
 from whet.model.lora.peft_config import CONFIG
-from whet.model.lora.read import PREFIX, ROWS, WEIGHTS, family_modules, places_of
+from whet.model.lora.read import WEIGHTS, family_modules, places_of
+from whet.model.lora.whole import PREFIX, ROWS
 
 
 def save_adapter(
@@ -46,6 +47,8 @@ def save_adapter(
     values = dict(model.state_dict() if state is None else state)
     tensors, sizes = _joined_adapters(model, values, lora.rslora)
     rows = _trained_rows(model, values, tensors)
+    if has_score(model):
+        tensors[f"{PREFIX}score.weight"] = values["score.weight"].detach().to("cpu", torch.float32)
     base = str(Path(base).resolve()) if Path(base).exists() else base
     config = {
         **_peft_config(model, lora, sizes, rows),
@@ -64,6 +67,11 @@ def save_adapter(
             chat.save(aside)
         write_json(aside / "whet.json", {**lineage, "vocab_size": model.config.vocab_size})
         write_json(aside / CONFIG, config)
+
+
+def has_score(model: nn.Module) -> bool:
+    """Whether `model` gives scores, as only models of Whet's own families do."""
+    return isinstance(model, Transformer) and model.config.score
 
 
 class Size(NamedTuple):
@@ -141,9 +149,11 @@ def _peft_config(
         alike = len(set(found.values())) == 1
         patterns |= {target: next(iter(found.values()))} if alike else found
     usual = Size(lora.rank, lora.alpha)
+    score = has_score(model)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if score else "CAUSAL_LM",
+        "modules_to_save": ["score"] if score else None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
