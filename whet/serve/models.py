@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -53,8 +53,9 @@ class Served:
         with self.encoding:
             return tokenizer.encode(text, ends=True) or [begin]
 
-    def tokens(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+    def tokens(self, given: Iterable[int]) -> list[dict[str, Any]]:
         """Each id with its text, made visible, and whether it is a control token."""
+        ids = list(given)
         index, texts = token_texts(np.array([ids], np.int64), self.chat.tokenizer)
         special = self.chat.special_ids
         return [

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
@@ -88,7 +89,10 @@ class Choice:
 
 
 class Answer:
-    """The replies to one request; queued when it is made. Raises ApiError if they can't be."""
+    """The replies to one request, `n` to each of `prompts`; queued when it is made.
+
+    `kind` is chat or text. Raises ApiError if they can't be queued.
+    """
 
     def __init__(
         self,
@@ -99,50 +103,42 @@ class Answer:
         timeout: float,
     ) -> None:
         self.served, self.settings, self.kind, self.timeout = served, settings, kind, timeout
-        self.prompts = prompts
-        self.until = time.monotonic() + timeout
-        loop = asyncio.get_running_loop()
-        self.news: asyncio.Queue[tuple[Choice, Piece | Exception]] = asyncio.Queue()
-        self.choices = [
-            self._choice(prompt, i)
-            for i, prompt in enumerate(p for p in prompts for _ in range(settings.n))
-        ]
-
-        def deliver(choice: Choice, what: Piece | Exception) -> None:
-            with suppress(RuntimeError):  # the server has stopped meanwhile
-                loop.call_soon_threadsafe(self.news.put_nowait, (choice, what))
-
-        jobs = [Job(c.row, lambda what, c=c: deliver(c, what)) for c in self.choices]  # type: ignore[misc]
+        self.prompt_tokens = sum(map(len, prompts))
+        self.until, self.look = time.monotonic() + timeout, 0.0
+        self.loop = asyncio.get_running_loop()
+        self.news: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        asked = [prompt for prompt in prompts for _ in range(settings.n)]
+        self.choices = [self._choice(prompt, i) for i, prompt in enumerate(asked)]
+        jobs = [Job(c.row, partial(self._deliver, i)) for i, c in enumerate(self.choices)]
         try:
             served.worker.submit(jobs)
         except Full:
             message = f"{served.name} has {served.worker.queue:,} replies waiting; try again later"
             raise ApiError(429, message, code="queue_full") from None
-        chat = kind == "chat"
-        self.head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "object": ("chat.completion" + ".chunk" * settings.stream)
-            if chat
-            else "text_completion",
-            "created": int(time.time()),
-            "model": served.name,
-        }
+        form = "text_completion"
+        if kind == "chat":
+            form = "chat.completion.chunk" if settings.stream else "chat.completion"
+        name = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
+        now = int(time.time())
+        self.head = {"id": name, "object": form, "created": now, "model": served.name}
 
     def _choice(self, prompt: list[int], index: int) -> Choice:
-        context, asked = self.served.worker.context, self.settings.max_tokens
+        settings, context = self.settings, self.served.worker.context
+        asked = settings.max_tokens
         if len(prompt) + (asked or 1) > context:
-            reply = f" and max_tokens {asked:,}" if asked else ""
+            reply = f" and max_tokens is {asked:,}" if asked else ""
             message = f"the prompt has {len(prompt):,} tokens{reply}; the context holds {context:,}"
             raise ApiError(400, message, "messages", "context_length_exceeded")
         end = len(prompt) + asked if asked else context
-        key = (self.settings.seed, index)
-        row = Row(
-            next(_numbers), key, list(prompt), end, self.settings.sampling, self.settings.top or 0
-        )
+        key = (settings.seed, index)
+        row = Row(next(_numbers), key, list(prompt), end, settings.sampling, settings.top or 0)
         before = () if self.kind == "chat" else prompt[-4:]
-        return Choice(
-            self.served, self.settings, TextStream(self.served.chat.tokenizer, before), row
-        )
+        return Choice(self.served, settings, TextStream(self.served.chat.tokenizer, before), row)
+
+    def _deliver(self, index: int, news: Piece | Exception) -> None:
+        """Hand `news` of a choice over from the worker's thread."""
+        with suppress(RuntimeError):  # the server has stopped meanwhile
+            self.loop.call_soon_threadsafe(self.news.put_nowait, (index, news))
 
     def give_up(self) -> None:
         """Free the rows of what has not ended."""
@@ -153,7 +149,8 @@ class Answer:
         open_choices = len(self.choices)
         try:
             while open_choices:
-                choice, news = await self._next(request)
+                index, news = await self._next(request)
+                choice = self.choices[index]
                 if isinstance(news, Exception):
                     message = f"the model failed: {type(news).__name__}: {news}"
                     raise ApiError(503, message.splitlines()[0][:300])
@@ -163,19 +160,22 @@ class Answer:
                 if choice.finish:
                     open_choices -= 1
                     self.served.worker.cancel({choice.row.index})
-                yield self.choices.index(choice), part
+                yield index, part
         finally:
             self.give_up()
 
-    async def _next(self, request: Request) -> tuple[Choice, Piece | Exception]:
+    async def _next(self, request: Request) -> tuple[int, Piece | Exception]:
         while True:
-            with suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(self.news.get(), LOOK_EVERY_S)
-            if await request.is_disconnected():
-                raise ClientDisconnect
-            if time.monotonic() > self.until:
+            now = time.monotonic()
+            if now > self.until:
                 message = f"the reply took longer than {self.timeout:g} s, waiting included"
                 raise ApiError(503, message, code="timeout")
+            if now > self.look:
+                self.look = now + LOOK_EVERY_S
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+            with suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(self.news.get(), LOOK_EVERY_S)
 
     async def whole(self, request: Request) -> dict[str, Any]:
         """The reply to a request that does not stream."""
@@ -203,9 +203,12 @@ class Answer:
         yield "data: [DONE]\n\n"
 
     def _usage(self) -> dict[str, int]:
-        prompt, reply = sum(map(len, self.prompts)), sum(c.count for c in self.choices)
-        total = prompt + reply
-        return {"prompt_tokens": prompt, "completion_tokens": reply, "total_tokens": total}
+        prompt, reply = self.prompt_tokens, sum(choice.count for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": reply,
+            "total_tokens": prompt + reply,
+        }
 
     def _form(self, index: int, part: Part) -> dict[str, Any]:
         """A choice of the API's reply."""
@@ -229,7 +232,6 @@ def _by_column(part: Part) -> dict[str, Any]:
             {top["token"]: top["logprob"] for top in entry["top_logprobs"]}
             for entry in part.entries
         ],
-        "text_offset": None,
     }
 
 
