@@ -299,9 +299,9 @@ def _write(
     written = tables.selection.fate == KEPT
     trained = tables.trained()
     if not (written & ~tables.selection.dev & (trained > 0)).any():
-        empty = f"--data: nothing stands in {', '.join(source.path for source in sources)}"
-        told = fates(tables, _cuts(config, tables)) or empty
-        raise UserError(f"nothing is left to train on: {told}")
+        empty = f"--data: no record in {', '.join(source.path for source in sources)}"
+        reason = fates(tables, _cuts(config, tables)) or empty
+        raise UserError(f"nothing is left to train on: {reason}")
     tokenizer = chat.tokenizer
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     attrs = {
