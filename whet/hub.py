@@ -56,8 +56,21 @@ def check_name(name: str | Path) -> None:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether `path` is a directory that holds an adapter in PEFT's format and no whole model."""
-    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+    """Whether `path` is a directory that holds an adapter in PEFT's format.
+
+    Some tools write the base's `config.json` beside it. Raises UserError if the weights of a whole
+    model are there as well: with and without the adapter they would be two models.
+    """
+    if not (path / "adapter_config.json").is_file():
+        return False
+    names = ("model.safetensors", "model.safetensors.index.json")
+    whole = [name for name in names if (path / name).is_file()]
+    if whole and (path / "config.json").is_file():
+        raise UserError(
+            f"{path}: holds a whole model ({whole[0]}) and an adapter (adapter_config.json): which "
+            "one is meant? Move the adapter's files into a directory of their own, or remove them"
+        )
+    return True
 
 
 def is_hub_name(name: str) -> bool:

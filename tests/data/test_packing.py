@@ -39,6 +39,26 @@ def test_documents_are_whole_and_apart(case, seed):
     assert sum(2 * load <= capacity for load in loads) <= 1
 
 
+def best_fit_decreasing(lengths, capacity):
+    """The number of rows: each document, longest first, into the fullest row that has room."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fits = [(room, i) for i, room in enumerate(rooms) if room >= length]
+        if fits:
+            rooms[min(fits)[1]] -= length
+        else:
+            rooms.append(capacity - length)
+    return len(rooms)
+
+
+@pytest.mark.parametrize(("low", "high", "capacity"), [(30, 46, 128), (5, 9, 16), (20, 61, 128)])
+def test_never_more_rows_than_best_fit_decreasing(low, high, capacity):
+    lengths = np.random.default_rng(0).integers(low, high, 600)
+    packing = pack(lengths, capacity)
+    check(lengths, capacity, packing)
+    assert packing.n_rows <= best_fit_decreasing(lengths.tolist(), capacity)
+
+
 def test_the_seed_decides():
     lengths = np.random.default_rng(0).integers(1, 100, 500)
     first, again, other = pack(lengths, 128, 1), pack(lengths, 128, 1), pack(lengths, 128, 2)

@@ -367,9 +367,9 @@ def test_nothing_left_to_train_on(folder, tmp_path):
         UserError, match=r"to train on: 3 overlong \(the shortest has \d+ tokens; see"
     ):
         run(folder, tmp_path, [data], context_length=5)
-    with pytest.raises(UserError, match=r"--data: nothing stands in .*empty.jsonl"):
+    with pytest.raises(UserError, match=r"--data: no record in .*empty.jsonl"):
         run(folder, tmp_path, [write(tmp_path / "empty.jsonl", [])])
-    with pytest.raises(UserError, match=r"no turn of theirs fits: raise --context_length"):
+    with pytest.raises(UserError, match=r"nothing of them fits whole: raise --context_length"):
         run(folder, tmp_path, [data], context_length=5, overlong="truncate")
     assert not (tmp_path / "out").exists()
 

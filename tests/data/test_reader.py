@@ -129,8 +129,8 @@ def test_a_missing_file(tmp_path):
     [
         (b"", "is empty"),
         (b" ", "is empty"),
-        (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' stands twice in one object"),
-        (b'{"m": [{"a": 1, "b": 2, "a": 1, "b": 3}]}', "the key 'a' stands twice"),
+        (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' occurs twice in one object"),
+        (b'{"m": [{"a": 1, "b": 2, "a": 1, "b": 3}]}', "the key 'a' occurs twice"),
         (b'{"a": 1', "not JSON"),
         (b'{"a": NaN}', "NaN is not a JSON value"),
         (b'{"a": -Infinity}', "-Infinity is not a JSON value"),

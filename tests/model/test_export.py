@@ -68,6 +68,32 @@ def test_merged_adapters_give_the_same_logits(
     assert values["torch_dtype"] == "bfloat16"
 
 
+def test_rounding_that_only_the_configuration_asks_for_is_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((base / "config.json").read_text())
+    stored = config["torch_dtype"]
+    (tmp_path / "m").mkdir()
+    for file in base.iterdir():
+        (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
+    model = load_backbone_from_ckpt(base)
+    save_model(model, tmp_path / "m", None, {"metrics": {"step": 7}}, torch.float32)
+    values = json.loads((tmp_path / "m/config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    (tmp_path / "m/config.json").write_text(json.dumps(values))
+
+    def told(*flags: str) -> str:
+        out = tmp_path / f"out{len(flags)}.pt"
+        command = ["export", str(tmp_path / "m"), "--to", "pt", "--out", str(out), *flags]
+        assert main(command) == 0
+        assert torch.load(out, weights_only=True)["step"] == 7
+        return capsys.readouterr().out
+
+    line = "the weights are float32, config.json says bfloat16: they are saved rounded to bfloat16"
+    assert line in told()
+    assert line not in told("--dtype", "float32")
+    assert stored == "bfloat16"
+
+
 def test_a_merge_that_changes_the_logits_is_an_error(
     adapted: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,9 +93,9 @@ def test_bad_flags(text, tmp_path, capsys, flags, told):
             b'{"prompt": "a", "completion": "b"}\n',
             "1 cannot be read (mend them, or take",
         ),
-        ("a.jsonl", b"", "nothing is left to train on: --data: nothing stands in"),
+        ("a.jsonl", b"", "nothing is left to train on: --data: no record in"),
         ("a.txt", b"word", "of 1 conversations or rows of text, with 1 different openings"),
-        ("a.txt", b"\xff\xfe", "a.txt: cannot be read: 'utf-8' codec"),
+        ("a.txt", b"\xff\xfe", "a.txt: is UTF-16 or UTF-32"),
     ],
 )
 def test_refused_data_leave_no_folder(tmp_path, capsys, name, content, told):

@@ -1,5 +1,6 @@
 """whet sft from the command line: what it refuses, what it writes, and that it learns."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
 from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+from whet.flags.sft import Config
 from whet.model import attention
 from whet.model.open import load_backbone_from_ckpt
 from whet.train.evaluation import Evaluator
@@ -85,7 +87,7 @@ def test_a_system_prompt_of_many_documents_is_computed_once(world, tmp_path, mon
     assert main(command(world, tmp_path / "out", **flags)) == 0
     # 8 documents of 79 tokens (the last one has no target behind it), 7 of them without 70.
     assert set(computed) == {(8 * 79, 8 * 79 - 7 * 69)}, computed
-    assert len(computed) >= 5, "a step, two evaluations of dev loss and of losses by source"
+    assert len(computed) >= 3, "a step and two evaluations"
 
 
 def test_out_ckpt_and_lineage(world, tmp_path):
@@ -204,7 +206,7 @@ def test_all_problems_are_told_at_once(world, tmp_path, capsys):
         ({"lr": "nan"}, "--lr nan: expected a number above 0"),
         ({"weight_decay": "nan"}, "--weight_decay nan: expected 0 or more"),
         ({"clip": "inf"}, "--clip inf: expected 0 or more"),
-        ({"beta1": 1}, "--beta1 1.0: expected a number from 0 to below 1"),
+        ({"beta2": 1}, "--beta2 1.0: expected a number from 0 to below 1"),
         ({"seed": -1}, "--seed -1: expected 0 or more"),
         ({"rank_timeout": 0}, "--rank_timeout 0.0: expected a number above 0"),
         ({"lora_rank": 0}, "--lora_rank 0: expected a number above 0"),
@@ -281,7 +283,7 @@ def test_nothing_trained_is_refused(world, tmp_path, capsys):
     assert "no token of it is trained" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [{"lora_dora": True}, {"lora_rslora": True, "lora_dropout": 0.1}])
+@pytest.mark.parametrize("flags", [{"lora_dora": True}, {"lora_dropout": 0.1}])
 def test_lora_trains_the_adapter_alone(world, tmp_path, flags):
     out = tmp_path / "out"
     assert main(command(world, out, lora_rank=2, lora_targets="q,v", **flags)) == 0
@@ -341,3 +343,18 @@ def test_scripts_have_the_walk_through_as_defaults(monkeypatch, stage):
     assert words[words.index("--data") + 1] == script.DEFAULTS["--data"]
     assert "--out" not in words
     assert words[-2:] == ["1e-5", "--out=elsewhere"]
+
+
+FLAGS = """
+model revision tokenizer chat_template data dev gsm8k_dev gsm8k_limit train
+lora_rank lora_alpha lora_targets lora_dropout lora_dora lora_4bit
+lr schedule warmup final_lr lr_groups optimizer beta2 weight_decay clip epochs max_steps batch_size
+micro_batch_size precision seed out out_ckpt resume eval_every samples save_every keep save_async
+on_spike overfit_rows wandb_project profile quiet device shard rank_timeout grace_seconds compile
+float8 recompute auto memory_gb
+"""
+
+
+def test_the_flags_are_these():
+    """Before another is added: who would set it, and to what? Could one that is there hold it?"""
+    assert [field.name for field in dataclasses.fields(Config)] == FLAGS.split()

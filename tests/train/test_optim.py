@@ -67,7 +67,7 @@ def test_decay_spares_norms_biases_and_embeddings():
 def test_muon_takes_the_matrices_of_the_layers():
     model = Transformer(llama(50, 16, 2, 2, tied=False))
     groups = parameter_groups(model, 0.1)
-    muon, adamw = make_optimizers("muon", groups, beta1=0.9, beta2=0.95)
+    muon, adamw = make_optimizers("muon", groups, beta2=0.95)
     assert isinstance(muon, torch.optim.Muon)
     ours = {id(p) for group in muon.param_groups for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in ours}
@@ -92,7 +92,7 @@ def test_lr_groups():
     model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "up": nn.Linear(4, 4, bias=False)})
     chosen = parse_lr_groups(["embed*=0.5"], ["embed.weight", "up.weight"])
     groups = parameter_groups(model, 0.0, chosen)
-    optimizers = make_optimizers("adamw", groups, beta1=0.9, beta2=0.95)
+    optimizers = make_optimizers("adamw", groups, beta2=0.95)
     set_lr(optimizers, 0.2)
     rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
     assert rates[id(model["embed"].weight)] == pytest.approx(0.1)
@@ -114,7 +114,7 @@ def test_create_state_changes_no_weight():
     before = [p.clone() for p in model.parameters()]
     groups = parameter_groups(model, 0.5)
     for kind in ("adamw", "muon"):
-        optimizers = make_optimizers(kind, groups, beta1=0.9, beta2=0.95)
+        optimizers = make_optimizers(kind, groups, beta2=0.95)
         create_state(optimizers)
         assert sum(len(optimizer.state) for optimizer in optimizers) == 2
     for parameter, old in zip(model.parameters(), before, strict=True):
@@ -125,7 +125,7 @@ def test_create_state_changes_no_weight():
 def eight_bit(model):
     pytest.importorskip("torchao.optim", reason="adamw8bit needs torchao")
     groups = parameter_groups(model, 0.1, [("*weight", 0.5)])
-    return make_optimizers("adamw8bit", groups, beta1=0.9, beta2=0.95)
+    return make_optimizers("adamw8bit", groups, beta2=0.95)
 
 
 def take_steps(model, optimizers, steps):
@@ -148,7 +148,7 @@ def test_adamw8bit_follows_adamw():
     start = ours.weight.detach().clone()
     optimizers = eight_bit(ours)
     groups = parameter_groups(exact, 0.1, [("*weight", 0.5)])
-    reference = make_optimizers("adamw", groups, beta1=0.9, beta2=0.95)
+    reference = make_optimizers("adamw", groups, beta2=0.95)
     for steps, allowed in ((range(1), 1e-6), (range(1, 6), 0.02)):
         take_steps(ours, optimizers, steps)
         take_steps(exact, reference, steps)

@@ -17,7 +17,7 @@ from whet.train.state import Facts
 def made(seed: int = 0, width: int = 4):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(width, 3), nn.LayerNorm(3))
-    optimizers = make_optimizers("adamw", parameter_groups(model, 0.1), beta1=0.9, beta2=0.95)
+    optimizers = make_optimizers("adamw", parameter_groups(model, 0.1), beta2=0.95)
     for optimizer in optimizers:
         model(torch.randn(2, width)).sum().backward()
         optimizer.step()
@@ -110,7 +110,7 @@ def test_a_state_before_the_first_step_is_resumed(tmp_path):
     """Then the optimizer has no state yet; as when the first evaluation is interrupted."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
-    optimizers = make_optimizers("adamw", parameter_groups(model, 0.1), beta1=0.9, beta2=0.95)
+    optimizers = make_optimizers("adamw", parameter_groups(model, 0.1), beta2=0.95)
     path = save(tmp_path, model, optimizers, 0)
     other, others = made(1)
     assert state.load_state(path, other, others, Ranks()).step == 0

@@ -107,7 +107,7 @@ def _check_place(path: str, file: h5py.File, name: str) -> None:
 
 
 def _is_written(data: h5py.Dataset) -> bool:
-    """Whether all of a data set stands in the file: HDF5 reads the rest as zeros."""
+    """Whether the file holds all of a dataset: HDF5 reads what was never written as zeros."""
     if data.chunks is None:
         return int(data.id.get_storage_size()) >= data.size * data.dtype.itemsize
     needed = math.prod(-(-n // c) for n, c in zip(data.shape, data.chunks, strict=True))

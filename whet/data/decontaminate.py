@@ -2,7 +2,7 @@
 
 Two tests, as usual in the field: the same question after normalisation, and a common run of 13
 words (GPT-3, appendix C of arXiv:2005.14165, uses 13-grams). Any text of the conversation is
-searched for such runs, since a question may also stand in a system prompt or in an answer.
+searched for such runs, since a system prompt or an answer may contain the question, too.
 """
 
 import re

@@ -141,7 +141,7 @@ class BlockEncoder:
         if not self.text_only:
             datum = to_example(record, self.format, path, unit.line)
             if isinstance(datum, Tokenised) and not any(datum.mask[1:]):
-                raise UserError(f"{datum.where}: its mask trains no token behind the first")
+                raise UserError(f"{datum.where}: its mask trains no token after the first")
             return datum
         for key in IDS_KEYS if isinstance(record, Mapping) else ():
             if isinstance(record.get(key), list):
@@ -270,7 +270,7 @@ def _opening(datum: Datum) -> int:
 def _flatten(kept: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Examples, runs and tokens of many conversations.
 
-    The mask of an example's first token is dropped: nothing stands before it to predict it from.
+    The mask of an example's first token is dropped: nothing precedes it that could predict it.
     """
     flat = [piece for entry in kept for piece in entry.pieces]
     examples = np.zeros(len(flat), EXAMPLE)

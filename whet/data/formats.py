@@ -142,7 +142,7 @@ def _require(record: Record, name: str, at: Origin) -> None:
 def _conversation(
     messages: Any, record: Record, at: Origin, *used: str | None, system: bool = True
 ) -> Conversation:
-    """Messages with what stands beside them in the record: tools, documents, a system prompt."""
+    """Messages with the record's tools, documents and system prompt."""
     said = one_of(record, SYSTEM_KEYS, at) if system else None
     if said is not None:
         if not isinstance(said, str):

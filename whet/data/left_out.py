@@ -116,7 +116,7 @@ def stop_at_overlong(tables: Tables, left_out: list[dict[str, str | int]]) -> No
 def fates(tables: Tables, truncate: bool) -> str:
     """How many examples had which fate, for instance `12 overlong, 3 duplicate`.
 
-    `truncate` says whether long examples were cut.
+    `truncate`: long examples were cut where they can be, so only longer rows help.
     """
     fate = tables.selection.fate
     counts = np.bincount(fate, minlength=len(FATES))
@@ -166,5 +166,5 @@ def _some(reasons: list[str]) -> list[str]:
 
 def _ways_to_fit(truncate: bool) -> str:
     if truncate:
-        return "no turn of theirs fits: raise --context_length"
+        return "nothing of them fits whole: raise --context_length"
     return "see --context_length and --overlong truncate"

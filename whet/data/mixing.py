@@ -14,7 +14,7 @@ from whet.flags.choices import Overlong
 
 KEPT, DUPLICATE, CONTAMINATED, NOT_DRAWN, OVERLONG = range(5)
 FATES = ("kept", "duplicate", "contaminated", "not_drawn", "overlong")
-"""What becomes of an example, by number: the reasons that the token account tells."""
+"""What becomes of an example, by number: the reasons that the token account gives."""
 
 
 @dataclass

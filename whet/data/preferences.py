@@ -113,7 +113,7 @@ def _without_common(
             "answer the same prompt"
         )
     if prompt and prompt[-1] not in chosen[:same]:
-        raise at.error(f"chosen and rejected do not begin with what stands in {key}")
+        raise at.error(f"chosen and rejected do not begin with the field {key}")
     return chosen[:same], *replies
 
 

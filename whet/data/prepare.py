@@ -21,7 +21,7 @@ from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer
 from whet.chat.conversation import place
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
-from whet.config import collected, problems
+from whet.config import check, collected, problems
 from whet.data.account import SourceAccount, count, table, totals
 from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations, read_evaluations
@@ -43,6 +43,8 @@ from whet.progress import say, track
 
 SMALL_BYTES = 8 << 20
 """Below this size of all input, starting worker processes takes longer than they save."""
+GIVEN = "(given)"
+"""In place of a tokenizer's name where a caller hands over the tokenizer itself."""
 
 
 def main(config: Config) -> int:
@@ -60,13 +62,7 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
 
     Raises UserError, with nothing written, for bad flags, files or lines.
     """
-    found = flaws(config)
-    with collected(found):
-        if not config.tokenizer:
-            raise UserError("--tokenizer: name the directory of the model's tokenizer")
-        check_name(config.tokenizer)
-    problems(found)
-    sources = parse_sources(config.data)
+    sources = examine(config)
     if _workers(config, sources):
         start_server(BlockEncoder)  # it starts while the tokenizer is loaded
     directory = find_model(config.tokenizer, quiet=quiet, weights=False)
@@ -103,9 +99,7 @@ def prepare_text(
         paths, context_length, out, dev_out=dev_out, dev_fraction=dev_fraction, seed=seed
     )
     config = dataclasses.replace(config, workers=workers)
-    problems(flaws(config))
-    sources = parse_sources(config.data)
-    return _prepare(config, sources, chat, None, text_only=True, quiet=quiet)
+    return _prepare(config, examine(config), chat, None, text_only=True, quiet=quiet)
 
 
 def text_config(
@@ -119,13 +113,13 @@ def text_config(
 ) -> Config:
     """The settings by which `prepare_text` works."""
     return Config(
-        data=tuple(paths), tokenizer="(given)", out=out, context_length=context_length,
+        data=tuple(paths), tokenizer=GIVEN, out=out, context_length=context_length,
         dev_out=dev_out, dev_fraction=dev_fraction, seed=seed, special_in_content="escape",
     )  # fmt: skip
 
 
-def flaws(config: Config) -> list[str]:
-    """All that can be said against the flags, but for the tokenizer, before anything is read."""
+def examine(config: Config) -> list[Source]:
+    """The sources; raises UserError with all that is wrong with the flags, before they are read."""
     found: list[str] = []
     if not config.data:
         found.append("--data: name at least one file")
@@ -135,11 +129,9 @@ def flaws(config: Config) -> list[str]:
     for path in config.decontaminate:
         with collected(found):
             check_path(path, "--decontaminate")
-    if config.context_length < 2:
-        found.append(f"--context_length {config.context_length}: must be at least 2")
-    if not 0 <= config.dev_fraction < 1:
-        found.append(f"--dev_fraction {config.dev_fraction:g}: must be from 0 to below 1")
-    elif bool(config.dev_out) != bool(config.dev_fraction):
+    with collected(found):
+        check(config)
+    if config.dev_fraction < 1 and bool(config.dev_out) != bool(config.dev_fraction):
         found.append("--dev_out and --dev_fraction belong together: give both or neither")
     with collected(found):
         read_variables(config.template_kwargs)
@@ -155,15 +147,17 @@ def flaws(config: Config) -> list[str]:
         found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
     with collected(found):
         read_fields(config.fields, FIELDS)
-    if config.seed < 0:
-        found.append(f"--seed {config.seed}: must be 0 or more")
-    if config.workers is not None and config.workers < 0:
-        found.append(f"--workers {config.workers}: must be 0 or more")
     inputs = [*(source.path for source in sources), *config.decontaminate, config.tokenizer]
     found += unwritable("--out", config.out, inputs, PACKED)
     if config.dev_out:
         found += unwritable("--dev_out", config.dev_out, [*inputs, config.out], PACKED)
-    return found
+    with collected(found):
+        if not config.tokenizer:
+            raise UserError("--tokenizer: name the directory of the model's tokenizer")
+        if config.tokenizer != GIVEN:
+            check_name(config.tokenizer)
+    problems(found)
+    return sources
 
 
 def _prepare(
@@ -242,9 +236,15 @@ def check_positions(directory: Path, context_length: int) -> None:
             )
 
 
+def _cuts(config: Config, tables: Tables) -> bool:
+    """Whether nothing more than now can be made to fit by cutting."""
+    return config.overlong == "truncate" or tables.kind == "preferences"
+
+
 def _say_what_is_next(config: Config, kind: str) -> None:
     """The commands that usually follow."""
     files = f"--data {config.out}" + (f" --dev {config.dev_out}" if config.dev_out else "")
+    files += f" --chat_template {config.chat_template}" if config.chat_template else ""
     command = {"text": "sft", "preferences": "dpo", "labels": "dpo --loss kto"}[kind]
     say(f"next: whet inspect {config.out}")
     say(f"      whet {command} --model {config.tokenizer} {files} --out runs/{command.split()[0]}")
@@ -299,9 +299,9 @@ def _write(
     written = tables.selection.fate == KEPT
     trained = tables.trained()
     if not (written & ~tables.selection.dev & (trained > 0)).any():
-        empty = f"--data: nothing stands in {', '.join(source.path for source in sources)}"
-        told = fates(tables, config.overlong == "truncate") or empty
-        raise UserError(f"nothing is left to train on: {told}")
+        empty = f"--data: no record in {', '.join(source.path for source in sources)}"
+        reason = fates(tables, _cuts(config, tables)) or empty
+        raise UserError(f"nothing is left to train on: {reason}")
     tokenizer = chat.tokenizer
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     attrs = {
@@ -338,7 +338,7 @@ def _write(
             say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
             say(table(accounts))
     if not quiet:
-        for line in notes(tables, left_out, config.overlong == "truncate"):
+        for line in notes(tables, left_out, _cuts(config, tables)):
             say(line)
     return accounts
 

@@ -76,7 +76,7 @@ def parse_source(argument: str) -> Source:
 
 
 def parse_sources(arguments: Sequence[str]) -> list[Source]:
-    """The arguments of `--data`; raises UserError telling all that cannot be read."""
+    """The arguments of `--data`; raises UserError with all that cannot be read."""
     found: list[str] = []
     sources = []
     for argument in arguments:
@@ -166,7 +166,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"the key {twice!r} stands twice in one object; which one is meant?")
+        raise UserError(f"the key {twice!r} occurs twice in one object; which one is meant?")
     return record
 
 
@@ -244,7 +244,7 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
         text += more
         position = 0
         while True:
-            start = _after_blanks(text, position)
+            start = _after_whitespace(text, position)
             line += text.count("\n", position, start)
             position = start
             if position == len(text):
@@ -298,11 +298,11 @@ def _check_encoding(path: str, begin: bytes) -> None:
         )
 
 
-BLANKS = re.compile(r"[ \t\r\n]*")
+WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _after_blanks(text: str, position: int) -> int:
-    found = BLANKS.match(text, position)
+def _after_whitespace(text: str, position: int) -> int:
+    found = WHITESPACE.match(text, position)
     return found.end() if found else position
 
 

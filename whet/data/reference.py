@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from whet.data.store import PackedStore
+from whet.data.units import documents_in
 from whet.errors import UserError
 from whet.files import replaced
 
@@ -41,15 +42,6 @@ class Reference:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as aside:
             safetensors.numpy.save_file(self.logp, aside, metadata={"model": self.model})
-
-
-def documents_in(store: PackedStore, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index into `rows`, number in its row from 1) of each document of these rows."""
-    first, end = (np.searchsorted(store.document_rows, rows, side) for side in ("left", "right"))
-    counts = end - first
-    row = np.repeat(np.arange(len(rows)), counts)
-    segment = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
-    return row, segment
 
 
 def read_reference(path: Path, model: str, stores: dict[str, PackedStore]) -> Reference:

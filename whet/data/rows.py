@@ -1,7 +1,7 @@
 """Rows of documents: their arrays, what they weigh in the loss, and the check of a whole file.
 
 `scan_rows` reads a packed file once. Files come from strangers, too: whatever later code would
-misread without a word is an error there.
+silently misread is an error there.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     """Some rows of the file; B is their number, T the context length."""
 
     tokens: np.ndarray  # (B, T) int32
-    loss_mask: np.ndarray  # (B, T) float32: the loss weight of the token that stands here
+    loss_mask: np.ndarray  # (B, T) float32: the loss weight of the token at this place
     segment_ids: np.ndarray  # (B, T) int32: 0 padding, 1.. the documents of the row
 
 

@@ -29,7 +29,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         """Raises UserError, here and later, if nothing can be written there."""
         self._folder = folder
-        with self._told():
+        with self._as_user_error():
             folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, prefix=".whet-tokens-")  # noqa: SIM115
         self._conversations: list[np.ndarray] = []
@@ -49,7 +49,7 @@ class Spool:
         return self._counts[2]
 
     def add(self, block: EncodedBlock) -> None:
-        """Take over a block; its numbers are moved behind those that are here."""
+        """Take over a block; its numbers are shifted to follow those already here."""
         n_conversations, n_runs, n_tokens = self._counts
         block.examples["conversation"] += n_conversations
         block.examples["first_run"] += n_runs
@@ -57,7 +57,7 @@ class Spool:
         self._conversations.append(block.conversations)
         self._examples.append(block.examples)
         self._runs.append(block.runs)
-        with self._told():
+        with self._as_user_error():
             self._file.write(block.tokens.astype("<i4", copy=False).data)
         self._counts = [
             n_conversations + len(block.conversations),
@@ -78,7 +78,7 @@ class Spool:
 
     def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All conversations, examples and runs; ends the adding."""
-        with self._told():
+        with self._as_user_error():
             self._file.flush()
         joined = (
             np.concatenate([np.zeros(0, CONVERSATION), *self._conversations]),
@@ -93,7 +93,7 @@ class Spool:
         return np.frombuffer(os.pread(self._file.fileno(), 4 * length, 4 * offset), "<i4")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _as_user_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

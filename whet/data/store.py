@@ -133,7 +133,7 @@ class StoreWriter:
         if kind is None:
             raise ValueError(f"{self.path}: only {self._written} rows were written")
         if issubclass(kind, OSError):
-            found = re.search("error message = '(.*?)'", str(error))  # HDF5 tells much around it
+            found = re.search("error message = '(.*?)'", str(error))  # HDF5 wraps it in much else
             reason = found[1] if found else str(error)
             raise UserError(f"{self.path}: cannot be written: {reason}; see --out") from None
 

@@ -5,6 +5,15 @@ import numpy as np
 from whet.data.store import PackedStore
 
 
+def documents_in(store: PackedStore, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index into `rows`, number in its row from 1) of each document of these rows."""
+    first, end = (np.searchsorted(store.document_rows, rows, side) for side in ("left", "right"))
+    counts = end - first
+    row = np.repeat(np.arange(len(rows)), counts)
+    segment = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+    return row, segment
+
+
 def extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
     """What the kind of a packed file adds to a batch of `rows`, float32; of `text` nothing.
 
@@ -16,19 +25,16 @@ def extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
     """
     if store.kind == "text":
         return {}
-    ids = store.document_ids(rows)
-    first, end = (np.searchsorted(store.document_rows, rows, side) for side in ("left", "right"))
-    row = np.repeat(np.arange(len(rows)), end - first)
-    nth = ids - first[row]  # of its row
-    most = int(nth.max(initial=-1)) + 1
+    row, segment = documents_in(store, rows)
+    ids, most = store.document_ids(rows), int(segment.max(initial=0))
     if store.kind == "labels":
         labels = np.zeros((len(rows), most + 1), np.float32)
-        labels[row, nth + 1] = np.where(store.values("labels", 1)[ids] > 0, 1, -1)
+        labels[row, segment] = np.where(store.values("labels", 1)[ids] > 0, 1, -1)
         return {"labels": labels}
     stored = store.values("margins", 2)
     pairs, margins = np.zeros((2, len(rows), most // 2), np.float32)
-    chosen = nth % 2 == 0
-    place = row[chosen], nth[chosen] // 2
+    chosen = segment % 2 == 1
+    place = row[chosen], segment[chosen] // 2
     pairs[place] = 1
     margins[place] = np.nan_to_num(stored[ids[chosen] // 2])
     return {"pairs": pairs, "margins": margins}

@@ -40,12 +40,8 @@ class Config(TrainSettings, Text):
     """Attention heads."""
     kv_heads: Annotated[int | None, above_0] = None
     """Key/value heads; by default as many as heads."""
-    mlp_width: Annotated[int | None, above_0] = None
-    """Width of the MLP; by default 8/3 of the width."""
     tied: bool = True
     """Use the embedding as the output head, too."""
-    rope_theta: Annotated[float, above_0] = 10_000.0
-    """Base of the rotary positions."""
     lr: Annotated[float, FIRST, above_0] = 3e-3
     """Peak learning rate; small models bear more than large ones."""
     weight_decay: Annotated[float, from_0] = 0.1

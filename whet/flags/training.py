@@ -26,7 +26,7 @@ from whet.config import (
     writable_folder,
 )
 from whet.files import PT, unwritable
-from whet.flags.choices import Device, Precision, Recompute, SaveDtype, Schedule
+from whet.flags.choices import Device, Precision, Recompute, Schedule
 from whet.hub import is_adapter, known_model
 
 
@@ -65,13 +65,11 @@ class Tuning:
     lora_rank: Annotated[int | None, above_0] = None
     """Train a LoRA adapter of this rank instead of the model."""
     lora_alpha: Annotated[float, above_0] = 32.0
-    """Scale of the adapter: alpha / rank."""
+    """Scale of the adapter: alpha / rank (rsLoRA's alpha / sqrt(rank) is a larger alpha)."""
     lora_targets: str = "all-linear"
     """all-linear, or some of q,k,v,o,gate,up,down (other architectures: their modules' names)."""
     lora_dropout: Annotated[float, below_1] = 0.0
     """Dropout before the adapter."""
-    lora_rslora: bool = False
-    """Scale by alpha / sqrt(rank)."""
     lora_dora: bool = False
     """DoRA: train the lengths of the rows apart from their directions."""
     lora_4bit: bool = False
@@ -94,8 +92,6 @@ class Optimizer:
     """Other learning rates by parameter name, as PATTERN=FACTOR, e.g. 're:^embed=0.1'."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """muon: Muon for the matrices, AdamW for the rest. adamw8bit: 8-bit moments."""
-    beta1: Annotated[float, below_1] = 0.9
-    """AdamW's decay of the gradient average (and Muon's AdamW part)."""
     beta2: Annotated[float, below_1] = 0.95
     """AdamW's decay of the squared-gradient average."""
     weight_decay: Annotated[float, from_0] = 0.0
@@ -124,8 +120,6 @@ class Run:
     """Run folder to write: metrics, resume state and, at the end, the model directory."""
     out_ckpt: Annotated[Path | None, FREE] = None
     """Also write the final model as one `.pt` file here."""
-    save_dtype: Annotated[SaveDtype, FREE] = "same"
-    """Precision of the written model; same: its base's own. Training itself holds float32."""
     resume: Annotated[bool, FREE] = False
     """Continue the run in --out from its newest valid state, or start it if there is none."""
     eval_every: Annotated[int, from_0] = 200

@@ -9,7 +9,7 @@ The host looks at the tokens every `CHECK_EVERY` steps only: on a GPU that is th
 What a row produced behind its stop token is cut then.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -62,23 +62,19 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     progress: Progress | None = None,
-    between: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The reply to each prompt, as ids; the stop token stands at its end if it was reached.
 
     A reply ends at a token of `stop_ids`, after `max_new_tokens`, or where prompt and reply fill
     the model's `max_positions`. Temperature 0 is greedy. What is sampled for prompt i depends on
     `seed` and i alone, not on the batch. At most `batch_size` prompts run at once. `progress`
-    advances by one for each finished prompt. `between` is called whenever the host has looked at
-    new tokens; what it raises ends the decoding.
+    advances by one for each finished prompt.
 
     Raises UserError for a prompt that leaves no room for a reply.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     replies: list[list[int]] = [[] for _ in prompts]
-    for piece in _decode(
-        model, prompts, max_new_tokens, stop_ids, sampling, batch_size, between=between
-    ):
+    for piece in _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size):
         replies[piece.index].extend(piece.tokens)
         if piece.ended and progress is not None:
             progress.advance(1)
@@ -95,7 +91,6 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 32,
     progress: Progress | None = None,
-    between: Callable[[], None] = lambda: None,
 ) -> list[Reply]:
     """A reply to each prompt with the log-probability of each token, as training on it needs.
 
@@ -105,9 +100,7 @@ def sample(
     ids: list[list[int]] = [[] for _ in prompts]
     logp: list[list[float]] = [[] for _ in prompts]
     sampling = Sampling(temperature)
-    for piece in _decode(
-        model, prompts, max_new_tokens, stop_ids, sampling, batch_size, between=between, keys=keys
-    ):
+    for piece in _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size, keys=keys):
         ids[piece.index] += piece.tokens
         logp[piece.index] += piece.logp
         if piece.ended and progress is not None:
@@ -186,7 +179,6 @@ def _decode(
     sampling: Sampling,
     batch_size: int,
     check_every: int | None = None,
-    between: Callable[[], None] = lambda: None,
     keys: Sequence[tuple[int, ...]] | None = None,
 ) -> Iterator[_Piece]:
     """The next tokens of some reply, until all have ended; with `keys` their log-probabilities."""
@@ -214,10 +206,8 @@ def _decode(
                 ]
                 del waiting[-count:]
                 yield from rows.begin(group)
-                between()
             if rows.live:
                 yield from rows.step(check_every)
-                between()
 
 
 @dataclass

@@ -134,6 +134,10 @@ class ModelConfig:
     layout, for what no family of the ecosystem computes."""
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The `config.json` this was read from, so that saving keeps what Whet does not need."""
+    generation: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Its `generation_config.json`, for the same reason."""
+    file_dtype: str = field(default="", compare=False, repr=False)
+    """The precision of the weights in its files, which `config.json` may say otherwise."""
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_size")

@@ -33,7 +33,7 @@ from whet.model.hf.checkpoint import (
     save_pt,
 )
 from whet.model.hf.config import CLASSES, OWN_LAYOUT, to_hf
-from whet.model.hf.weights import saved_as
+from whet.model.hf.weights import rounding, saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora
 from whet.model.open import is_foreign, load_backbone_from_ckpt, open_adapter
@@ -63,9 +63,12 @@ def main(config: Config) -> int:
         return _write_gguf(model, chat, config)
     assert config.dtype != "q8_0", "checked with the flags"
     dtype = saved_as(config.dtype, model.config.hf)
+    if line := rounding(config.dtype, model.config):
+        say(line)
     if config.to == "pt":
-        stage, step = str(lineage.get("stage", "export")), int(lineage.get("step", 0))
-        save_pt(model, config.out, stage, step, dict(lineage.get("metrics", {})), dtype)
+        metrics = dict(lineage.get("metrics", {}))
+        step = int(metrics.get("step", lineage.get("step", 0)))
+        save_pt(model, config.out, str(lineage.get("stage", "export")), step, metrics, dtype)
         say(f"{config.out}: one file, read back and equal")
         return 0
     if model.config.family == OWN_LAYOUT:

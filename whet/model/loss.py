@@ -130,13 +130,14 @@ def linear_probability(
 
 
 def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
-    """How many tokens' logits, of `dtype`, exist at a time: up to 64 MiB of them, 256 on a GPU.
+    """How many tokens' logits exist at a time: up to 64 MiB of them in `dtype`, the type of
+    products, on a CPU; on a GPU, which softmaxes all of them at once, 256 MiB in float32.
 
     A multiple of 128, at least 128: fewer or odd numbers make the matrix products slow, more bring
-    nothing (docs/numerics.md has the measurement).
+    nothing (docs/performance.md).
     """
-    size = 2**28 if device.type == "cuda" else 2**26
-    return max(1, size // (dtype.itemsize * vocab_size) // 128) * 128
+    size, each = (2**28, 4) if device.type == "cuda" else (2**26, dtype.itemsize)
+    return max(1, size // (each * vocab_size) // 128) * 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

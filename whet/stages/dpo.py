@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from whet.data.batches import Batch, per_document
-from whet.data.reference import Reference, documents_in, read_reference
+from whet.data.reference import Reference, read_reference
 from whet.data.store import PackedStore
+from whet.data.units import documents_in
 from whet.flags.dpo import Config, Loss
 from whet.generate.engine import evaluating
 from whet.model.lora.lora import adapters

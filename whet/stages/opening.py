@@ -26,6 +26,7 @@ from whet.hub import find_model
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
 from whet.model.hf.checkpoint import NO_PT
+from whet.model.hf.weights import rounding
 from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, quantize_base
 from whet.model.lora.read import base_of, continue_adapter, find_base, is_adapter, tokenizer_home
 from whet.model.lora.trained import select_trainable
@@ -80,6 +81,8 @@ def open_for_training(
     )
     model.recompute = config.recompute
     header = [("model", f"{config.model}: {describe(model)}")]
+    if line := rounding("same", model.config):
+        header.append(("note", line))
     chat, new_rows = find_chat(config.tokenizer, path), list[int]()
     if config.chat_template is not None and chat is not None:
         chat, new_rows = add_tokens(model, chat, config.chat_template)
@@ -221,8 +224,7 @@ def lora_of(config: Any) -> LoRA | None:
         config.lora_alpha,
         config.lora_targets,
         config.lora_dropout,
-        config.lora_rslora,
-        config.lora_dora,
+        dora=config.lora_dora,
     )
 
 

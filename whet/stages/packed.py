@@ -50,7 +50,8 @@ def packed_stage(
     `lineage` is completed by what the file and the settings are; `questions` are answered at each
     evaluation.
     """
-    check_weights(store, dev)
+    for each in filter(None, (store, dev)):
+        _ = each.scan  # reads all rows, and refuses those that cannot be trained or measured
     trained = float(store.loss_tokens[: rows_used(config, store)].sum())
     if trained == 0:
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
@@ -95,7 +96,7 @@ def writer(
         "template_hash": store.attrs.get("template_hash"),
         "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
     }
-    dtype = saved_as(config.save_dtype, model.config.hf)
+    dtype = saved_as("same", model.config.hf)
     return ModelWriter(chat, lineage, config.out_ckpt, config.out, lora, dtype)
 
 
@@ -108,16 +109,6 @@ def data_in_words(
         ("data", f"{store.path}: {size}, {steps_of_epoch(config, store):,} steps an epoch"),
         ("dev", f"{dev.path}: {len(dev):,} rows" if dev else "none, so there is no dev loss"),
     ]
-
-
-def check_weights(*stores: PackedStore | None) -> None:
-    """Raise UserError if the weights of a row add up to less than 0."""
-    for store in filter(None, stores):
-        if (least := store.loss_tokens.min()) < 0:
-            raise UserError(
-                f"{store.path}: the weights of row {store.loss_tokens.argmin()} add up to "
-                f"{least:g}; a loss is divided by the sum of its weights, so they must be 0 or more"
-            )
 
 
 def rows_used(config: TrainSettings, store: PackedStore) -> int:

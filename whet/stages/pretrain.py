@@ -10,8 +10,7 @@ from pathlib import Path
 
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.tokenizer import train_tokenizer
-from whet.config import problems
-from whet.data.prepare import flaws, prepare_text, text_config
+from whet.data.prepare import examine, prepare_text, text_config
 from whet.data.reader import parse, parse_source, read_units
 from whet.data.store import PackedStore
 from whet.flags.pretrain import Config
@@ -111,9 +110,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
             config.layers,
             config.heads,
             n_kv_heads=config.kv_heads,
-            mlp_width=config.mlp_width,
             max_positions=config.context_length,
-            theta=config.rope_theta,
             tied=config.tied,
         )
     )
@@ -133,16 +130,14 @@ def build(config: Config, ranks: Ranks) -> Stage:
 def check(config: Config) -> None:
     """Refuse what `whet prepare` would refuse of the text, unless it is prepared already."""
     if not _is_prepared(config):
-        problems(
-            flaws(
-                text_config(
-                    config.data,
-                    config.context_length,
-                    str(_packed(config)),
-                    dev_out=_dev_out(config),
-                    dev_fraction=config.dev_fraction,
-                    seed=config.seed,
-                )
+        examine(
+            text_config(
+                config.data,
+                config.context_length,
+                str(_packed(config)),
+                dev_out=_dev_out(config),
+                dev_fraction=config.dev_fraction,
+                seed=config.seed,
             )
         )
 

@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
 from whet.progress import Progress, track
-from whet.train import distributed, incidents, ledger, memory, verdict
-from whet.train.ahead import batches_ahead
+from whet.train import distributed, ledger, memory, spikes
 from whet.train.distributed import Ranks
 from whet.train.profile import profiled
 from whet.train.run import RunFolder
@@ -28,6 +28,7 @@ from whet.train.step import (
     StepResult,
     apply_step,
     autocast,
+    batches_ahead,
     count_step,
     dtype_of,
     forward_backward,
@@ -73,15 +74,15 @@ def train(
     is evaluated or saved.
     """
     facts, seen, asked = run.facts, list[ledger.Seen](), 0
-    dtype, recent = dtype_of(settings), verdict.recent(facts.recent_norms, ranks.device)
-    queued, read_at = deque[tuple[float, StepResult, Mapping[str, float]]](), 0.0
+    dtype, recent = dtype_of(settings), spikes.recent(facts.recent_norms, ranks.device)
+    queued, read_at = deque[tuple[float, StepResult, Tensor, Mapping[str, float]]](), 0.0
 
     def read(left: int) -> None:
         """Read and log queued steps until `left` of them are left."""
         nonlocal asked, read_at
         while len(queued) > left:
-            started, result, made = queued.popleft()
-            numbers = settle_step(result, stage, settings, run, ranks)
+            started, result, verdict, made = queued.popleft()
+            numbers = settle_step(result, verdict, stage, settings, run, ranks)
             if numbers.asked:
                 asked = stop.number or signal.SIGTERM
             seen.extend(result.seen)
@@ -139,8 +140,8 @@ def train(
             result = forward_backward(
                 stage, facts.step, next(batches), settings, ranks, stop, dtype
             )
-            apply_step(result, stage, settings, optimizers, recent)
-            queued.append((started, result, made))
+            verdict = apply_step(result, stage, settings, optimizers, recent)
+            queued.append((started, result, verdict, made))
             facts.step += 1
             step_done()
             read(left=steps_behind(ranks.device))
@@ -154,22 +155,27 @@ def steps_behind(device: torch.device) -> int:
 
 
 def settle_step(
-    result: StepResult, stage: Stage, settings: TrainSettings, run: RunFolder, ranks: Ranks
+    result: StepResult,
+    verdict: Tensor,
+    stage: Stage,
+    settings: TrainSettings,
+    run: RunFolder,
+    ranks: Ranks,
 ) -> StepNumbers:
     """Wait for a step's numbers, and count it or record why it was not applied.
 
-    All ranks call it, step after step. It judges as the device did: both rules are one.
+    All ranks call it, step after step.
     """
     loss, norm, tokens, asked, *pairs = result.sums.tolist()
     facts = run.facts
-    reason = count_step(result, facts, settings.clip)
+    reason = count_step(result, verdict, facts)
     named = zip(result.names, pairs[::2], pairs[1::2], strict=True)
     means = {name: total / count for name, total, count in named if count}
     numbers = StepNumbers(loss, norm, int(tokens), means, asked != 0, reason)
     if reason is None:
         return numbers
     _record_incident(reason, result, numbers, stage, run, ranks)
-    if settings.on_spike == "stop" or facts.spikes_in_a_row >= incidents.IN_A_ROW:
+    if settings.on_spike == "stop" or facts.spikes_in_a_row >= spikes.IN_A_ROW:
         run.finish_saving()
         raise UserError(
             f"stopped at step {result.step + 1}: {reason} ({facts.spikes_in_a_row} in a row); "
@@ -287,7 +293,7 @@ def _record_incident(
     mine = ledger.records_of(result.seen, stage.documents)
     records = ledger.in_order(np.concatenate(distributed.gather(mine, ranks)))
     documents = ledger.describe(records, stage.documents)
-    record = incidents.record(step, reason, numbers.loss, numbers.norm, documents, run.path)
+    record = spikes.record(step, reason, numbers.loss, numbers.norm, documents, run.path)
     run.incident_found(record)
 
 

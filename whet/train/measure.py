@@ -27,13 +27,12 @@ from whet.flags.training import TrainSettings
 from whet.model.decoder import Transformer
 from whet.model.float8 import use_float8
 from whet.model.footprint import attention_flops, head_bytes
-from whet.train import memory, verdict
-from whet.train.ahead import Micro, to_device
+from whet.train import memory, spikes
 from whet.train.distributed import Ranks
 from whet.train.session import make_optimizers
 from whet.train.signals import Stop
 from whet.train.stage import Stage
-from whet.train.step import apply_step, dtype_of, forward_backward
+from whet.train.step import Micro, apply_step, dtype_of, forward_backward, to_device
 
 R = TypeVar("R")
 LOOKED_AT = 32
@@ -43,7 +42,7 @@ STEPS = 5
 allocator needs more room for blocks that differ from step to step."""
 MICROS = 4
 """Micro-batches of a dry step: the first makes the gradients, the others add to them. Only the
-allocator could tell the third from the second."""
+allocator could distinguish the third from the second."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def process_bytes(device: torch.device) -> int:
     """What this process holds before its model, once all that a run imports is imported."""
     memory.keep_freed(device)
     with contextlib.suppress(ImportError):
-        importlib.import_module("torch.utils.tensorboard")  # as curves.py does
+        importlib.import_module("torch.utils.tensorboard")  # as run.py does
     return memory.peak_bytes(device)
 
 
@@ -143,7 +142,7 @@ def dry_run(
     """Take `STEPS` steps with the stage's model, which is on `device`; `batches` are micro-batches
     of some steps, on the CPU."""
     ranks, stop = Ranks(device=device), Stop(grace_s=0.0)
-    recent, dtype = verdict.recent([], device), dtype_of(settings)
+    recent, dtype = spikes.recent([], device), dtype_of(settings)
     times: list[tuple[float, float]] = []
     first: list[Micro] = []
     flops, gradients = 0, 0

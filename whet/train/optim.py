@@ -13,6 +13,7 @@ from whet.errors import UserError
 from whet.flags.choices import Schedule
 from whet.model.embedding import TrainableRows
 
+BETA1 = 0.9  # of AdamW's gradient average; nobody sets another
 WSD_DECAY_SHARE = 0.2  # arXiv:2410.11840 finds 10-20 % of the steps enough for the decay
 
 
@@ -122,14 +123,12 @@ def parameter_groups(
     return list(groups.values())
 
 
-def make_optimizers(
-    kind: str, groups: list[dict], *, beta1: float, beta2: float
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(kind: str, groups: list[dict], *, beta2: float) -> list[torch.optim.Optimizer]:
     """Build the optimizer(s) for `groups`; `set_lr` gives them their learning rates.
 
     Raises UserError if `kind` is adamw8bit and torchao is not installed.
     """
-    betas = (beta1, beta2)
+    betas = (BETA1, beta2)
     if kind == "adamw8bit":
         try:
             from torchao.optim import AdamW8bit

@@ -7,7 +7,7 @@
     samples.jsonl   replies generated at each evaluation
     ledger.bin      the documents of each step (see ledger.py)
     .lock           held while a process trains here
-    incidents/      steps that were not applied (see incidents.py)
+    incidents/      steps that were not applied (see spikes.py)
     state/          resume states (see state.py)
     best/           the model of the best evaluation
     tensorboard/    the same numbers as curves
@@ -16,8 +16,11 @@
 Only rank 0 writes here, but for the tensors of the states.
 """
 
+import contextlib
 import copy
 import fcntl
+import hashlib
+import importlib.util
 import json
 import os
 import threading
@@ -32,13 +35,40 @@ from whet.errors import UserError
 from whet.files import flush, remove_leftovers, replaced, write_json
 from whet.progress import say
 from whet.train import state
-from whet.train.curves import Curves
 from whet.train.distributed import Ranks
-from whet.train.incidents import as_json
 from whet.train.ledger import RECORD
+from whet.train.spikes import as_json
 from whet.train.state import Facts
 
 APPENDED = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "ledger.bin")
+
+
+@dataclass
+class Curves:
+    """Where numbers are drawn; with nothing in it, nowhere."""
+
+    tensorboard: Any = None
+    wandb: Any = None
+    missing: list[str] = field(default_factory=list)
+    """What is not installed, to be reported once."""
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Draw the numbers among `values`. A full disk or a lost network must not end a run."""
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        with contextlib.suppress(OSError):
+            if self.tensorboard is not None:
+                for key, value in numbers.items():
+                    self.tensorboard.add_scalar(key, value, step)
+            if self.wandb is not None:
+                self.wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Write out what waits."""
+        with contextlib.suppress(OSError):
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish()
 
 
 @dataclass
@@ -106,7 +136,7 @@ class RunFolder:
     lock: IO[str] | None = None
     resumed_at: int = -1
     """The step of the state that the run goes on from."""
-    told_full: bool = False
+    reported_full: bool = False
 
     @property
     def states(self) -> Path:
@@ -175,9 +205,9 @@ class RunFolder:
         if isinstance(record, dict):
             record = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         written = self.journals[name].append(record)
-        if not written and not self.told_full:
+        if not written and not self.reported_full:
             say(f"warning: {self.path / name} cannot be written now; the run goes on, records wait")
-        self.told_full = not written
+        self.reported_full = not written
 
     def metrics(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
         """Log the numbers of a step or of an evaluation."""
@@ -253,6 +283,37 @@ class RunFolder:
         if self.saving is not None:
             self.saving.join()
             self.saving = None
+
+
+def open_curves(folder: Path, step: int, wandb_project: str | None, config: dict) -> Curves:
+    """Open TensorBoard if it is installed, and W&B if a project is given.
+
+    `step` is where the run continues: points after it, drawn before a kill, are dropped.
+    """
+    curves = Curves()
+    if importlib.util.find_spec("tensorboard") is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        curves.tensorboard = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
+    else:
+        curves.missing.append("tensorboard is not installed: no curves; pip install tensorboard")
+    if wandb_project:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb_project: wandb is not installed; pip install wandb") from None
+        curves.wandb = wandb.init(
+            project=wandb_project,
+            name=folder.name,
+            # The same folder is the same run, also when it is continued.
+            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(folder),
+            config=config,
+        )
+    return curves
 
 
 def _reason(error: BaseException) -> str:

@@ -3,22 +3,109 @@
 The loss of a step is sum(weight x nll) / sum(weight) over the global batch. Each micro-batch of
 each rank gives its part of the upper sum; the lower one, `total`, is known beforehand. So
 micro-batch size, accumulation and ranks change nothing but rounding.
+
+The next step's batch is read while this step computes. A thread reads the rows; where the device is
+a GPU it also copies them there, from page-locked memory and on a stream of its own, so that the
+copy runs beside the step and nobody waits for it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from whet.data.batches import Batch, map_tensors
 from whet.flags.training import TrainSettings
-from whet.train import distributed, incidents, ledger, optim, verdict
-from whet.train.ahead import Micro
+from whet.train import distributed, ledger, optim, spikes
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.state import Facts
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch on the device, and what the CPU knew of it: asking the device would wait."""
+
+    batch: Batch
+    segments: int
+    """The most documents in a row."""
+    tokens: int
+    """Without padding."""
+
+
+@contextmanager
+def batches_ahead(
+    batches: Callable[[int], Sequence[Batch]],
+    start: int,
+    end: int,
+    device: torch.device,
+    *,
+    ahead: bool = True,
+) -> Iterator[Iterator[list[Micro]]]:
+    """Yields an iterator over the micro-batches of the steps `start` to `end`, on `device`.
+
+    Without `ahead` a step's batch is read when it is asked for, in the caller's thread.
+    """
+    if not ahead:
+        yield (to_device(batches(step), device) for step in range(start, end))
+        return
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, "batches") as pool:
+
+        def read(step: int) -> tuple[list[Micro], Any]:
+            if side is None:
+                return to_device(batches(step), device), None
+            with torch.cuda.stream(side):
+                return to_device(batches(step), device), side.record_event()
+
+        def steps() -> Iterator[list[Micro]]:
+            coming: Future | None = None
+            for step in range(start, end):
+                now = coming or pool.submit(read, step)
+                coming = pool.submit(read, step + 1) if step + 1 < end else None
+                micros, copied = now.result()
+                if copied is not None:
+                    _hand_over(micros, copied)
+                yield micros
+
+        yield steps()
+
+
+def to_device(batches: Sequence[Batch], device: torch.device) -> list[Micro]:
+    """Micro-batches of the CPU on `device`; a GPU gets them without waiting for its stream."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    return [
+        Micro(
+            map_tensors(batch, moved),
+            int(batch.segments.max()) if batch.segments.numel() else 0,
+            int((batch.segments != 0).sum()),
+        )
+        for batch in batches
+    ]
+
+
+def _hand_over(micros: Sequence[Micro], copied: Any) -> None:
+    """Let the step's stream wait for the copy, and keep the memory until that stream is done."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+
+    def used(tensor: Tensor) -> Tensor:
+        tensor.record_stream(stream)
+        return tensor
+
+    for micro in micros:
+        map_tensors(micro.batch, used)
 
 
 @dataclass(frozen=True)
@@ -96,31 +183,37 @@ def apply_step(
     stage: Stage,
     settings: TrainSettings,
     optimizers: Sequence[torch.optim.Optimizer],
-    recent: verdict.Recent,
-) -> None:
-    """Clip and take the optimizer step, unless the device finds that it must not be applied."""
+    recent: spikes.Recent,
+) -> Tensor:
+    """Clip and take the optimizer step, unless the device finds that it must not be applied.
+
+    Returns the verdict, on the device.
+    """
+    verdict = torch.zeros(3, dtype=torch.float64, device=result.sums.device)
     if result.weight:  # where nothing is trained, not even weight decay moves the weights
         loss, norm = result.sums[0], result.sums[1]
         with record_function("optimizer"):
-            bad = recent.judge(loss, norm, settings.clip)
+            verdict = recent.judge(loss, norm, settings.clip)
             if settings.clip:
                 parameters = list(stage.model.parameters())
                 distributed.scale_gradients(parameters, norm.float(), settings.clip)
             optim.set_lr(optimizers, lr_of(settings, result.step, stage.total_steps))
-            verdict.step_unless(bad, optimizers)
+            spikes.step_unless(verdict[0] != 0, optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    return verdict
 
 
-def count_step(result: StepResult, facts: Facts, clip: float) -> str | None:
+def count_step(result: StepResult, verdict: Tensor, facts: Facts) -> str | None:
     """Take a step into `facts`; returns why it is not applied, or None if it is."""
     loss, norm = result.sums[:2].tolist()
-    reason = incidents.judge(loss, norm, facts, clip)
+    reason = spikes.reason(loss, norm, verdict.tolist())
     if reason is not None:
         facts.spikes_in_a_row += 1
         facts.incident_step = result.step + 1
     elif result.weight:
-        incidents.remember(norm, facts)
+        facts.recent_norms = [*facts.recent_norms, norm][-spikes.WINDOW :]
+        facts.spikes_in_a_row = 0
     return reason
 
 

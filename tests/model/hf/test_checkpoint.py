@@ -26,6 +26,8 @@ from whet.model.decoder import Transformer, init_weights
 from whet.model.hf import checkpoint
 from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.hf.config import from_hf, to_hf
+from whet.model.lora.lora import LoRA, apply_lora
+from whet.model.lora.write import save_adapter
 from whet.model.open import load_backbone_from_ckpt
 
 TINY = llama(64, 16, 2, 2, max_positions=32, tied=False)
@@ -279,6 +281,40 @@ def test_a_run_folder_keeps_its_other_files_and_gets_every_stop_id(
     assert json.loads((run / "config.json").read_text())["eos_token_id"] == [5, 6]
     assert json.loads((run / "whet.json").read_text()) == {"base": "b"}
     assert from_hf(read_json(run / "config.json")) == TINY
+
+
+def test_the_generation_config_of_the_base_is_kept(model: Transformer, tmp_path: Path) -> None:
+    save_model(model, tmp_path / "base", FakeChat(), {})
+    file = tmp_path / "base" / "generation_config.json"
+    base = {"temperature": 0.6, "eos_token_id": 9, "_from_model_config": True}
+    file.write_text(json.dumps(base))
+    again = load_backbone_from_ckpt(tmp_path / "base")
+    save_model(again, tmp_path / "m", FakeChat(), {})
+    found = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    ids = {"bos_token_id": 1, "eos_token_id": [5, 6], "pad_token_id": None}
+    assert found == {"temperature": 0.6, **ids}
+    lora = LoRA(rank=2)
+    apply_lora(again, lora)
+    save_adapter(again, tmp_path / "a", lora, str(tmp_path / "base"), FakeChat(), {})
+    assert json.loads((tmp_path / "a" / "generation_config.json").read_text()) == found
+
+
+def test_numbers_beyond_float16_are_named(model: Transformer, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.layers[1].mlp.down.weight[0, 0] = -70_000.0
+    words = r"down.*weight holds 70,000, beyond float16's largest number, 65,504; save as bfloat16"
+    with pytest.raises(UserError, match=words):
+        save_model(model, tmp_path / "m", None, {}, torch.float16)
+    with pytest.raises(UserError, match=words):
+        save_pt(model, tmp_path / "m.pt", "sft", 1, {}, torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_beside_an_adapter_is_told(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+    message = refused(directory)
+    assert "holds a whole model (model.safetensors) and an adapter" in message
+    assert "which one is meant" in message
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_told(model: Transformer, tmp_path: Path) -> None:

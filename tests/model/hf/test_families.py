@@ -116,6 +116,36 @@ def test_gpt2_without_head_prefix_opens(saved: Saved, tmp_path: Path) -> None:
     assert all(torch.equal(again[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("llama-biases-tied", "head"),
+        ("gpt2", "head"),
+        ("llama", "plain"),
+        ("llama-biases-tied", "plain head"),
+        ("gemma3", "plain head"),
+    ],
+)
+def test_files_that_only_name_things_differently_open(
+    case: str, change: str, saved: Saved, tmp_path: Path
+) -> None:
+    """A tied model stored by its head alone, and names without their prefix."""
+    from safetensors.torch import save_file
+
+    tensors = load_file(saved(case) / "model.safetensors")
+    if "head" in change:
+        embedding = "transformer.wte.weight" if case == "gpt2" else "model.embed_tokens.weight"
+        tensors["lm_head.weight"] = tensors.pop(embedding)
+    if "plain" in change:
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((saved(case) / "config.json").read_bytes())
+    tokens = some_tokens(12)
+    with torch.no_grad():
+        expected = original(case)(tokens).logits
+        assert torch.allclose(load_backbone_from_ckpt(tmp_path)(tokens), expected, atol=1e-4)
+
+
 def test_stories260k_continues_text_as_documented(shared_data: Path) -> None:
     directory = shared_data / "models" / "stories260K"
     model = load_backbone_from_ckpt(directory)

@@ -28,6 +28,7 @@ from whet.model.hf.weights import (
     open_directory,
     open_pt,
     replaced_model,
+    rounded,
     write_directory,
 )
 
@@ -79,11 +80,25 @@ Opened = tuple[ModelConfig, dict[str, Stored], dict[str, families.Place]]
 def _open_directory(directory: Path) -> Opened:
     config = _read_config(directory)
     stored = open_directory(directory)
-    if "wte.weight" in stored:  # GPT-2 and others as saved without their head
-        stored = {f"transformer.{name}": entry for name, entry in stored.items()}
-    elif "embed_tokens.weight" in stored:
-        stored = {f"model.{name}": entry for name, entry in stored.items()}
-    return config, stored, file_places(config)
+    places = file_places(config)
+    stored = _full_names(stored, {place.name for place in places.values()})
+    embedding = places["embed.weight"].name
+    if config.tied and embedding not in stored and "lm_head.weight" in stored:
+        stored[embedding] = stored.pop("lm_head.weight")
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        config = dataclasses.replace(config, generation=read_json(generation))
+    return config, stored, places
+
+
+def _full_names(stored: dict[str, Stored], wanted: set[str]) -> dict[str, Stored]:
+    """`stored` with the prefix that some files leave out, as those of a model without its head."""
+    found = dict[str, Stored]()
+    for name, entry in stored.items():
+        full = [f"{prefix}{name}" for prefix in ("", "model.", "transformer.")]
+        meant = next((other for other in full if other in wanted and other not in stored), name)
+        found[name if name in wanted else meant] = entry
+    return found
 
 
 def _open_pt(path: Path) -> Opened:
@@ -220,7 +235,7 @@ def save_pt(
         raise UserError(f"{path}: {NO_PT}")
     state = _plain_state(model, state)
     content = {
-        "model_state_dict": {name: value.to(dtype=dtype) for name, value in state.items()},
+        "model_state_dict": {name: rounded(name, value, dtype) for name, value in state.items()},
         "cfg": _config_json(model.config, dtype or _dtype_of(state)),
         "stage": stage,
         "step": step,
@@ -302,7 +317,7 @@ def _write_weights(
     write_directory(
         directory,
         sizes,
-        lambda name: families.join(grouped[name], state).to("cpu", dtype).contiguous(),
+        lambda name: rounded(name, families.join(grouped[name], state), dtype).contiguous(),
         shard_bytes,
     )
 
@@ -323,17 +338,30 @@ def _write_configs(
     values = _config_json(config, dtype)
     if chat is not None:
         chat = _with_padding(chat) if config.score else chat
-        stops = list(chat.stop_ids)
-        ids = {
-            "bos_token_id": chat.tokenizer.bos_id,
-            "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
-            "pad_token_id": chat.tokenizer.pad_id,
-        }
+        ids = special_ids(chat)
         values |= ids
-        write_json(directory / "generation_config.json", ids)
+        write_generation(directory, config, ids)
         chat.save(directory)
     write_json(directory / "config.json", values)
     write_json(directory / "whet.json", lineage)
+
+
+def write_generation(directory: Path, config: Any, ids: dict[str, Any]) -> None:
+    """`generation_config.json`: the base's, with the special ids of the chat."""
+    path = directory / "generation_config.json"
+    base = getattr(config, "generation", None) or (read_json(path) if path.is_file() else {})
+    kept = {key: value for key, value in base.items() if key != "_from_model_config"}
+    write_json(path, {**kept, **ids})
+
+
+def special_ids(chat: Chat) -> dict[str, Any]:
+    """The ids of a chat by the names that configurations have for them."""
+    stops = list(chat.stop_ids)
+    return {
+        "bos_token_id": chat.tokenizer.bos_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": chat.tokenizer.pad_id,
+    }
 
 
 def _with_padding(chat: Chat) -> Chat:

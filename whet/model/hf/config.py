@@ -26,6 +26,9 @@ OWN_LAYOUT = "whet"
 """The `model_type` of what no family of the ecosystem computes, such as learned positions together
 with a bias on the head; weights have Whet's own names."""
 
+NOT_WRITTEN = ("family", "hf", "generation", "file_dtype")
+"""The fields of `ModelConfig` that describe the files, not the model."""
+
 _WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
 _GEMMA = {"attention_bias", "hidden_activation", "query_pre_attn_scalar", "layer_types"}
 _GEMMA |= {"sliding_window", "final_logit_softcapping"}
@@ -309,7 +312,8 @@ def to_hf(config: ModelConfig) -> Json:
         return dict(config.hf)
     if config.family == OWN_LAYOUT:
         fields = dataclasses.asdict(config)
-        del fields["hf"], fields["family"]
+        for name in NOT_WRITTEN:
+            del fields[name]
         return {"model_type": OWN_LAYOUT, **fields}
     changed: Json = {"vocab_size": config.vocab_size}
     if config.hf and config.tied != from_hf({**config.hf, **changed}).tied:
@@ -348,7 +352,7 @@ def _as_llama(config: ModelConfig) -> Json:
 
 def _read_whet(config: Json) -> ModelConfig:
     """Whet's own terms: the fields of `ModelConfig` as they are."""
-    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"family", "hf"}
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - set(NOT_WRITTEN)
     keys = Keys(config, {})
     values = {name: keys.take(name) for name in names if name in config}
     refuse_leftovers(keys, OWN_LAYOUT)

@@ -55,9 +55,10 @@ def fill_model(
     over or of another shape than the configuration says.
     """
     embedding = stored.get(places["embed.weight"].name)
-    if embedding is not None and not {"dtype", "torch_dtype"} & set(config.hf):
-        hf = {**config.hf, "torch_dtype": str(embedding.dtype).removeprefix("torch.")}
-        config = dataclasses.replace(config, hf=hf)
+    if embedding is not None:
+        name = str(embedding.dtype).removeprefix("torch.")
+        said = {} if {"dtype", "torch_dtype"} & set(config.hf) else {"torch_dtype": name}
+        config = dataclasses.replace(config, hf={**config.hf, **said}, file_dtype=name)
     model = empty_model(config)
     grouped = families.by_family_name(places)
     _check(model, grouped, stored, path)

@@ -220,6 +220,32 @@ def saved_as(choice: SaveDtype, hf: Mapping[str, Any]) -> torch.dtype:
     return known.get(f"torch.{str(name).removeprefix('torch.')}", torch.float32)
 
 
+def rounding(choice: SaveDtype, config: Any) -> str | None:
+    """A line for the user if saving as `same` rounds the weights that were opened, because their
+    `config.json` says so."""
+    written = saved_as(choice, config.hf)
+    stored = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64)}
+    before = stored.get(getattr(config, "file_dtype", ""))
+    if choice != "same" or before is None or before.itemsize <= written.itemsize:
+        return None
+    name = str(written).removeprefix("torch.")
+    return (
+        f"the weights are {config.file_dtype}, config.json says {name}: they are saved rounded to "
+        f'{name}; with "torch_dtype": "{config.file_dtype}" there, they are not'
+    )
+
+
+def rounded(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`value` in `dtype` (None: its own) on the CPU. Raises UserError if that makes it infinite."""
+    found = value.to("cpu", dtype)
+    if dtype is torch.float16 and found.isinf().any() and not value.isinf().any():
+        raise UserError(
+            f"{name} holds {float(value.abs().max()):,.0f}, beyond float16's largest number, "
+            "65,504; save as bfloat16 or float32"
+        )
+    return found
+
+
 def write_directory(
     directory: Path,
     sizes: Mapping[str, int],

@@ -19,6 +19,7 @@ from whet.chat.chat import Chat
 from whet.files import write_json
 from whet.model.decoder import Transformer
 from whet.model.embedding import TrainableRows
+from whet.model.hf.checkpoint import special_ids, write_generation
 from whet.model.hf.families import place_modules
 from whet.model.hf.weights import replaced_model
 from whet.model.lora.lora import LoRA, adapters
@@ -65,6 +66,7 @@ def save_adapter(
         os.chmod(aside / WEIGHTS, 0o644)
         if chat is not None:
             chat.save(aside)
+            write_generation(aside, model.config, special_ids(chat))
         write_json(aside / "whet.json", {**lineage, "vocab_size": model.config.vocab_size})
         write_json(aside / CONFIG, config)
 

@@ -4,14 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
 from whet.stages import packed
-from whet.train.incidents import FACTOR, NEEDED, judge, remember
+from whet.train import spikes
+from whet.train.spikes import FACTOR, NEEDED
 from whet.train.stage import Sums
-from whet.train.state import Facts
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +24,23 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_judge():
-    facts = Facts()
-    assert "nan" in judge(float("nan"), 1.0, facts, 1.0)
-    assert "inf" in judge(1.0, float("inf"), facts, 1.0)
-    for _ in range(NEEDED - 1):
-        remember(1.0, facts)
-    assert judge(1.0, 1e9, facts, 1.0) is None, "too few norms make no range"
-    remember(2.0, facts)
-    assert judge(1.0, 2.0 * FACTOR, facts, 1.0) is None
-    assert "9 were at most" not in judge(1.0, 2.0 * FACTOR + 0.1, facts, 1.0)
-    assert judge(1.0, 2.0 * FACTOR + 0.1, facts, 100.0) is None, "clipping would not touch it"
+def verdict_on(loss, norm, norms, clip=1.0):
+    """Why such a step is not applied after steps with these norms, or None."""
+    recent = spikes.recent(norms, torch.device("cpu"))
+    numbers = (torch.tensor(x, dtype=torch.float64) for x in (loss, norm))
+    return spikes.reason(loss, norm, recent.judge(*numbers, clip).tolist())
+
+
+def test_verdicts():
+    assert "nan" in verdict_on(float("nan"), 1.0, [])
+    assert "inf" in verdict_on(1.0, float("inf"), [])
+    few = [1.0] * (NEEDED - 1)
+    assert verdict_on(1.0, 1e9, few) is None, "too few norms make no range"
+    norms = [*few, 2.0]
+    assert verdict_on(1.0, 2.0 * FACTOR, norms) is None
+    told = verdict_on(1.0, 2.0 * FACTOR + 0.1, norms)
+    assert told == "the gradient norm is 10.1; the last 16 were at most 2"
+    assert verdict_on(1.0, 2.0 * FACTOR + 0.1, norms, 100.0) is None, "clipping would not touch it"
 
 
 def spoiled(real, steps, value):

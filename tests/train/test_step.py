@@ -9,8 +9,8 @@ from tests import tiny
 from whet.data.batches import map_tensors
 from whet.data.store import PackedStore
 from whet.stages.packed import batches_of_step
-from whet.train.ahead import batches_ahead
 from whet.train.distributed import Ranks
+from whet.train.step import batches_ahead
 
 
 @pytest.fixture
