@@ -42,9 +42,11 @@ test-gpu: $(VENV)/.dev  ## what needs a CUDA device
 house: $(VENV)/.run  ## lines, files by room, circles of imports, what one step of `whet sft` calls
 	@$(BIN)/python -m scripts.house
 
-docs: $(VENV)/.dev  ## the documentation as a site, into site/
-	@$(BIN)/mkdocs build --strict --quiet
-	@echo "site/index.html"
+docs: requirements-docs.txt  ## the documentation as a site, into site/; in an environment of its own
+	@test -x $(VENV)-docs/bin/mkdocs || $(PYTHON) -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@$(VENV)-docs/bin/mkdocs build --strict --quiet
+	@echo site/index.html
 
 bench: $(VENV)/.dev  ## side-by-side benchmarks on this machine's CPU
 	@$(BIN)/python -m benchmarks.run
