@@ -34,6 +34,7 @@ ORDER = {
     "compare": 9,  # stands aside: nothing imports it
     "doctor": 9,  # stands aside: nothing imports it
     "demo": 9,  # stands aside: nothing imports it
+    "serve": 9,  # stands aside: nothing imports it
     "push": 9,  # stands aside: nothing imports it
     "api": 9,
     "cli": 10,
