@@ -87,7 +87,7 @@ def test_a_system_prompt_of_many_documents_is_computed_once(world, tmp_path, mon
     assert main(command(world, tmp_path / "out", **flags)) == 0
     # 8 documents of 79 tokens (the last one has no target behind it), 7 of them without 70.
     assert set(computed) == {(8 * 79, 8 * 79 - 7 * 69)}, computed
-    assert len(computed) >= 5, "a step, two evaluations of dev loss and of losses by source"
+    assert len(computed) >= 3, "a step and two evaluations"
 
 
 def test_out_ckpt_and_lineage(world, tmp_path):

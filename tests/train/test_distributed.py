@@ -80,7 +80,7 @@ def wait_for_rank_0(rank: int, port: int, log: Path, seconds: float) -> None:
     """Rank 0 has long to do before the steps, in a block for itself and in one of all ranks."""
     become_a_rank(rank, port, log)
     with distributed.start_ranks("cpu", timeout_s=1) as ranks:
-        with distributed.told_once(ranks):
+        with distributed.together(ranks):
             time.sleep(0 if rank else seconds)
         time.sleep(0 if rank else seconds)
         assert distributed.from_first(rank, ranks, ranks.setup) == 0

@@ -82,7 +82,7 @@ def test_a_killed_rank_brings_the_run_back(world, tmp_path):
     assert_equal_weights(out, tmp_path / "one")
 
 
-def test_a_problem_is_told_once(world, tmp_path):
+def test_a_problem_is_together(world, tmp_path):
     words = command(world, tmp_path / "out", data=tmp_path / "nowhere.h5")
     process = torchrun(words, tmp_path / "log")
     assert process.wait(300) != 0

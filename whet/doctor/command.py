@@ -57,7 +57,7 @@ def main(config: Config) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="whet-doctor-") as scratch:
         subject = admit(config, Path(scratch))
-        _tell_header(config, subject)
+        _print_header(config, subject)
         checks = CHECKS + (PROCESS_CHECKS if config.processes else [])
         rows = examine(subject, checks)
     count = dict.fromkeys(("pass", "fail", "skipped"), 0)
@@ -178,7 +178,7 @@ def _settings(config: Config) -> dict[str, str]:
     return {key: str(value) for key, value in values.items() if value is not None}
 
 
-def _tell_header(config: Config, subject: Subject) -> None:
+def _print_header(config: Config, subject: Subject) -> None:
     count = sum(p.numel() for p in subject.model.parameters())
     say(f"whet doctor: {config.model}, {count:,} parameters")
     sources = [str(path) for path in (config.data, config.conversations) if path]

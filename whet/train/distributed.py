@@ -1,4 +1,4 @@
-"""The only file that knows ranks: torchrun's environment, DDP, FSDP2, the gradient factor.
+"""Ranks: torchrun's environment, DDP, FSDP2, the gradient factor, and exchanges between ranks.
 
 One process is the special case of one rank without a process group. Every function that talks to
 other ranks must be called by all of them, whatever their data; nothing here is called from a branch
@@ -276,8 +276,8 @@ def wait_for_all(ranks: Ranks) -> None:
 
 
 @contextmanager
-def told_once(ranks: Ranks) -> Iterator[None]:
-    """Let all ranks leave together if any raises UserError in the block; tell each problem once.
+def together(ranks: Ranks) -> Iterator[None]:
+    """Let all ranks leave together if any raises UserError in the block; report each problem once.
 
     For what comes before the steps: ranks wait here as long as another one takes. Rank 0 raises all
     ranks' problems; the others leave with the same exit code and say nothing. The block must hold

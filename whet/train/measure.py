@@ -42,7 +42,7 @@ STEPS = 5
 allocator needs more room for blocks that differ from step to step."""
 MICROS = 4
 """Micro-batches of a dry step: the first makes the gradients, the others add to them. Only the
-allocator could tell the third from the second."""
+allocator could distinguish the third from the second."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`--profile`: where the time of a few steps goes.
 
 Writes `profile/trace.json.gz` in the run folder, a Chrome trace that https://ui.perfetto.dev opens,
-and tells the operations that took the most time. Profiled steps are slower than others.
+and prints the operations that took the most time. Profiled steps are slower than others.
 """
 
 import os
@@ -41,7 +41,7 @@ def profiled(on: bool, run: RunFolder, steps: int) -> Iterator[Callable[[], Any]
         yield lambda: None
         return
     kinds = [ProfilerActivity.CPU]
-    if run.ranks.device.type == "cpu":  # torch 2.13 tells of its start and stop, and nothing else
+    if run.ranks.device.type == "cpu":  # torch 2.13 reports its start and stop, and nothing else
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     if run.ranks.device.type == "cuda":
         kinds.append(ProfilerActivity.CUDA)

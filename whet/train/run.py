@@ -50,7 +50,7 @@ class Curves:
     tensorboard: Any = None
     wandb: Any = None
     missing: list[str] = field(default_factory=list)
-    """What is not installed, to be told once."""
+    """What is not installed, to be reported once."""
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Draw the numbers among `values`. A full disk or a lost network must not end a run."""
@@ -136,7 +136,7 @@ class RunFolder:
     lock: IO[str] | None = None
     resumed_at: int = -1
     """The step of the state that the run goes on from."""
-    told_full: bool = False
+    reported_full: bool = False
 
     @property
     def states(self) -> Path:
@@ -205,9 +205,9 @@ class RunFolder:
         if isinstance(record, dict):
             record = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         written = self.journals[name].append(record)
-        if not written and not self.told_full:
+        if not written and not self.reported_full:
             say(f"warning: {self.path / name} cannot be written now; the run goes on, records wait")
-        self.told_full = not written
+        self.reported_full = not written
 
     def metrics(self, step: int, values: dict[str, float], timing: dict[str, float]) -> None:
         """Log the numbers of a step or of an evaluation."""

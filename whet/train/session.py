@@ -57,18 +57,18 @@ def run_stage(
     """
     with distributed.start_ranks(config.device, config.rank_timeout) as ranks:
         memory.keep_freed(ranks.device)
-        with distributed.told_once(ranks):
+        with distributed.together(ranks):
             config = resolve(config, ranks)
             check(config)
             start = find_start(config, command) if ranks.first else None
             longer = is_longer(config)
         start = distributed.from_first(start, ranks, ranks.setup)
-        with distributed.told_once(ranks):
+        with distributed.together(ranks):
             if ranks.first:
                 config = prepare(config, ranks)
         config = distributed.from_first(config, ranks, ranks.setup)
         run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
-        with distributed.told_once(ranks):
+        with distributed.together(ranks):
             stage = build(config, ranks)
         return _train(config, command, stage, ranks, run, start, longer)
 
@@ -82,7 +82,7 @@ def _train(
     start: Path | None,
     longer: bool,
 ) -> int:
-    with distributed.told_once(ranks):
+    with distributed.together(ranks):
         if ranks.first and stage.rehearse is not None:
             stage.rehearse(stage.model)
         if config.compile and not len(getattr(stage.model, "layers", ())):
@@ -94,13 +94,13 @@ def _train(
         frozen=frozen_fingerprint(model),
     )
     if config.float8:
-        with distributed.told_once(ranks):
+        with distributed.together(ranks):
             use_float8(model, ranks.device)
     if config.compile:
         compile_layers(model)
     model = distributed.spread(model, ranks, shard=config.shard, bf16=config.precision == "bf16")
     stage = dataclasses.replace(stage, model=model)
-    with distributed.told_once(ranks):
+    with distributed.together(ranks):
         optimizers = make_optimizers(model, config)
     if stage.at_start is not None:
         with autocast(ranks.device, dtype_of(config)):
@@ -110,7 +110,7 @@ def _train(
     if start is not None:
         run.facts = state.load_state(start, model, optimizers, ranks)
         run.resumed_at = run.facts.step
-    with distributed.told_once(ranks):
+    with distributed.together(ranks):
         if start is None:
             check_profile(config.profile, stage.total_steps)
         else:
@@ -124,7 +124,7 @@ def _train(
         if ranks.first:
             values = {key: str(value) for key, value in dataclasses.asdict(config).items()}
             run.curves = open_curves(run.path, run.facts.step, config.wandb_project, values)
-    _tell_header(config, command, stage, run, ranks)
+    _print_header(config, command, stage, run, ranks)
     try:
         with stop_on_signals(config.grace_seconds) as stop:
             try:
@@ -167,7 +167,7 @@ def make_optimizers(model: nn.Module, config: TrainSettings) -> list[torch.optim
 
 
 def resolve(config: C, ranks: Ranks) -> C:
-    """Put numbers where a flag says `auto` or was left out, so that config.toml tells what ran."""
+    """Put numbers where a flag says `auto` or was left out, so that config.toml says what ran."""
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(ranks.device) else "float32"
@@ -221,7 +221,7 @@ def total_steps(config: TrainSettings, steps_per_epoch: int) -> int:
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
-def _tell_header(
+def _print_header(
     config: TrainSettings, command: str, stage: Stage, run: RunFolder, ranks: Ranks
 ) -> None:
     run.say(f"whet {command}")
@@ -276,7 +276,6 @@ def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -
 def files_of(stage: Stage, run: RunFolder) -> list[tuple[str, str]]:
     """Where the results are, and what to type next."""
     lines = [("model", str(run.path)), ("next", stage.next.format(run=run.path))]
-    lines.append(("look", f"whet report {run.path}"))
     if run.facts.best_step > 0 and (best := run.path / "best").is_dir():
         value = f"{stage.best} {run.facts.best_value:.4g}"
         lines.append(("best", f"{best}: step {run.facts.best_step}, {value}"))

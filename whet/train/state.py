@@ -153,7 +153,7 @@ def saving_bytes(state_bytes: float) -> float:
 
 def _make_empty(folder: Path, ranks: Ranks) -> None:
     """Rank 0 makes the folder; all ranks raise its OSError: one that went on would write a shard
-    into a state that nobody completes, and be a save behind from then on."""
+    into a state that nobody completes, and be one save late from then on."""
     refused: OSError | None = None
     if ranks.first:
         try:
