@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint types tests soak test-gpu bench house docs clean
+.PHONY: demo demo-all test lint types tests soak test-gpu bench house docs clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -16,6 +16,9 @@ help:
 
 demo: $(VENV)/.run  ## build a tiny world, pretrain, fine-tune, measure: the whole path in 5 minutes
 	@$(BIN)/whet demo
+
+demo-all: $(VENV)/.run  ## the same and what comes after: reward model, DPO, GRPO, compared: 12 minutes
+	@$(BIN)/whet demo --all
 
 test: lint types tests  ## lint, types and tests: at most 10 minutes on 2 cores
 
