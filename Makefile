@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint types tests soak test-gpu bench house docs clean
+.PHONY: demo demo-all test lint types tests soak test-gpu bench house docs clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -16,6 +16,9 @@ help:
 
 demo: $(VENV)/.run  ## build a tiny world, pretrain, fine-tune, measure: the whole path in 5 minutes
 	@$(BIN)/whet demo
+
+demo-all: $(VENV)/.run  ## the same and what comes after: reward model, DPO, GRPO, compared: 12 minutes
+	@$(BIN)/whet demo --all
 
 test: lint types tests  ## lint, types and tests: at most 10 minutes on 2 cores
 
@@ -42,9 +45,11 @@ test-gpu: $(VENV)/.dev  ## what needs a CUDA device
 house: $(VENV)/.run  ## lines, files by room, circles of imports, what one step of `whet sft` calls
 	@$(BIN)/python -m scripts.house
 
-docs: $(VENV)/.dev  ## the documentation as a site, into site/
-	@$(BIN)/mkdocs build --strict --quiet
-	@echo "site/index.html"
+docs: requirements-docs.txt  ## the documentation as a site, into site/; in an environment of its own
+	@test -x $(VENV)-docs/bin/mkdocs || $(PYTHON) -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@$(VENV)-docs/bin/mkdocs build --strict --quiet
+	@echo site/index.html
 
 bench: $(VENV)/.dev  ## side-by-side benchmarks on this machine's CPU
 	@$(BIN)/python -m benchmarks.run

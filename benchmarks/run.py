@@ -2,7 +2,7 @@
 
     python -m benchmarks.run                 # all
     python -m benchmarks.run head generate   # some
-    python -m benchmarks.table FILE          # the result as rows of docs/performance.md
+    python -m benchmarks.table FILE          # the result as rows of docs/history/measurements.md
 
 Each benchmark is a command of its own. What they print goes to benchmarks/results/DATE-cpu.json,
 which is written anew after each of them, so that a run that was cut short keeps what it had. A

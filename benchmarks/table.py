@@ -1,4 +1,4 @@
-"""A file of results -> rows of the table in docs/performance.md.
+"""A file of results -> rows of the table in docs/history/measurements.md.
 
 python -m benchmarks.table benchmarks/results/2026-11-25-cpu.json
 """

@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "design.md"
 LONGEST = 90  # characters, so that a line of the tree fits a window
 ROOMS = ["chat", "data", "model", "generate", "evaluate", "train", "rl", "stages"]
-ROOMS += ["compare", "report", "doctor", "demo"]
+ROOMS += ["compare", "report", "serve", "doctor", "demo"]
 
 
 def first_sentence(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Defaults < TOML < flags; every problem told at once, in words."""
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from whet.cli import COMMANDS as CLI
+from whet.cli import config_class
 from whet.command_line import parse
-from whet.config import POSITIONAL, read_toml, save
+from whet.config import POSITIONAL, InputFile, OutputFile, from_1, read_toml, save
+from whet.elsewhere import ELSEWHERE
 from whet.errors import UserError
 
 
@@ -130,3 +135,79 @@ def test_a_saved_configuration_reads_back_equal(
     path = tmp_path_factory.mktemp("config") / "c.toml"
     save(config, path)
     assert AnyConfig(**read_toml(AnyConfig, path)) == config
+
+
+def test_names_of_other_tools_lead_to_flags_that_exist() -> None:
+    flags = {f.name for name in CLI for f in dataclasses.fields(config_class(name))}
+    for name, target in ELSEWHERE.items():
+        assert target in flags or " " in target, f"{name}: {target}"
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--learning_rate", "unknown flag --learning_rate; here it is --lr"),
+        ("--num-train-epochs", "unknown flag --num-train-epochs; here it is --epochs"),
+        ("--gradient_accumulation_steps", "; --batch_size is the whole step"),
+        ("--max_seq_length", "; rows are made by whet prepare: it has --context_length"),
+        ("--packing", "; whet prepare always packs"),
+    ],
+)
+def test_the_names_of_other_tools_are_known(flag: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(config_class("sft"), [flag, "1"], "sft")
+    assert message in str(caught.value)
+
+
+def test_a_byte_order_mark_and_a_home_directory_in_toml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "c.toml"
+    path.write_bytes(b'\xef\xbb\xbfout = "~/runs"\nsamples = "~/s.jsonl"\n')
+    found = parse(Places, ["--config", "~/c.toml"], "x")
+    assert found == Places(out=tmp_path / "runs", samples=tmp_path / "s.jsonl")
+    model = tmp_path / "base"
+    model.mkdir()
+    (tmp_path / "rows.h5").touch()
+    path.write_text('model = "~/base"\ndata = "~/rows.h5"\nout = "o"\n')
+    assert parse(config_class("sft"), ["--config", str(path)], "sft").model == str(model)
+
+
+@dataclass(frozen=True)
+class Checked:
+    count: Annotated[int, from_1] = 1
+    """Count."""
+    source: InputFile | None = None
+    """Read."""
+    out: OutputFile | None = None
+    """Written."""
+
+
+def test_everything_that_is_wrong_is_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(Checked, ["--count", "0", "--source", "none", "--out", str(tmp_path)], "x")
+    assert str(caught.value).splitlines() == [
+        "--count 0: expected 1 or more",
+        "--source none: no such file",
+        f"--out {tmp_path}: is a directory; expected a file to write",
+    ]
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="reads or writes this already"):
+        parse(Checked, ["--source", str(file), "--out", str(file)], "x")
+    with pytest.raises(UserError, match="--count x: expected a whole number"):
+        parse(Checked, ["--count", "x"], "x")
+
+
+def test_help_groups_its_flags_and_begins_with_those_that_matter(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(config_class("sft"), ["--help"], "sft")
+    text = capsys.readouterr().out
+    titles = re.findall(r"(?m)^(\w[\w ,]+):$", text)
+    assert titles[1:4] == ["most used", "the model that is trained", "data"]
+    first = re.findall(r"(?m)^  --(\w+)", text.partition("most used:")[2].partition("\n\n")[0])
+    assert set(first) == {"model", "data", "dev", "out", "lr", "epochs", "batch_size"}
+    assert "example:" in text

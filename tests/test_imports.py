@@ -34,10 +34,12 @@ ORDER = {
     "compare": 9,  # stands aside: nothing imports it
     "doctor": 9,  # stands aside: nothing imports it
     "demo": 9,  # stands aside: nothing imports it
+    "serve": 9,  # stands aside: nothing imports it
     "push": 9,  # stands aside: nothing imports it
+    "api": 9,
     "cli": 10,
     "__main__": 11,
-    "__init__": 0,
+    "__init__": 10,  # the Python API
 }
 FORBIDDEN = {
     ("report", "train"),

@@ -1,14 +1,18 @@
 """The README is true: its tree, its links, its commands."""
 
+import dataclasses
+import importlib
+import io
+import json
 import re
 import shlex
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from whet.cli import COMMANDS, config_class
+from whet.cli import COMMANDS, config_class, main
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
 def test_the_tree_is_that_of_today() -> None:
@@ -38,8 +42,6 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_on_the_pages_exist_with_their_flags(page) -> None:
-    import dataclasses
-
     for words in commands(page.read_text(encoding="utf-8")):
         if words[1] in ("COMMAND", "--help"):
             continue
@@ -51,3 +53,69 @@ def test_commands_on_the_pages_exist_with_their_flags(page) -> None:
         flags = {word[2:].split("=")[0] for word in words if word.startswith("--")}
         flags = {flag.removeprefix("no_") if flag not in names else flag for flag in flags}
         assert flags <= names, f"{page.name}: {' '.join(words)}: {flags - names}"
+
+
+SMALL = {
+    "pretrain": "--width 16 --layers 1 --heads 2 --vocab_size 300 --dev_fraction 0.2",
+    "prepare": "--workers 0 --dev_fraction 0.3",
+    "plan": "--batch_size 2 --max_steps 1",
+    "sft": "--max_steps 2 --batch_size 2 --samples 1",
+    "eval": "--max_new_tokens 2",
+    "doctor": "--row_tokens 24 --no_processes",
+    "chat": "--max_new_tokens 2",
+}
+"""Sizes for the README's commands: a flag that is given twice counts as it is given last."""
+
+
+def test_the_commands_by_hand_run_in_their_order(tmp_path, monkeypatch, capsys) -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    block = commands(text.partition("## By hand")[2].partition("torchrun")[0])
+    assert [words[1] for words in block][:5] == ["pretrain", "prepare", "inspect", "plan", "sft"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(
+        "How many apples are two and three? They are five.\n\n" * 400
+    )
+    for name, n in (("chats.jsonl", 80), ("test.jsonl", 2)):
+        talks = [{"question": f"{i} and three?", "answer": f"#### {i + 3}"} for i in range(n)]
+        (tmp_path / name).write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n/exit\n"))
+    for words in block:
+        files = {"TEXT...": "text.txt", "FILE...": "chats.jsonl"}
+        words = [files.get(word, word) for word in words] + SMALL.get(words[1], "").split()
+        assert main(words[1:]) == 0, f"{' '.join(words)}: {capsys.readouterr().err}"
+    assert (tmp_path / "runs/sft/report.html").is_file()
+
+
+def test_the_lines_of_the_foundations_do_what_the_formulas_say() -> None:
+    text = (REPOSITORY / "docs/foundations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(blocks) == text.count("```python") >= 7
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+
+
+def test_every_flag_that_the_guides_name_exists() -> None:
+    flags = {f.name for name in COMMANDS for f in dataclasses.fields(config_class(name))}
+    for name in ("coming_from", "trouble", "numbers", "sft", "start"):
+        text = (REPOSITORY / f"docs/{name}.md").read_text(encoding="utf-8")
+        said = {
+            flag
+            for span in re.findall(r"`([^`\n]+)`", text)
+            for flag in re.findall("--(\\w+)", span)
+        }
+        assert said - flags <= {"config", "help", "standalone", "nproc_per_node"}, name
+
+
+def test_every_page_is_in_the_site(tmp_path) -> None:
+    nav = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert f": {page.relative_to(REPOSITORY / 'docs')}\n" in nav
+
+
+def test_what_can_be_imported_is_there() -> None:
+    text = (REPOSITORY / "docs/design.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?m)^\| `(whet[\w.]+)\.(\w+)\(", text)
+    assert len(named) >= 8
+    for module, name in named:
+        assert callable(getattr(importlib.import_module(module), name)), f"{module}.{name}"

@@ -1,5 +1,6 @@
 """A tiny packed file and a tiny model directory, made from code: what training tests run on."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,19 @@ def chat() -> Chat:
 
 
 def model_directory(
-    path: Path, *, seed: int = 0, width: int = 16, layers: int = 2, max_positions: int = 32
+    path: Path,
+    *,
+    seed: int = 0,
+    width: int = 16,
+    layers: int = 2,
+    max_positions: int = 32,
+    init_std: float | None = None,
 ) -> Path:
     """A random Llama-like model of some ten thousand parameters, with its tokenizer."""
     tok = chat()
     sizes = {"n_kv_heads": 1, "mlp_width": 32, "max_positions": max_positions}
     config = llama(tok.tokenizer.vocab_size, width, layers, 2, **sizes)
-    model = Transformer(config)
+    model = Transformer(dataclasses.replace(config, init_std=init_std or config.init_std))
     init_weights(model, seed)
     save_model(model, path, tok, {"stage": "test"})
     return path

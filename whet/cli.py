@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": ("whet.compare.command", "several models on the same problems: what changed"),
     "eval": ("whet.evaluate.command", "dev loss and GSM8K accuracy of a model"),
     "chat": ("whet.generate.chat", "talk to a model"),
+    "serve": ("whet.serve.command", "models with OpenAI's API, and a chat page"),
     "export": ("whet.model.export", "write a model for other tools, merge adapters"),
     "push": ("whet.push", "put a model on the Hugging Face Hub, with a card"),
     "doctor": ("whet.doctor.command", "prove it: every promise on your model, data and machine"),

@@ -46,6 +46,17 @@ def parse(
     with collected(found):
         values |= read_flags(config_class, flags, command)
     problems(found)
+    return configured(config_class, values, command, flaws)
+
+
+def configured(
+    config_class: type[C],
+    values: dict[str, Any],
+    command: str,
+    flaws: Callable[[C], Sequence[str]],
+) -> C:
+    """A `config_class` of `values`, each in its field's type. Raises UserError with what is missing
+    or refused by a check of a field, by `flaws`, or because an output would replace an input."""
     missing = [
         flag_of(config_class, field.name)
         for field in dataclasses.fields(config_class)  # type: ignore[arg-type]

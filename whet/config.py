@@ -172,19 +172,25 @@ def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:  # also numbers and nesting without end
         raise UserError(f"--config {path}: not valid TOML: {error}") from None
+    return read_table(config_class, table, path)
+
+
+def read_table(config_class: type, table: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """The values of `table`, whose keys are fields, in the fields' types. Raises UserError, with
+    `where` it stands, for all unknown keys and wrong values together."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     values: dict[str, Any] = {}
     found = []
     for key, value in table.items():
         if key not in hints and isinstance(value, dict):
-            found.append(f"{path}: unknown table [{key}]; the flags stand above all tables")
+            found.append(f"{where}: unknown table [{key}]; the flags stand above all tables")
             continue
         if key not in hints:
-            found.append(f"{path}: unknown key {key!r}{nearest_flag(key, hints)}")
+            found.append(f"{where}: unknown key {key!r}{nearest_flag(key, hints)}")
             continue
         values[key], problem = convert(value, hints[key])
         if problem:
-            found.append(f"{path}: key {key!r}: {problem}")
+            found.append(f"{where}: key {key!r}: {problem}")
     problems(found)
     return values
 

@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from whet.errors import UserError
-from whet.generate import engine
+from whet.generate import engine, rows
 from whet.generate.engine import Sampling, generate, generate_without_cache, sample, stream
+from whet.generate.rows import Row, Rows
 from whet.model.config import ModelConfig, Rope, llama
 from whet.model.decoder import Transformer, init_weights
 
@@ -111,12 +112,46 @@ class Waits(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def running_rows(sampling: Sampling, device: str = "cpu") -> engine._Rows:
+def test_rows_join_and_leave_at_any_time_each_with_settings_of_its_own() -> None:
+    """Every reply is the one that its prompt gets alone, whoever else runs and leaves."""
+    model = build(CONFIGS["sliding window"])
+    settings = [Sampling(), Sampling(0.8), Sampling(1.2, top_k=9), Sampling(0.7, top_p=0.8)]
+    prompts = some_prompts(8)
+    stops = list(range(0, VOCABULARY, 9))
+    running = Rows(model, 3, slots=60, max_new_tokens=30, stop_ids=set(stops), measured=1.0)
+    waiting = [
+        Row(
+            i, (settings[i % 4].seed, 0), list(prompt), len(prompt) + 30, settings[i % 4], top=i % 3
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    replies, left = {i: [] for i in range(8)}, 2
+    for step in range(200):
+        pieces = running.begin([waiting.pop(0)]) if waiting and len(running.live) < 3 else []
+        pieces += running.step(1 + step % 3) if running.live else []
+        for piece in pieces:
+            replies[piece.index] += piece.tokens
+            for token, logp, top in zip(piece.tokens, piece.logp, piece.top, strict=True):
+                assert logp <= 0
+                if settings[piece.index % 4].temperature == 0 and top:
+                    assert top[0] == (token, pytest.approx(logp))
+        if step == 3:
+            running.leave(left)
+        if not waiting and not running.live:
+            break
+    for i, prompt in enumerate(prompts):
+        sampling = settings[i % 4]
+        (alone,) = generate_without_cache(
+            model, [prompt], max_new_tokens=30, stop_ids=stops, sampling=sampling
+        )
+        assert replies[i] == (alone[: len(replies[i])] if i == left else alone)
+
+
+def running_rows(sampling: Sampling, device: str = "cpu") -> Rows:
     model = build(CONFIGS["sliding window"]).to(device)
-    rows = engine._Rows(
-        model, sampling, rows=4, slots=60, max_new_tokens=20, stop_ids=set(), with_logp=False
-    )
-    rows.begin([engine._Row(i, (0, i), prompt, 60) for i, prompt in enumerate(some_prompts(3))])
+    rows = Rows(model, rows=4, slots=60, max_new_tokens=20, stop_ids=set())
+    prompts = enumerate(some_prompts(3))
+    rows.begin([Row(i, (0, i), prompt, 60, sampling) for i, prompt in prompts])
     return rows
 
 
@@ -174,7 +209,7 @@ def test_a_small_prefill_budget_changes_nothing(monkeypatch) -> None:
     model = build(CONFIGS["grouped heads"])
     prompts = some_prompts(6)
     expected = generate(model, prompts, max_new_tokens=5, stop_ids=[])
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", 8)
+    monkeypatch.setattr(rows, "PREFILL_TOKENS", 8)
     assert generate(model, prompts, max_new_tokens=5, stop_ids=[]) == expected
 
 

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.pairs import pairs_file
 from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
 from whet.data.rows import segment_documents
@@ -175,3 +176,49 @@ def test_a_file_of_whet_prepare_shows_account_and_what_was_left_out(tmp_path, to
     out = capsys.readouterr().out
     assert "1: exact duplicates" in out
     assert "data.jsonl:3: not JSON" in out
+
+
+def test_a_pair_says_which_reply_is_which(tmp_path, capsys):
+    path = pairs_file(tmp_path / "pairs.h5", margins=True)
+    assert inspect(path, "--rows", ":", "--html", tmp_path / "page.html") == 0
+    capsys.readouterr()
+    assert inspect(path, "--rows", "1:") == 0
+    store = PackedStore(path, kinds=("preferences",))
+    margins = store.values("margins", 2)
+    before = int((store.document_rows == 0).sum()) // 2
+    found = re.findall(
+        r"^── (chosen|rejected)(?:, margin ([\d.e-]+))?:", capsys.readouterr().out, re.M
+    )
+    assert [side for side, _ in found] == ["chosen", "rejected"] * (len(found) // 2)
+    assert len(found) == 2 * (len(margins) - before)
+    told = [float(m) if m else np.nan for _, m in found[::2]]
+    np.testing.assert_allclose(told, margins[before:], rtol=1e-4)
+
+
+def test_labelled_replies_say_their_label(tmp_path, capsys):
+    path = pairs_file(tmp_path / "labels.h5", kind="labels")
+    assert inspect(path, "--rows", ":") == 0
+    labels = PackedStore(path, kinds=("labels",)).values("labels", 1)
+    found = re.findall(r"^── (good|bad):", capsys.readouterr().out, re.M)
+    assert found == ["good" if label > 0 else "bad" for label in labels]
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_rollout_says_reward_and_advantage(packed, tmp_path, capsys, per_token):
+    rows, documents = PackedStore(packed).rows(range(3)), PackedStore(packed).documents
+    attrs = {"kind": "rollout", "places": ["token_advantages"] if per_token else []}
+    path = tmp_path / "rollout.h5"
+    with StoreWriter(path, 3, 16, attrs=attrs) as writer:
+        writer.write_rows(*rows)
+        writer.write_documents(documents)
+        writer.write_numbers("rewards", np.array([1, 0, 0.25, -1]))
+        writer.write_numbers("advantages", np.array([0.8660254, -0.5, 0, 0]))
+        if per_token:
+            writer.write_numbers("token_advantages", np.tile(np.arange(16.0), (3, 1)) - 3)
+    assert inspect(path, "--rows", ":") == 0
+    out = capsys.readouterr().out
+    first = "advantages of its tokens -1 to 4" if per_token else "advantage 0.866"
+    second = "advantages of its tokens 7 to 9" if per_token else "advantage -0.5"
+    assert f"── reward 1, {first}: " in out
+    assert f"── reward 0, {second}: " in out
+    assert "── reward -1, " in out

@@ -3,9 +3,14 @@
 from contextlib import ExitStack
 
 import pytest
+import torch
 
+from tests import tiny
 from whet.errors import UserError
 from whet.flags.policy import known_reward, parse_reward
+from whet.generate.opened import open_model
+from whet.model.embedding import add_score
+from whet.model.hf.checkpoint import save_model
 from whet.rl.prompts import Prompt
 from whet.rl.rewards import (
     Answer,
@@ -14,6 +19,7 @@ from whet.rl.rewards import (
     Reward,
     correct,
     in_form,
+    reward_model,
     total_rewards,
 )
 
@@ -146,3 +152,21 @@ def test_a_file_that_does_not_import(tmp_path):
     (tmp_path / "broken.py").write_text("1 +")
     with pytest.raises(UserError, match="SyntaxError"):
         PythonReward(f"{tmp_path}/broken.py:f", 20.0)
+
+
+def test_a_reward_model_reads_the_last_token(tmp_path):
+    tiny.model_directory(tmp_path / "policy")
+    model, chat = open_model(tmp_path / "policy", device="cpu")
+    with pytest.raises(UserError, match="is no reward model"):
+        reward_model(str(tmp_path / "policy"), chat, torch.device("cpu"), "float32")
+    add_score(model)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "reward", chat, {"stage": "reward"})
+    score = reward_model(str(tmp_path / "reward"), chat, torch.device("cpu"), "float32")
+    given = [answer("", tokens=n) for n in (3, 5, 1)]
+    together, alone = score(given), [score([each])[0] for each in given]
+    assert together == pytest.approx(alone, abs=1e-5)
+    tokens = torch.tensor([[*PROMPT.ids, 0, 1, 2]])
+    weight = torch.zeros(tokens.shape)
+    weight[0, -1] = 1.0
+    assert together[0] == pytest.approx(model(tokens, weight=weight)[0, -1].item(), abs=1e-5)

@@ -18,7 +18,7 @@ def main(config: Config) -> int:
     first: Opened | None = None
     for path in config.models:
         say(f"{path}:")
-        opened = open_model(path, device=config.device, precision=config.precision)
+        opened = open_model(path, device=config.device, precision=config.precision, score=None)
         measured.append(measure(_name(path, config.models), opened, first, config))
         if first is None and not opened.model.config.score:
             first = opened

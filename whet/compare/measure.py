@@ -44,8 +44,8 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
     Raises UserError for files that do not fit the model.
     """
     if opened.model.config.score:
-        return Measured(name, _pairs(opened, config))
-    numbers = _dev(opened, config) | _pairs(opened, config)
+        return Measured(name, _pairs(opened, first, config))
+    numbers = _dev(opened, config) | _pairs(opened, first, config)
     if config.gsm8k is None:
         return Measured(name, numbers)
     prompts = _prompts(opened, config)
@@ -142,6 +142,8 @@ def _sampled(
     right = np.reshape(correct([answer for answer, _ in answers]), (-1, n)).sum(1).astype(int)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]
     found = {f"pass@{k}": float(np.mean([pass_at_k(n, int(c), k) for c in right])) for k in ks}
+    rewards = _rewards([answer for answer, _ in answers], opened, config)
+    found |= {f"sampled_{name}": value for name, value in rewards.items()}
     if first is None:
         return {**found, "kl_to_first": 0.0}
     if first.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
@@ -179,12 +181,15 @@ def _dev(opened: Opened, config: Config) -> dict[str, float]:
     return {"dev_loss": found.loss}
 
 
-def _pairs(opened: Opened, config: Config) -> dict[str, float]:
+def _pairs(opened: Opened, first: Opened | None, config: Config) -> dict[str, float]:
     """How often the chosen reply of a pair is preferred: by its score, or by its ln p a token."""
     if config.pairs is None:
         return {}
     store = PackedStore(config.pairs, kinds=("preferences",))
-    problems(misfits(opened.model, opened.chat, store, "--pairs"))
+    # A reward model may have a padding token more than the tokenizer that made the file.
+    extends = first and opened.chat.tokenizer.knows_ids_of(first.chat.tokenizer)
+    chat = first.chat if first and extends else opened.chat
+    problems(misfits(opened.model, chat, store, "--pairs"))
     right, n = 0, 0
     with (
         torch.no_grad(),

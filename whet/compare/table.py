@@ -15,6 +15,7 @@ COLUMNS = (
     ("unstopped", "unstopped", "{:.1%}"),
     ("reply_tokens", "tokens a reply", "{:.0f}"),
     ("reward", "reward", "{:.3f}"),
+    ("sampled_reward", "of samples", "{:.3f}"),
     ("pair_accuracy", "pairs right", "{:.1%}"),
     ("dev_loss", "dev loss", "{:.4f}"),
     ("kl_to_first", "nats from the first", "{:.2f}"),

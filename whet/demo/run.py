@@ -5,9 +5,7 @@ that one can repeat any of them by hand.
 """
 
 import json
-import shlex
 import shutil
-import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whet.command_line import parse
 from whet.data import prepare
-from whet.demo import world
+from whet.demo import stages, world
+from whet.demo.shown import folded, run_command, title, whet, wrapped
 from whet.errors import UserError
 from whet.evaluate import command as evaluate
 from whet.evaluate.answers import extract_answer, same_number
@@ -29,7 +27,6 @@ from whet.generate.opened import open_model
 from whet.progress import say
 from whet.stages import pretrain, sft
 
-WIDTH = 80  # columns of the terminal
 LONGEST_REPLY = 64  # tokens; an answer has about 40
 
 
@@ -48,20 +45,39 @@ class Size:
 def main(config: Config) -> int:
     """Run `whet demo`."""
     with replacing(config.out):
-        run(config.out, config.seed, Size())
+        if config.all:
+            run_all(config.out, config.seed, Size(), stages.Sizes())
+        else:
+            run(config.out, config.seed, Size())
     return 0
+
+
+def run_all(out: Path, seed: int, size: Size, sizes: stages.Sizes) -> dict[str, Any]:
+    """The base, and all stages from it, into `out`; returns what is in its `summary.json`."""
+    started = time.monotonic()
+    title("1/7  The tiny world", "Stories for the base, then questions, pairs and prompts.")
+    made = world.make_world(seed, texts=size.texts, pairs=size.pairs, test=size.test)
+    world.write(made, out / "world")
+    world.check(out / "world")
+    stages.write(made, seed, out / "world", sizes)
+    title("2/7  Pretraining", "A new model learns to continue the prose; it counts, unasked.")
+    pretrain_base(out, seed, size)
+    summary = stages.train_and_compare(out, seed, sizes)
+    summary |= {"seconds": round(time.monotonic() - started, 1), "seed": seed}
+    write_json(out / "summary.json", summary)
+    return summary
 
 
 def run(out: Path, seed: int, size: Size) -> dict[str, Any]:
     """Everything, into `out`; returns what is in its `summary.json`."""
     started = time.monotonic()
-    _title("1/5  The tiny world", "Stories for the base, questions with answers for SFT.")
+    title("1/5  The tiny world", "Stories for the base, questions with answers for SFT.")
     made = world.make_world(seed, texts=size.texts, pairs=size.pairs, test=size.test)
     world.write(made, out / "world")
     world.check(out / "world")
     _show_world(made)
     _train(out, seed, size)
-    _title("5/5  Measuring", f"{size.test} new problems for each model, answered greedily.")
+    title("5/5  Measuring", f"{size.test} new problems for each model, answered greedily.")
     base, tuned = (_measure(out, name) for name in ("base", "sft"))
     told, prose = _measure_prose(out / "base", made.test)
     summary = {
@@ -81,26 +97,10 @@ def run(out: Path, seed: int, size: Size) -> dict[str, Any]:
 
 def _train(out: Path, seed: int, size: Size) -> None:
     """Sections 2 to 4: the base, the packed pairs, the assistant."""
-    _title("2/5  Pretraining", "A new model learns to continue the prose; it counts, unasked.")
-    _run(
-        "pretrain",
-        pretrain,
-        data=out / "world/prose.jsonl",
-        out=out / "base",
-        vocab_size=512,
-        width=size.width,
-        layers=size.layers,
-        context_length=256,
-        batch_size=2,
-        lr=3e-3,
-        final_lr=0.02,
-        eval_every=0,
-        save_every=0,
-        samples=0,
-        seed=seed,
-    )
-    _title("3/5  Preparing the pairs", "Only the tokens of the answers will be trained.")
-    _run(
+    title("2/5  Pretraining", "A new model learns to continue the prose; it counts, unasked.")
+    pretrain_base(out, seed, size)
+    title("3/5  Preparing the pairs", "Only the tokens of the answers will be trained.")
+    run_command(
         "prepare",
         prepare,
         data=out / "world/pairs.jsonl",
@@ -110,8 +110,8 @@ def _train(out: Path, seed: int, size: Size) -> None:
         dev_out=out / "sft_dev_packed.h5",
         dev_fraction=0.03,
     )
-    _title("4/5  Fine-tuning (SFT)", "The base learns that a question wants an answer.")
-    _run(
+    title("4/5  Fine-tuning (SFT)", "The base learns that a question wants an answer.")
+    run_command(
         "sft",
         sft,
         model=out / "base",
@@ -128,18 +128,30 @@ def _train(out: Path, seed: int, size: Size) -> None:
     )
 
 
-def _run(command: str, module: Any, *words: Path, **flags: Any) -> None:
-    """Show `whet COMMAND WORDS --FLAGS`, and run it."""
-    argv = [*map(str, words), *(str(part) for f, v in flags.items() for part in (f"--{f}", v))]
-    say(textwrap.indent(_folded([_whet(), command, *argv]), "  ") + "\n")
-    code = module.main(parse(module.Config, argv, command))
-    if code:
-        raise SystemExit(code)
+def pretrain_base(out: Path, seed: int, size: Size) -> None:
+    """A base model from the world's prose, into `out`/base."""
+    run_command(
+        "pretrain",
+        pretrain,
+        data=out / "world/prose.jsonl",
+        out=out / "base",
+        vocab_size=512,
+        width=size.width,
+        layers=size.layers,
+        context_length=256,
+        batch_size=2,
+        lr=3e-3,
+        final_lr=0.02,
+        eval_every=0,
+        save_every=0,
+        samples=0,
+        seed=seed,
+    )
 
 
 def _measure(out: Path, name: str) -> dict[str, Any]:
     """Accuracy on the test, asked as a chat, and loss on the pairs that were held out for dev."""
-    _run(
+    run_command(
         "eval",
         evaluate,
         out / name,
@@ -200,10 +212,10 @@ def _show_world(made: world.World) -> None:
     problem = made.pairs[0]
     say(f"{len(made.prose):,} texts of prose, for instance:")
     for text in made.prose[:3]:
-        say(_wrapped(text))
+        say(wrapped(text))
     say(f"\n{len(made.pairs):,} questions with answers, for instance:")
-    say(_wrapped(problem.question))
-    say(_wrapped(problem.answer))
+    say(wrapped(problem.question))
+    say(wrapped(problem.answer))
     say(
         f"\nand {len(made.test)} test problems. Checked: none of them is told in the prose or asked"
         "\nin the pairs; the prose states the sums that they need, in other stories."
@@ -218,7 +230,7 @@ def _show_result(
     asked = [f"{100 * summary[key]:.1f} %" for key in ("base_accuracy", "sft_accuracy")]
     told = f"{100 * summary['base_prose_accuracy']:.1f} %"
     losses = [f"{summary[key]:.3f}" for key in ("base_dev_loss", "sft_dev_loss")]
-    _title("Result", f"{summary['seconds']:.0f} seconds, written to {out}/summary.json.")
+    title("Result", f"{summary['seconds']:.0f} seconds, written to {out}/summary.json.")
     rows = [
         ("", "base", "after SFT"),
         (f"{n} new problems, asked as questions: right", *asked),
@@ -227,49 +239,16 @@ def _show_result(
     ]
     for label, first, second in rows:
         say(f"  {label:<48}{first:>12}{second:>14}")
-    say(f"\nQuestion\n{_wrapped(problem.question)}")
+    say(f"\nQuestion\n{wrapped(problem.question)}")
     for label, name in (("The base answers", "base"), ("The fine-tuned model answers", "sft")):
-        say(f"\n{label}\n{_wrapped(_first_answer(out, name))}")
-    say(f"\nThe base, asked in its own way: {problem.story} …\n{_wrapped(continued)}")
+        say(f"\n{label}\n{wrapped(_first_answer(out, name))}")
+    say(f"\nThe base, asked in its own way: {problem.story} …\n{wrapped(continued)}")
     say("\nSFT taught it to answer. Counting it had learnt before. Chat on:\n")
-    chat = [_whet(), "chat", str(out / "sft")]
+    chat = [whet(), "chat", str(out / "sft")]
     for words in (chat, [*chat, "--prompt", problem.question]):
-        say(textwrap.indent(_folded(words), "  "))
+        say(textwrap.indent(folded(words), "  "))
 
 
 def _first_answer(out: Path, name: str) -> str:
     with open(out / f"{name}_answers.jsonl", encoding="utf-8") as file:
         return json.loads(file.readline())["reply"]
-
-
-def _title(title: str, what: str) -> None:
-    say(f"\n{title}\n{'─' * len(title)}\n{what}\n")
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(
-        text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
-    )
-
-
-def _folded(words: Sequence[str]) -> str:
-    r"""A command line, broken with `\` before flags so that it fits the terminal."""
-    lines, line = [], ""
-    for word in words:
-        quoted = shlex.quote(word)
-        if word.startswith("--") and len(line) > WIDTH - 30:
-            lines.append(line)
-            line = " "
-        line = f"{line} {quoted}" if line else quoted
-    return " \\\n".join([*lines, line])
-
-
-def _whet() -> str:
-    """How the user calls whet: by name where the environment is active, else by its path."""
-    beside = Path(sys.executable).with_name("whet")
-    if shutil.which("whet") == str(beside):
-        return "whet"
-    try:
-        return str(beside.relative_to(Path.cwd()))
-    except ValueError:
-        return str(beside)

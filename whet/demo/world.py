@@ -170,12 +170,12 @@ def make_world(seed: int, *, texts: int, pairs: int, test: int) -> World:
     The same arguments give the same world on any machine.
     """
     rng = random.Random(seed)
-    tested = list(islice(_distinct(rng, set()), test))
+    tested = list(islice(distinct(rng, set()), test))
     held_out = {problem.identity for problem in tested}
     prose_rng, pair_rng = random.Random(rng.random()), random.Random(rng.random())
     return World(
         prose=[_text(prose_rng, held_out) for _ in range(texts)],
-        pairs=list(islice(_distinct(pair_rng, held_out), pairs)),
+        pairs=list(islice(distinct(pair_rng, held_out), pairs)),
         test=tested,
     )
 
@@ -204,7 +204,7 @@ def _draw(rng: random.Random) -> Problem:
     return Problem(kind, name, other, rng.choice(ITEMS), rng.choice(SHOPS), a, b)
 
 
-def _distinct(rng: random.Random, excluded: set[Identity]) -> Iterator[Problem]:
+def distinct(rng: random.Random, excluded: set[Identity]) -> Iterator[Problem]:
     """Problems with identities that differ from each other and from the `excluded`."""
     seen = set(excluded)
     while True:
@@ -227,12 +227,12 @@ def _text(rng: random.Random, held_out: set[Identity]) -> str:
 def write(world: World, folder: Path) -> None:
     """Write prose.jsonl, pairs.jsonl and test.jsonl, in formats that `whet` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / "prose.jsonl", ({"text": text} for text in world.prose))
-    _write_lines(
+    write_lines(folder / "prose.jsonl", ({"text": text} for text in world.prose))
+    write_lines(
         folder / "pairs.jsonl",
         ({"instruction": p.question, "response": p.answer} for p in world.pairs),
     )
-    _write_lines(
+    write_lines(
         folder / "test.jsonl",
         (
             {"question": p.question, "answer": p.answer, "story": p.story, "ending": p.ending}
@@ -241,7 +241,7 @@ def write(world: World, folder: Path) -> None:
     )
 
 
-def _write_lines(path: Path, records: Iterable[dict[str, str]]) -> None:
+def write_lines(path: Path, records: Iterable[dict[str, str]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 

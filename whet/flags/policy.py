@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from whet.config import FIRST, FREE, InputFile, above_0, from_1
 from whet.errors import UserError
@@ -43,6 +44,18 @@ def known_reward(text: str) -> str:
     if name in BUILT_IN or any((Path(name) / config).is_file() for config in models):
         return ""
     return f"expected {', '.join(BUILT_IN)}, FILE.py:FUNCTION or the directory of a reward model"
+
+
+def server_root(url: str) -> str:
+    """A check of --rollout_url."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:  # a port that is none
+        fine = False
+    if not fine or "@" in parts.netloc or parts.query or parts.path.rstrip("/").endswith("/v1"):
+        return "expected the root of a server, http://HOST:PORT, without /v1"
+    return ""
 
 
 @dataclass(kw_only=True)
@@ -87,6 +100,11 @@ class Sampling:
     same."""
     keep_rollouts: Annotated[int, from_1, FREE] = 2
     """Rollout files kept: so many of the newest."""
+    rollout_url: Annotated[str | None, server_root, FREE] = None
+    """A running vLLM or SGLang server that samples instead, such as http://127.0.0.1:8000; it must
+    see --out under the same path."""
+    rollout_seconds: Annotated[float, above_0, FREE] = 600.0
+    """How long that server may be silent on the replies to one prompt."""
 
 
 def policy_flaws(config: Any) -> list[str]:

@@ -16,6 +16,7 @@ from whet.errors import UserError
 from whet.flags.chat import Config
 from whet.generate.engine import Sampling, stream
 from whet.generate.opened import open_model
+from whet.generate.text import TextStream
 from whet.model.decoder import Transformer
 
 LEAST_ROOM = 32
@@ -118,24 +119,13 @@ class Talk:
 def text_pieces(
     tokens: Iterable[int], chat: Chat, prompt: list[int], show_control: bool
 ) -> Iterator[str]:
-    """The text of `tokens` as it becomes certain: half a character waits for its other half.
-
-    Decoders treat the beginning of a text in their own way (a leading space goes); so the tokens
-    are decoded behind the end of the prompt, whose text is then taken away.
-    """
-    before = prompt[-4:] if show_control else []
-    ids = list(before)
-    shown = len(chat.tokenizer.decode(before, skip_special=not show_control))
-    text = ""
+    """The text of `tokens` as it becomes certain: half a character waits for its other half."""
+    text = TextStream(chat.tokenizer, prompt[-4:] if show_control else (), show_control)
     for token in tokens:
         if not show_control and token in chat.stop_ids:
             break
-        ids.append(token)
-        text = chat.tokenizer.decode(ids, skip_special=not show_control)
-        if not text.endswith("\ufffd"):
-            yield text[shown:]
-            shown = len(text)
-    yield text[shown:]
+        yield text.push(token)
+    yield text.end()
 
 
 def repl(

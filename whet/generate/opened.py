@@ -27,13 +27,14 @@ def open_model(
     device: Device = "auto",
     precision: Precision = "auto",
     template_kwargs: dict[str, Any] | None = None,
+    score: bool | None = False,
 ) -> Opened:
     """The model of a run folder, a model directory, a `.pt` file or a Hub name.
 
     `tokenizer` is a directory, by default the model's own. `device` auto is CUDA if there is any;
     `precision` auto is bf16 on CUDA. `template_kwargs` are variables of the chat template, over
-    those that the model was trained with. Raises UserError for what cannot be opened, and for a
-    tokenizer with more ids than the model has.
+    those that the model was trained with. `score` None also opens a reward model. Raises
+    UserError for what cannot be opened, and for a tokenizer with more ids than the model has.
     """
     path = find_model(path)
     if tokenizer is None and path.is_file():
@@ -46,7 +47,7 @@ def open_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     half = precision == "bf16" or (precision == "auto" and device == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
-    model = load_backbone_from_ckpt(path, dtype=dtype, device=device)
+    model = load_backbone_from_ckpt(path, dtype=dtype, device=device, score=score)
     size = chat.tokenizer.vocab_size
     if size > model.config.vocab_size:
         raise UserError(

@@ -24,6 +24,14 @@ def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float) -> Ten
     return torch.log_softmax(scaled, -1).gather(-1, tokens[:, None])[:, 0]
 
 
+def likeliest(logits: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest tokens and their ln p, each (B, count), likeliest first."""
+    if not count:
+        return logits.new_empty(len(logits), 0, dtype=torch.long), logits.new_empty(len(logits), 0)
+    logp, ids = torch.log_softmax(logits.float() / temperature, -1).topk(count, dim=-1)
+    return ids, logp
+
+
 def next_tokens(
     logits: Tensor,
     uniform: Tensor | None = None,

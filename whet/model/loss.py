@@ -134,7 +134,7 @@ def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> i
     products, on a CPU; on a GPU, which softmaxes all of them at once, 256 MiB in float32.
 
     A multiple of 128, at least 128: fewer or odd numbers make the matrix products slow, more bring
-    nothing (docs/numerics.md has the measurement).
+    nothing (docs/performance.md).
     """
     size, each = (2**28, 4) if device.type == "cuda" else (2**26, dtype.itemsize)
     return max(1, size // (each * vocab_size) // 128) * 128

@@ -37,7 +37,7 @@ async function load() {
   data.start.forEach((start, d) => {
     const row = data.rows[data.row[d]];
     const length = data.length[d];
-    row.documents.push({ start, length, trained: data.trained[d], source: data.source[d], line: data.line[d], part: data.part[d], text: null });
+    row.documents.push({ start, length, trained: data.trained[d], source: data.source[d], line: data.line[d], part: data.part[d], note: data.notes[d] ?? "", text: null });
     row.filled += length;
     row.trained += data.trained[d];
   });
@@ -51,7 +51,8 @@ const weight = (data, row, place) => data.mask[row * data.width + place];
 function where(data, doc, names) {
   const name = names[doc.source] ?? "source unknown";
   const place = doc.line > 0 ? `${name}:${doc.line}` : name;
-  return doc.part > 0 ? `${place} part ${doc.part + 1}` : place;
+  const whole = doc.part > 0 ? `${place} part ${doc.part + 1}` : place;
+  return doc.note ? `${whole} · ${doc.note}` : whole;
 }
 
 /* ---- Drawing one row ---- */

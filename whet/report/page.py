@@ -80,6 +80,7 @@ def _payload(sheet: Sheet) -> dict[str, Any]:
         "sources": sheet.sources,
         "labels": short_names(sheet.sources),
         "text": sheet.texts,
+        "notes": sheet.notes,
         "arrays": arrays,
     }
 

@@ -50,7 +50,7 @@ def token_texts(tokens: np.ndarray, tokenizer: "Tokenizer | None") -> tuple[np.n
     index = index.reshape(tokens.shape)
     if tokenizer is None:
         return index, [f"{i} " for i in ids]
-    pieces = _pieces(tokenizer, [int(i) for i in ids])
+    pieces = token_pieces(tokenizer, [int(i) for i in ids])
     texts = [visible(piece) if isinstance(piece, str) else "" for piece in pieces]
     number: dict[tuple[int, str], int] = {}
     parts: dict[tuple[int, ...], list[str]] = {}
@@ -67,7 +67,7 @@ def token_texts(tokens: np.ndarray, tokenizer: "Tokenizer | None") -> tuple[np.n
     return index, texts
 
 
-def _pieces(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[str | bytes]:
+def token_pieces(tokenizer: "Tokenizer", ids: Sequence[int]) -> list[str | bytes]:
     """What each id adds to a text; bytes where that is not a whole number of characters."""
     backend = tokenizer.backend
     names = {i: name for i in ids if (name := backend.id_to_token(i)) is not None}

@@ -32,8 +32,9 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         raise UserError(f"{store.path}: has rows 0 to {last:,}, asked for {first:,} to {end - 1:,}")
     rows = store.rows(range(first, end))
     documents = store.documents if len(store.documents) else store.scan.documents
-    shown = documents[np.searchsorted(documents["row"], first) :]
-    shown = shown[: np.searchsorted(shown["row"], end)].copy()
+    here = slice(*np.searchsorted(documents["row"], (first, end)))
+    shown = documents[here].copy()
+    notes = _notes(store)[here] if store.kind != "text" else []
     shown["row"] -= first
     decoder, told = _tokenizer(store, tokenizer)
     index, texts = token_texts(rows.tokens, decoder)
@@ -51,11 +52,33 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         fills=fills.astype(np.int64),
         trained=int(documents["trained"].sum()),
         first=first,
+        notes=notes,
         facts={"tokenizer": told, **_facts(store)},
         accounts=accounts,
         left_out=left_out,
         left_out_counts=_left_out_counts(accounts),
     )
+
+
+def _notes(store: PackedStore) -> list[str]:
+    """What a file that is no plain text says of each of its documents."""
+    if store.kind == "labels":
+        return ["good" if label > 0 else "bad" for label in store.values("labels", 1)]
+    if store.kind == "preferences":
+        margins = [f", margin {m:g}" if m == m else "" for m in store.values("margins", 2)]
+        return [f"{side}{margin}" for margin in margins for side in ("chosen", "rejected")]
+    rewards = [f"reward {reward:g}" for reward in store.values("rewards", 1)]
+    if "token_advantages" not in store.attrs["places"]:
+        advantages = store.values("advantages", 1)
+        return [f"{r}, advantage {a:.3g}" for r, a in zip(rewards, advantages, strict=True)]
+    each = store.of_places("token_advantages")
+    ends = store.documents["start"] + store.documents["length"]
+    places = zip(store.documents["row"], ends - store.documents["trained"], ends, strict=True)
+    spans = [each[row, start:end] for row, start, end in places]
+    return [
+        f"{r}, advantages of its tokens {s.min():.3g} to {s.max():.3g}" if len(s) else r
+        for r, s in zip(rewards, spans, strict=True)
+    ]
 
 
 def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | None", str]:

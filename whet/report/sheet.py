@@ -41,6 +41,8 @@ class Sheet:
     """Trained tokens of the file."""
     first: int = 0
     """Number of the first row that is shown."""
+    notes: list[str] = field(default_factory=list)
+    """What the file says of each shown document, such as its reward; empty if it says nothing."""
     facts: dict[str, str] = field(default_factory=dict)
     turns: list[tuple[int, str, str]] = field(default_factory=list)
     """Of one conversation: number of each message from 1, its role, and what becomes of it."""

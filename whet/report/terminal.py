@@ -95,7 +95,8 @@ def rule(text: str, ink: Ink) -> str:
 
 def row_lines(sheet: Sheet, row: int, ink: Ink) -> Iterator[str]:
     """Row `row` of the sheet, document after document."""
-    documents = sheet.documents[sheet.documents["row"] == row]
+    (here,) = np.nonzero(sheet.documents["row"] == row)
+    documents = sheet.documents[here]
     filled, trained = int(documents["length"].sum()), int(documents["trained"].sum())
     labels = short_names(sheet.sources)
     title = f"Row {sheet.first + row}"
@@ -103,7 +104,7 @@ def row_lines(sheet: Sheet, row: int, ink: Ink) -> Iterator[str]:
         f"{marked(title, ink.title)}  {len(documents)} documents, {filled:,} of {sheet.width:,} "
         f"places filled, {trained:,} trained"
     )
-    for document in documents:
+    for number, document in zip(here, documents, strict=True):
         start, length = int(document["start"]), int(document["length"])
         where = document_name(document, labels)
         end = start + length
@@ -111,6 +112,8 @@ def row_lines(sheet: Sheet, row: int, ink: Ink) -> Iterator[str]:
         weights = np.setdiff1d(sheet.mask[row, start:end], (0, 1))
         if len(weights):
             told += f", weights other than 1: {', '.join(f'{weight:g}' for weight in weights[:5])}"
+        if sheet.notes:
+            told = f"{sheet.notes[number]}: {told}"
         yield rule(told, ink)
         yield spans_text(sheet.text(row, start, end), sheet.mask[row, start:end], ink)
     if filled < sheet.width:

@@ -31,7 +31,7 @@ import torch
 from whet.chat.chat import Chat
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number
-from whet.flags.choices import Precision
+from whet.flags.choices import Device, Precision
 from whet.flags.policy import parse_reward
 from whet.generate.engine import evaluating
 from whet.generate.opened import open_model
@@ -236,7 +236,8 @@ def reward_model(directory: str, chat: Chat, device: torch.device, precision: Pr
     decoded and encoded again. Raises UserError for a model without a score or another tokenizer.
     """
     on_gpu = device.type == "cuda"
-    opened = open_model(directory, device="cuda" if on_gpu else "cpu", precision=precision)
+    place: Device = "cuda" if on_gpu else "cpu"
+    opened = open_model(directory, device=place, precision=precision, score=None)
     if not opened.model.config.score:
         raise UserError(f"--reward {directory}: is no reward model; `whet reward` makes one")
     if not opened.chat.tokenizer.knows_ids_of(chat.tokenizer):

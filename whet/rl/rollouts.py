@@ -19,6 +19,7 @@ from whet.errors import UserError
 from whet.progress import say
 from whet.rl.critic import Completed, policy_of
 from whet.rl.prompts import Prompts
+from whet.rl.remote import Remote
 from whet.rl.rewards import Reward
 from whet.rl.rollout_file import (
     ROWS,
@@ -66,6 +67,8 @@ class Rollouts:
     keep: int = 2
     """Files kept: so many of the newest, and those that a saved state needs."""
     quiet: bool = True
+    remote: Remote | None = None
+    """The server that samples, if it is not this process."""
     current: Rollout | None = None
     known: dict[int, np.ndarray] = field(default_factory=dict)
     """The prompt of each document of rollouts whose steps the ledger may not have written yet."""
@@ -107,7 +110,10 @@ class Rollouts:
     ) -> dict[str, float]:
         self.current = None
         policy, meeting = policy_of(model), Meeting(stop, ranks)
-        share = Ranks(device=ranks.device) if is_sharded(model) else ranks
+        whole = self.remote is None and is_sharded(model)  # then all ranks make each forward pass
+        share = Ranks(device=ranks.device) if whole else ranks
+        if self.remote is not None:
+            self.remote.sync(policy, number, ranks)
         size, seed = self.batch_size, self.settings.seed
         chosen = global_batch_rows(len(self.prompts), size, seed, number).tolist()
         groups = self._sample(policy, chosen, number, share, meeting)
@@ -152,6 +158,7 @@ class Rollouts:
             share,
             meeting,
             self.quiet,
+            self.remote,
         )
 
     def _others(self, number: int, turn: int, used: set[int], wanted: int) -> list[int]:

@@ -6,7 +6,8 @@ and a draw fall between the two. So the sequences of a rollout are cut into fixe
 groups; a cohort is generated in one call on one rank, wherever that is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from whet.flags.choices import Truncated
 from whet.generate.engine import Reply, sample
 from whet.progress import Progress, track
 from whet.rl.prompts import Prompts
+from whet.rl.remote import Remote
 from whet.rl.rewards import Answer, Reward, total_rewards
 from whet.train.distributed import Ranks, gather
 from whet.train.evaluation import Meeting
@@ -61,12 +63,13 @@ def sample_groups(
     share: Ranks,
     meeting: Meeting,
     quiet: bool,
+    remote: Remote | None = None,
 ) -> list[list[Sample]]:
     """A group of `group_size` samples for each prompt of `chosen`, in order, on every rank.
 
     `share` says which cohorts this rank generates: all of them where each forward pass is a
-    collective of all ranks. All ranks call it. Raises UserError, on all of them, if a reward fails
-    on one.
+    collective of all ranks. They come from `model`, or from `remote`. All ranks call it. Raises
+    UserError, on all of them, if a reward or the server fails on one.
     """
     size = settings.group_size
     cohorts = cohorts_of(len(chosen), size, settings.cohort)
@@ -78,14 +81,19 @@ def sample_groups(
         meeting.after_forwards(model),
         track(f"Rollout {rollout + 1}", total=n_mine, unit="replies", quiet=quiet) as progress,
     ):
-        for c in mine:
-            numbers = [chosen[i] for i in cohorts[c]]
-            replies = _generate(model, prompts, numbers, rollout, settings, chat, progress)
-            try:
-                found[c] = _judged(numbers, replies, prompts, settings, rewards, chat)
-            except UserError as error:
-                errors += str(error).splitlines()
-                break
+        asked = [[chosen[i] for i in cohorts[c]] for c in mine]
+        if remote is None:
+            made = _generate(model, prompts, asked, rollout, settings, chat, progress)
+        else:
+            made = _fetch(remote, prompts, asked, rollout, settings, progress)
+        try:
+            with closing(made):
+                for c, numbers, replies in zip(mine, asked, made, strict=True):
+                    found[c] = _judged(numbers, replies, prompts, settings, rewards, chat)
+                    if remote is not None:
+                        meeting.look()
+        except UserError as error:
+            errors += str(error).splitlines()
     meeting.end_part()
     everybody = gather((found, errors), meeting.ranks)
     if said := [line for _, lines in everybody for line in lines]:
@@ -103,23 +111,41 @@ def cohorts_of(n_prompts: int, group_size: int, cohort: int) -> list[range]:
 def _generate(
     model: Any,
     prompts: Prompts,
-    numbers: Sequence[int],
+    cohorts: Sequence[Sequence[int]],
     rollout: int,
     settings: SampleSettings,
     chat: Chat,
     progress: Progress,
-) -> list[Reply]:
-    each = [(number, k) for number in numbers for k in range(settings.group_size)]
-    return sample(
-        model,
-        [prompts.prompts[number].ids for number, _ in each],
-        keys=[(settings.seed, rollout, number, k) for number, k in each],
-        max_new_tokens=settings.max_new_tokens,
-        stop_ids=chat.stop_ids,
-        temperature=settings.temperature,
-        batch_size=len(each),
-        progress=progress,
-    )
+) -> Generator[list[Reply]]:
+    """The replies to the prompts of each cohort, group by group, by the embedded engine."""
+    for numbers in cohorts:
+        each = [(number, k) for number in numbers for k in range(settings.group_size)]
+        yield sample(
+            model,
+            [prompts.prompts[number].ids for number, _ in each],
+            keys=[(settings.seed, rollout, number, k) for number, k in each],
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=chat.stop_ids,
+            temperature=settings.temperature,
+            batch_size=len(each),
+            progress=progress,
+        )
+
+
+def _fetch(
+    remote: Remote,
+    prompts: Prompts,
+    cohorts: Sequence[Sequence[int]],
+    rollout: int,
+    settings: SampleSettings,
+    progress: Progress,
+) -> Generator[list[Reply]]:
+    """The same by a server."""
+    asked = [
+        [(prompts.prompts[number].ids, (settings.seed, rollout, number)) for number in numbers]
+        for numbers in cohorts
+    ]
+    return remote.sample(asked, settings.group_size, progress)
 
 
 def _judged(

@@ -25,13 +25,16 @@ from whet.flags.grpo import Config
 from whet.generate.engine import evaluating
 from whet.model.lora.lora import without_adapters
 from whet.rl.critic import policy_of
-from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term
+from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term, truncated_ratio
 from whet.rl.prompts import Prompts
 from whet.stages.opening import open_for_training
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.train.distributed import Ranks
 from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage, Sums
+
+RATIO_CAP = 2.0
+"""The ratio of trainer's to sampler's probability counts up to this much (arXiv:2510.18855)."""
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
@@ -52,6 +55,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
         temperature=config.temperature,
         kl=config.kl,
         reference=reference,
+        ratio_cap=None if config.rollout_url is None else RATIO_CAP,
     )
     return policy_stage(
         config,
@@ -74,13 +78,16 @@ def grpo_loss(
     temperature: float,
     kl: float = 0.0,
     reference: Callable[[nn.Module, Batch], Tensor] | None = None,
+    ratio_cap: float | None = None,
 ) -> Sums:
     """The policy loss of a micro-batch, see `whet.rl.policy_loss`; `kind` None is on-policy.
 
-    With `kl` each token adds kl x (ln p - ln p_reference)^2 / 2.
+    With `kl` each token adds kl x (ln p - ln p_reference)^2 / 2. With `ratio_cap` the sampler was
+    another program than the trainer: on-policy, the advantage of each token is multiplied by the
+    truncated ratio of the two; a `kind` bounds that ratio itself.
     """
     advantage, sampled = batch.extra["advantage"], batch.extra["sampled"]
-    on_policy = kind is None and reference is None
+    on_policy = kind is None and reference is None and ratio_cap is None
     found = model(
         batch.tokens,
         None,
@@ -99,6 +106,10 @@ def grpo_loss(
         return Sums(found.loss, nll, named)
     if kind is None:
         term = advantage * found.nll
+        if ratio_cap is not None:
+            ratio = truncated_ratio(nll, sampled, ratio_cap)
+            named["sampler_ratio"] = ((ratio * inside).sum().double(), count)
+            term = ratio * term
     else:
         part = policy_term(
             found.nll,

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,10 +17,12 @@ from whet.flags.policy import parse_reward
 from whet.model.hf.weights import saved_as
 from whet.rl.evaluation import PolicyEvaluator
 from whet.rl.prompts import Prompts, load_prompts
+from whet.rl.remote import Remote
 from whet.rl.rewards import NEEDS_GOLD, open_rewards
 from whet.rl.rollout_file import RolloutSettings
 from whet.rl.rollouts import Complete, Rollouts
 from whet.rl.sampling import SampleSettings
+from whet.rl.server import Server
 from whet.stages.opening import Opened
 from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks
@@ -59,6 +62,11 @@ def policy_stage(
         seconds=config.reward_seconds,
         device=ranks.device,
     )
+    save = _writer(config, opened, prompts, name)
+    remote, sampler = None, "by this process"
+    if config.rollout_url is not None:
+        remote = _remote(config, opened, prompts, save)
+        sampler = remote.connect(max(len(prompt.ids) for prompt in prompts.prompts))
     rollouts = Rollouts(
         prompts,
         SampleSettings(
@@ -88,8 +96,8 @@ def policy_stage(
         complete=complete,
         keep=config.keep_rollouts,
         quiet=quiet,
+        remote=remote,
     )
-    save = _writer(config, opened, prompts, name)
     a_rollout = min(config.batch_size, len(prompts))
     return Stage(
         model=opened.model,
@@ -112,7 +120,7 @@ def policy_stage(
             (
                 "rollout",
                 f"{a_rollout} prompts x {config.group_size} replies of up to "
-                f"{config.max_new_tokens} tokens, {rollouts.per_rollout} update(s)",
+                f"{config.max_new_tokens} tokens, {rollouts.per_rollout} update(s), {sampler}",
             ),
             ("reward", " + ".join(f"{term.weight:g} x {term.name}" for term in terms)),
             *(("note", note) for note in notes),
@@ -142,6 +150,22 @@ def _open_prompts(
     problems(found)
     assert prompts is not None
     return prompts, dev, notes
+
+
+def _remote(config: Any, opened: Opened, prompts: Prompts, save: ModelWriter) -> Remote:
+    """The server that samples, with what each rank needs to ask it."""
+    assert opened.chat is not None
+    return Remote(
+        Server(config.rollout_url.rstrip("/"), config.rollout_seconds),
+        config.out / "rollouts" / "weights",
+        replace(save, out_ckpt=None),
+        opened.lora is not None,
+        prompts.prompts[0].ids,
+        opened.model.config.max_positions,
+        config.max_new_tokens,
+        config.temperature,
+        tuple(opened.chat.stop_ids),
+    )
 
 
 def _writer(config: Any, opened: Opened, prompts: Prompts, name: str) -> ModelWriter:

@@ -276,7 +276,6 @@ def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -
 def files_of(stage: Stage, run: RunFolder) -> list[tuple[str, str]]:
     """Where the results are, and what to type next."""
     lines = [("model", str(run.path)), ("next", stage.next.format(run=run.path))]
-    lines.append(("look", f"whet report {run.path}"))
     if run.facts.best_step > 0 and (best := run.path / "best").is_dir():
         value = f"{stage.best} {run.facts.best_value:.4g}"
         lines.append(("best", f"{best}: step {run.facts.best_step}, {value}"))

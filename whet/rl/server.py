@@ -1,0 +1,263 @@
+"""A running vLLM or SGLang server, over HTTP: token ids in, token ids with their log-probs out.
+
+The endpoints are documented ones: vLLM's OpenAI-compatible /v1/completions with `return_token_ids`
+(0.10.2 or newer) and its adapter and reload calls, SGLang's native /generate. All that a model's
+generation_config.json could change is sent along, so that samples are those of softmax(z / T).
+"""
+
+import http.client
+import json
+import math
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from whet.errors import UserError
+from whet.generate.engine import Reply
+
+KEY = "WHET_ROLLOUT_KEY"
+"""The environment variable that holds the server's API key, if it wants one."""
+PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""The whole vocabulary's probabilities."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the server for one prompt."""
+
+    ids: list[int]
+    n: int
+    """Replies."""
+    room: int
+    """Longest reply."""
+    temperature: float
+    stop_ids: tuple[int, ...]
+    seed: int
+    """Of the first reply; the k-th has `seed + k`, as vLLM counts."""
+
+
+@dataclass
+class Server:
+    """A server, and what it called itself. Threads may share it."""
+
+    url: str
+    seconds: float
+    """How long it may be silent on one request."""
+    kind: Literal["vllm", "sglang"] = "vllm"
+    base: str = ""
+    """What it calls the model that it was started with."""
+    adapter: str = ""
+    """What it calls the adapter that answers; empty: none."""
+    room: int | None = None
+    """The longest text that it takes."""
+    stopped: bool = False
+    """Requests under way are given up."""
+    open: set[http.client.HTTPConnection] = field(default_factory=set)
+
+    def connect(self) -> None:
+        """Ask what it is. Raises UserError if it is neither a vLLM nor an SGLang server."""
+        models = self._listed(self.call("/v1/models"), "data")
+        bases = [m for m in models if isinstance(m, dict) and not m.get("parent")]
+        if not bases or bases[0].get("owned_by") not in ("vllm", "sglang"):
+            raise self.error("is neither a vLLM nor an SGLang server: its /v1/models names neither")
+        self.kind, self.base = bases[0]["owned_by"], str(bases[0].get("id"))
+        room = bases[0].get("max_model_len")
+        self.room = room if isinstance(room, int) else None
+
+    def load_model(self, directory: Path) -> None:
+        """Have it take the weights of a model directory."""
+        if self.kind == "sglang":
+            body = {"model_path": str(directory), "flush_cache": True}
+            self._change("/update_weights_from_disk", body)
+            return
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        self._change("/collective_rpc", body)
+        self._change("/reset_prefix_cache", {})  # its keys belong to the weights before
+
+    def load_adapter(self, name: str, directory: Path) -> None:
+        """Have it take an adapter under a name, and forget the one before."""
+        prefix = "/v1" if self.kind == "vllm" else ""
+        body = {"lora_name": name, "lora_path": str(directory)}
+        self._change(f"{prefix}/load_lora_adapter", body)
+        before, self.adapter = self.adapter, name
+        if before:
+            self._change(f"{prefix}/unload_lora_adapter", {"lora_name": before})
+
+    def sample(self, request: Request) -> list[Reply]:
+        """The replies to a prompt. Raises UserError for anything but `n` whole ones."""
+        if self.kind == "vllm":
+            answer = self.call("/v1/completions", self._for_vllm(request))
+            choices = self._listed(answer, "choices", request.n)
+            choices.sort(key=lambda choice: choice.get("index", 0))
+        else:
+            answer = self.call("/generate", self._for_sglang(request))
+            choices = self._listed(answer, None, request.n)
+        return [self._reply(choice, request) for choice in choices]
+
+    def judge(self, request: Request) -> tuple[list[float], Reply]:
+        """ln p of each token of a prompt but the first, at temperature 1, and a reply to it."""
+        n = len(request.ids)
+        if self.kind == "vllm":
+            body = {**self._for_vllm(request), "prompt_logprobs": 1}
+            (choice,) = self._listed(self.call("/v1/completions", body), "choices", 1)
+            table = self._listed(choice, "prompt_logprobs", n)[1:]
+            found = [t[str(i)]["logprob"] for t, i in zip(table, request.ids[1:], strict=True)]
+        else:
+            body = {**self._for_sglang(request), "logprob_start_len": 0}
+            (choice,) = self._listed(self.call("/generate", body), None, 1)
+            entries = self._listed(choice.get("meta_info"), "input_token_logprobs", n)
+            found = [entry[0] for entry in entries[1:]]
+        return found, self._reply(choice, request)
+
+    def stop(self) -> None:
+        """Give up all requests under way: their threads end with a UserError."""
+        self.stopped = True
+        for connection in list(self.open):
+            if connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def error(self, what: str) -> UserError:
+        """A problem with this server, in a line."""
+        return UserError(f"--rollout_url {self.url}: {what}")
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The answer to a request: JSON, or text where it is none.
+
+        Raises UserError if there is no server, no answer in time, or one that says no.
+        """
+        where = urlsplit(self.url)
+        secure = where.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(where.netloc, timeout=self.seconds)
+        self.open.add(connection)
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body)
+        try:
+            connection.connect()
+            if self.stopped:
+                raise ConnectionAbortedError("given up")
+            connection.request("GET" if data is None else "POST", where.path + path, data, headers)
+            response = connection.getresponse()
+            status, text = response.status, response.read().decode(errors="replace")
+        except TimeoutError as error:
+            late = f"did not answer {path} within --rollout_seconds {self.seconds:g}"
+            raise self.error(late) from error
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise self.error(f"no whole answer to {path}: {cause.splitlines()[0]}") from error
+        finally:
+            self.open.discard(connection)
+            connection.close()
+        try:
+            answer = json.loads(text) if text.strip() else None
+        except ValueError:
+            answer = text
+        if status >= 400:
+            raise self.error(f"answered {path} with {status}: {_said(answer)}{_hint(path, status)}")
+        return answer
+
+    def _change(self, path: str, body: dict[str, Any]) -> None:
+        """A request that changes something; the answer may say that it did not."""
+        answer = self.call(path, body)
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise self.error(f"{path} failed: {_said(answer)}")
+
+    def _for_vllm(self, request: Request) -> dict[str, Any]:
+        return {
+            "model": self.adapter or self.base,
+            "prompt": request.ids,
+            "n": request.n,
+            "max_tokens": request.room,
+            "temperature": request.temperature,
+            **PLAIN,
+            "seed": request.seed,
+            "ignore_eos": True,  # the stop tokens are those of the chat, and no others
+            "stop_token_ids": list(request.stop_ids),
+            "logprobs": 0,  # of the token itself alone
+            "return_token_ids": True,
+        }
+
+    def _for_sglang(self, request: Request) -> dict[str, Any]:
+        params = {
+            "max_new_tokens": request.room,
+            "temperature": request.temperature,
+            **PLAIN,
+            "stop_token_ids": list(request.stop_ids),
+            "no_stop_trim": True,
+        }
+        seeds = range(request.seed, request.seed + request.n)
+        return {
+            "input_ids": [request.ids] * request.n,  # equal beginnings are computed once
+            "sampling_params": [{**params, "sampling_seed": seed} for seed in seeds],
+            "return_logprob": True,
+            **({"lora_path": [self.adapter] * request.n} if self.adapter else {}),
+        }
+
+    def _reply(self, choice: Any, request: Request) -> Reply:
+        """One reply of an answer, checked."""
+        if self.kind == "vllm":
+            ids = choice.get("token_ids")
+            if ids is None:
+                raise self.error("gives no token_ids: it is too old; vLLM 0.10.2 or newer does")
+            logp = (choice.get("logprobs") or {}).get("token_logprobs") or []
+            reason = choice.get("finish_reason")
+        else:
+            meta = choice.get("meta_info") or {}
+            entries = meta.get("output_token_logprobs") or []
+            ids, logp = [entry[1] for entry in entries], [entry[0] for entry in entries]
+            reason = (meta.get("finish_reason") or {}).get("type")
+        if not 1 <= len(ids) <= request.room or len(logp) != len(ids):
+            raise self.error(
+                f"gave a reply of {len(ids)} tokens with {len(logp)} log-probs; 1 to "
+                f"{request.room} were asked for, each with its own"
+            )
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in logp):
+            raise self.error("gave a log-prob that is no finite number")
+        stopped = ids[-1] in request.stop_ids
+        if not stopped and reason != "length":
+            raise self.error(
+                f"ended a reply ({reason}) with token {ids[-1]}, which is none of the chat's stop "
+                f"tokens {list(request.stop_ids)}"
+            )
+        return Reply(list(ids), [float(x) for x in logp], stopped)
+
+    def _listed(self, answer: Any, name: str | None, count: int | None = None) -> list[Any]:
+        """A list that an answer must hold, of `count` entries: the answer itself without a name."""
+        found = answer.get(name) if name and isinstance(answer, dict) else answer
+        what = name or "replies"
+        if not isinstance(found, list):
+            raise self.error(f"gave no {what}: it is another server, or too old")
+        if count is not None and len(found) != count:
+            raise self.error(f"gave {len(found)} {what}, {count} were asked for")
+        return found
+
+
+def _said(answer: Any) -> str:
+    """The first line of what a server says for people."""
+    for name in ("error", "message", "error_message", "detail"):
+        if isinstance(answer, dict) and answer.get(name):
+            answer = answer[name]
+    lines = str(answer or "").splitlines()
+    return lines[0][:300] if lines else "without a word"
+
+
+def _hint(path: str, status: int) -> str:
+    """What a server lacks that does not know an endpoint."""
+    if status == 401:
+        return f"; its key is read from the environment variable {KEY}"
+    if status in (404, 405) and path == "/collective_rpc":
+        return "; start vLLM with VLLM_SERVER_DEV_MODE=1, or train an adapter"
+    if path.endswith("load_lora_adapter"):
+        return (
+            "; vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and "
+            "--max-lora-rank, SGLang --enable-lora and --max-lora-rank"
+        )
+    return ""
