@@ -1,6 +1,7 @@
 """The README is true: its tree, its links, its commands."""
 
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -110,3 +111,11 @@ def test_every_page_is_in_the_site(tmp_path) -> None:
     nav = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES[1:]:
         assert f": {page.relative_to(REPOSITORY / 'docs')}\n" in nav
+
+
+def test_what_can_be_imported_is_there() -> None:
+    text = (REPOSITORY / "docs/design.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?m)^\| `(whet[\w.]+)\.(\w+)\(", text)
+    assert len(named) >= 8
+    for module, name in named:
+        assert callable(getattr(importlib.import_module(module), name)), f"{module}.{name}"

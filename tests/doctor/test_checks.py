@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from whet.data.store import PackedStore
-from whet.doctor import generating, numbers, saving, templates
+from whet.doctor import generating, numbers, saving, stages, templates
 from whet.doctor.command import examine
 from whet.doctor.finding import judge, worse
 from whet.generate.cache import Cache
@@ -26,7 +26,24 @@ COUNTS = "the file's trained-token counts are true"
 SAVED = "saved and loaded: the same logits"
 EXPORT = {"transformers computes the same logits", "transformers tokenises the same"}
 CACHE = "the cache chooses the tokens that no cache would"
-ALL = {*PACKED, LEAK, *TEMPLATE, MADE_FOR, COUNTS, SAVED, *EXPORT, CACHE}
+NLL = {"token losses equal full logits: loss", "token losses equal full logits: gradient"}
+START = "DPO begins at ln 2"
+SAMPLER = "the sampler's log-probs are the trainer's"
+POLICY = "the first policy step: ratio 1, SFT's gradient"
+ALL = {
+    *NLL,
+    START,
+    SAMPLER,
+    POLICY,
+    *PACKED,
+    LEAK,
+    *TEMPLATE,
+    MADE_FOR,
+    COUNTS,
+    SAVED,
+    *EXPORT,
+    CACHE,
+}
 
 
 def found(subject, checks) -> dict[str, str]:
@@ -134,6 +151,39 @@ def test_a_cache_that_forgets(subject, monkeypatch):
     monkeypatch.setattr(Cache, "write", forgetful)
     subject.model.layers.apply(sharpen)
     assert failing(subject, generating.cache_equals_none) == {CACHE}
+
+
+def test_token_losses_whose_gradient_is_half(subject, monkeypatch):
+    forward = decoder.Transformer.forward
+
+    def half(self, *given, per_token=False, **rest):
+        found = forward(self, *given, per_token=per_token, **rest)
+        if not per_token:
+            return found
+        return found._replace(nll=(found.nll + found.nll.detach()) / 2)
+
+    monkeypatch.setattr(decoder.Transformer, "forward", half)
+    bad = failing(subject, stages.losses_and_samples)
+    assert bad == {"token losses equal full logits: gradient", POLICY}
+
+
+def test_dropout_in_the_reference_only(subject, monkeypatch):
+    """A reference by another way than the policy: DPO does not begin at ln 2."""
+    loss = stages.packed.token_loss
+
+    def other(model, batch):
+        found = loss(model, batch)
+        return replace(found, nll=found.nll * (1 + 0.01 * (batch.segments == 1)))
+
+    monkeypatch.setattr(stages.packed, "token_loss", other)
+    assert failing(subject, stages.losses_and_samples) == {START}
+
+
+def test_a_sampler_of_another_temperature(subject, monkeypatch):
+    sample = stages.sample
+    monkeypatch.setattr(stages, "sample", lambda *a, **k: sample(*a, **k, temperature=0.5))
+    subject.model.layers.apply(sharpen)
+    assert failing(subject, stages.losses_and_samples) == {SAMPLER, POLICY}
 
 
 def sharpen(module) -> None:

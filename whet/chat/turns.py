@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from whet.chat.beginnings import Beginnings
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, Message, half_character
@@ -27,7 +28,6 @@ from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
 
 STAND_IN = f"Q{BORDER}q"  # a reply in a trial rendering
-FEW = 8  # messages, of which each beginning is as quickly rendered as looked for
 ANOTHER = "take another template with --chat_template"
 FIRST_TAG = re.compile(r"<[^<>]+>|\[[^\[\]]+\]|\S+")  # `<think>`, `[THINK]` or a word
 # `</think>`, `[/THINK]`, `<think|>`
@@ -90,6 +90,7 @@ class Rendered:
                 raise self.refused("special", str(error)) from None
             content = self.escapes.hidden
         self.messages, self.tools, self.documents = content
+        self.beginnings = Beginnings(self.dialect, *content)
 
     @property
     def hidden(self) -> dict[str, str]:
@@ -97,29 +98,7 @@ class Rendered:
 
     def render(self, count: int, prompt: bool = False) -> str:
         """The first `count` messages."""
-        if self._marks and 1 < count < len(self.messages):
-            text = self._texts[prompt]
-            return text[: self._marks[count]] + text[self._marks[-1] :]
-        return self._render(self.messages[:count], prompt)
-
-    @cached_property
-    def _marks(self) -> list[int]:
-        """Where each beginning of the messages ends in `_texts`, or empty if each is to be rendered
-        for itself: the template might render it in another way, or they are but few."""
-        if len(self.messages) <= FEW:
-            return []
-        content = (self.messages, self.tools, self.documents)
-        with suppress(TemplateError):
-            marks, others = (self.dialect.marks(*content, prompt) for prompt in (False, True))
-            if marks and marks == others:
-                one, other = (text[: marks[-1]] for text in self._texts)
-                return marks if one == other else []
-        return []
-
-    @cached_property
-    def _texts(self) -> tuple[str, str]:
-        """All messages, without and with a generation prompt."""
-        return self._render(self.messages), self._render(self.messages, prompt=True)
+        return self.beginnings.render(count, prompt)
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str:
         return self.dialect.render(messages, self.tools, self.documents, prompt)

@@ -21,7 +21,7 @@ from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import problems
 from whet.data.store import PackedStore
-from whet.doctor import generating, numbers, runs, saving, templates
+from whet.doctor import generating, numbers, runs, saving, stages, templates
 from whet.doctor.finding import Finding, failed
 from whet.doctor.subject import (
     Setting,
@@ -47,6 +47,7 @@ CHECKS: list[tuple[str, Check]] = [
     ("saving", saving.saved_equals_loaded),
     ("export", saving.export_agrees),
     ("generation", generating.cache_equals_none),
+    ("preferences and rewards", stages.losses_and_samples),
 ]
 PROCESS_CHECKS: list[tuple[str, Check]] = [("processes", runs.processes_agree)]
 

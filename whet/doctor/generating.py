@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 
 from whet.doctor.finding import Finding, judge, worse
-from whet.doctor.subject import Document, Subject
+from whet.doctor.subject import Subject, prompt_of
 from whet.generate.engine import evaluating, generate
 
 NEW_TOKENS = 16
@@ -21,7 +20,7 @@ def cache_equals_none(subject: Subject, tell: Callable[[str], None]) -> Iterator
     """Greedy replies of the batched engine, judged by the logits of a forward without cache."""
     model = subject.model.to(subject.settings[0].device)
     room = max(1, model.config.max_positions - NEW_TOKENS)
-    prompts = [_prompt(document)[:room] for document in subject.trained[:PROMPTS]]
+    prompts = [prompt_of(document)[:room] for document in subject.trained[:PROMPTS]]
     # Fewer rows than prompts: rows of the cache are used again.
     replies = generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_ids=(), batch_size=2)
     worst = 0.0
@@ -34,9 +33,3 @@ def cache_equals_none(subject: Subject, tell: Callable[[str], None]) -> Iterator
     count = sum(map(len, replies))
     note = f"{count} tokens of {len(prompts)} replies, {subject.settings[0].name}"
     yield judge("the cache chooses the tokens that no cache would", worst, BOUND, note)
-
-
-def _prompt(document: Document) -> list[int]:
-    """What stands before the first trained token, or the first token."""
-    first = int(np.flatnonzero(document.loss_mask)[0])
-    return document.ids[: max(1, first)].tolist()

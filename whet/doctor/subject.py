@@ -145,6 +145,12 @@ def alone(document: Document, device: torch.device) -> tuple[Tensor, Tensor, Ten
     return ids[:, :-1], ids[:, 1:], weight
 
 
+def prompt_of(document: Document) -> list[int]:
+    """What stands before the first trained token, or the first token."""
+    first = int(np.flatnonzero(document.loss_mask)[0])
+    return document.ids[: max(1, first)].tolist()
+
+
 def first_layers(model: Transformer, n: int) -> Transformer:
     """The model of the first `n` layers, which shares the weights of `model`."""
     values = to_hf(model.config)

@@ -61,6 +61,10 @@ def read_layers(
 def _turning_layers(keys: Keys, n_layers: int) -> list[bool]:
     """Which layers have rotary positions (SmolLM3 leaves out every fourth)."""
     said, interval = keys.take("no_rope_layers"), keys.take("no_rope_layer_interval")
+    if "no_rope_layer_interval" in keys.defaults and (type(interval) is not int or interval < 1):
+        raise UserError(
+            f"config.json: no_rope_layer_interval is {interval!r}; expected a whole number above 0"
+        )
     if said is None:
         return [not interval or (layer + 1) % interval != 0 for layer in range(n_layers)]
     if len(said) < n_layers:
