@@ -1,7 +1,8 @@
 """How large the house is, and how far one step walks through it: `python -m scripts.house`.
 
 Lines and files are counted, circles are found in the imports, and a plain `whet sft` of one step on
-a tiny model is traced: which functions of which files it calls.
+a tiny model is traced: which functions of which files it calls. `--files` lists these files, those
+with the most lines first.
 """
 
 import ast
@@ -38,6 +39,18 @@ def main() -> None:
 
     row("flags of `whet sft`", str(len(dataclasses.fields(Config))))
     row("passes over a dev file, an evaluation", f"{passes:.2f}")
+    if "--files" in sys.argv:
+        list_files(called)
+
+
+def list_files(called: set[CodeType]) -> None:
+    """The lines that the step calls in each file, and the functions that they belong to."""
+    found: dict[str, set[CodeType]] = {}
+    for code in called:
+        found.setdefault(code.co_filename.removeprefix(f"{PACKAGE}/"), set()).add(code)
+    for name, own in sorted(found.items(), key=lambda item: -source_lines(item[1])):
+        functions = ", ".join(sorted(code.co_qualname for code in own))
+        row(f"  {name}", f"{source_lines(own):>4}  {functions}")
 
 
 def row(name: str, value: str) -> None:

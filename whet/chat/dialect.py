@@ -99,20 +99,12 @@ class Dialect:
         prompt: bool = False,
     ) -> str:
         """The text of messages that are in their form already; `prompt` asks for a reply."""
-        return self.template(tools).render(messages, **self._around(tools, documents, prompt))
-
-    def marks(
-        self, messages: list[Message], tools: Tools, documents: Tools, prompt: bool
-    ) -> list[int]:  # `ChatTemplate.marks`
-        return self.template(tools).marks(messages, **self._around(tools, documents, prompt))
-
-    def _around(self, tools: Tools, documents: Tools, prompt: bool) -> dict[str, Any]:
-        """What is rendered besides the messages."""
-        given = {"tools": tools, "documents": documents, "add_generation_prompt": prompt}
-        return {**given, "today": self.today, "variables": self._constant}
+        ask = ("render", messages, tools, documents, prompt)
+        return self.template(tools).answer(ask, self.today, self.constant)
 
     @cached_property
-    def _constant(self) -> dict[str, Any]:
+    def constant(self) -> dict[str, Any]:
+        """The variables that are the same for all conversations."""
         return {**self.tokenizer.named, **self.variables}
 
     def template(self, tools: Tools) -> ChatTemplate:

@@ -13,6 +13,7 @@ import numpy as np
 
 from whet.chat.align import Aligner, Located, Unclear
 from whet.chat.backend import TokenizerError, failures_named
+from whet.chat.beginnings import ask_ahead
 from whet.chat.certificate import Certificate, Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import (
@@ -198,7 +199,9 @@ class Encoder:
             return [result for datum in data for result in self.encode([datum])]
 
     def _encoded(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
-        planned = [self._plan(datum) for datum in data]
+        made = [self._made(datum) for datum in data]
+        ask_ahead([one.beginnings for one in made if isinstance(one, Rendered)])
+        planned = [self._plan(one) for one in made]
         waiting = [draft for plan in planned if isinstance(plan, tuple) for draft in plan[0]]
         located = iter(self.aligner.locate_many(waiting))
         results: list[Encoded | Refusal] = []
@@ -210,13 +213,23 @@ class Encoder:
                 results.append(plan)
         return results
 
-    def _plan(self, datum: Datum) -> tuple[list[Draft], Certificate] | Encoded | Refusal:
+    def _made(self, datum: Datum) -> Rendered | Encoded | Refusal:
         try:
             if isinstance(datum, RawText):
                 return self._raw(datum)
             if isinstance(datum, Tokenised):
                 return self._tokenised(datum)
-            return drafts(self.rendered(datum), self.options.train_on, self.options.rewritten_turns)
+            return self.rendered(datum)
+        except Refused as error:
+            return error.refusal
+
+    def _plan(
+        self, made: Rendered | Encoded | Refusal
+    ) -> tuple[list[Draft], Certificate] | Encoded | Refusal:
+        if not isinstance(made, Rendered):
+            return made
+        try:
+            return drafts(made, self.options.train_on, self.options.rewritten_turns)
         except Refused as error:
             return error.refusal
 

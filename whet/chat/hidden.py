@@ -5,11 +5,19 @@ the template sees it. So the rendering itself tells which `<|im_end|>` is the te
 is somebody's, wherever the template puts it.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
+from whet.chat.template import TemplateError
+
 PRIVATE_USE = range(0xE000, 0xF8FF)
+BORDER = "\uf8ff"  # the character after those: marks a place in a trial rendering
+
+Content = Sequence[Any]  # messages, tools, documents
 
 
 def pattern_of(strings: Iterable[str]) -> re.Pattern[str] | None:
@@ -32,30 +40,37 @@ def _expression(tree: dict[str, Any]) -> str:
     return f"{joined}?" if ends else joined
 
 
-class NoneFree(Exception):  # noqa: N818 -- an answer, not an accident
-    """The texts hold every private-use character themselves."""
+class Exposed(Exception):  # noqa: N818 -- an answer, not an accident
+    """Why a conversation's control strings cannot be told from the template's own."""
 
 
 class Escapes:
-    """A two-way table between control strings and private-use characters, for one conversation."""
+    """The control strings of one conversation and the private-use characters that hide them.
 
-    def __init__(self, pattern: re.Pattern[str], taken: str) -> None:
-        self.pattern = pattern
+    `content` is what the conversation holds, `hidden` the same with the characters, `count` how
+    many strings were hidden. Raises Exposed if the texts hold every private-use character.
+    """
+
+    def __init__(self, content: Content, pattern: re.Pattern[str]) -> None:
+        taken = json.dumps(content, ensure_ascii=False, default=str)
+        self.content = content
         self.count = 0
         self.strings: dict[str, str] = {}  # character -> control string
         self._characters: dict[str, str] = {}
         self._free = (chr(code) for code in PRIVATE_USE if chr(code) not in taken)
-
-    def hide(self, value: Any) -> Any:
-        """`value` (any JSON) with its control strings replaced."""
-        return mapped(value, lambda text: self.pattern.sub(self._hidden, text))
+        self.hidden = mapped(content, lambda text: pattern.sub(self._hidden, text))
+        copies = [message["thinking"] for message in self.hidden[0] if "thinking" in message]
+        self.count -= sum(copy.count(character) for copy in copies for character in self.strings)
 
     def _hidden(self, match: re.Match[str]) -> str:
         text = match.group()
         if text not in self._characters:
             character = next(self._free, "")
             if not character:
-                raise NoneFree
+                raise Exposed(
+                    "a text holds a control token, and the texts hold every private-use character "
+                    "(U+E000 to U+F8FE), so that none is left to hide it; remove either"
+                )
             self._characters[text] = character
             self.strings[character] = text
         self.count += 1
@@ -64,6 +79,43 @@ class Escapes:
     def restore(self, text: str) -> str:
         """`text` with the control strings back in their places."""
         return re.sub(f"[{''.join(self.strings)}]", lambda found: self.strings[found.group()], text)
+
+    def check(self, text: str, render: Callable[[Content], str]) -> None:
+        """Show that the template treats the characters as it treats what they hide. `text` is the
+        rendering of `hidden`. Raises Exposed, or TemplateError if it refuses the content itself."""
+        if self.restore(text) != render(self.content):
+            found = ", ".join(sorted(set(self.strings.values())))
+            raise Exposed(
+                f"the template acts upon {found} in a text, so these cannot be told apart from its "
+                "own control tokens; --special_in_content allow takes them for control tokens"
+            )
+
+
+def check_joints(
+    content: Content, pattern: re.Pattern[str], text: str, render: Callable[[Content], str]
+) -> None:
+    """Show of each control string in `text`, the rendering of `content`, that the template wrote
+    it: it stands there as often if one of its signs is replaced in all texts by another character.
+    Raises Exposed."""
+    found = Counter(pattern.findall(text))
+    left = {string for string in found if signs_of(string)}
+    for sign in signs_of("".join(left)):
+
+        def without(value: str, sign: str = sign) -> str:
+            return value.replace(sign, BORDER)
+
+        with suppress(TemplateError):
+            other = render(mapped(content, without))
+            counts = Counter(pattern.findall(other))
+            left -= {s for s in left if sign in s and counts[s] == found[s]}
+        if not left:
+            return
+    if left:
+        raise Exposed(
+            f"the template makes {', '.join(sorted(left))} out of texts that do not hold it, "
+            "by cutting or joining them; remove what it cuts out, or --special_in_content "
+            "allow takes it for a control token"
+        )
 
 
 CUTS = re.compile(r"replace|split|join|remove|strip|trim|truncate|\[[^\]\[]*:")  # in jinja source
@@ -119,10 +171,11 @@ def holds(value: Any, test: Callable[[str], Any]) -> bool:
     return False
 
 
-def any_text_holds(messages: list[dict[str, Any]], test: Callable[[str], Any]) -> bool:
+def any_text_holds(content: Content, test: Callable[[str], Any]) -> bool:
     """`holds`, quick for messages that are texts: most are searched, few hold anything."""
+    messages, *beside = content
     for message in messages:
         for value in message.values():
             if test(value) if type(value) is str else holds(value, test):
                 return True
-    return False
+    return holds(beside, test)

@@ -9,11 +9,12 @@ The oracle is transformers' `apply_chat_template(tokenize=False)`: a sandboxed e
 trimmed blocks, loop controls, `raise_exception`, `strftime_now`, a `tojson` that escapes nothing,
 and `{% generation %}` blocks.
 
-A request is a pickle of (seconds, source, today, variables, marks), where `variables` is None to
-ask what the template reads, and `marks` asks where beginnings of the messages end. The reply is `=`
-or, for an error, `!`, then the length (8 bytes, little-endian) and the text or message in UTF-8
-(lone surrogates included). At the end of its memory the process exits with ENOMEM, at the end of
-its time by SIGPROF.
+A request is a pickle of (seconds, source, today, variables, asks): what is asked of one template,
+for many conversations perhaps. An ask is (what, messages, tools, documents, prompt), where `what`
+is `render`, `marks` (where beginnings of the messages end) or `describe` (what the template reads);
+`seconds` bounds each. The reply to each ask is `=` or, for an error, `!`, then the length (8 bytes,
+little-endian) and the text or message in UTF-8 (lone surrogates included). At the end of its memory
+the process exits with ENOMEM, at the end of its time by SIGPROF, in the middle of its asks perhaps.
 """
 
 import errno
@@ -29,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date, datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -39,6 +40,7 @@ from jinja2 import nodes
 from jinja2.utils import Namespace
 
 LENGTH = 30_000_000  # characters of one rendering
+SENT = 1 << 15  # bytes of replies that are sent at once, half of what a pipe holds
 SHOWN = 1000  # characters of a message that a template writes
 COMPILED = 256  # templates that are kept
 # What lets a template know messages to come in its loop, or the loop's messages after it.
@@ -222,7 +224,8 @@ class _Templates:
         self.compiled(source)
         tree = self.environment.parse(source)
         read = jinja2.meta.find_undeclared_variables(tree) - set(self.environment.globals)
-        return json.dumps({"variables": sorted(read), "compared": _compared(tree)})
+        found = {"variables": sorted(read), "compared": _compared(tree)}
+        return json.dumps({**found, "looks": bool(LOOKING.search(source))})
 
 
 def _compared(tree: nodes.Template) -> dict[str, list[Any]]:
@@ -244,15 +247,18 @@ def _answer(
     seconds: float,
     source: str,
     today: str,
-    variables: dict[str, Any] | None,
-    marks: bool,
+    common: dict[str, Any],
+    ask: tuple[str, Any, Any, Any, bool],
 ) -> tuple[bytes, str]:
+    what, messages, tools, documents, prompt = ask
+    variables = {**common, "messages": messages, "tools": tools, "documents": documents}
+    variables["add_generation_prompt"] = prompt
     # The kernel ends the process when the time is over, within a C call, too.
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        if variables is None:
+        if what == "describe":
             return b"=", templates.description(source)
-        if marks:
+        if what == "marks":
             return b"=", templates.marks(source, today, variables)
         return b"=", templates.render(source, today, variables)
     except MemoryError:
@@ -293,13 +299,24 @@ def serve(memory: int) -> NoReturn:
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     templates = _Templates()
     _limit(memory)
-    while True:
-        try:
-            kind, text = _answer(templates, *pickle.load(requests))
-            content = text.encode("utf-8", "surrogatepass")
-            replies.write(kind + len(content).to_bytes(8, "little") + content)
-            replies.flush()
-        except MemoryError:
-            os._exit(errno.ENOMEM)
-        except (EOFError, BrokenPipeError):
-            os._exit(0)  # without the interpreter's end, which frees object by object
+    waiting = bytearray()
+    try:
+        while True:
+            seconds, source, today, common, asks = pickle.load(requests)
+            for ask in asks:
+                if len(waiting) >= SENT:
+                    _send(waiting, replies)
+                kind, text = _answer(templates, seconds, source, today, common, ask)
+                content = text.encode("utf-8", "surrogatepass")
+                waiting += kind + len(content).to_bytes(8, "little") + content
+            _send(waiting, replies)
+    except MemoryError:
+        os._exit(errno.ENOMEM)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # without the interpreter's end, which frees object by object
+
+
+def _send(waiting: bytearray, replies: BinaryIO) -> None:
+    replies.write(waiting)
+    replies.flush()
+    waiting.clear()

@@ -3,6 +3,7 @@
 The rendering itself happens in a second process, `renderer.py`, so that whatever a stranger's
 template does with time and memory ends in a UserError. There is one such process for each process
 that renders. It starts with the first template, ends with its owner, and is replaced when it dies.
+One message to it may ask for many renderings, as a message costs more than a short one of them.
 """
 
 import errno
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import cache
@@ -31,6 +32,9 @@ ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt")
 # jinja's own names, and those of the functions that every template may call
 TAKEN = {*ARGUMENTS, "self", "range", "dict", "namespace", "cycler", "joiner"}
 TAKEN |= {"raise_exception", "strftime_now"}
+Ask = tuple[str, list[Message], list[dict[str, Any]] | None, list[dict[str, Any]] | None, bool]
+"""(`render`, `marks` or `describe`, messages, tools, documents, add_generation_prompt)."""
+Reply = tuple[bytes, str]  # `=` or `!`, and the text or message
 START = "import sys; sys.path = {path!r}; from whet.chat.renderer import serve; serve({memory})"
 
 
@@ -46,7 +50,8 @@ class ChatTemplate:
     """A chat template that is valid jinja.
 
     `source` is the jinja text, `hash` its sha256, `variables` are the names that it reads,
-    `compared` the constants that each of these is compared with. Raises UserError if it is invalid.
+    `compared` the constants that each of these is compared with, and `looks` says that it may look
+    at messages before it writes them. Raises UserError if it is invalid.
     """
 
     def __init__(self, source: str, name: str = "chat template") -> None:
@@ -54,10 +59,12 @@ class ChatTemplate:
         self.name = name
         self.hash = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         try:
-            described = json.loads(_ask((source, "", None, False)))
+            ask: Ask = ("describe", [], None, None, False)
+            described = json.loads(_ask_one(source, None, None, ask))
         except _RenderError as failure:
             raise UserError(f"{name}: {failure}") from None
         self.variables = frozenset(described["variables"])
+        self.looks: bool = described["looks"]
         self.compared = {k: frozenset(values) for k, values in described["compared"].items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -79,11 +86,8 @@ class ChatTemplate:
         Raises TemplateError with the template's own words if it refuses or fails, BoundsError if
         it takes too long, UserError if a variable has the name of something else.
         """
-        named = dict(variables or {})
-        check_names(named, "template variables")
-        named |= {"messages": messages, "tools": tools, "documents": documents}
-        named["add_generation_prompt"] = add_generation_prompt
-        return self._asked(today, named)
+        ask = ("render", messages, tools, documents, add_generation_prompt)
+        return self.answer(ask, today, variables)
 
     def marks(
         self,
@@ -100,17 +104,35 @@ class ChatTemplate:
 
         Empty where the template might render them in another way.
         """
-        named = {**(variables or {}), "messages": messages, "tools": tools}
-        named |= {"documents": documents, "add_generation_prompt": add_generation_prompt}
-        return list(json.loads(self._asked(today, named, marks=True)))
+        ask = ("marks", messages, tools, documents, add_generation_prompt)
+        return list(json.loads(self.answer(ask, today, variables)))
 
-    def _asked(self, today: date | None, variables: dict[str, Any], marks: bool = False) -> str:
-        content = (self.source, today.isoformat() if today else "", variables, marks)
+    def answer(self, ask: Ask, today: date | None, variables: Mapping[str, Any] | None) -> str:
+        """The text that `render` gives, or the marks as JSON. Raises as `render` does."""
+        check_names(variables or {}, "template variables")
         try:
-            return _ask(content)
+            return _ask_one(self.source, today, variables, ask)
         except _RenderError as failure:
             kind = BoundsError if failure.out_of_bounds else TemplateError
             raise kind(f"the chat template {failure}") from None
+
+    def answers(
+        self, asks: Sequence[Ask], today: date | None, variables: Mapping[str, Any] | None
+    ) -> list[str | TemplateError]:
+        """`answer` to many asks in one message, with the error in the place of what is refused.
+
+        The list ends before the first that breaks the bounds, be it by what the others take:
+        asked for alone, it tells.
+        """
+        check_names(variables or {}, "template variables")
+        try:
+            replies, _ = _ask(self.source, today, variables, asks)
+        except _RenderError:
+            return []
+        return [
+            text if kind == b"=" else TemplateError(f"the chat template {text}")
+            for kind, text in replies
+        ]
 
 
 class _RenderError(Exception):
@@ -129,22 +151,22 @@ class _Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._end: Callable[[], Any] = lambda: None
 
-    def ask(self, request: memoryview) -> str:
-        """The text of the reply. Raises _RenderError if it is an error."""
+    def ask(self, request: memoryview, count: int) -> tuple[list[Reply], str]:
+        """The replies to the `count` asks of `request`, and why they are fewer, if they are."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             assert self._process is not None
+            replies: list[Reply] = []
             try:
-                kind, text = _exchange(self._process, request)
+                for reply in _exchange(self._process, request, count):
+                    replies.append(reply)
             except (EOFError, BrokenPipeError):
-                raise _RenderError(_cause(self._process.wait()), out_of_bounds=True) from None
-            except BaseException:  # Ctrl-C: the reply to come is no longer waited for
+                return replies, _cause(self._process.wait())
+            except BaseException:  # Ctrl-C: the replies to come are no longer waited for
                 self._end()
                 raise
-        if kind == b"!":
-            raise _RenderError(text)
-        return text
+        return replies, ""
 
     def _start(self) -> None:
         self._end()
@@ -161,14 +183,28 @@ def _renderer(process_id: int) -> _Renderer:
     return _Renderer()
 
 
-def _ask(content: tuple[str, str, dict[str, Any] | None, bool]) -> str:
-    """The renderer's reply to (source, today, variables, marks)."""
+def _ask_one(source: str, today: date | None, variables: Mapping[str, Any] | None, ask: Ask) -> str:
+    """The text of the reply. Raises _RenderError if it is an error or there is none."""
+    replies, cause = _ask(source, today, variables, [ask])
+    if not replies:
+        raise _RenderError(cause, out_of_bounds=True)
+    [(kind, text)] = replies
+    if kind == b"!":
+        raise _RenderError(text)
+    return text
+
+
+def _ask(
+    source: str, today: date | None, variables: Mapping[str, Any] | None, asks: Sequence[Ask]
+) -> tuple[list[Reply], str]:
+    """The renderer's replies, and why they are fewer than `asks`, if they are."""
     request = io.BytesIO()
     try:
-        _Pickler(request, pickle.HIGHEST_PROTOCOL).dump((SECONDS, *content))
+        content = (SECONDS, source, today.isoformat() if today else "", dict(variables or {}), asks)
+        _Pickler(request, pickle.HIGHEST_PROTOCOL).dump(content)
     except RecursionError:
         raise _RenderError("can't render what is nested so deeply") from None
-    return _renderer(os.getpid()).ask(request.getbuffer())
+    return _renderer(os.getpid()).ask(request.getbuffer(), len(asks))
 
 
 class _Pickler(pickle.Pickler):
@@ -188,19 +224,20 @@ class _Pickler(pickle.Pickler):
         return str, (f"<{type(value).__name__}>",)
 
 
-def _exchange(process: subprocess.Popen[bytes], request: memoryview) -> tuple[bytes, str]:
-    """The kind of the reply and its text. Raises EOFError or BrokenPipeError if `process` dies."""
+def _exchange(process: subprocess.Popen[bytes], request: memoryview, count: int) -> Iterator[Reply]:
+    """The replies as they come. Raises EOFError or BrokenPipeError if `process` dies."""
     requests, replies = process.stdin, process.stdout
     assert requests is not None
     assert replies is not None
     requests.write(request)
     requests.flush()
-    head = replies.read(9)
-    length = int.from_bytes(head[1:], "little")
-    content = replies.read(length)
-    if len(head) < 9 or len(content) < length:
-        raise EOFError
-    return head[:1], content.decode("utf-8", "surrogatepass")
+    for _ in range(count):
+        head = replies.read(9)
+        length = int.from_bytes(head[1:], "little")
+        content = replies.read(length)
+        if len(head) < 9 or len(content) < length:
+            raise EOFError
+        yield head[:1], content.decode("utf-8", "surrogatepass")
 
 
 def _cause(exit_code: int) -> str:

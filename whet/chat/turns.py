@@ -12,24 +12,22 @@ end of the context, and stand after the prompt as it is at inference.
 
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from whet.chat.beginnings import Beginnings
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, Message, half_character
 from whet.chat.dialect import THOUGHT, Ending, beginning_of
-from whet.chat.hidden import Escapes, NoneFree, any_text_holds, holds, mapped, signs_of
+from whet.chat.hidden import BORDER, Content, Escapes, Exposed, any_text_holds, check_joints
 from whet.chat.said import Marked, stands_in, written
 from whet.chat.template import TemplateError
 
-BORDER = "\uf8ff"  # marks a place in a trial rendering; escapes use other characters
 STAND_IN = f"Q{BORDER}q"  # a reply in a trial rendering
-FEW = 8  # messages, of which each beginning is as quickly rendered as looked for
 ANOTHER = "take another template with --chat_template"
 FIRST_TAG = re.compile(r"<[^<>]+>|\[[^\[\]]+\]|\S+")  # `<think>`, `[THINK]` or a word
 # `</think>`, `[/THINK]`, `<think|>`
@@ -78,39 +76,21 @@ class Rendered:
         self.chat = chat
         self.dialect = chat.dialect
         self.form = self.dialect.form(conversation.messages)
-        self.messages = self.form.shape(conversation.messages)
-        self.tools = conversation.tools
-        self.documents = conversation.documents
-        self.special = special
+        content = self.form.shape(conversation.messages), conversation.tools, conversation.documents
         self.escapes: Escapes | None = None
         self._pattern = chat.control_pattern if special != "allow" else None
-        if self._pattern:
-            self._escape(self._pattern)
-
-    def _escape(self, pattern: re.Pattern[str]) -> None:
-        content = (self.messages, self.tools, self.documents)
-        beside = self.tools or self.documents
-        if not any_text_holds(self.messages, pattern.search) and not (
-            beside and holds(content[1:], pattern.search)
-        ):
-            return
-        if self.special == "error":
-            raise self.refused(
-                "special", "a text holds a control token, and --special_in_content is error"
-            )
-        self._raw = content
-        escapes = Escapes(pattern, taken=json.dumps(content, ensure_ascii=False, default=str))
-        try:
-            self.messages, self.tools, self.documents = (escapes.hide(part) for part in content)
-        except NoneFree:
-            raise self.refused(
-                "special",
-                "a text holds a control token, and the texts hold every private-use character "
-                "(U+E000 to U+F8FE), so that none is left to hide it; remove either",
-            ) from None
-        copies = [message["thinking"] for message in self.messages if "thinking" in message]
-        escapes.count -= sum(copy.count(c) for copy in copies for c in escapes.strings)
-        self.escapes = escapes
+        self.special = special
+        if self._pattern and any_text_holds(content, self._pattern.search):
+            if special == "error":
+                reason = "a text holds a control token, and --special_in_content is error"
+                raise self.refused("special", reason)
+            try:
+                self.escapes = Escapes(content, self._pattern)
+            except Exposed as error:
+                raise self.refused("special", str(error)) from None
+            content = self.escapes.hidden
+        self.messages, self.tools, self.documents = content
+        self.beginnings = Beginnings(self.dialect, *content)
 
     @property
     def hidden(self) -> dict[str, str]:
@@ -118,29 +98,7 @@ class Rendered:
 
     def render(self, count: int, prompt: bool = False) -> str:
         """The first `count` messages."""
-        if self._marks and 1 < count < len(self.messages):
-            text = self._texts[prompt]
-            return text[: self._marks[count]] + text[self._marks[-1] :]
-        return self._render(self.messages[:count], prompt)
-
-    @cached_property
-    def _marks(self) -> list[int]:
-        """Where each beginning of the messages ends in `_texts`, or empty if each is to be rendered
-        for itself: the template might render it in another way, or they are but few."""
-        if len(self.messages) <= FEW:
-            return []
-        content = (self.messages, self.tools, self.documents)
-        with suppress(TemplateError):
-            marks, others = (self.dialect.marks(*content, prompt) for prompt in (False, True))
-            if marks and marks == others:
-                one, other = (text[: marks[-1]] for text in self._texts)
-                return marks if one == other else []
-        return []
-
-    @cached_property
-    def _texts(self) -> tuple[str, str]:
-        """All messages, without and with a generation prompt."""
-        return self._render(self.messages), self._render(self.messages, prompt=True)
+        return self.beginnings.render(count, prompt)
 
     def _render(self, messages: list[Message], prompt: bool = False) -> str:
         return self.dialect.render(messages, self.tools, self.documents, prompt)
@@ -148,53 +106,24 @@ class Rendered:
     def check_escapes(self, text: str, count: int, prompt: bool) -> None:
         """Show that the template treats the private-use characters as it treats what they hide,
         and that it makes no control string out of texts that hold none."""
-        if self._pattern and self._could_join:
-            self._check_joints(self._pattern, text, count, prompt)
-        if not self.escapes:
-            return
-        messages, tools, documents = self._raw
-        plain = self.dialect.render(messages[:count], tools, documents, prompt)
-        if self.escapes.restore(text) != plain:
-            found = ", ".join(sorted(set(self.hidden.values())))
-            raise self.refused(
-                "special",
-                f"the template acts upon {found} in a text, so these cannot be told apart from its "
-                "own control tokens; --special_in_content allow takes them for control tokens",
-            )
+
+        def render(content: Content) -> str:
+            messages, tools, documents = content
+            return self.dialect.render(messages[:count], tools, documents, prompt)
+
+        try:
+            if self._pattern and self._could_join:
+                content = (self.messages[:count], self.tools, self.documents)
+                check_joints(content, self._pattern, text, render)
+            if self.escapes:
+                self.escapes.check(text, render)
+        except Exposed as error:
+            raise self.refused("special", str(error)) from None
 
     @cached_property
     def _could_join(self) -> bool:
-        possible = self.chat.joints.possible
-        beside = self.tools or self.documents
-        return any_text_holds(self.messages, possible) or bool(
-            beside and holds((self.tools, self.documents), possible)
-        )
-
-    def _check_joints(self, pattern: re.Pattern[str], text: str, count: int, prompt: bool) -> None:
-        """Show of each control string in `text` that the template wrote it: it stands there as
-        often if one of its signs is replaced in all texts by another character."""
-        found = Counter(pattern.findall(text))
-        left = {string for string in found if signs_of(string)}
-        content = (self.messages[:count], self.tools, self.documents)
-        for sign in signs_of("".join(left)):
-
-            def without(value: str, sign: str = sign) -> str:
-                return value.replace(sign, BORDER)
-
-            messages, tools, documents = (mapped(part, without) for part in content)
-            with suppress(TemplateError):
-                other = self.dialect.render(messages, tools, documents, prompt)
-                counts = Counter(pattern.findall(other))
-                left -= {s for s in left if sign in s and counts[s] == found[s]}
-            if not left:
-                break
-        if left:
-            raise self.refused(
-                "special",
-                f"the template makes {', '.join(sorted(left))} out of texts that do not hold it, "
-                "by cutting or joining them; remove what it cuts out, or --special_in_content "
-                "allow takes it for a control token",
-            )
+        content = (self.messages, self.tools, self.documents)
+        return any_text_holds(content, self.chat.joints.possible)
 
     def check_characters(self, text: str) -> None:
         """Refuse a text that no tokenizer can read."""
