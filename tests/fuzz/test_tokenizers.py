@@ -69,7 +69,9 @@ def test_parts_of_a_tokenizer_json(count):
         directory({"tokenizer.json": as_json(content)})
 
     tally = fuzz("parts of a tokenizer.json", parts, read, count)
-    assert min(tally["read"], tally["refused"]) > 0
+    assert tally["refused"] > 0
+    if count > 1000:  # few random parts make a tokenizer: among some dozens there may be none
+        assert tally["read"] > 0
 
 
 @counts(60, 5_000)

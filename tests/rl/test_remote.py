@@ -96,7 +96,7 @@ FAULTS = {
     "slow": "did not answer /v1/completions within --rollout_seconds 4",
     "closed": "no whole answer to /v1/completions",
     "dead": "no whole answer to /v1/completions",
-    "fewer": "gave 1 choices, 4 were asked for",
+    "fewer": "gave 1 choices, 3 were asked for",
     "old": "gives no token_ids: it is too old",
     "production": "VLLM_SERVER_DEV_MODE=1",
 }
