@@ -27,6 +27,9 @@ class Stub(ThreadingHTTPServer):
         keys = [(0, rollout, prompt) for rollout in range(seeds) for prompt in range(16)]
         self.keys = {request_seed(key): key for key in [*keys, (0,)]} | {0: (0,)}
 
+    def handle_error(self, request, client_address):
+        """A client that leaves, as one that has met a fault does, is no news."""
+
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"

@@ -65,19 +65,9 @@ def rewards_of(out):
 
 
 def test_it_learns_what_is_rewarded(world, tmp_path):
-    assert (
-        main(
-            command(
-                world,
-                tmp_path / "run",
-                epochs=25,
-                batch_size=12,
-                lr=1e-2,
-                dev=world / "prompts.jsonl",
-            )
-        )
-        == 0
-    )
+    flags = {"epochs": 25, "batch_size": 12, "group_size": 4, "lr": 1e-2}
+    flags["dev"] = world / "prompts.jsonl"
+    assert main(command(world, tmp_path / "run", **flags)) == 0
     rewards = rewards_of(tmp_path / "run")
     assert np.mean(rewards[:4]) < 0.15
     assert np.mean(rewards[-4:]) > 0.4, rewards
