@@ -21,6 +21,7 @@ from whet.progress import track
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import Answer, correct, open_rewards, total_rewards
 from whet.rl.sampling import answer_of
+from whet.stages.reward import last_tokens
 
 ROWS = 4  # of a packed file in one forward
 
@@ -221,10 +222,7 @@ def _preference(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     counted = (there.weight != 0).double()
     count = int(there.segments.max()) + int(there.segments.max()) % 2
     if model.config.score:
-        ends = torch.zeros_like(there.weight)
-        ends[:, :-1] = (there.segments[:, :-1] != there.segments[:, 1:]).float()
-        ends[:, -1] = 1.0
-        weight = ends * (there.segments != 0)
+        weight = last_tokens(there.segments).float()
         values = per_document(
             model(there.tokens, None, there.segments, weight=weight).double(),
             there.segments,
