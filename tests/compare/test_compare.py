@@ -3,11 +3,17 @@
 import json
 
 import pytest
+import torch
 
 from tests import tiny
+from tests.pairs import pairs_file
 from whet.cli import main
-from whet.compare.measure import Measured
+from whet.compare.measure import Measured, measure
 from whet.compare.table import as_text, rows_of
+from whet.data.store import PackedStore
+from whet.flags.compare import Config
+from whet.generate.opened import Opened, open_model
+from whet.model.embedding import add_score
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +69,33 @@ def test_what_is_missing_is_told_at_once(world, capsys):
     assert "none" in said
     assert "--samples: needs the problems" in said
     assert "nothing to compare" in said
+
+
+@pytest.mark.parametrize("score", [False, True])
+def test_pairs_are_judged_as_each_reply_alone(tmp_path, score):
+    """Packed or alone: the score at the last token, or ln p a token of the reply."""
+    tiny.model_directory(tmp_path / "base", max_positions=64)
+    model, chat = open_model(tmp_path / "base", device="cpu", precision="float32")
+    if score:
+        add_score(model)
+        torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    store = PackedStore(pairs_file(tmp_path / "pairs.h5"), kinds=("preferences",))
+    values = []
+    for document in store.documents:
+        rows = store.rows([document["row"]])
+        here = slice(document["start"], document["start"] + document["length"])
+        tokens = torch.from_numpy(rows.tokens[:, here]).long()
+        weight = torch.zeros(tokens.shape)
+        if score:
+            weight[0, -1] = 1.0
+            values.append(model(tokens, weight=weight).sum().item())
+            continue
+        weight[0, :-1] = torch.from_numpy(rows.loss_mask[0, here][1:])
+        found = model(tokens, targets=tokens.roll(-1, 1), weight=weight)
+        values.append(-found.nll.sum().item() / weight.sum().item())
+    right = [chosen > rejected for chosen, rejected in zip(values[::2], values[1::2], strict=True)]
+    assert 0 < sum(right) < len(right)
+    config = Config(models=("base",), pairs=tmp_path / "pairs.h5", precision="float32")
+    numbers = measure("base", Opened(model, chat), None, config).numbers
+    assert numbers["pairs"] == len(right)
+    assert numbers["pair_accuracy"] == pytest.approx(sum(right) / len(right))
