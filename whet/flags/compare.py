@@ -16,7 +16,7 @@ from whet.config import (
     in_folder,
 )
 from whet.flags.choices import Device, Precision
-from whet.flags.policy import known_reward
+from whet.flags.policy import known_reward, named_twice
 from whet.hub import known_model
 
 
@@ -61,7 +61,7 @@ class Config:
 
 def flaws(config: Config) -> list[str]:
     """Flags that do not go together."""
-    found = []
+    found = named_twice(config.reward)
     if not config.models:
         found.append("no models: give run folders, as in whet compare runs/base runs/sft")
     if not (config.gsm8k or config.dev or config.pairs):
