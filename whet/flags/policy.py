@@ -119,4 +119,10 @@ class Sampling:
 
 def policy_flaws(config: Any) -> list[str]:
     """Flags that do not go together."""
-    return named_twice(config.reward) + tuning_flaws(config, [config.prompts, config.dev])
+    found = named_twice(config.reward)
+    if config.updates > config.batch_size:
+        found.append(
+            f"--updates {config.updates}: each trains its own share of the rollout's prompts, and "
+            f"--batch_size {config.batch_size} are too few"
+        )
+    return found + tuning_flaws(config, [config.prompts, config.dev])

@@ -29,6 +29,7 @@ def main(file: str, name: str) -> None:
     _write(answers, {"ready": True})
     for line in asked:
         given = json.loads(line)
+        answer: dict[str, Any]
         try:
             arguments = given if takes_all else {k: v for k, v in given.items() if k in wanted}
             answer = {"rewards": numbers(function(**arguments), len(given["completions"]))}
