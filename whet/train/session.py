@@ -48,7 +48,7 @@ def run_stage(
     config: C,
     command: str,
     build: Callable[[C, Ranks], Stage],
-    prepare: Callable[[C, Ranks], C] = lambda config, ranks: config,
+    prepare: Callable[[C, Ranks], C] | None = None,
 ) -> int:
     """Train the stage that `build` makes of `config`; returns the exit code of `whet <command>`.
 
@@ -64,7 +64,7 @@ def run_stage(
             longer = is_longer(config)
         start = distributed.from_first(start, ranks, ranks.setup)
         with distributed.together(ranks):
-            if ranks.first:
+            if ranks.first and prepare is not None:
                 config = prepare(config, ranks)
         config = distributed.from_first(config, ranks, ranks.setup)
         run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
@@ -111,9 +111,9 @@ def _train(
         run.facts = state.load_state(start, model, optimizers, ranks)
         run.resumed_at = run.facts.step
     with distributed.together(ranks):
-        if start is None:
-            check_profile(config.profile, stage.total_steps)
-        else:
+        if start is None and config.profile:
+            check_profile(stage.total_steps)
+        if start is not None:
             check_same_inputs(run.facts, now, config)
             if longer and ranks.first:
                 state.remove_after(run.states, run.facts.step)
