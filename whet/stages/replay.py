@@ -16,7 +16,7 @@ from whet.config import READ, marked, read_toml
 from whet.errors import UserError
 from whet.flags.replay import Config
 from whet.flags.training import TrainSettings
-from whet.model.float8 import use_float8
+from whet.model.precision import use_float8
 from whet.progress import say, track
 from whet.stages import dpo, grpo, ppo, pretrain, reward, sft
 from whet.train import ledger, state

@@ -25,8 +25,8 @@ from whet.data.batches import Batch
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
 from whet.model.decoder import Transformer
-from whet.model.float8 import use_float8
 from whet.model.footprint import attention_flops, head_bytes
+from whet.model.precision import use_float8
 from whet.train import memory
 from whet.train.distributed import Ranks
 from whet.train.session import make_optimizers

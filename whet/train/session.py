@@ -19,8 +19,7 @@ from torch import nn
 from whet.config import check, read_toml
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
-from whet.model.float8 import use_float8
-from whet.model.precision import multiplies_bf16
+from whet.model.precision import multiplies_bf16, use_float8
 from whet.progress import duration
 from whet.report.run_page import write_page
 from whet.train import distributed, memory, optim, state
