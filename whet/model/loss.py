@@ -205,6 +205,15 @@ def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> i
     return max(1, size // (each * vocab_size) // 128) * 128
 
 
+def head_bytes(vocab_size: int, trained: int, device: torch.device, halves: bool) -> int:
+    """What `linear_cross_entropy` holds over `trained` tokens besides its results: the logits of a
+    chunk, with `halves` in bf16. A GPU softmaxes all of them at once, in float32."""
+    dtype = torch.bfloat16 if halves else torch.float32
+    tokens = min(trained, chunk_tokens(vocab_size, device, dtype))
+    at_once = tokens * vocab_size if device.type == "cuda" else max(vocab_size, CACHED_LOGITS)
+    return tokens * vocab_size * dtype.itemsize + 4 * at_once * halves
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forms the gradients of the summed loss in the forward pass; the backward only scales them."""
 

@@ -24,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from whet.data.batches import Batch
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
+from whet.model.attention import attention_flops
 from whet.model.decoder import Transformer
-from whet.model.footprint import attention_flops, head_bytes
+from whet.model.loss import head_bytes
 from whet.model.precision import use_float8
 from whet.train import memory
 from whet.train.distributed import Ranks
@@ -217,7 +218,9 @@ def cost_of(
     if isinstance(model, Transformer):
         plan = micros[0].plan
         flops = attention_flops(model.config, plan.sizes, again=recompute == "full")
-        head = head_bytes(model, len(plan.trained), device, config.precision == "bf16")
+        head = head_bytes(
+            model.config.vocab_size, len(plan.trained), device, config.precision == "bf16"
+        )
     parameters = list(model.parameters())
     return Measured(
         cost=dataclasses.replace(cost, micro_flops=cost.micro_flops + flops),
