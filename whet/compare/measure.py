@@ -17,6 +17,7 @@ from whet.evaluate.statistics import pass_at_k
 from whet.flags.compare import Config
 from whet.generate.engine import Reply, evaluating, sample
 from whet.generate.opened import Opened
+from whet.model.decoder import run_batch
 from whet.progress import track
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import Answer, correct, open_rewards, total_rewards
@@ -224,14 +225,12 @@ def _preference(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     if model.config.score:
         weight = last_tokens(there.segments).float()
         values = per_document(
-            model(there.tokens, None, there.segments, weight=weight).double(),
+            run_batch(model, there, weight=weight).double(),
             there.segments,
             count,
         )
     else:
-        found = model(
-            there.tokens, None, there.segments, targets=there.targets, weight=there.weight
-        )
+        found = run_batch(model, there)
         numbers = per_document(counted, there.segments, count).clamp(min=1)
         values = -per_document(found.nll.double() * (counted != 0), there.segments, count) / numbers
     return values, per_document(counted, there.segments, count)
