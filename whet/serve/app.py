@@ -18,7 +18,7 @@ from starlette.routing import Route
 from whet.errors import UserError
 from whet.serve.models import Served, model_of
 from whet.serve.page import page
-from whet.serve.replies import Answer
+from whet.serve.replies import Answer, Tools
 from whet.serve.requests import (
     CERTIFICATE,
     CHAT,
@@ -26,6 +26,7 @@ from whet.serve.requests import (
     TOKENIZE,
     ApiError,
     checked,
+    function_name,
     settings,
 )
 
@@ -105,7 +106,10 @@ class Server:
         served = model_of(self.models, given.get("model"))
         asked = settings(given)
         prompt = await run_in_threadpool(_prompt, served, given)
-        return await self._reply(request, Answer(served, [prompt], asked, "chat", self.timeout))
+        form = await run_in_threadpool(served.call_form, given)
+        tools = Tools(form, [function_name(tool) for tool in given["tools"]]) if form else None
+        answer = Answer(served, [prompt], asked, "chat", self.timeout, tools)
+        return await self._reply(request, answer)
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
