@@ -171,8 +171,10 @@ def test_a_function_shares_nothing_with_the_training(functions, tmp_path):
     forks = functions("forks")
     assert [forks([answer("5")] * n) for n in (1, 2, 1)] == [[1.5], [1.5] * 2, [1.5]]
     assert functions("asks")([answer("5")]) == [1.0]
-    (tmp_path / "helper.py").write_text("def score(completions): return [float(len(completions))] * len(completions)")
-    (tmp_path / "with.py").write_text("from helper import score as f")
+    (tmp_path / "helper.py").write_text("def f(completions): return [len(completions)] * 64")
+    (tmp_path / "with.py").write_text(
+        "import helper\ndef f(completions): return helper.f(completions)[:len(completions)]"
+    )
     with PythonReward(f"{tmp_path}/with.py:f", 20.0) as beside:
         assert beside([answer("5")] * 100) == [64.0] * 64 + [36.0] * 36
 

@@ -241,7 +241,8 @@ def _print_header(
         *stage.header,
         (
             "steps",
-            f"{stage.total_steps:,} of {rows}, {config.micro_batch_size} rows a forward pass, {layout}",
+            f"{stage.total_steps:,} of {rows}, {config.micro_batch_size} rows a forward pass, "
+            f"{layout}",
         ),
         (
             "optimizer",
