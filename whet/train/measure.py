@@ -204,9 +204,7 @@ def cost_of(
 ) -> Measured:
     """Measure one setting; runs in a process of its own."""
     process = process_bytes(device)
-    config = dataclasses.replace(
-        config, micro_batch_size=rows, recompute=recompute, quiet=True
-    )
+    config = dataclasses.replace(config, micro_batch_size=rows, recompute=recompute, quiet=True)
     stage = build(config, Ranks(0, ranks, device))  # whose batches are the first rank's share
     model = stage.model.to(device)
     if config.float8:
