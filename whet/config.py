@@ -261,6 +261,8 @@ def convert(value: Any, hint: Any) -> tuple[Any, str | None]:
     if origin is typing.Literal:
         ok = value in args
         return value, None if ok else f"expected one of {', '.join(map(repr, args))}, got {value!r}"
+    if hint is Any:
+        return value, None
     if origin is dict:
         return value, None if isinstance(value, dict) else f"expected a table, got {value!r}"
     if origin in (tuple, list):
