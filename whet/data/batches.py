@@ -18,7 +18,7 @@ from torch import Tensor
 
 from whet.data.rows import Rows, shifted_weight
 from whet.data.store import PackedStore
-from whet.data.units import extra_of
+from whet.data.units import KINDS_OF_UNITS, extra_of
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ def read_batch(store: PackedStore, rows: np.ndarray, *, total: float, epoch: int
     """
     documents = store.document_ids(rows)
     batch = make_batch(store.rows(rows), rows, total=total, epoch=epoch, documents=documents)
+    if store.kind not in KINDS_OF_UNITS:
+        return batch
     extra = {name: torch.from_numpy(values) for name, values in extra_of(store, rows).items()}
     return dataclasses.replace(batch, extra=extra)
 

@@ -4,6 +4,9 @@ import numpy as np
 
 from whet.data.store import PackedStore
 
+KINDS_OF_UNITS = ("preferences", "labels")
+"""Kinds of packed files whose documents belong together, or are labelled."""
+
 
 def documents_in(store: PackedStore, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(index into `rows`, number in its row from 1) of each document of these rows."""
@@ -15,8 +18,7 @@ def documents_in(store: PackedStore, rows: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What the kind of a packed file adds to a batch of `rows`, float32; of texts and rollouts
-    nothing.
+    """What a packed file of these kinds adds to a batch of `rows`, float32.
 
     A row of `preferences` holds whole pairs: documents 2p + 1 and 2p + 2 are the chosen and the
     rejected reply of its pair p (from 0). `pairs` (B, P) is 1 where the row has that pair and
@@ -24,8 +26,6 @@ def extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
     Of `labels`, `labels` (B, S + 1) is 1 for a good document, -1 for a bad one and 0 where there is
     none: column s is document s of the row, column 0 the padding.
     """
-    if store.kind not in ("preferences", "labels"):
-        return {}
     row, segment = documents_in(store, rows)
     ids, most = store.document_ids(rows), int(segment.max(initial=0))
     if store.kind == "labels":

@@ -145,7 +145,7 @@ class ModelConfig:
     generation: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Its `generation_config.json`, for the same reason."""
     file_dtype: str = field(default="", compare=False, repr=False)
-    """The precision of the weights in its files, which `config.json` may say otherwise."""
+    """The precision of the weights in its files; `config.json` may name another."""
 
     def __post_init__(self) -> None:
         problems([f"model config: {problem}" for problem in wrong_values(self)])
