@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 
@@ -78,44 +78,14 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
     return _prepare(config, sources, chat, evaluations, quiet=quiet)
 
 
-def prepare_text(
-    paths: Sequence[str],
-    chat: Chat,
-    context_length: int,
-    out: str,
-    *,
-    dev_out: str | None = None,
-    dev_fraction: float = 0.0,
-    seed: int = 0,
-    workers: int | None = None,
-    quiet: bool = False,
-) -> list[SourceAccount]:
+def prepare_text(config: Config, chat: Chat, quiet: bool = False) -> list[SourceAccount]:
     """Plain text (`.txt`, or records with `text` or `ids`) -> a packed file, every token trained.
 
-    What is longer than a row is cut into rows, no token lost. A row's first token has nothing
-    before it and counts as context. Raises UserError for records that are conversations.
+    `config.tokenizer` is GIVEN: it is that of `chat`. What is longer than a row is cut into rows,
+    no token lost. A row's first token has nothing before it and counts as context. Raises UserError
+    for records that are conversations.
     """
-    config = text_config(
-        paths, context_length, out, dev_out=dev_out, dev_fraction=dev_fraction, seed=seed
-    )
-    config = dataclasses.replace(config, workers=workers)
     return _prepare(config, examine(config), chat, None, text_only=True, quiet=quiet)
-
-
-def text_config(
-    paths: Sequence[str],
-    context_length: int,
-    out: str,
-    *,
-    dev_out: str | None,
-    dev_fraction: float,
-    seed: int,
-) -> Config:
-    """The settings by which `prepare_text` works."""
-    return Config(
-        data=tuple(paths), tokenizer=GIVEN, out=out, context_length=context_length,
-        dev_out=dev_out, dev_fraction=dev_fraction, seed=seed, special_in_content="escape",
-    )  # fmt: skip
 
 
 def examine(config: Config) -> list[Source]:
@@ -180,7 +150,7 @@ def _prepare(
         evaluations=evaluations,
         text_only=text_only,
     )
-    with Spool(nearest(Path(config.out).parent)) as spool:
+    with closing(Spool(nearest(Path(config.out).parent))) as spool:
         _encode(spool, encoder, sources, _workers(config, sources), quiet)
         stop_at_refusals(spool, config.refused, has_flag=not text_only)
         for name in (of_file or name for name, of_file in encoder.fields.items()):

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -101,14 +99,7 @@ class Spool:
                 f"--out: {self._folder} cannot be written: {error.strerror}; nothing is left there"
             ) from None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the tokens."""
         with suppress(OSError):  # what could not be written is tried again
             self._file.close()

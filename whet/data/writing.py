@@ -12,7 +12,7 @@ from whet.data.encoding import KIND_NAMES
 from whet.data.mixing import Selection
 from whet.data.packing import pack
 from whet.data.spool import Spool
-from whet.data.store import DOCUMENT, StoreWriter
+from whet.data.store import DOCUMENT, new_store
 from whet.progress import track
 
 ROWS_AT_ONCE = 256
@@ -70,7 +70,7 @@ def write_packed(
     n_rows = packing.n_rows
     attrs = {**attrs, "kind": kind}
     with (
-        StoreWriter(path, n_rows, context_length, weighted=weighted, attrs=attrs) as writer,
+        new_store(path, n_rows, context_length, weighted=weighted, attrs=attrs) as writer,
         track(f"Writing {Path(path).name}", n_rows, "rows", quiet) as progress,
     ):
         for first in range(0, n_rows, ROWS_AT_ONCE):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -26,34 +27,43 @@ LEFT_OUT_SHOWN = 1000
 
 def page(sheet: Sheet) -> str:
     """The whole page as text."""
-    style, script = _part("page.css"), _part("page.js")
-    values = {
-        "title": escape(sheet.title),
-        "style": style,
-        "style_hash": csp_hash(style),
-        "script": script,
-        "script_hash": csp_hash(script),
-        "numbers": _numbers(sheet),
-        "facts": _definitions("facts", sheet.facts),
-        "figures": lengths_figure(sheet.lengths) + fills_figure(sheet.fills, sheet.width),
-        "turns": _turns(sheet),
-        "account": _account(sheet),
-        "left_out": _left_out(sheet),
-        "data": _json(_payload(sheet)),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _part("page.html"))
+    return filled(
+        "report/page.html",
+        ["report/page.css"],
+        "report/page.js",
+        title=escape(sheet.title),
+        numbers=_numbers(sheet),
+        facts=_definitions("facts", sheet.facts),
+        figures=lengths_figure(sheet.lengths) + fills_figure(sheet.fills, sheet.width),
+        turns=_turns(sheet),
+        account=_account(sheet),
+        left_out=_left_out(sheet),
+        data=script_json(_payload(sheet)),
+    )
+
+
+def filled(skeleton: str, styles: Sequence[str], script: str = "", **values: str) -> str:
+    """The text of a page: `skeleton` with `values` in the place of `{{name}}`, its styles, its
+    script, and their hashes for its content security policy.
+
+    Files are named from the package's folder. A value may hold any text: it is put in once.
+    """
+    style, code = "".join(map(_part, styles)), _part(script) if script else ""
+    values |= {"style": style, "style_hash": _csp_hash(style)}
+    values |= {"script": code, "script_hash": _csp_hash(code)}
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _part(skeleton))
 
 
 def _part(name: str) -> str:
-    return files("whet.report").joinpath(name).read_text(encoding="utf-8")
+    return files("whet").joinpath(name).read_text(encoding="utf-8")
 
 
-def csp_hash(text: str) -> str:
+def _csp_hash(text: str) -> str:
     """What a content security policy calls a style or script by."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON for a script element: nothing in it ends the element or opens a comment."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 

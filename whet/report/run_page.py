@@ -1,17 +1,15 @@
 """One self-contained page of one or several runs: curves, samples, incidents, lineage, settings."""
 
-import re
 import time
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from whet.files import replaced
 from whet.progress import duration
 from whet.report.curves import Line, chart
-from whet.report.page import csp_hash
+from whet.report.page import filled
 from whet.report.run import Run, read_run
 from whet.report.sheet import short_names
 
@@ -38,25 +36,20 @@ def write_page(paths: Sequence[Path], out: Path | None = None, refresh: int = 0)
 
 def page(runs: Sequence[Run], refresh: int = 0) -> str:
     """The whole page as text."""
-    style = "".join(
-        files("whet.report").joinpath(name).read_text("utf-8") for name in ("page.css", "run.css")
-    )
     names = short_names([str(run.path) for run in runs])
-    values = {
-        "title": escape(", ".join(names)),
-        "style": style,
-        "style_hash": csp_hash(style),
-        "refresh": f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
-        "summary": _summary(runs, names),
-        "curves": "".join(_curves(runs, names)),
-        "samples": "".join(_samples(r, name) for r, name in zip(runs, names, strict=True)),
-        "incidents": _incidents(runs, names),
-        "lineage": "".join(_lineage(r, name) for r, name in zip(runs, names, strict=True)),
-        "settings": _settings(runs, names),
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    skeleton = files("whet.report").joinpath("run.html").read_text("utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], skeleton)
+    return filled(
+        "report/run.html",
+        ["report/page.css", "report/run.css"],
+        title=escape(", ".join(names)),
+        refresh=f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
+        summary=_summary(runs, names),
+        curves="".join(_curves(runs, names)),
+        samples="".join(_samples(r, name) for r, name in zip(runs, names, strict=True)),
+        incidents=_incidents(runs, names),
+        lineage="".join(_lineage(r, name) for r, name in zip(runs, names, strict=True)),
+        settings=_settings(runs, names),
+        time=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
 
 
 def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:

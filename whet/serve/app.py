@@ -1,4 +1,4 @@
-"""The routes of the server, and the bounds on what reaches them."""
+"""The routes of the server, its chat page, and the bounds on what reaches them."""
 
 import asyncio
 import hmac
@@ -16,8 +16,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from whet.errors import UserError
+from whet.report.page import filled
 from whet.serve.models import Served, model_of
-from whet.serve.page import page
 from whet.serve.replies import Answer
 from whet.serve.requests import (
     CERTIFICATE,
@@ -77,9 +77,11 @@ class Server:
         return answer
 
     async def page(self, request: Request) -> Response:
-        """The chat page."""
+        """The chat page, whose scripts talk to this server only."""
         headers = {**SAFE, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-        return Response(page(), media_type="text/html", headers=headers)
+        styles = ["report/page.css", "serve/chat.css"]
+        text = filled("serve/chat.html", styles, "serve/chat.js")
+        return Response(text, media_type="text/html", headers=headers)
 
     async def health(self, request: Request) -> Response:
         """Whether every model is at work, and how busy it is."""
