@@ -18,9 +18,9 @@ from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
 from whet.chat.hidden import Joints, pattern_of
 from whet.chat.template import TAKEN, ChatTemplate, check_names
-from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer, write_text
+from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer
 from whet.errors import UserError
-from whet.files import read_text
+from whet.files import read_text, write_text
 
 BUILT_IN = ("plain", "chatml")
 DEFAULT = re.compile(r"\{%- if (\w+) is not defined %\}\{%- set \1 = (.*) %\}\{%- endif %\}\n")

@@ -22,7 +22,7 @@ from whet.chat.conversation import place
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import check, collected, problems
-from whet.data.account import SourceAccount, count, table, totals
+from whet.data.account import SourceAccount, accounts_of, table, totals
 from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import KIND_NAMES, BlockEncoder
@@ -267,8 +267,7 @@ def _write(
 ) -> list[SourceAccount]:
     """Write the dev file, if one is wanted, and the training file; print their accounts."""
     written = tables.selection.fate == KEPT
-    trained = tables.trained()
-    if not (written & ~tables.selection.dev & (trained > 0)).any():
+    if not (written & ~tables.selection.dev & (tables.trained > 0)).any():
         empty = f"--data: no record in {', '.join(source.path for source in sources)}"
         reason = fates(tables, _cuts(config, tables)) or empty
         raise UserError(f"nothing is left to train on: {reason}")
@@ -289,9 +288,9 @@ def _write(
     accounts: list[SourceAccount] = []
     for path, side in outputs:
         training = path == config.out
-        accounts = _accounts(sources, tables, trained, np.flatnonzero(side), training)
+        accounts = accounts_of(sources, tables, np.flatnonzero(side), training=training)
         total = totals(accounts)
-        account = {"sources": [a.as_dict() for a in accounts], "total": total.as_dict()}
+        account = {"sources": [vars(a) for a in accounts], "total": vars(total)}
         n_rows = write_packed(
             path or "",
             tables,
@@ -310,27 +309,6 @@ def _write(
     if not quiet:
         for line in notes(tables, left_out, _cuts(config, tables)):
             say(line)
-    return accounts
-
-
-def _accounts(
-    sources: list[Source],
-    tables: Tables,
-    trained: np.ndarray,
-    members: np.ndarray,
-    training: bool,
-) -> list[SourceAccount]:
-    """The account of one of the two files; lines and refusals are the training file's."""
-    source = tables.conversations["source"][tables.examples["conversation"]]
-    accounts = [SourceAccount(s.path, s.weight if training else 1.0) for s in sources]
-    count(accounts, source, trained, tables.examples["length"], tables.selection, members)
-    for number, account in enumerate(accounts):
-        own = tables.examples["conversation"][members[source[members] == number]]
-        account.conversations = len(np.unique(own))
-        if training:
-            spool = tables.spool
-            account.lines = spool.lines[number]
-            account.refused = {k: n for (s, k), n in spool.refused.items() if s == number}
     return accounts
 
 

@@ -33,8 +33,7 @@ class Reference:
         found = np.zeros((len(rows), segments + 1))
         if store.fingerprint in self.logp:
             row, segment = documents_in(store, rows)
-            numbers = store.numbers(rows[row], segment)
-            found[row, segment] = self.logp[store.fingerprint][numbers]
+            found[row, segment] = self.logp[store.fingerprint][store.document_ids(rows)]
         return found
 
     def save(self, path: Path) -> None:

@@ -74,6 +74,13 @@ class Spool:
             if len(self.refusals) < KEPT_REFUSALS:
                 self.refusals.append(refusal)
 
+    def refused_by_kind(self) -> Counter[str]:
+        """How many lines were refused, over all sources."""
+        kinds: Counter[str] = Counter()
+        for (_, kind), n in self.refused.items():
+            kinds[kind] += n
+        return kinds
+
     def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All conversations, examples and runs; ends the adding."""
         with self._as_user_error():

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Tables:
         kinds = self.conversations["kind"]
         return KIND_NAMES[int(kinds[0]) if len(kinds) else 0]
 
+    @cached_property
     def trained(self) -> np.ndarray:
         """Trained tokens in the kept part of each example, (examples,) int64."""
         owner = np.repeat(np.arange(len(self.examples)), self.examples["n_runs"])
@@ -107,7 +109,7 @@ def _documents(
     documents["row"] = rows
     documents["start"] = starts
     documents["length"] = tables.selection.kept[which]
-    documents["trained"] = tables.trained()[which]
+    documents["trained"] = tables.trained[which]
     documents["source"] = conversations["source"]
     documents["line"] = conversations["line"]
     documents["part"] = tables.examples["part"][which]

@@ -39,6 +39,22 @@ FACT = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much the demo reads and trains: about three minutes on two cores up to SFT."""
+
+    texts: int = 26_000
+    pairs: int = 4_000
+    test: int = 200
+    width: int = 96
+    layers: int = 3
+    prompts: int = 2000  # from here on what the stages after SFT take
+    preferences: int = 1200
+    reward_steps: int = 100
+    dpo_steps: int = 40
+    grpo_steps: int = 120
+
+
+@dataclass(frozen=True)
 class Kind:
     """A kind of event: what happens, how prose goes on, and how one asks for the result."""
 
