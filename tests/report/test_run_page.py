@@ -58,6 +58,22 @@ def test_everything_of_a_run_is_on_its_page(tmp_path, capsys):
     assert "http" not in re.sub(r'http-equiv="[\w-]+"', "", text), "nothing is asked of a network"
 
 
+def test_the_plan_against_what_happened(tmp_path):
+    run = write_run(tmp_path / "sft")
+    plan = {"memory_gb": 1.6, "seconds_per_step": 0.4, "tokens_per_s": 1250.0}
+    about = {"command": "sft", "total_steps": 40, "plan": plan}
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "whet.json").unlink()  # ten steps are still to come
+    text = page([read_run(run)])
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", text.partition("The plan against")[2])
+    assert cells[:4] == ["peak memory", "1.60 GB", "2.00 GB", "+25 %"]
+    assert cells[4:8] == ["a step, median", "0.4 s", "0.5 s", "+25 %"]
+    assert cells[8:12] == ["tokens a second", "1,250", "1,000", "-20 %"]
+    assert cells[12:16] == ["all 40 steps", "16 s", "20 s", "+25 %"]
+    assert "30 of 40" in text
+    assert "not finished, 5 s of steps left" in text
+
+
 def test_several_runs_side_by_side(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", scale=2.0)
     out = tmp_path / "both.html"

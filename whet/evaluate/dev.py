@@ -19,7 +19,7 @@ from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batc
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.generate.engine import evaluating
-from whet.model.decoder import TokenLoss, Transformer
+from whet.model.decoder import TokenLoss, Transformer, run_batch
 from whet.progress import track
 
 TURNS = 4
@@ -85,14 +85,7 @@ def dev_loss(
             whole = micro_batches(read_batch(store, rows, total=total), micro_rows, 1)[0]
             classes = torch.from_numpy(classes_of(whole, store, names)).to(device)
             batch = whole.to(device)
-            found = model(
-                batch.tokens,
-                None,
-                batch.segments,
-                targets=batch.targets,
-                weight=batch.weight,
-                watch=stop_ids[0] if stop_ids else None,
-            )
+            found = run_batch(model, batch, watch=stop_ids[0] if stop_ids else None)
             parts.append(_row_sums(found, batch.targets, batch.weight, stops)[: len(rows)])
             _add(by_class, classes, found.nll)
             progress.advance(len(rows))

@@ -16,7 +16,7 @@ Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M pac
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whet.model import kernels
+
+if TYPE_CHECKING:
+    from whet.data.batches import Batch
 
 
 class KVCache(Protocol):
@@ -331,3 +334,10 @@ def plan_documents(
         reach=longest,
         trained=trained,
     )
+
+
+def planned(batch: "Batch") -> "Batch":
+    """A batch on the CPU with the plan that the model would make of it: on a GPU, making it there
+    would wait for the device."""
+    plan = plan_documents(batch.tokens.shape, batch.tokens.device, batch.segments, batch.weight)
+    return replace(batch, plan=plan)

@@ -14,7 +14,7 @@ M packed tokens.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from whet.model.loss import linear_cross_entropy, linear_nll, linear_probability
 from whet.model.precision import product_type
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
+
+if TYPE_CHECKING:
+    from whet.data.batches import Batch
 
 Rotary = tuple[Tensor, Tensor] | None
 Plan = AttentionPlan | CachedPlan
@@ -47,6 +50,16 @@ class TokenLoss(NamedTuple):
     """-ln p(target) (B, T), float32, 0 where the weight is 0; detached unless `per_token`."""
     watched: Tensor | None = None
     """p(`watch`) (B, T), float32, 0 where the weight is 0."""
+
+
+def run_batch(model: nn.Module, batch: "Batch", **asked: Any) -> Any:
+    """`Transformer.forward` over the documents of a batch, with its targets, weights and plan;
+    `asked` are further arguments, or others in the place of these.
+
+    Positions are the plan's: with given ones, common beginnings could not be computed once.
+    """
+    fields = {"targets": batch.targets, "weight": batch.weight, "plan": batch.plan}
+    return model(batch.tokens, None, batch.segments, **{**fields, **asked})
 
 
 class RMSNorm(nn.Module):

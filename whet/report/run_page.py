@@ -1,5 +1,6 @@
 """One self-contained page of one or several runs: curves, samples, incidents, lineage, settings."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from html import escape
@@ -42,6 +43,7 @@ def page(runs: Sequence[Run], refresh: int = 0) -> str:
         title=escape(", ".join(names)),
         refresh=f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
         summary=_summary(runs, names),
+        plans=_plans(runs, names),
         curves="".join(_curves(runs, names)),
         samples="".join(_samples(r, name) for r, name in zip(runs, names, strict=True)),
         incidents=_incidents(runs, names),
@@ -55,20 +57,51 @@ def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
     head = ("run", "stage", "steps", "time", "train loss", "dev loss", "best dev loss", "state")
     rows = []
     for run, name in zip(runs, names, strict=True):
-        seconds = sum(value for _, value in run.points("seconds"))
+        seconds = [value for _, value in run.points("seconds")]
         dev = [value for _, value in run.points("dev_loss")]
         loss = [value for _, value in run.points("train_loss")]
         cells = [
             run.about.get("command", "?"),
             f"{run.step:,}" + (f" of {run.total:,}" if run.total else ""),
-            duration(seconds),
+            duration(sum(seconds)),
             f"{loss[-1]:.4f}" if loss else "–",
             f"{dev[-1]:.4f}" if dev else "–",
             f"{min(dev):.4f}" if dev else "–",
-            "finished" if run.finished else "not finished",
+            "finished" if run.finished else _unfinished(run, seconds),
         ]
         rows.append([name, *cells])
     return _table("Runs", head, rows)
+
+
+def _unfinished(run: Run, seconds: Sequence[float]) -> str:
+    if not run.total or not seconds:
+        return "not finished"
+    left = (run.total - run.step) * statistics.median(seconds)
+    return f"not finished, {duration(left)} of steps left"
+
+
+def _plans(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """What `whet plan` or --auto measured before a run, and what the run then took."""
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        plan, seconds = run.about.get("plan"), [value for _, value in run.points("seconds")]
+        if not isinstance(plan, dict) or not seconds:
+            continue
+        typical, count = statistics.median(seconds), run.total or len(seconds)
+        rates = [rate for _, rate in run.points("tokens_per_s")]
+        tokens = sum(rate * taken for rate, taken in zip(rates, seconds, strict=False))
+        whole = sum(seconds) + (count - len(seconds)) * typical
+        peak = max((value for _, value in run.points("memory_gb")), default=0.0)
+        for what, planned, found, shown in (
+            ("peak memory", plan["memory_gb"], peak, "{:.2f} GB".format),
+            ("a step, median", plan["seconds_per_step"], typical, "{:.3g} s".format),
+            ("tokens a second", plan["tokens_per_s"], tokens / sum(seconds), "{:,.0f}".format),
+            (f"all {count:,} steps", count * plan["seconds_per_step"], whole, duration),
+        ):
+            off = f"{100 * (found / planned - 1):+.0f} %" if planned else ""
+            rows.append([name, what, shown(planned), shown(found), off])
+    head = ("run", "", "plan", "run so far" if not all(r.finished for r in runs) else "run", "off")
+    return _table("The plan against what happened", head, rows)
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:

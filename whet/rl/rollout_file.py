@@ -27,12 +27,12 @@ from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batc
 from whet.data.packing import pack
 from whet.data.store import DOCUMENT, PackedStore, new_store
 from whet.flags.choices import Advantage, Normalize, Truncated
+from whet.model.attention import planned
 from whet.rl.advantages import group_advantages
 from whet.rl.policy_loss import token_weights
 from whet.rl.prompts import Prompts
 from whet.rl.sampling import Sample
 from whet.train.distributed import Ranks
-from whet.train.stage import planned
 
 ROWS = 1 << 20
 """Row r of rollout n has number n * ROWS + r in batches: the ledger meets rows of several files."""

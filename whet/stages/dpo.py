@@ -26,6 +26,7 @@ from whet.data.store import PackedStore
 from whet.data.units import documents_in
 from whet.flags.dpo import Config, Loss
 from whet.generate.engine import evaluating
+from whet.model.decoder import run_batch
 from whet.model.lora.lora import adapters
 from whet.progress import track
 from whet.rl.preference_loss import (
@@ -114,15 +115,7 @@ def with_reference(store: PackedStore, batch: Batch, *, reference: Reference) ->
 
 def replies_of(model: nn.Module, batch: Batch) -> tuple[Replies, Tensor]:
     """The log-probabilities of the documents of a batch, each (B, S + 1); and -ln p (B, T)."""
-    found: Any = model(
-        batch.tokens,
-        None,
-        batch.segments,
-        targets=batch.targets,
-        weight=batch.weight,
-        per_token=True,
-        plan=batch.plan,
-    )
+    found = run_batch(model, batch, per_token=True)
     reference = batch.extra["reference"]
     count = reference.shape[1] - 1
     logp = per_document(-found.nll.double() * batch.weight, batch.segments, count)

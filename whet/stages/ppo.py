@@ -18,6 +18,7 @@ from whet.chat.chat import Chat
 from whet.config import problems
 from whet.data.batches import Batch
 from whet.flags.ppo import Config
+from whet.model.decoder import run_batch
 from whet.model.lora.lora import LoRA
 from whet.rl.critic import ActorCritic, judged_places, policy_of
 from whet.rl.policy_loss import policy_term, value_loss
@@ -100,16 +101,7 @@ def ppo_loss(
     temperature: float,
 ) -> Sums:
     """The losses of policy and critic of a micro-batch, see `whet.rl.policy_loss`."""
-    found, values = model(
-        batch.tokens,
-        None,
-        batch.segments,
-        targets=batch.targets,
-        weight=batch.weight,
-        per_token=True,
-        temperature=temperature,
-        plan=batch.plan,
-    )
+    found, values = run_batch(model, batch, per_token=True, temperature=temperature)
     sampled, nll = batch.extra["sampled"], found.nll.detach()
     part = policy_term(found.nll, sampled, batch.extra["advantage"], "clip", low=low, high=high)
     old, returns = batch.extra["values"], batch.extra["returns"]

@@ -34,7 +34,7 @@ from whet.train.resume import (
     frozen_fingerprint,
     is_longer,
 )
-from whet.train.run import RunFolder, open_curves
+from whet.train.run import RunFolder, open_curves, planned
 from whet.train.signals import stop_on_signals
 from whet.train.stage import Stage
 from whet.train.state import Facts
@@ -119,7 +119,8 @@ def _train(
                 state.remove_after(run.states, run.facts.step)
         run.facts.total_steps = stage.total_steps
         run.facts.decay_step = optim.decay_begin(stage.total_steps, config.schedule, config.warmup)
-        run.take(about(command), config)
+        known = {"total_steps": stage.total_steps, "plan": planned(config, ranks.size)}
+        run.take(about(command) | known, config)
         run.open()
         if ranks.first:
             values = {key: str(value) for key, value in dataclasses.asdict(config).items()}

@@ -1,7 +1,7 @@
 """What a stage brings to the loop: model, batches, loss, and how it is measured and saved."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from whet.data.batches import Batch
-from whet.model.attention import plan_documents
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 
@@ -96,9 +95,3 @@ class Stage:
     """What to type when the model is trained; {run} stands for its folder."""
     header: Sequence[tuple[str, str]] = ()
     """What to print before training: (word, line)."""
-
-
-def planned(batch: Batch) -> Batch:
-    """The batch with the plan that the model would make of it: here it costs a GPU no wait."""
-    plan = plan_documents(batch.tokens.shape, batch.tokens.device, batch.segments, batch.weight)
-    return replace(batch, plan=plan)
