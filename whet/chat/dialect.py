@@ -185,18 +185,16 @@ class Dialect:
         stand there, too, if the template writes a system text of its own first; but that stands
         after messages as well.
         """
-        for before in self._openings[::-1]:
-            text = self._tried(self.form(before).shape(before), prompt=True)
-            first = before[0]["content"]
-            if first not in text:
-                continue
-            found = set(self._tokens(text.partition(first)[0]))
-            for word in (first, ASKED):
-                found.difference_update(self._tokens(text.partition(word)[2])[:1])
-            asking = text.partition(ASKED)[0].rstrip()
-            found.update(t for t in self._tokens(asking)[-1:] if asking.endswith(t))
-            return frozenset(token for token in found if not self._is_eos(token))
-        return frozenset()
+        before, text = self._asking
+        if not before:
+            return frozenset()
+        first = before[0]["content"]
+        found = set(self._tokens(text.partition(first)[0]))
+        for word in (first, ASKED):
+            found.difference_update(self._tokens(text.partition(word)[2])[:1])
+        asking = text.partition(ASKED)[0].rstrip()
+        found.update(t for t in self._tokens(asking)[-1:] if asking.endswith(t))
+        return frozenset(token for token in found if not self._is_eos(token))
 
     @cached_property
     def borders(self) -> frozenset[str]:
@@ -207,25 +205,31 @@ class Dialect:
         """
         stops = {ending.stop for ending in self.endings}
         found = set(stops)
+        before, text = self._asking
+        *headers, rest = re.split("|".join(m["content"] for m in before), text)
+        for header in headers:
+            for stop in stops:
+                header = header.rpartition(stop)[2]
+            if len(header.split()) <= HEADER_WORDS:
+                found.update(self._added(header))
+        more = bool(before)
+        while more:  # what ends the question, and what begins the reply
+            rest = rest.lstrip()
+            token = next((t for t in self._added(rest)[:1] if rest.startswith(t)), "")
+            found |= {token} - {""}
+            rest = rest.removeprefix(token)
+            more = token in stops
+        return frozenset(found)
+
+    @cached_property
+    def _asking(self) -> tuple[list[Message], str]:
+        """The prompt after an opening whose first text it writes, one with a system text if there
+        is any; both are empty if there is none."""
         for before in self._openings[::-1]:
             text = self._tried(self.form(before).shape(before), prompt=True)
-            if before[0]["content"] not in text:
-                continue
-            *headers, rest = re.split("|".join(m["content"] for m in before), text)
-            for header in headers:
-                for stop in stops:
-                    header = header.rpartition(stop)[2]
-                if len(header.split()) <= HEADER_WORDS:
-                    found.update(self._added(header))
-            more = True
-            while more:  # what ends the question, and what begins the reply
-                rest = rest.lstrip()
-                token = next((t for t in self._added(rest)[:1] if rest.startswith(t)), "")
-                found |= {token} - {""}
-                rest = rest.removeprefix(token)
-                more = token in stops
-            break
-        return frozenset(found)
+            if before[0]["content"] in text:
+                return before, text
+        return [], ""
 
     def sample(self) -> list[str]:
         """A prompt, a reply, one with thinking and a call, each "" if the template refuses it."""

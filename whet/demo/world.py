@@ -64,55 +64,22 @@ class Kind:
     question: str
 
 
+# How prose goes on after a story, and how one asks for the same.
+NOW = "Now {name} has {c} {items}.", "How many {items} does {name} have now?"
+TOGETHER = "Together they have {c} {items}.", "How many {items} do they have together?"
+IN_ALL = "In all it sells {c} {items}.", "How many {items} does it sell in all?"
+LEFT = "{name} has {c} {items} left.", "How many {items} does {name} have left?"
+LEFT_THERE = "The {shop} has {c} {items} left.", "How many {items} does the {shop} have left?"
+MORE = "{name} has {c} {items} more.", "How many {items} more does {name} have?"
 KINDS = (
-    Kind(
-        "+",
-        "{name} has {a} {items}. {name} buys {b} more {items} at the {shop}.",
-        "Now {name} has {c} {items}.",
-        "How many {items} does {name} have now?",
-    ),
-    Kind(
-        "+",
-        "{name} finds {a} {items}. {other} gives {name} {b} more {items}.",
-        "Now {name} has {c} {items}.",
-        "How many {items} does {name} have now?",
-    ),
-    Kind(
-        "+",
-        "{name} has {a} {items} and {other} has {b} {items}.",
-        "Together they have {c} {items}.",
-        "How many {items} do they have together?",
-    ),
-    Kind(
-        "+",
-        "The {shop} sells {a} {items} to {name} and {b} {items} to {other}.",
-        "In all it sells {c} {items}.",
-        "How many {items} does it sell in all?",
-    ),
-    Kind(
-        "-",
-        "{name} has {a} {items}. {name} gives {b} {items} to {other}.",
-        "Now {name} has {c} {items}.",
-        "How many {items} does {name} have now?",
-    ),
-    Kind(
-        "-",
-        "{name} brings {a} {items} to the {shop} and sells {b} {items}.",
-        "{name} has {c} {items} left.",
-        "How many {items} does {name} have left?",
-    ),
-    Kind(
-        "-",
-        "The {shop} has {a} {items}. {name} buys {b} {items}.",
-        "The {shop} has {c} {items} left.",
-        "How many {items} does the {shop} have left?",
-    ),
-    Kind(
-        "-",
-        "{name} has {a} {items}, but {other} has only {b} {items}.",
-        "{name} has {c} {items} more.",
-        "How many {items} more does {name} have?",
-    ),
+    Kind("+", "{name} has {a} {items}. {name} buys {b} more {items} at the {shop}.", *NOW),
+    Kind("+", "{name} finds {a} {items}. {other} gives {name} {b} more {items}.", *NOW),
+    Kind("+", "{name} has {a} {items} and {other} has {b} {items}.", *TOGETHER),
+    Kind("+", "The {shop} sells {a} {items} to {name} and {b} {items} to {other}.", *IN_ALL),
+    Kind("-", "{name} has {a} {items}. {name} gives {b} {items} to {other}.", *NOW),
+    Kind("-", "{name} brings {a} {items} to the {shop} and sells {b} {items}.", *LEFT),
+    Kind("-", "The {shop} has {a} {items}. {name} buys {b} {items}.", *LEFT_THERE),
+    Kind("-", "{name} has {a} {items}, but {other} has only {b} {items}.", *MORE),
 )
 
 
