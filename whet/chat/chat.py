@@ -142,7 +142,7 @@ class Chat:
                 f"--template_kwargs: {', '.join(named)} is the tokenizer's own; change it in "
                 "tokenizer_config.json"
             )
-        date_given = _date(today) if today else self.today
+        date_given = read_date(today) if today else self.today
         return replace(self, variables={**self.variables, **variables}, today=date_given)
 
     def settled(self) -> "Chat":
@@ -171,7 +171,7 @@ class Chat:
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: its attribute chat holds no template; prepare it again")
         template, tool = (ChatTemplate(str(text), f"{where}: chat template") for text in texts)
-        today = _date(recorded["date"]) if recorded.get("date") else self.today
+        today = read_date(recorded["date"]) if recorded.get("date") else self.today
         return Chat(self.tokenizer, template, tool if tool.source else None, {}, today)
 
     @property
@@ -245,7 +245,8 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _date(text: str) -> date:
+def read_date(text: str) -> date:
+    """A date such as 2025-12-31. Raises UserError for anything else."""
     try:
         return date.fromisoformat(text)
     except (TypeError, ValueError):

@@ -9,8 +9,7 @@ from whet.chat.conversation import place
 from whet.config import problems
 from whet.data.decontaminate import Evaluations
 from whet.data.mixing import CONTAMINATED, DUPLICATE, FATES, KEPT, OVERLONG
-from whet.data.spool import KEPT_REFUSALS, Spool
-from whet.data.writing import Tables
+from whet.data.writing import KEPT_REFUSALS, Spool, Tables
 from whet.flags.choices import Refused
 
 SHOWN = 20

@@ -12,12 +12,11 @@ import hashlib
 import json
 import time
 from contextlib import closing
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer
+from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer, read_date
 from whet.chat.conversation import place
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
@@ -32,9 +31,8 @@ from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
 from whet.data.reader import Source, check_path, parse_sources, read_blocks
 from whet.data.record import read_fields
-from whet.data.spool import Spool
 from whet.data.store import PACKED
-from whet.data.writing import Tables, write_packed
+from whet.data.writing import Spool, Tables, write_packed
 from whet.errors import UserError
 from whet.files import nearest, unwritable
 from whet.flags.prepare import Config
@@ -105,11 +103,9 @@ def examine(config: Config) -> list[Source]:
         found.append("--dev_out and --dev_fraction belong together: give both or neither")
     with collected(found):
         read_variables(config.template_kwargs)
-    if config.date:
-        try:
-            date.fromisoformat(config.date)
-        except ValueError:
-            found.append(f"--date {config.date}: expected a date such as 2025-12-31")
+    with collected(found):
+        if config.date:
+            read_date(config.date)
     with collected(found):
         if config.chat_template:
             find_template(config.chat_template)
@@ -291,17 +287,9 @@ def _write(
         accounts = accounts_of(sources, tables, np.flatnonzero(side), training=training)
         total = totals(accounts)
         account = {"sources": [vars(a) for a in accounts], "total": vars(total)}
-        n_rows = write_packed(
-            path or "",
-            tables,
-            np.flatnonzero(side & written),
-            context_length=config.context_length,
-            pad_id=pad_id,
-            seed=config.seed,
-            attrs={**attrs, "account": account},
-            refusals=left_out if training else [],
-            quiet=quiet,
-        )
+        chosen, refusals = np.flatnonzero(side & written), left_out if training else []
+        own = {**attrs, "account": account}
+        n_rows = write_packed(path or "", tables, chosen, config, own, refusals, quiet)
         if not quiet:
             filled = (total.trained + total.context) / (n_rows * config.context_length)
             say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")

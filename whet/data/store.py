@@ -203,13 +203,18 @@ class PackedStore:
         table = self.documents if len(self.documents) else self.scan.documents
         return np.ascontiguousarray(table["row"])  # numpy would copy it at each use
 
+    def documents_in(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The documents of `rows`, row after row: the index into `rows` of each, its number in its
+        row from 1, and its number in `documents`."""
+        rows = np.asarray(rows, self.document_rows.dtype)
+        first, end = (np.searchsorted(self.document_rows, rows, side) for side in ("left", "right"))
+        row = np.repeat(np.arange(len(rows)), end - first)
+        within = np.arange(len(row)) - np.searchsorted(row, row)
+        return row, within + 1, first[row] + within
+
     def document_ids(self, rows: np.ndarray) -> np.ndarray:
         """The numbers, in `documents`, of the documents of `rows`, row after row."""
-        rows = np.asarray(rows, self.document_rows.dtype)
-        first = np.searchsorted(self.document_rows, rows, "left")
-        end = np.searchsorted(self.document_rows, rows, "right")
-        ranges = [np.arange(a, b) for a, b in zip(first, end, strict=True)]
-        return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+        return self.documents_in(rows)[2]
 
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
         """The entries of `documents` that lie in `rows`, row after row; none without a table."""
