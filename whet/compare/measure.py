@@ -201,8 +201,9 @@ def _pairs(opened: Opened, first: Opened | None, config: Config) -> dict[str, fl
     judge: Judge = partial(judge_rewards, margin=0.0, centre=0.0)
     if not opened.model.config.score:
         complete = partial(with_reference, reference=Reference(""))
-        means = {"beta": 1.0, "gamma": 0.0, "label_smoothing": 0.0, "sft_weight": 0.0}
-        judge = partial(judge_replies, kind="simpo", **means)
+        judge = partial(
+            judge_replies, kind="simpo", beta=1.0, gamma=0.0, label_smoothing=0.0, sft_weight=0.0
+        )
     evaluate = PairEvaluator(store, judge, complete, ROWS, order_in_words, quiet=False)
     ranks = Ranks(device=next(opened.model.parameters()).device)
     found = evaluate(opened.model, ranks, Stop(0.0)).metrics
