@@ -2,22 +2,24 @@
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from whet.compare.measure import Measured
 from whet.compare.table import cell, columns_of
-from whet.report.page import filled, script_json
+from whet.report.markup import embedded, fill
 
 SHOWN = 200  # problems on the page; the JSON file has them all
 WIDTH, HEIGHT, LEFT, BOTTOM = 480, 200, 40, 30  # of the curve, in its own units
 
 
 def page(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> str:
-    """The whole page as text; its content security policy allows its own style and script only."""
-    return filled(
-        "compare/page.html",
-        ["compare/page.css"],
-        "compare/page.js",
+    """The whole page as text."""
+    here = Path(__file__)
+    return fill(
+        here.with_name("page.html"),
+        [here.with_name("page.css")],
+        here.with_name("page.js"),
         title=escape(" → ".join(row["model"] for row in rows)),
         curve=_curve(rows),
         table=_table(rows),
@@ -89,4 +91,4 @@ def _replies(measured: Sequence[Measured]) -> str:
             for i, question in enumerate(questions)
         ],
     }
-    return script_json(content)
+    return embedded(content)

@@ -19,7 +19,8 @@ from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batc
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.generate.engine import evaluating
-from whet.model.decoder import TokenLoss, Transformer, run_batch
+from whet.model.decoder import Transformer, run_batch
+from whet.model.loss import TokenLoss
 from whet.progress import track
 
 TURNS = 4

@@ -167,7 +167,14 @@ class Memory:
     """Memory."""
 
     recompute: Annotated[Recompute, FREE] = "none"
-    """Make activations again in the backward pass, not keep them: less memory, more work."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, more
+    work."""
+
+
+@dataclass(kw_only=True)
+class Measured(Memory):
+    """Memory."""
+
     auto: Annotated[bool, FREE] = False
     """Measure first, as `whet plan` does, and take its --micro_batch_size and --recompute."""
     memory_gb: Annotated[float | None, above_0, FREE] = None

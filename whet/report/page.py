@@ -1,25 +1,19 @@
-"""One self-contained HTML page of a Sheet: no network, no fonts, no scripts but its own.
-
-The skeleton, style and script lie beside this file. The page's content security policy names the
-hashes of the two, so the browser runs nothing else, whatever text the data holds.
-"""
+"""One self-contained HTML page of a Sheet; skeleton, style and script lie beside this file."""
 
 import base64
-import hashlib
-import json
-import re
 import zlib
-from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from whet.data.account import SourceAccount, totals
 from whet.data.rows import DOCUMENT
+from whet.files import short_names
 from whet.report.figures import fills_figure, lengths_figure
-from whet.report.sheet import Sheet, short_names
+from whet.report.markup import STYLE, embedded, fill
+from whet.report.sheet import Sheet
 
 LEFT_OUT_SHOWN = 1000
 """More lines than this slow the page and help nobody; the count is always whole."""
@@ -27,10 +21,11 @@ LEFT_OUT_SHOWN = 1000
 
 def page(sheet: Sheet) -> str:
     """The whole page as text."""
-    return filled(
-        "report/page.html",
-        ["report/page.css"],
-        "report/page.js",
+    here = Path(__file__)
+    return fill(
+        here.with_name("page.html"),
+        [STYLE],
+        here.with_name("page.js"),
         title=escape(sheet.title),
         numbers=_numbers(sheet),
         facts=_definitions("facts", sheet.facts),
@@ -38,34 +33,8 @@ def page(sheet: Sheet) -> str:
         turns=_turns(sheet),
         account=_account(sheet),
         left_out=_left_out(sheet),
-        data=script_json(_payload(sheet)),
+        data=embedded(_payload(sheet)),
     )
-
-
-def filled(skeleton: str, styles: Sequence[str], script: str = "", **values: str) -> str:
-    """The text of a page: `skeleton` with `values` in the place of `{{name}}`, its styles, its
-    script, and their hashes for its content security policy.
-
-    Files are named from the package's folder. A value may hold any text: it is put in once.
-    """
-    style, code = "".join(map(_part, styles)), _part(script) if script else ""
-    values |= {"style": style, "style_hash": _csp_hash(style)}
-    values |= {"script": code, "script_hash": _csp_hash(code)}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _part(skeleton))
-
-
-def _part(name: str) -> str:
-    return files("whet").joinpath(name).read_text(encoding="utf-8")
-
-
-def _csp_hash(text: str) -> str:
-    """What a content security policy calls a style or script by."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def script_json(value: Any) -> str:
-    """JSON for a script element: nothing in it ends the element or opens a comment."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 # ---- The rows, for page.js ----

@@ -7,12 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from whet.files import write_text
+from whet.files import short_names, write_text
 from whet.progress import duration
 from whet.report.curves import Line, chart
-from whet.report.page import filled
+from whet.report.markup import STYLE, fill, table
 from whet.report.run import Run, read_run
-from whet.report.sheet import short_names
 
 SOURCES = "dev_loss/source/"
 KNOWN = {"step", "epoch", "tokens", "trained_tokens", "skipped", "seconds", "trained_per_s"}
@@ -37,9 +36,10 @@ def write_page(paths: Sequence[Path], out: Path | None = None, refresh: int = 0)
 def page(runs: Sequence[Run], refresh: int = 0) -> str:
     """The whole page as text."""
     names = short_names([str(run.path) for run in runs])
-    return filled(
-        "report/run.html",
-        ["report/page.css", "report/run.css"],
+    here = Path(__file__)
+    return fill(
+        here.with_name("run.html"),
+        [STYLE, here.with_name("run.css")],
         title=escape(", ".join(names)),
         refresh=f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
         summary=_summary(runs, names),
@@ -70,7 +70,7 @@ def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
             "finished" if run.finished else _unfinished(run, seconds),
         ]
         rows.append([name, *cells])
-    return _table("Runs", head, rows)
+    return table("Runs", head, rows)
 
 
 def _unfinished(run: Run, seconds: Sequence[float]) -> str:
@@ -101,7 +101,7 @@ def _plans(runs: Sequence[Run], names: Sequence[str]) -> str:
             off = f"{100 * (found / planned - 1):+.0f} %" if planned else ""
             rows.append([name, what, shown(planned), shown(found), off])
     head = ("run", "", "plan", "run so far" if not all(r.finished for r in runs) else "run", "off")
-    return _table("The plan against what happened", head, rows)
+    return table("The plan against what happened", head, rows)
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
@@ -177,7 +177,7 @@ def _incidents(runs: Sequence[Run], names: Sequence[str]) -> str:
         for run, name in zip(runs, names, strict=True)
         for i in run.incidents
     ]
-    return _table("Steps that were not applied", ("run", "step", "reason", "look at it"), rows)
+    return table("Steps that were not applied", ("run", "step", "reason", "look at it"), rows)
 
 
 def _lineage(run: Run, name: str) -> str:
@@ -188,7 +188,7 @@ def _lineage(run: Run, name: str) -> str:
         data = ", ".join(data) if isinstance(data, list) else str(data)
         base = str(known.get("base") or "")
         rows.append([known["path"], str(known.get("stage", "?")), data, base])
-    return _table(f"What trained on what: {name}", ("model", "stage", "data", "started from"), rows)
+    return table(f"What trained on what: {name}", ("model", "stage", "data", "started from"), rows)
 
 
 def _settings(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -198,21 +198,4 @@ def _settings(runs: Sequence[Run], names: Sequence[str]) -> str:
     if len(runs) > 1:
         rows = [row for row in rows if len(set(row[1:])) > 1]
     title = "Settings" if len(runs) == 1 else "Settings that differ"
-    return _table(title, ("flag", *names), rows)
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    top = "".join(f'<th scope="col" class="words">{escape(word)}</th>' for word in head)
-    body = "".join(
-        f'<tr><th scope="row" class="words">{escape(row[0])}</th>'
-        + "".join(f'<td class="words">{escape(cell)}</td>' for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<section><h2>{escape(title)}</h2><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{escape(title)}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
-        "</table></div></section>"
-    )
+    return table(title, ("flag", *names), rows)

@@ -15,7 +15,8 @@ from whet.data.batches import Batch, make_batch, micro_batch_count, micro_batche
 from whet.data.rows import Rows
 from whet.generate.engine import evaluating
 from whet.model.attention import planned
-from whet.model.decoder import TokenLoss, Transformer, run_batch
+from whet.model.decoder import Transformer, run_batch
+from whet.model.loss import TokenLoss
 from whet.rl.advantages import gae, whitened
 from whet.rl.rollout_file import Layout
 from whet.train.distributed import Ranks, gather, unwrap

@@ -5,6 +5,7 @@ import hmac
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from whet.errors import UserError
-from whet.report.page import filled
+from whet.report.markup import STYLE, fill
 from whet.serve.models import Served, model_of
 from whet.serve.replies import Answer
 from whet.serve.requests import (
@@ -89,8 +90,8 @@ class Server:
     async def page(self, request: Request) -> Response:
         """The chat page, whose scripts talk to this server only."""
         headers = {**SAFE, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-        styles = ["report/page.css", "serve/chat.css"]
-        text = filled("serve/chat.html", styles, "serve/chat.js")
+        chat = Path(__file__).with_name("chat.html")
+        text = fill(chat, [STYLE, chat.with_suffix(".css")], chat.with_suffix(".js"))
         return Response(text, media_type="text/html", headers=headers)
 
     async def health(self, request: Request) -> Response:

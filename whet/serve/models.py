@@ -13,11 +13,11 @@ from whet.chat.chat import Chat
 from whet.chat.conversation import read_conversation
 from whet.chat.encode import encode_chat, encode_prompt
 from whet.errors import UserError
+from whet.files import short_names
 from whet.flags.serve import Config
 from whet.generate.opened import open_model
 from whet.report.conversation import EncodedLine, certificate_facts, turns
 from whet.report.pieces import token_pieces, token_texts
-from whet.report.sheet import short_names
 from whet.serve.requests import ApiError
 from whet.serve.worker import Worker
 

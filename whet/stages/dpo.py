@@ -235,4 +235,5 @@ def documents(config: Config) -> Documents:
 
 def main(config: Config) -> int:
     """`whet dpo`."""
-    return run_stage(config, "dpo", build, partial(with_proposal, build=build))
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "dpo", build, fit)

@@ -83,4 +83,5 @@ def documents(config: Config) -> Documents:
 
 def main(config: Config) -> int:
     """`whet reward`."""
-    return run_stage(config, "reward", build, partial(with_proposal, build=build))
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "reward", build, fit)

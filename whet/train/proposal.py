@@ -163,13 +163,11 @@ def no_room(plan: Plan) -> str:
 
 
 def with_proposal(config: C, ranks: Ranks, *, build: Callable[[Any, Ranks], Stage]) -> C:
-    """`config`, with `--auto` the settings that fit; a continued run keeps those that it has. Only
-    one rank calls it.
+    """`config` of `--auto` with the settings that fit; a continued run keeps those that it has.
+    Only one rank calls it.
 
     Raises UserError if nothing fits.
     """
-    if not config.auto:
-        return config
     saved = config.out / "config.toml"
     if saved.is_file():  # or the run would have been refused
         before = read_toml(type(config), saved)

@@ -8,7 +8,7 @@
     samples.jsonl   replies generated at each evaluation
     ledger.bin      the documents of each step (see ledger.py)
     .lock           held while a process trains here
-    incidents/      steps that were not applied (see spikes.py)
+    incidents/      steps that were not applied (see step.py)
     state/          resume states (see state.py)
     best/           the model of the best evaluation
     tensorboard/    the same numbers as curves
@@ -37,8 +37,7 @@ from whet.files import flush, read_json, remove_leftovers, replaced, write_json
 from whet.progress import say
 from whet.train import state
 from whet.train.distributed import Ranks
-from whet.train.ledger import RECORD
-from whet.train.spikes import as_json
+from whet.train.ledger import RECORD, as_json
 from whet.train.state import Facts
 
 PRICED = (

@@ -19,8 +19,7 @@ from torch import nn
 from whet.config import check, read_toml
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
-from whet.model.float8 import use_float8
-from whet.model.precision import multiplies_bf16
+from whet.model.precision import multiplies_bf16, use_float8
 from whet.progress import duration
 from whet.report.run_page import write_page
 from whet.train import distributed, memory, optim, state
@@ -48,7 +47,7 @@ def run_stage(
     config: C,
     command: str,
     build: Callable[[C, Ranks], Stage],
-    prepare: Callable[[C, Ranks], C] = lambda config, ranks: config,
+    prepare: Callable[[C, Ranks], C] | None = None,
 ) -> int:
     """Train the stage that `build` makes of `config`; returns the exit code of `whet <command>`.
 
@@ -64,7 +63,7 @@ def run_stage(
             longer = is_longer(config)
         start = distributed.from_first(start, ranks, ranks.setup)
         with distributed.together(ranks):
-            if ranks.first:
+            if ranks.first and prepare is not None:
                 config = prepare(config, ranks)
         config = distributed.from_first(config, ranks, ranks.setup)
         run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
@@ -111,9 +110,9 @@ def _train(
         run.facts = state.load_state(start, model, optimizers, ranks)
         run.resumed_at = run.facts.step
     with distributed.together(ranks):
-        if start is None:
-            check_profile(config.profile, stage.total_steps)
-        else:
+        if start is None and config.profile:
+            check_profile(stage.total_steps)
+        if start is not None:
             check_same_inputs(run.facts, now, config)
             if longer and ranks.first:
                 state.remove_after(run.states, run.facts.step)

@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from tests.model import zoo
 from whet.errors import UserError
 from whet.model.config import llama
-from whet.model.hf.config import FAMILIES, from_hf, to_hf
+from whet.model.hf.config import from_hf, to_hf
+from whet.model.hf.families import FAMILIES
 
 LLAMA = {
     "model_type": "llama",
