@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 
+from whet.chat.calls import CallForm, find_form
 from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
 from whet.chat.hidden import Joints, pattern_of
@@ -110,6 +111,11 @@ class Chat:
         """The ids at which a reply ends: the template's stop tokens first, then every eos."""
         stops = [self.tokenizer.added[ending.stop] for ending in self.dialect.endings]
         return tuple(dict.fromkeys([*stops, *self.tokenizer.eos_ids]))
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How the template writes tool calls, if they can be read back from a reply."""
+        return find_form(self.dialect)
 
     @cached_property
     def plain_backend(self) -> tokenizers.Tokenizer:

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from whet.errors import UserError
 from whet.report.markup import STYLE, fill
 from whet.serve.models import Served, model_of
-from whet.serve.replies import Answer
+from whet.serve.replies import Answer, Tools
 from whet.serve.requests import (
     CERTIFICATE,
     CHAT,
@@ -28,6 +28,7 @@ from whet.serve.requests import (
     ApiError,
     Fields,
     checked,
+    function_name,
     settings,
 )
 
@@ -116,7 +117,10 @@ class Server:
         """POST /v1/chat/completions."""
         asked = settings(given)
         prompt = await run_in_threadpool(_prompt, served, given)
-        return await self._reply(request, Answer(served, [prompt], asked, "chat", self.timeout))
+        form = await run_in_threadpool(served.call_form, given)
+        tools = Tools(form, [function_name(tool) for tool in given["tools"]]) if form else None
+        answer = Answer(served, [prompt], asked, "chat", self.timeout, tools)
+        return await self._reply(request, answer)
 
     async def completion(self, request: Request, served: Served, given: dict[str, Any]) -> Response:
         """POST /v1/completions."""
