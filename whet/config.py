@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from whet.elsewhere import nearest_flag
 from whet.errors import UserError
-from whet.files import replaced, unwritable, unwritable_folder
+from whet.files import unwritable, unwritable_folder, write_text
 
 SHIPPED = Path(__file__).with_name("configs")
 """The TOML files that come with Whet; `whet configs` lists them."""
@@ -217,8 +217,7 @@ def as_toml(config: Any) -> str:
 
 def save(config: Any, path: str | Path) -> None:
     """Write `as_toml` of the config."""
-    with replaced(path) as aside:
-        aside.write_text(as_toml(config), encoding="utf-8")
+    write_text(path, as_toml(config))
 
 
 def convert(value: Any, hint: Any) -> tuple[Any, str | None]:

@@ -13,7 +13,7 @@ from whet.config import (
     from_0,
     in_folder,
 )
-from whet.flags.policy import known_reward
+from whet.flags.policy import known_reward, named_twice
 from whet.flags.use import Problems, Where
 from whet.hub import known_model
 
@@ -47,7 +47,7 @@ class Config(Where, Problems):
 
 def flaws(config: Config) -> list[str]:
     """Flags that do not go together."""
-    found = []
+    found = named_twice(config.reward)
     if not config.models:
         found.append("no models: give run folders, as in whet compare runs/base runs/sft")
     if not (config.gsm8k or config.dev or config.pairs):

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from whet.files import replaced, short_names
+from whet.files import short_names, write_text
 from whet.progress import duration
 from whet.report.curves import Line, chart
 from whet.report.markup import STYLE, fill, table
@@ -29,8 +29,7 @@ def write_page(paths: Sequence[Path], out: Path | None = None, refresh: int = 0)
     """
     runs = [read_run(Path(path)) for path in paths]
     out = out or Path(paths[0]) / "report.html"
-    with replaced(out) as aside:
-        aside.write_text(page(runs, refresh), encoding="utf-8")
+    write_text(out, page(runs, refresh))
     return out
 
 

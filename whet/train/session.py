@@ -234,14 +234,15 @@ def _print_header(
         else (f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores a rank")
     )
     there = min(len(stage.documents), config.overfit_rows or len(stage.documents))
-    rows = f"{config.batch_size} rows"
+    rows = f"{config.batch_size} {stage.rows}"
     if there < config.batch_size:
-        rows = f"{there} rows (all there are; --batch_size is {config.batch_size})"
+        rows = f"{there} {stage.rows} (all there are; --batch_size is {config.batch_size})"
     lines = [
         *stage.header,
         (
             "steps",
-            f"{stage.total_steps:,} of {rows}, {config.micro_batch_size} a forward pass, {layout}",
+            f"{stage.total_steps:,} of {rows}, {config.micro_batch_size} rows a forward pass, "
+            f"{layout}",
         ),
         (
             "optimizer",
