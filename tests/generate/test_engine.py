@@ -223,7 +223,7 @@ def test_a_small_prefill_budget_changes_nothing(monkeypatch) -> None:
     model = build(CONFIGS["grouped heads"])
     prompts = some_prompts(6)
     expected = generate(model, prompts, max_new_tokens=5, stop_ids=[])
-    monkeypatch.setattr(rows, "PREFILL_TOKENS", 8)
+    monkeypatch.setitem(rows.PREFILL_TOKENS, "cpu", 8)
     assert generate(model, prompts, max_new_tokens=5, stop_ids=[]) == expected
 
 

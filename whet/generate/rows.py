@@ -20,8 +20,9 @@ from whet.generate.cache import Cache
 from whet.generate.sample import likeliest, log_probabilities, next_tokens, uniforms
 from whet.model.decoder import Transformer
 
-PREFILL_TOKENS = 16_384
-"""Prompt tokens, padding included, in one forward: bounds its memory."""
+PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
+"""Prompt tokens, padding included, in one forward, by device: bounds its memory. Few of them, as
+fast on a CPU, are padded less, since prompts of about the same length run together."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class Rows:
 
     def take(self, waiting: list[Row]) -> list[Row]:
         """Take from the end of `waiting`, shortest first, those that begin in one forward."""
-        fits = max(1, PREFILL_TOKENS // len(waiting[-1].text))
+        most = PREFILL_TOKENS.get(self.device.type, 2_048)
+        fits = max(1, most // len(waiting[-1].text))
         # Padded together, all would count as long as the longest.
         count = sum(len(row.text) > self.switch for row in waiting[-fits:]) or fits
         group = waiting[-count:][::-1]
