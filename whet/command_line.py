@@ -23,6 +23,7 @@ from whet.config import (
 )
 from whet.elsewhere import nearest_flag
 from whet.errors import UserError
+from whet.progress import say
 
 C = TypeVar("C")
 
@@ -76,7 +77,6 @@ def read_flags(config_class: type, words: Sequence[str], command: str) -> dict[s
     Raises UserError for all unknown flags and wrong values together.
     """
     hints = typing.get_type_hints(config_class, include_extras=True)
-    parser = _parser(config_class, hints, command)
     found = []
     flags = []
     for word in words:
@@ -89,6 +89,17 @@ def read_flags(config_class: type, words: Sequence[str], command: str) -> dict[s
                 found.append(f"unknown flag {said}{nearest_flag(key, hints, '--')}")
         flags.append(f"{name}{equals}{value}")
     problems(found)
+    if {"-h", "--help"} & set(flags):
+        say(help_of(config_class, hints, command))
+        raise SystemExit(0)
+    parser = _Parser(
+        prog=f"whet {command}",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given stays away: the TOML comes later
+    )
+    for field in dataclasses.fields(config_class):
+        _add(parser, field.name, hints[field.name])
     values = {}
     for name, given in vars(parser.parse_args(flags)).items():
         is_many = typing.get_origin(_bare(hints[name])) is tuple
@@ -123,26 +134,45 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
-def _parser(config_class: type, hints: dict[str, Any], command: str) -> argparse.ArgumentParser:
-    """Values stay texts, and what is not given stays away: `convert` and the TOML come later."""
+def _add(parser: Any, name: str, hint: Any) -> argparse.Action:
+    """Add the field `name` to a parser or to a group of one; its values stay texts."""
+    bare = _bare(hint)
+    is_many = typing.get_origin(bare) is tuple
+    action: argparse.Action
+    if POSITIONAL in marks(hint):
+        action = parser.add_argument(name, nargs="*" if is_many else "?")
+    elif bare is bool:
+        action = parser.add_argument(f"--{name}", action="store_const", const=True)
+        no = {"action": "store_const", "const": False, "dest": name}
+        parser.add_argument(f"--no_{name}", help=argparse.SUPPRESS, **no)
+    elif is_many:
+        action = parser.add_argument(f"--{name}", action="extend", nargs="*")
+    else:
+        action = parser.add_argument(f"--{name}")
+    return action
+
+
+def help_of(config_class: type, hints: dict[str, Any], command: str) -> str:
+    """What `whet <command> --help` prints."""
     title, _, example = inspect.cleandoc(config_class.__doc__ or "").partition("\n\n")
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog=f"whet {command}",
         usage=_usage(config_class, hints, command),
         description=title,
         epilog=("example:\n" + textwrap.indent(example, "  ") + "\n\n" if example else "")
         + "Every flag can also stand in a TOML file: --config FILE.toml; flags win.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
     )
-    groups: dict[str, Any] = {}
-    for title, names in _groups(config_class, hints).items():
-        groups[title] = parser.add_argument_group(title)
-        for field in (f for f in dataclasses.fields(config_class) if f.name in names):
-            text = names[field.name]
-            _add(groups[title], field, hints[field.name], text)
-    return parser
+    for title, texts in _groups(config_class, hints).items():
+        group = parser.add_argument_group(title)
+        for field in (f for f in dataclasses.fields(config_class) if f.name in texts):
+            action, hint = _add(group, field.name, hints[field.name]), hints[field.name]
+            action.help = (texts[field.name] + _default(field)).replace("%", "%%")
+            if POSITIONAL in marks(hint):
+                action.metavar = field.name.upper()
+            elif _bare(hint) is not bool:
+                action.metavar = _metavar(hint)
+    return parser.format_help().rstrip()
 
 
 def _usage(config_class: type, hints: dict[str, Any], command: str) -> str:
@@ -158,27 +188,10 @@ def _usage(config_class: type, hints: dict[str, Any], command: str) -> str:
     return " ".join(["whet", command, *words, "[flags]"])
 
 
-def _add(group: Any, field: dataclasses.Field, hint: Any, text: str) -> None:
-    bare, name = _bare(hint), field.name
-    is_many = typing.get_origin(bare) is tuple
-    text = (text + _default(field)).replace("%", "%%")
-    if POSITIONAL in marks(hint):
-        nargs = "*" if is_many else "?"
-        group.add_argument(name, nargs=nargs, metavar=name.upper(), help=text)
-    elif bare is bool:
-        group.add_argument(f"--{name}", action="store_const", const=True, help=text)
-        no = {"action": "store_const", "const": False, "dest": name}
-        group.add_argument(f"--no_{name}", help=argparse.SUPPRESS, **no)
-    elif is_many:
-        more = {"action": "extend", "nargs": "*"}
-        group.add_argument(f"--{name}", metavar=_metavar(hint), help=text, **more)
-    else:
-        group.add_argument(f"--{name}", metavar=_metavar(hint), help=text)
-
-
 def _groups(config_class: type, hints: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Title -> field -> help: first the flags that most people set, then a group for each class."""
-    groups: dict[str, dict[str, str]] = {"most used": {}}
+    """Title -> field -> help: first the flags that most people set, then the command's own, then a
+    group for each class that it shares with others."""
+    groups: dict[str, dict[str, str]] = {"most used": {}, "flags": {}}
     for part in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(part):
             title = (part.__doc__ or "").split("\n")[0].rstrip(".")

@@ -53,6 +53,18 @@ def nearest(folder: str | Path) -> Path:
     return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
+def short_names(paths: list[str]) -> list[str]:
+    """The paths without the folder that all of them share."""
+    folders = {os.path.dirname(path) for path in paths}
+    if len(folders) == 1:
+        return [os.path.basename(path) or path for path in paths]
+    try:
+        shared = os.path.commonpath(folders)
+    except ValueError:  # absolute and relative paths, or an empty list
+        return list(paths)
+    return [os.path.relpath(path, shared) if shared else path for path in paths]
+
+
 def read_text(path: Path) -> str:
     """The text of the file `path`. Raises UserError if it is missing or not UTF-8."""
     try:
@@ -112,6 +124,12 @@ def replaced(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all. Raises UserError where it cannot be written."""
+    with replaced(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from tests.model.list_cache import ListCache
 from whet.data.batches import map_tensors
 from whet.model.attention import plan_documents
 from whet.model.config import llama
-from whet.model.decoder import TokenLoss, Transformer, init_weights
+from whet.model.decoder import Transformer, init_weights
+from whet.model.loss import TokenLoss
 from whet.model.recompute import keep_products
 
 

@@ -58,6 +58,30 @@ def test_everything_of_a_run_is_on_its_page(tmp_path, capsys):
     assert "http" not in re.sub(r'http-equiv="[\w-]+"', "", text), "nothing is asked of a network"
 
 
+def test_the_plan_against_what_happened(tmp_path):
+    run = write_run(tmp_path / "sft")
+    plan = {"memory_gb": 1.6, "seconds_per_step": 0.4, "tokens_per_s": 1250.0}
+    about = {"command": "sft", "total_steps": 40, "plan": plan}
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "whet.json").unlink()  # ten steps are still to come
+    text = page([read_run(run)])
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", text.partition("The plan against")[2])
+    assert cells[:3] == ["1.60 GB", "2.00 GB", "+25 %"]
+    assert cells[3:6] == ["0.4 s", "0.5 s", "+25 %"]
+    assert cells[6:9] == ["1,250", "1,000", "-20 %"]
+    assert cells[9:12] == ["16 s", "20 s", "+25 %"]
+    assert "30 of 40" in text
+    assert "not finished, 5 s of steps left" in text
+
+
+def test_neighbouring_ticks_are_written_differently():
+    drawn = chart("x", [Line("a", [(1, 18_000.0), (2, 25_500.0), (3, 21_000.0)])])
+    ticks = re.findall(r'text-anchor="end">([\d.,e-]+)</text>', drawn)
+    assert len(ticks) > 3
+    assert len(set(ticks)) == len(ticks)
+    assert "<b>21,000</b>" in drawn
+
+
 def test_several_runs_side_by_side(tmp_path):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", scale=2.0)
     out = tmp_path / "both.html"

@@ -198,7 +198,7 @@ class Fixed(torch.nn.Module):
         self.nll = torch.nn.Parameter(nll)
 
     def forward(self, *_, weight, **rest):
-        from whet.model.decoder import TokenLoss
+        from whet.model.loss import TokenLoss
 
         return TokenLoss((self.nll * weight).sum(), self.nll)
 

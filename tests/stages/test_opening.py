@@ -15,11 +15,14 @@ from tests.stages.test_sft import metrics
 from whet.cli import main
 from whet.errors import UserError
 from whet.generate.opened import open_model
+from whet.model.config import llama
+from whet.model.decoder import Transformer, init_weights
 from whet.model.hf import checkpoint
 from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.lora.read import CONFIG, WEIGHTS
 from whet.model.open import load_backbone_from_ckpt
 from whet.stages import saving
+from whet.stages.opening import choose_trained, select_trainable
 from whet.stages.saving import ModelWriter
 from whet.train import loop, session
 from whet.train.distributed import Ranks
@@ -243,3 +246,20 @@ def test_a_pt_of_an_adapter_is_refused_before_training(world, tmp_path, capsys, 
     words = command(world, tmp_path / "out", out_ckpt=tmp_path / "m.pt", **flags)
     assert main(words) == 2
     assert "--out_ckpt: an adapter is trained" in capsys.readouterr().err
+
+
+def test_parameters_are_chosen_by_pattern() -> None:
+    model = Transformer(llama(64, 16, 3, 2))
+    init_weights(model, seed=0)
+    assert select_trainable(model, "re:mlp[.]up") == [f"layers.{i}.mlp.up.weight" for i in range(3)]
+    assert sum(p.requires_grad for p in model.parameters()) == 3
+    none = {"lora": None, "adapter": None, "new_rows": [], "four_bits": False, "seed": 0}
+    assert choose_trained(model, train="all", device=torch.device("cpu"), **none) is None
+    assert all(p.requires_grad for p in model.parameters())
+    for pattern, message in (
+        ("re:conv", "matches no parameter; names look like embed.weight"),
+        ("re:(", "not a regular expression"),
+        ("mlp", "expected all, or re:"),
+    ):
+        with pytest.raises(UserError, match=message):
+            select_trainable(model, pattern)

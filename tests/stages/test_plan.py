@@ -8,7 +8,7 @@ import pytest
 from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
-from whet.model.footprint import seen_pairs
+from whet.model.attention import seen_pairs
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
 from whet.stages import packed
-from whet.train import spikes
-from whet.train.spikes import FACTOR, NEEDED
 from whet.train.stage import Sums
+from whet.train.step import FACTOR, NEEDED, reason, recent_norms
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +25,9 @@ def world(tmp_path_factory):
 
 def verdict_on(loss, norm, norms, clip=1.0):
     """Why such a step is not applied after steps with these norms, or None."""
-    recent = spikes.recent(norms, torch.device("cpu"))
+    recent = recent_norms(norms, torch.device("cpu"))
     numbers = (torch.tensor(x, dtype=torch.float64) for x in (loss, norm))
-    return spikes.reason(loss, norm, recent.judge(*numbers, clip).tolist())
+    return reason(loss, norm, recent.judge(*numbers, clip).tolist())
 
 
 def test_verdicts():

@@ -15,7 +15,8 @@ from tests.train.test_spikes import spoiled
 from whet.cli import main
 from whet.flags.training import TrainSettings
 from whet.stages import packed, sft
-from whet.train import loop, optim, spikes
+from whet.train import loop, optim
+from whet.train import step as steps
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 from whet.train.step import to_device
@@ -31,24 +32,24 @@ def plain_rule(loss: float, norm: float, norms: list[float], clip: float) -> boo
     """Whether a step is bad, by the rule in words."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return True
-    return len(norms) >= spikes.NEEDED and norm > max(clip, spikes.FACTOR * max(norms))
+    return len(norms) >= steps.NEEDED and norm > max(clip, steps.FACTOR * max(norms))
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 20.0])
 def test_the_device_judges_by_the_rule(clip):
     rng, norms = random.Random(1), list[float]()
-    recent = spikes.recent([], CPU)
+    recent = steps.recent_norms([], CPU)
     found, choices = 0, [1.0] * 60 + [5.5, 5.5, 30.0, 30.0, math.inf, math.nan]
     for step in range(600):
         norm, loss = rng.choice(choices), rng.choice([1.0] * 30 + [math.nan])
         bad = plain_rule(loss, norm, norms, clip)
         verdict = recent.judge(scalar(loss), scalar(norm), clip).tolist()
         assert bool(verdict[0]) == bad, step
-        found += bad and "were at most" in (spikes.reason(loss, norm, verdict) or "")
+        found += bad and "were at most" in (steps.reason(loss, norm, verdict) or "")
         if not bad:
-            norms = [*norms, norm][-spikes.WINDOW :]
+            norms = [*norms, norm][-steps.WINDOW :]
         if step % 97 == 0:  # a resume builds it again from what was saved
-            recent = spikes.recent(norms, CPU)
+            recent = steps.recent_norms(norms, CPU)
     assert found > 5
 
 
@@ -72,7 +73,7 @@ def test_a_bad_step_leaves_no_trace(kind):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
         before = everything(model, optimizers)
-        spikes.step_unless(torch.tensor(bad), optimizers)
+        steps.step_unless(torch.tensor(bad), optimizers)
         same = str(everything(model, optimizers)) == str(before)
         assert same == bad
     other, plain = some_optimizers(kind)  # as if there had been only the two good steps
@@ -125,7 +126,7 @@ def test_a_step_never_waits_for_the_gpu(tmp_path):
     stage = sft.build(config, ranks)
     stage.model.to(device)
     made = step_optimizers(stage.model, config, device)
-    recent, stop = spikes.recent([], device), Stop(grace_s=0.0)
+    recent, stop = steps.recent_norms([], device), Stop(grace_s=0.0)
     for step in range(4):
         micros = to_device(stage.batches(step % stage.total_steps), device)
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first one warms up

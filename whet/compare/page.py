@@ -1,43 +1,30 @@
 """One self-contained page of a comparison: curve, table, and replies side by side."""
 
-import base64
-import hashlib
-import json
-import re
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from whet.compare.measure import Measured
 from whet.compare.table import cell, columns_of
+from whet.report.markup import embedded, fill
 
 SHOWN = 200  # problems on the page; the JSON file has them all
 WIDTH, HEIGHT, LEFT, BOTTOM = 480, 200, 40, 30  # of the curve, in its own units
 
 
 def page(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> str:
-    """The whole page as text; its content security policy allows its own style and script only."""
-    style, script = (_part(name) for name in ("page.css", "page.js"))
-    values = {
-        "title": escape(" → ".join(row["model"] for row in rows)),
-        "style": style,
-        "style_hash": _hash(style),
-        "script": script,
-        "script_hash": _hash(script),
-        "curve": _curve(rows),
-        "table": _table(rows),
-        "data": _replies(measured),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _part("page.html"))
-
-
-def _part(name: str) -> str:
-    return files("whet.compare").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    """The whole page as text."""
+    here = Path(__file__)
+    return fill(
+        here.with_name("page.html"),
+        [here.with_name("page.css")],
+        here.with_name("page.js"),
+        title=escape(" → ".join(row["model"] for row in rows)),
+        curve=_curve(rows),
+        table=_table(rows),
+        data=_replies(measured),
+    )
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -90,7 +77,7 @@ def _curve(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _replies(measured: Sequence[Measured]) -> str:
-    """The replies for page.js; nothing in the JSON ends the element or opens a comment."""
+    """The replies for page.js."""
     answered = [each for each in measured if each.replies]
     questions = answered[0].questions[:SHOWN] if answered else []
     content = {
@@ -104,4 +91,4 @@ def _replies(measured: Sequence[Measured]) -> str:
             for i, question in enumerate(questions)
         ],
     }
-    return json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")
+    return embedded(content)

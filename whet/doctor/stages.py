@@ -18,7 +18,7 @@ from whet.doctor.finding import BOUNDS, Finding, judge
 from whet.doctor.numbers import compare
 from whet.doctor.subject import Document, Setting, Subject, alone, prompt_of
 from whet.generate.engine import Reply, evaluating, sample
-from whet.model.decoder import TokenLoss, Transformer
+from whet.model.decoder import Transformer, run_batch
 from whet.rl.policy_loss import policy_term
 from whet.rl.preference_loss import Replies, preference_loss
 from whet.stages import packed
@@ -74,14 +74,7 @@ def _start_of_dpo(model: Transformer, batch: Batch, setting: Setting) -> Finding
         with evaluating(model):
             nll = packed.token_loss(model, batch).nll
             reference = per_document(-nll.double() * batch.weight, batch.segments)
-        found = model(
-            batch.tokens,
-            None,
-            batch.segments,
-            targets=batch.targets,
-            weight=batch.weight,
-            per_token=True,
-        )
+        found = run_batch(model, batch, per_token=True)
     logp = per_document(-found.nll.double() * batch.weight, batch.segments)
     tokens = per_document(batch.weight, batch.segments)
     chosen, rejected = (Replies(logp[:, s], reference[:, s], tokens[:, s]) for s in (1, 2))
@@ -106,7 +99,7 @@ def _sampler(model: Transformer, documents: list[Document], setting: Setting) ->
 
     def policy() -> float:
         with autocast(setting.device, setting.dtype):
-            nll = _forward(model, batch, batch.weight, per_token=True).nll
+            nll = run_batch(model, batch, per_token=True).nll
         gaps.append((nll.detach() - sampled).abs()[inside])
         part = policy_term(nll, sampled, advantage, "clip", low=0.2, high=0.28)
         loss = (part.term * batch.weight).sum() / batch.total
@@ -115,7 +108,7 @@ def _sampler(model: Transformer, documents: list[Document], setting: Setting) ->
 
     def weighted() -> float:
         with autocast(setting.device, setting.dtype):
-            loss = _forward(model, batch, batch.weight * advantage).loss / batch.total
+            loss = run_batch(model, batch, weight=batch.weight * advantage).loss / batch.total
         loss.backward()
         return float(loss.detach())
 
@@ -126,20 +119,6 @@ def _sampler(model: Transformer, documents: list[Document], setting: Setting) ->
     bound = BOUNDS[setting.precision].gradient
     yield judge(
         "the first policy step: ratio 1, SFT's gradient", found.gradient, bound, setting.name
-    )
-
-
-def _forward(
-    model: Transformer, batch: Batch, weight: Tensor, per_token: bool = False
-) -> TokenLoss:
-    return model(
-        batch.tokens,
-        None,
-        batch.segments,
-        targets=batch.targets,
-        weight=weight,
-        per_token=per_token,
-        temperature=1.0,
     )
 
 

@@ -19,7 +19,8 @@ from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batc
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.generate.engine import evaluating
-from whet.model.decoder import TokenLoss, Transformer
+from whet.model.decoder import Transformer, run_batch
+from whet.model.loss import TokenLoss
 from whet.progress import track
 
 TURNS = 4
@@ -85,14 +86,7 @@ def dev_loss(
             whole = micro_batches(read_batch(store, rows, total=total), micro_rows, 1)[0]
             classes = torch.from_numpy(classes_of(whole, store, names)).to(device)
             batch = whole.to(device)
-            found = model(
-                batch.tokens,
-                None,
-                batch.segments,
-                targets=batch.targets,
-                weight=batch.weight,
-                watch=stop_ids[0] if stop_ids else None,
-            )
+            found = run_batch(model, batch, watch=stop_ids[0] if stop_ids else None)
             parts.append(_row_sums(found, batch.targets, batch.weight, stops)[: len(rows)])
             _add(by_class, classes, found.nll)
             progress.advance(len(rows))
@@ -170,8 +164,8 @@ ANOTHER_TEMPLATE = "another chat template"
 
 
 def template_difference(one: Chat, other: Chat) -> str:
-    """What chat `one` has otherwise than `other`, of its templates and what they set; "" if
-    nothing."""
+    """How the templates of chat `one` and what they set differ from those of `other`; "" if they
+    do not."""
     found = [
         defaults_of(str(chat.as_dict()[key]))
         for chat in (one, other)
@@ -187,7 +181,8 @@ def template_difference(one: Chat, other: Chat) -> str:
 
 
 def template_misfit(chat: Chat, store: PackedStore, flag: str, whose: str) -> list[str]:
-    """A line if the packed file was rendered otherwise than `chat`, which is that of `whose`."""
+    """A line if the packed file was rendered with another template than `chat`'s, the chat of
+    `whose`."""
     if "chat" not in store.attrs:
         return []
     rendered = chat.rendering_as(store.attrs["chat"], str(store.path))

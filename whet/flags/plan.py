@@ -14,6 +14,6 @@ class Config(sft.Config):
     """Measure a few steps of `whet sft` with these flags, and propose settings that fit."""
 
     out: Path = Path("runs/sft")
-    """Run folder of the run that is planned; nothing is written there."""
+    """Run folder of the run that is planned: it gets plan.json, for the report of the run."""
     json: bool = False
     """Print the plan as one JSON object."""

@@ -14,9 +14,9 @@ Shape letters: B batch, T tokens, N heads, K key/value heads, H head size, M pac
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whet.model import kernels
+from whet.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from whet.data.batches import Batch
 
 
 class KVCache(Protocol):
@@ -331,3 +335,30 @@ def plan_documents(
         reach=longest,
         trained=trained,
     )
+
+
+def planned(batch: "Batch") -> "Batch":
+    """A batch on the CPU with the plan that the model would make of it: on a GPU, making it there
+    would wait for the device."""
+    plan = plan_documents(batch.tokens.shape, batch.tokens.device, batch.segments, batch.weight)
+    return replace(batch, plan=plan)
+
+
+def attention_flops(config: ModelConfig, sizes: Sequence[int], *, again: bool) -> float:
+    """Floating-point operations of attention itself, forward and backward, over documents of
+    `sizes` tokens, all layers; 2 for each multiply-add.
+
+    Two products in the forward pass (scores, and values by them) and four in the backward, each
+    over the pairs of a token and one that it sees. `again`: the forward pass is recomputed.
+    """
+    products = 2 * (3 + again)
+    pairs = sum(
+        seen_pairs(size, config.window(layer)) for layer in range(config.n_layers) for size in sizes
+    )
+    return 2.0 * products * config.n_heads * config.head_size * pairs
+
+
+def seen_pairs(size: int, window: int | None) -> int:
+    """Pairs of a token and one that it sees, itself included, in a document of `size` tokens."""
+    near = min(size, window or size)
+    return near * (near + 1) // 2 + (size - near) * near

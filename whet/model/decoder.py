@@ -14,7 +14,7 @@ M packed tokens.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
-from whet.model.loss import linear_cross_entropy, linear_nll, linear_probability
-from whet.model.precision import product_type
+from whet.model.loss import TokenLoss, product_type, spread, token_loss
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
+
+if TYPE_CHECKING:
+    from whet.data.batches import Batch
 
 Rotary = tuple[Tensor, Tensor] | None
 Plan = AttentionPlan | CachedPlan
@@ -38,15 +40,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class TokenLoss(NamedTuple):
-    """What `Transformer.forward` gives when it is told the targets."""
+def run_batch(model: nn.Module, batch: "Batch", **asked: Any) -> Any:
+    """`Transformer.forward` over the documents of a batch, with its targets, weights and plan;
+    `asked` are further arguments, or others in the place of these.
 
-    loss: Tensor
-    """Sum of weight x nll, a float32 scalar with a gradient."""
-    nll: Tensor
-    """-ln p(target) (B, T), float32, 0 where the weight is 0; detached unless `per_token`."""
-    watched: Tensor | None = None
-    """p(`watch`) (B, T), float32, 0 where the weight is 0."""
+    Positions are the plan's: with given ones, common beginnings could not be computed once.
+    """
+    fields = {"targets": batch.targets, "weight": batch.weight, "plan": batch.plan}
+    return model(batch.tokens, None, batch.segments, **{**fields, **asked})
 
 
 class RMSNorm(nn.Module):
@@ -111,7 +112,7 @@ class Attention(nn.Module):
         y = self._attend(q, k, v, plan).flatten(1)
         return self.o(y if keep is None else y[keep])
 
-    @torch.compiler.disable  # compiled, it would be made anew for each layer and each batch's plan
+    @torch.compiler.disable  # compiled, it would be recompiled for each batch's plan
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         return plan.attend(
             q, k, v, layer=self.layer, scale=self.scale, window=self.window, softcap=self.softcap
@@ -245,13 +246,21 @@ class Transformer(nn.Module):
         if self.config.score:
             with torch.autocast(x.device.type, enabled=False):  # one row: in float32 at no cost
                 scores = F.linear(x.float(), self.score.weight.float())[:, 0]
-                return _spread(scores, plan, weight)
+                return spread(scores, plan.trained_index, weight)
         assert targets is not None
-        if watch is not None:
-            return self._watched(x, targets, weight, plan, watch)
-        if per_token:
-            return self._token_nll(x, targets, weight, plan, temperature)
-        return self._loss(x, targets, weight, plan, temperature)
+        return token_loss(
+            x,
+            self.head_weight,
+            targets,
+            weight,
+            plan.trained_index,
+            per_token=per_token,
+            watch=watch,
+            temperature=temperature,
+            bias=self.head_bias,
+            softcap=self.config.logit_softcap,
+            logit_scale=self.config.logit_scale,
+        )
 
     def _layers(self, tokens: Tensor, plan: Plan, keep: Tensor | None = None) -> Tensor:
         """tokens (M,) -> normed hidden states (M, D), in the last layer only of the rows `keep`."""
@@ -268,14 +277,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             rope = self.config.rope(i)
             last = i == len(self.layers) - 1
-            x = run_layer(
-                layer,
-                self.recompute,
-                x,
-                None if rope is None else rotary[rope],
-                plan,
-                keep if last else None,
-            )
+            run = layer if self.recompute == "none" else partial(run_layer, layer, self.recompute)
+            x = run(x, None if rope is None else rotary[rope], plan, keep if last else None)
         return self.norm(x)
 
     def _logits(self, x: Tensor, logits_at: Tensor | None) -> Tensor:
@@ -286,51 +289,6 @@ class Transformer(nn.Module):
         scale, cap = self.config.logit_scale, self.config.logit_softcap
         logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def _loss(
-        self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
-    ) -> TokenLoss:
-        """x (S', D) at the trained tokens of the plan, and what fills them up."""
-        loss, nll = linear_cross_entropy(
-            x,
-            self.head_weight,
-            _at_trained(targets, plan, len(x)),
-            _at_trained(weight, plan, len(x)),
-            **self._curve(temperature),
-        )
-        return TokenLoss(loss, _spread(nll, plan, weight))
-
-    def _token_nll(
-        self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, temperature: float
-    ) -> TokenLoss:
-        """The same with a gradient for each token's nll."""
-        wanted = _at_trained(targets, plan, len(x))
-        nll = linear_nll(x, self.head_weight, wanted, **self._curve(temperature))
-        spread = _spread(nll, plan, weight)
-        return TokenLoss((weight * spread).sum(), spread)
-
-    def _watched(
-        self, x: Tensor, targets: Tensor, weight: Tensor, plan: AttentionPlan, watch: int
-    ) -> TokenLoss:
-        """The loss without a gradient, and the probability of one token."""
-        nll, watched = linear_probability(
-            x,
-            self.head_weight,
-            _at_trained(targets, plan, len(x)),
-            watch,
-            **self._curve(1.0),
-        )
-        spread = _spread(nll, plan, weight)
-        return TokenLoss((weight * spread).sum(), spread, _spread(watched, plan, weight))
-
-    def _curve(self, temperature: float) -> dict[str, Any]:
-        """How the head's products become logits: z/T = cap/T tanh((scale/T) z / (cap/T))."""
-        cap = self.config.logit_softcap
-        return {
-            "bias": self.head_bias,
-            "softcap": None if cap is None else cap / temperature,
-            "logit_scale": self.config.logit_scale / temperature,
-        }
 
     @property
     def prefixes_are_equal(self) -> bool:
@@ -347,19 +305,6 @@ class Transformer(nn.Module):
     def head_bias(self) -> Tensor | None:
         """The head's bias (V,), if it has one."""
         return None if self.config.tied else self.head.bias
-
-
-def _at_trained(x: Tensor, plan: AttentionPlan, size: int) -> Tensor:
-    """x (B, T) -> (size,): the S trained tokens, then zeros."""
-    found = x.flatten()[plan.trained_index]
-    return F.pad(found, (0, size - len(found)))
-
-
-def _spread(values: Tensor, plan: AttentionPlan, weight: Tensor) -> Tensor:
-    """values (S',), the first S of the trained tokens -> (B, T) float32, 0 elsewhere."""
-    where = plan.trained_index
-    zeros = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
-    return zeros.index_put((where,), values[: len(where)].float()).view(weight.shape)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from whet.config import problems
 from whet.errors import UserError
 from whet.files import PT, read_json, replaced, replaced_folder, unwritable, unwritable_folder
 from whet.flags.export import Config
-from whet.hub import find_model
+from whet.hub import find_model, is_adapter
 from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
 from whet.model.gguf import notes, write_gguf
@@ -32,7 +32,8 @@ from whet.model.hf.checkpoint import (
     save_model,
     save_pt,
 )
-from whet.model.hf.config import CLASSES, OWN_LAYOUT, to_hf
+from whet.model.hf.config import to_hf
+from whet.model.hf.families import CLASSES, OWN_LAYOUT
 from whet.model.hf.weights import rounding, saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora
@@ -114,7 +115,7 @@ def _check_out(path: Path, config: Config) -> None:
     """Refuse an `--out` that is read, too: an adapter's base, once merged, would be merged again
     whenever the adapter is opened."""
     inputs = [path, config.tokenizer]
-    if path.is_dir() and adapter.is_adapter(path):
+    if path.is_dir() and is_adapter(path):
         inputs.append(Path(adapter.base_of(path)[0]))
     if config.to == "pt":
         problems(unwritable("--out", config.out, inputs, PT))
@@ -123,13 +124,13 @@ def _check_out(path: Path, config: Config) -> None:
 
 
 def _open(path: Path, config: Config) -> Transformer:
-    base = adapter.find_base(path) if path.is_dir() and adapter.is_adapter(path) else path
+    base = adapter.find_base(path) if path.is_dir() and is_adapter(path) else path
     if config.to != "hf" and is_foreign(base):
         raise UserError(
             f"--to {config.to}: {base} is of an architecture that is not Whet's own; --to hf "
             "writes a model directory, which llama.cpp's own converter may know"
         )
-    if not (path.is_dir() and adapter.is_adapter(path)):
+    if not (path.is_dir() and is_adapter(path)):
         if config.merge:
             raise UserError(f"--merge: {config.run} is a whole model, it has no adapter to merge")
         return load_backbone_from_ckpt(path, score=None)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from whet.errors import UserError
 from whet.model.attention import KVCache
-from whet.model.decoder import TokenLoss
-from whet.model.loss import linear_cross_entropy, linear_nll, linear_probability
+from whet.model.loss import TokenLoss, token_loss
 from whet.model.recompute import Recompute, run_layer
 
 Way = Literal["positions", "mask", "alone"]
@@ -165,25 +164,19 @@ class ForeignModel(nn.Module):
         assert weight is not None, "targets need weights"
         where = weight.flatten().nonzero()[:, 0]
         head = self.inner.get_output_embeddings()
-        cap = self.softcap
-        shape: dict[str, Any] = {
-            "bias": getattr(head, "bias", None),
-            "softcap": None if cap is None else cap / temperature,
-            "logit_scale": self.logit_scale / temperature,
-        }
-        inputs = (hidden.flatten(0, 1)[where], head.weight, targets.flatten()[where])
-
-        def spread(values: Tensor) -> Tensor:
-            return weight.new_zeros(weight.numel()).index_put((where,), values).view_as(weight)
-
-        if watch is not None:
-            nll, watched = linear_probability(*inputs, watch, **shape)
-            return TokenLoss((weight * spread(nll)).sum(), spread(nll), spread(watched))
-        if per_token:
-            found = spread(linear_nll(*inputs, **shape))
-            return TokenLoss((weight * found).sum(), found)
-        loss, nll = linear_cross_entropy(*inputs, weight.flatten()[where], **shape)
-        return TokenLoss(loss, spread(nll))
+        return token_loss(
+            hidden.flatten(0, 1)[where],
+            head.weight,
+            targets,
+            weight,
+            where,
+            per_token=per_token,
+            watch=watch,
+            temperature=temperature,
+            bias=getattr(head, "bias", None),
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+        )
 
     def _hidden(self, tokens: Tensor, segments: Tensor) -> Tensor:
         """tokens (B, T) -> hidden states (B, T, D), each document as if it were alone."""
@@ -262,7 +255,7 @@ class ForeignModel(nn.Module):
 
 @dataclass(frozen=True)
 class Switch:
-    """Rotary positions that turn otherwise, all of them, in a text longer than `length`.
+    """Rotary positions of which all differ in a text longer than `length`.
 
     transformers decides by the longest text of a whole batch, and `dynamic` positions remember the
     longest text so far: neither may reach another document.

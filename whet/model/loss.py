@@ -11,13 +11,11 @@ Shape letters: B batch, T tokens, D width, V vocabulary, M trained tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from whet.model.precision import product_type
 
 CACHED_LOGITS = 2**20
 """Logits that are softmaxed at a time on a CPU: 4 MB of float32 stay in its cache."""
@@ -40,6 +38,66 @@ def sft_loss(logits: Tensor, tokens: Tensor, loss_mask: Tensor) -> Tensor:
     nll = nll.view_as(weight).masked_fill(weight == 0, 0.0)
     total = weight.sum()
     return (weight * nll).sum() / torch.where(total == 0, 1.0, total)
+
+
+class TokenLoss(NamedTuple):
+    """What a model gives for targets; each (B, T) float32 is 0 where the weight is 0."""
+
+    loss: Tensor
+    """Sum of weight x nll, a float32 scalar with a gradient."""
+    nll: Tensor
+    """-ln p(target) (B, T), detached unless `per_token`."""
+    watched: Tensor | None = None
+    """p(`watch`) (B, T)."""
+
+
+def token_loss(
+    hidden: Tensor,
+    matrix: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    where: Tensor,
+    *,
+    per_token: bool,
+    watch: int | None,
+    temperature: float,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+) -> TokenLoss:
+    """The loss of targets (B, T) with a weight (B, T) != 0, which stand at `where` (S,) of (B * T).
+
+    hidden (S', D): the first S rows are theirs, any others are there for the sake of the size.
+    `per_token`, `watch` and `temperature` as in `Transformer.forward`, the rest as in
+    `linear_cross_entropy`.
+    """
+    shape: dict[str, Any] = {
+        "bias": bias,  # z / T = (c / T) tanh((scale / T) x product / (c / T))
+        "softcap": None if softcap is None else softcap / temperature,
+        "logit_scale": logit_scale / temperature,
+    }
+    wanted, factor = (_gathered(x, where, len(hidden)) for x in (targets, weight))
+    if watch is not None:
+        nll, watched = linear_probability(hidden, matrix, wanted, watch, **shape)
+        each = spread(nll, where, weight)
+        return TokenLoss((weight * each).sum(), each, spread(watched, where, weight))
+    if per_token:
+        each = spread(linear_nll(hidden, matrix, wanted, **shape), where, weight)
+        return TokenLoss((weight * each).sum(), each)
+    loss, nll = linear_cross_entropy(hidden, matrix, wanted, factor, **shape)
+    return TokenLoss(loss, spread(nll, where, weight))
+
+
+def _gathered(x: Tensor, where: Tensor, size: int) -> Tensor:
+    """x (B, T) -> (size,): what stands at `where` (S,), then zeros."""
+    return F.pad(x.flatten()[where], (0, size - len(where)))
+
+
+def spread(values: Tensor, where: Tensor, like: Tensor) -> Tensor:
+    """The first S of `values` -> a tensor of the shape of `like`, float32, with them at `where`
+    (S,) of its places and 0 elsewhere."""
+    zeros = torch.zeros(like.numel(), dtype=torch.float32, device=like.device)
+    return zeros.index_put((where,), values[: len(where)].float()).view(like.shape)
 
 
 def linear_cross_entropy(
@@ -66,8 +124,8 @@ def linear_cross_entropy(
     """
     chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
     if not torch.is_grad_enabled():
-        # A Function is told that a parameter needs its gradient even where none will be asked for;
-        # forming it would make evaluation three times as slow.
+        # To a Function a parameter needs its gradient even where none will be asked for; forming it
+        # would make evaluation three times as slow.
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     loss, nll = _LinearCrossEntropy.apply(
@@ -129,6 +187,13 @@ def linear_probability(
     return nll, watched
 
 
+def product_type(x: Tensor) -> torch.dtype:
+    """The type in which a linear layer would multiply `x` here: autocast's, or its own."""
+    device = x.device.type
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
     """How many tokens' logits exist at a time: up to 64 MiB of them in `dtype`, the type of
     products, on a CPU; on a GPU, which softmaxes all of them at once, 256 MiB in float32.
@@ -138,6 +203,15 @@ def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> i
     """
     size, each = (2**28, 4) if device.type == "cuda" else (2**26, dtype.itemsize)
     return max(1, size // (each * vocab_size) // 128) * 128
+
+
+def head_bytes(vocab_size: int, trained: int, device: torch.device, halves: bool) -> int:
+    """What `linear_cross_entropy` holds over `trained` tokens besides its results: the logits of a
+    chunk, with `halves` in bf16. A GPU softmaxes all of them at once, in float32."""
+    dtype = torch.bfloat16 if halves else torch.float32
+    tokens = min(trained, chunk_tokens(vocab_size, device, dtype))
+    at_once = tokens * vocab_size if device.type == "cuda" else max(vocab_size, CACHED_LOGITS)
+    return tokens * vocab_size * dtype.itemsize + 4 * at_once * halves
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -7,13 +7,14 @@ import torch
 
 from whet.errors import UserError
 from whet.files import read_json
+from whet.hub import is_adapter
 from whet.model.decoder import Transformer
 from whet.model.embedding import add_score
 from whet.model.foreign_files import load_foreign
 from whet.model.hf.checkpoint import open_own
-from whet.model.hf.config import FAMILIES
+from whet.model.hf.families import FAMILIES
 from whet.model.lora.lora import merge_lora
-from whet.model.lora.read import find_base, is_adapter, load_adapter
+from whet.model.lora.read import find_base, load_adapter
 
 
 def load_backbone_from_ckpt(

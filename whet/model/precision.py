@@ -1,14 +1,24 @@
-"""In which precision matrix products run, and which one a device is fast in."""
+"""The precisions in which a device multiplies fast: bf16 and, on newer GPUs, float8.
+
+float8 is through torchao: the layers' matrix products, forward and backward, are done in 8-bit
+floating point with one scale a tensor, found for each product; weights stay float32. Embedding,
+norms, attention and head are left alone. Faster only where matrices are large.
+"""
 
 import os
 
 import torch
+from torch import nn
+
+from whet.errors import UserError
 
 BF16_SWITCH = "WHET_BF16"
 """Environment variable that answers `multiplies_bf16` for a CPU: yes or no.
 
 Child processes inherit it, so the tests can show on any machine what another one does.
 """
+HOPPER = (9, 0)
+MULTIPLE = 16  # the sides of a float8 product must be multiples of it
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -21,8 +31,27 @@ def multiplies_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
-def product_type(x: torch.Tensor) -> torch.dtype:
-    """The type in which a linear layer would multiply `x` here: autocast's, or its own."""
-    device = x.device.type
-    autocast = not x.is_meta and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+def use_float8(model: nn.Module, device: torch.device, *, emulate: bool = False) -> None:
+    """Replace the trained linear modules of the layers. `emulate` computes on any device, slowly,
+    the numbers that float8 would give.
+
+    Raises UserError where the device has no float8 products or torchao is not installed.
+    """
+    if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER):
+        raise UserError(
+            f"--float8: needs a CUDA device of compute capability 9.0 (Hopper) or newer, not "
+            f"{device.type}; --precision bf16 runs everywhere"
+        )
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise UserError("--float8: torchao is not installed; pip install 'whet[cuda]'") from None
+
+    def fits(module: nn.Module, name: str) -> bool:
+        if not isinstance(module, nn.Linear) or not name.startswith("layers."):
+            return False
+        return module.weight.requires_grad and all(n % MULTIPLE == 0 for n in module.weight.shape)
+
+    convert_to_float8_training(
+        model, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate)
+    )

@@ -1,9 +1,9 @@
-"""Activation checkpointing: give up activations in the forward pass, make them again in the
+"""Activation checkpointing: activations are dropped in the forward pass and recomputed in the
 backward.
 
-`none` keeps everything. `full` keeps only what enters each layer: the least memory, a third more
-work. `selective` keeps the results of matrix products and attention and makes again what lies
-between them (norms, activations, rotations): a good part of the memory for little work.
+`full` keeps only the input of each layer: the least memory, a third more work. `selective` keeps
+the results of matrix products and attention and recomputes what lies between them (norms,
+activations, rotations): a good part of the memory for little work.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def run_layer(layer: Callable[..., Tensor], recompute: Recompute, *args: Any) ->
 
 
 def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """The policy of `selective`: products and attention stay, the rest is made again."""
+    """The policy of `selective`: products and attention stay, the rest is recomputed."""
     name = op.name().split("::")[-1]
     expensive = any(part in name for part in EXPENSIVE)
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

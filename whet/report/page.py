@@ -1,24 +1,19 @@
-"""One self-contained HTML page of a Sheet: no network, no fonts, no scripts but its own.
-
-The skeleton, style and script lie beside this file. The page's content security policy names the
-hashes of the two, so the browser runs nothing else, whatever text the data holds.
-"""
+"""One self-contained HTML page of a Sheet; skeleton, style and script lie beside this file."""
 
 import base64
-import hashlib
-import json
-import re
 import zlib
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from whet.data.account import SourceAccount, totals
 from whet.data.rows import DOCUMENT
+from whet.files import short_names
 from whet.report.figures import fills_figure, lengths_figure
-from whet.report.sheet import Sheet, short_names
+from whet.report.markup import STYLE, embedded, fill
+from whet.report.sheet import Sheet
 
 LEFT_OUT_SHOWN = 1000
 """More lines than this slow the page and help nobody; the count is always whole."""
@@ -26,36 +21,20 @@ LEFT_OUT_SHOWN = 1000
 
 def page(sheet: Sheet) -> str:
     """The whole page as text."""
-    style, script = _part("page.css"), _part("page.js")
-    values = {
-        "title": escape(sheet.title),
-        "style": style,
-        "style_hash": csp_hash(style),
-        "script": script,
-        "script_hash": csp_hash(script),
-        "numbers": _numbers(sheet),
-        "facts": _definitions("facts", sheet.facts),
-        "figures": lengths_figure(sheet.lengths) + fills_figure(sheet.fills, sheet.width),
-        "turns": _turns(sheet),
-        "account": _account(sheet),
-        "left_out": _left_out(sheet),
-        "data": _json(_payload(sheet)),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _part("page.html"))
-
-
-def _part(name: str) -> str:
-    return files("whet.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def csp_hash(text: str) -> str:
-    """What a content security policy calls a style or script by."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _json(value: Any) -> str:
-    """JSON for a script element: nothing in it ends the element or opens a comment."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    here = Path(__file__)
+    return fill(
+        here.with_name("page.html"),
+        [STYLE],
+        here.with_name("page.js"),
+        title=escape(sheet.title),
+        numbers=_numbers(sheet),
+        facts=_definitions("facts", sheet.facts),
+        figures=lengths_figure(sheet.lengths) + fills_figure(sheet.fills, sheet.width),
+        turns=_turns(sheet),
+        account=_account(sheet),
+        left_out=_left_out(sheet),
+        data=embedded(_payload(sheet)),
+    )
 
 
 # ---- The rows, for page.js ----

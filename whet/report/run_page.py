@@ -1,19 +1,17 @@
 """One self-contained page of one or several runs: curves, samples, incidents, lineage, settings."""
 
-import re
+import statistics
 import time
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from whet.files import replaced
+from whet.files import short_names, write_text
 from whet.progress import duration
 from whet.report.curves import Line, chart
-from whet.report.page import csp_hash
+from whet.report.markup import STYLE, fill, table
 from whet.report.run import Run, read_run
-from whet.report.sheet import short_names
 
 SOURCES = "dev_loss/source/"
 KNOWN = {"step", "epoch", "tokens", "trained_tokens", "skipped", "seconds", "trained_per_s"}
@@ -31,52 +29,79 @@ def write_page(paths: Sequence[Path], out: Path | None = None, refresh: int = 0)
     """
     runs = [read_run(Path(path)) for path in paths]
     out = out or Path(paths[0]) / "report.html"
-    with replaced(out) as aside:
-        aside.write_text(page(runs, refresh), encoding="utf-8")
+    write_text(out, page(runs, refresh))
     return out
 
 
 def page(runs: Sequence[Run], refresh: int = 0) -> str:
     """The whole page as text."""
-    style = "".join(
-        files("whet.report").joinpath(name).read_text("utf-8") for name in ("page.css", "run.css")
-    )
     names = short_names([str(run.path) for run in runs])
-    values = {
-        "title": escape(", ".join(names)),
-        "style": style,
-        "style_hash": csp_hash(style),
-        "refresh": f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
-        "summary": _summary(runs, names),
-        "curves": "".join(_curves(runs, names)),
-        "samples": "".join(_samples(r, name) for r, name in zip(runs, names, strict=True)),
-        "incidents": _incidents(runs, names),
-        "lineage": "".join(_lineage(r, name) for r, name in zip(runs, names, strict=True)),
-        "settings": _settings(runs, names),
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    skeleton = files("whet.report").joinpath("run.html").read_text("utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], skeleton)
+    here = Path(__file__)
+    return fill(
+        here.with_name("run.html"),
+        [STYLE, here.with_name("run.css")],
+        title=escape(", ".join(names)),
+        refresh=f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
+        summary=_summary(runs, names),
+        plans="".join(_plan(r, name) for r, name in zip(runs, names, strict=True)),
+        curves="".join(_curves(runs, names)),
+        samples="".join(_samples(r, name) for r, name in zip(runs, names, strict=True)),
+        incidents=_incidents(runs, names),
+        lineage="".join(_lineage(r, name) for r, name in zip(runs, names, strict=True)),
+        settings=_settings(runs, names),
+        time=time.strftime("%Y-%m-%d %H:%M:%S"),
+    )
 
 
 def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
     head = ("run", "stage", "steps", "time", "train loss", "dev loss", "best dev loss", "state")
     rows = []
     for run, name in zip(runs, names, strict=True):
-        seconds = sum(value for _, value in run.points("seconds"))
+        seconds = [value for _, value in run.points("seconds")]
         dev = [value for _, value in run.points("dev_loss")]
         loss = [value for _, value in run.points("train_loss")]
         cells = [
             run.about.get("command", "?"),
             f"{run.step:,}" + (f" of {run.total:,}" if run.total else ""),
-            duration(seconds),
+            duration(sum(seconds)),
             f"{loss[-1]:.4f}" if loss else "–",
             f"{dev[-1]:.4f}" if dev else "–",
             f"{min(dev):.4f}" if dev else "–",
-            "finished" if run.finished else "not finished",
+            "finished" if run.finished else _unfinished(run, seconds),
         ]
         rows.append([name, *cells])
-    return _table("Runs", head, rows)
+    return table("Runs", head, rows)
+
+
+def _unfinished(run: Run, seconds: Sequence[float]) -> str:
+    if not run.total or not seconds:
+        return "not finished"
+    left = (run.total - run.step) * statistics.median(seconds)
+    return f"not finished, {duration(left)} of steps left"
+
+
+def _plan(run: Run, name: str) -> str:
+    """What `whet plan` or --auto measured before a run, and what the run has taken so far."""
+    plan, seconds = run.about.get("plan"), [value for _, value in run.points("seconds")]
+    if not isinstance(plan, dict) or not seconds:
+        return ""
+    typical, count = statistics.median(seconds), run.total or len(seconds)
+    rates = [rate for _, rate in run.points("tokens_per_s")]
+    tokens = sum(rate * taken for rate, taken in zip(rates, seconds, strict=False))
+    whole = sum(seconds) + (count - len(seconds)) * typical
+    peak = max((value for _, value in run.points("memory_gb")), default=0.0)
+    step = plan["seconds_per_step"]
+    rows = [
+        [what, shown(planned), shown(found), f"{100 * (found / planned - 1):+.0f} %"]
+        for what, planned, found, shown in (
+            ("peak memory", plan["memory_gb"], peak, "{:.2f} GB".format),
+            ("a step", step, typical, "{:.3g} s".format),
+            ("tokens/s", plan["tokens_per_s"], tokens / sum(seconds), "{:,.0f}".format),
+            (f"{count:,} steps", count * step, whole, duration),
+        )
+    ]
+    title = f"The plan against what happened: {name}"
+    return table(title, ("number", "plan", "run", "off"), rows, kind="number")
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
@@ -152,7 +177,7 @@ def _incidents(runs: Sequence[Run], names: Sequence[str]) -> str:
         for run, name in zip(runs, names, strict=True)
         for i in run.incidents
     ]
-    return _table("Steps that were not applied", ("run", "step", "reason", "look at it"), rows)
+    return table("Steps that were not applied", ("run", "step", "reason", "look at it"), rows)
 
 
 def _lineage(run: Run, name: str) -> str:
@@ -163,7 +188,7 @@ def _lineage(run: Run, name: str) -> str:
         data = ", ".join(data) if isinstance(data, list) else str(data)
         base = str(known.get("base") or "")
         rows.append([known["path"], str(known.get("stage", "?")), data, base])
-    return _table(f"What trained on what: {name}", ("model", "stage", "data", "started from"), rows)
+    return table(f"What trained on what: {name}", ("model", "stage", "data", "started from"), rows)
 
 
 def _settings(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -173,21 +198,4 @@ def _settings(runs: Sequence[Run], names: Sequence[str]) -> str:
     if len(runs) > 1:
         rows = [row for row in rows if len(set(row[1:])) > 1]
     title = "Settings" if len(runs) == 1 else "Settings that differ"
-    return _table(title, ("flag", *names), rows)
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    top = "".join(f'<th scope="col" class="words">{escape(word)}</th>' for word in head)
-    body = "".join(
-        f'<tr><th scope="row" class="words">{escape(row[0])}</th>'
-        + "".join(f'<td class="words">{escape(cell)}</td>' for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<section><h2>{escape(title)}</h2><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{escape(title)}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
-        "</table></div></section>"
-    )
+    return table(title, ("flag", *names), rows)

@@ -1,6 +1,5 @@
 """What `whet inspect` shows, be it read from a packed file or made from one conversation."""
 
-import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -60,18 +59,6 @@ class Sheet:
     def width(self) -> int:
         """Places of a row (T)."""
         return int(self.tokens.shape[1])
-
-
-def short_names(sources: list[str]) -> list[str]:
-    """The sources without the folder that all of them share."""
-    folders = {os.path.dirname(source) for source in sources}
-    if len(folders) == 1:
-        return [os.path.basename(source) or source for source in sources]
-    try:
-        shared = os.path.commonpath(folders)
-    except ValueError:  # absolute and relative paths, or an empty list
-        return list(sources)
-    return [os.path.relpath(source, shared) if shared else source for source in sources]
 
 
 def document_name(document: np.void, names: list[str]) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 
 from whet.chat.conversation import place
 from whet.data.account import table
-from whet.report.sheet import Sheet, document_name, short_names
+from whet.files import short_names
+from whet.report.sheet import Sheet, document_name
 
 LEFT_OUT_SHOWN = 10
 GREEN, GREY, BOLD, END = "\x1b[4;32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"

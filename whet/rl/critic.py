@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from whet.data.batches import Batch, make_batch, micro_batch_count, micro_batches
 from whet.data.rows import Rows
 from whet.generate.engine import evaluating
-from whet.model.decoder import TokenLoss, Transformer
+from whet.model.attention import planned
+from whet.model.decoder import Transformer, run_batch
+from whet.model.loss import TokenLoss
 from whet.rl.advantages import gae, whitened
 from whet.rl.rollout_file import Layout
 from whet.train.distributed import Ranks, gather, unwrap
-from whet.train.stage import planned
 
 Completed = tuple[dict[str, np.ndarray], dict[str, float]]
 
@@ -135,9 +136,7 @@ def _read_places(
             read = Rows(layout.tokens[rows], layout.mask[rows], layout.segments[rows])
             whole = micro_batches(make_batch(read, rows, total=1.0), micro_batch_size, 1)[0]
             batch = planned(whole).to(ranks.device)
-            values = inner.critic(
-                batch.tokens, None, batch.segments, weight=batch.weight, plan=batch.plan
-            )
+            values = run_batch(inner.critic, batch)
             nll = torch.zeros_like(values) if reference is None else reference(model, batch)
             n = len(rows)
             found.append((rows, values[:n].float().cpu().numpy(), nll[:n].float().cpu().numpy()))

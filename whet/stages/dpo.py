@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from whet.data.batches import Batch, per_document
 from whet.data.reference import Reference, read_reference
 from whet.data.store import PackedStore
-from whet.data.units import documents_in
 from whet.flags.dpo import Config, Loss
 from whet.generate.engine import evaluating
+from whet.model.decoder import run_batch
 from whet.model.lora.lora import adapters
 from whet.progress import track
 from whet.rl.preference_loss import (
@@ -114,15 +114,7 @@ def with_reference(store: PackedStore, batch: Batch, *, reference: Reference) ->
 
 def replies_of(model: nn.Module, batch: Batch) -> tuple[Replies, Tensor]:
     """The log-probabilities of the documents of a batch, each (B, S + 1); and -ln p (B, T)."""
-    found: Any = model(
-        batch.tokens,
-        None,
-        batch.segments,
-        targets=batch.targets,
-        weight=batch.weight,
-        per_token=True,
-        plan=batch.plan,
-    )
+    found = run_batch(model, batch, per_token=True)
     reference = batch.extra["reference"]
     count = reference.shape[1] - 1
     logp = per_document(-found.nll.double() * batch.weight, batch.segments, count)
@@ -198,8 +190,8 @@ def compute_reference(
                 batch = batch_of_rows(store, share, micro_rows, empty, ranks.device)
                 with torch.no_grad(), evaluating(inner):
                     found = replies_of(inner, batch)[0].logp.cpu().numpy()
-                row, segment = documents_in(store, share)
-                logp[store.numbers(share[row], segment)] = found[row, segment]
+                row, segment, number = store.documents_in(share)
+                logp[number] = found[row, segment]
                 progress.advance(len(share))
             reference.logp[store.fingerprint] = np.array(sum_over_ranks(logp.tolist(), ranks))
     if ranks.first:
@@ -243,4 +235,5 @@ def documents(config: Config) -> Documents:
 
 def main(config: Config) -> int:
     """`whet dpo`."""
-    return run_stage(config, "dpo", build, partial(with_proposal, build=build))
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "dpo", build, fit)

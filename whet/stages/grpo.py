@@ -23,6 +23,7 @@ from whet.data.batches import Batch
 from whet.flags.choices import PolicyLoss
 from whet.flags.grpo import Config
 from whet.generate.engine import evaluating
+from whet.model.decoder import run_batch
 from whet.model.lora.lora import without_adapters
 from whet.rl.critic import policy_of
 from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term, truncated_ratio
@@ -30,6 +31,7 @@ from whet.rl.prompts import Prompts
 from whet.stages.opening import open_for_training
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.train.distributed import Ranks
+from whet.train.proposal import with_proposal
 from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage, Sums
 
@@ -88,16 +90,8 @@ def grpo_loss(
     """
     advantage, sampled = batch.extra["advantage"], batch.extra["sampled"]
     on_policy = kind is None and reference is None and ratio_cap is None
-    found = model(
-        batch.tokens,
-        None,
-        batch.segments,
-        targets=batch.targets,
-        weight=batch.weight * advantage if on_policy else batch.weight,
-        per_token=not on_policy,
-        temperature=temperature,
-        plan=batch.plan,
-    )
+    weight = batch.weight * advantage if on_policy else batch.weight
+    found = run_batch(model, batch, weight=weight, per_token=not on_policy, temperature=temperature)
     nll = found.nll.detach()
     inside = batch.weight != 0
     count = inside.sum().double()
@@ -143,23 +137,14 @@ def frozen_reference(
         inner: Any = policy_of(model) if copy is None else copy.to(batch.tokens.device)
         off = without_adapters(inner) if copy is None else nullcontext()
         with torch.no_grad(), evaluating(inner), off:
-            found = inner(
-                batch.tokens,
-                None,
-                batch.segments,
-                targets=batch.targets,
-                weight=batch.weight,
-                temperature=temperature,
-                plan=batch.plan,
-            )
-        return found.nll
+            return run_batch(inner, batch, temperature=temperature).nll
 
     return reference
 
 
 def main(config: Config) -> int:
     """`whet grpo`."""
-    return run_stage(config, "grpo", build)
+    return run_stage(config, "grpo", build, partial(with_proposal, build=build))
 
 
 def documents(config: Config) -> Documents:

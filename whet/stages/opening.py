@@ -4,12 +4,14 @@ Flags and inputs are checked before the weights are read; then model, tokenizer 
 opened, what is not trained is frozen, and data that do not fit are refused.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
 from whet.config import collected, problems
@@ -21,15 +23,14 @@ from whet.evaluate.dev import (
     template_difference,
     template_misfit,
 )
-from whet.flags.training import unfit_flags
-from whet.hub import find_model
+from whet.flags.training import parameters, unfit_flags
+from whet.hub import find_model, is_adapter
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
 from whet.model.hf.checkpoint import NO_PT
 from whet.model.hf.weights import rounding
 from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, quantize_base
-from whet.model.lora.read import base_of, continue_adapter, find_base, is_adapter, tokenizer_home
-from whet.model.lora.trained import select_trainable
+from whet.model.lora.read import base_of, continue_adapter, find_base, tokenizer_home
 from whet.model.open import is_foreign, load_backbone_from_ckpt
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
@@ -196,7 +197,10 @@ def choose_trained(
     further. Returns the adapter's settings, or None if the model itself is trained.
     """
     if lora is None and adapter is None:
-        select_trainable(model, train)
+        if train == "all":
+            model.requires_grad_(True)
+        else:
+            select_trainable(model, train)
         return None
     if adapter is not None and new_rows:
         raise UserError(
@@ -213,6 +217,25 @@ def choose_trained(
         return lora
     kinds = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
     return replace(lora, targets=",".join(kinds))  # another architecture's: which ones it got
+
+
+def select_trainable(model: nn.Module, pattern: str) -> list[str]:
+    """Train the parameters that `pattern` names, freeze the others, and return the trained names.
+
+    `pattern` is `re:` and a regular expression that is searched for in Whet's parameter names:
+    `re:mlp` (every MLP), `re:layers[.]2[0-3][.]` (four layers), `re:norm`. Raises UserError for
+    another form, a wrong expression, and one that matches nothing.
+    """
+    if wrong := parameters(pattern):
+        raise UserError(f"--train {pattern}: {wrong}")
+    names = [name for name, _ in model.named_parameters()]
+    chosen = [name for name in names if re.search(pattern.removeprefix("re:"), name)]
+    if not chosen:
+        some = ", ".join(names[:: max(1, len(names) // 4)])
+        raise UserError(f"--train {pattern}: matches no parameter; names look like {some}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in set(chosen))
+    return chosen
 
 
 def lora_of(config: Any) -> LoRA | None:
@@ -238,7 +261,7 @@ def adapter_in_words(lora: LoRA, four_bits: bool) -> str:
 
 def find_chat(directory: Path | None, model: Path) -> Chat | None:
     """--tokenizer's, or the model's own; a `.pt` has none, and a directory may have none."""
-    home = directory or tokenizer_home(model)
+    home = directory or (tokenizer_home(model) if is_adapter(model) else model)
     has_one = (home / "tokenizer.json").is_file() or find_convertible(home) is not None
     return load_tokenizer(home) if directory or has_one else None
 

@@ -22,14 +22,15 @@ from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.evaluate.gsm8k import Problem
 from whet.flags.training import TrainSettings
-from whet.model.decoder import Transformer
+from whet.model.attention import planned
+from whet.model.decoder import Transformer, run_batch
 from whet.model.hf.weights import saved_as
 from whet.model.lora.lora import LoRA
 from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.session import total_steps
-from whet.train.stage import Stage, Sums, planned
+from whet.train.stage import Stage, Sums
 
 
 def packed_stage(
@@ -129,14 +130,7 @@ def order_of(config: TrainSettings, store: PackedStore) -> dict[str, Any]:
 
 def token_loss(model: nn.Module, batch: Batch) -> Sums:
     """sum(weight x -ln p(target)) of a micro-batch."""
-    found = model(
-        batch.tokens,
-        None,  # those of the plan: given ones would forbid to compute a common beginning once
-        batch.segments,
-        targets=batch.targets,
-        weight=batch.weight,
-        plan=batch.plan,
-    )
+    found = run_batch(model, batch)
     return Sums(found.loss, found.nll)
 
 

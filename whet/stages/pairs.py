@@ -24,6 +24,7 @@ from whet.evaluate.answers import wilson
 from whet.evaluate.dev import source_labels
 from whet.flags.training import TrainSettings
 from whet.generate.engine import evaluating
+from whet.model.attention import planned
 from whet.progress import track
 from whet.stages.opening import Opened
 from whet.stages.packed import batches_of_step, data_in_words, order_of, writer
@@ -31,7 +32,7 @@ from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
 from whet.train.evaluation import Meeting, sample_replies
 from whet.train.session import total_steps
 from whet.train.signals import Stop
-from whet.train.stage import Evaluation, Stage, Sums, planned
+from whet.train.stage import Evaluation, Stage, Sums
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from whet.flags.plan import Config
 from whet.progress import duration, say
 from whet.stages import sft
 from whet.train import distributed
-from whet.train.proposal import Plan, as_json, flags_of, make_plan, no_room
+from whet.train.proposal import Plan, as_json, flags_of, make_plan, no_room, record
 from whet.train.session import resolve
 
 
@@ -50,6 +50,7 @@ def main(config: Config) -> int:
         resolved = resolve(dataclasses.replace(config, resume=False), ranks)
         check(resolved)
         plan = make_plan(sft.build, resolved, ranks.device, ranks.size, config.quiet)
+        record(plan, resolved, ranks.size)
         if config.json:
             rows = {"flagged": plan.flagged, "proposed": plan.proposed}
             found = {name: row and as_json(row, resolved, ranks.size) for name, row in rows.items()}

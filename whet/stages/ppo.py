@@ -18,6 +18,7 @@ from whet.chat.chat import Chat
 from whet.config import problems
 from whet.data.batches import Batch
 from whet.flags.ppo import Config
+from whet.model.decoder import run_batch
 from whet.model.lora.lora import LoRA
 from whet.rl.critic import ActorCritic, judged_places, policy_of
 from whet.rl.policy_loss import policy_term, value_loss
@@ -27,6 +28,7 @@ from whet.stages.opening import Opened, open_for_training
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks, unwrap
+from whet.train.proposal import with_proposal
 from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage, Sums
 
@@ -100,16 +102,7 @@ def ppo_loss(
     temperature: float,
 ) -> Sums:
     """The losses of policy and critic of a micro-batch, see `whet.rl.policy_loss`."""
-    found, values = model(
-        batch.tokens,
-        None,
-        batch.segments,
-        targets=batch.targets,
-        weight=batch.weight,
-        per_token=True,
-        temperature=temperature,
-        plan=batch.plan,
-    )
+    found, values = run_batch(model, batch, per_token=True, temperature=temperature)
     sampled, nll = batch.extra["sampled"], found.nll.detach()
     part = policy_term(found.nll, sampled, batch.extra["advantage"], "clip", low=low, high=high)
     old, returns = batch.extra["values"], batch.extra["returns"]
@@ -145,7 +138,7 @@ def main(config: Config) -> int:
     critic = f"re:^critic[.]={config.critic_lr:g}"
     if critic not in config.lr_groups:  # a resumed run's own flags have it
         config = replace(config, lr_groups=(*config.lr_groups, critic))
-    return run_stage(config, "ppo", build)
+    return run_stage(config, "ppo", build, partial(with_proposal, build=build))
 
 
 def documents(config: Config) -> Documents:

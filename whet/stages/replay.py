@@ -9,6 +9,7 @@ run had several ranks, as each of them drops by its own numbers.
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,25 @@ from whet.config import READ, marked, read_toml
 from whet.errors import UserError
 from whet.flags.replay import Config
 from whet.flags.training import TrainSettings
-from whet.model.float8 import use_float8
+from whet.model.precision import use_float8
 from whet.progress import say, track
 from whet.stages import dpo, grpo, ppo, pretrain, reward, sft
-from whet.train import ledger, spikes, state
+from whet.train import ledger, state
 from whet.train.distributed import Ranks, start_ranks
 from whet.train.session import make_optimizers
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.state import Facts
-from whet.train.step import apply_step, autocast, count_step, dtype_of, forward_backward, to_device
+from whet.train.step import (
+    apply_step,
+    autocast,
+    count_step,
+    dtype_of,
+    forward_backward,
+    reason,
+    recent_norms,
+    to_device,
+)
 
 STAGES: dict[str, Any] = {
     "sft": sft,
@@ -42,8 +52,9 @@ def main(config: Config) -> int:
     settings, module = run_settings(config.run)
     if config.step < 1:
         raise UserError(f"--step {config.step}: steps are counted from 1")
-    with start_ranks(settings.device) as ranks:
-        stage: Stage = module.build(settings, ranks)
+    with start_ranks(settings.device) as ranks, tempfile.TemporaryDirectory() as beside:
+        link(config.run, Path(beside))
+        stage: Stage = module.build(dataclasses.replace(settings, out=Path(beside)), ranks)
         stage.model.to(ranks.device)
         if settings.float8:
             use_float8(stage.model, ranks.device)
@@ -59,6 +70,16 @@ def main(config: Config) -> int:
         place = f"{document['file']}:{document['line']}"
         say(f"{place}  trained {document['trained']}  loss {document['loss']}")
     return 0
+
+
+def link(run: Path, beside: Path) -> None:
+    """Let `beside` have what the run folder has: what a stage writes there stays there."""
+    for path in run.iterdir():
+        if path.name == "rollouts":
+            (beside / path.name).mkdir()
+            link(path, beside / path.name)
+        else:
+            (beside / path.name).symlink_to(path.resolve())
 
 
 def run_settings(run: Path) -> tuple[TrainSettings, Any]:
@@ -97,7 +118,7 @@ def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: R
         print(f"warning: {line}", file=sys.stderr)
     facts = state.load_state(start, stage.model, optimizers, ranks) if start else Facts()
     dtype, stop = dtype_of(settings), Stop(grace_s=0.0)
-    recent = spikes.recent(facts.recent_norms, ranks.device)
+    recent = recent_norms(facts.recent_norms, ranks.device)
     with track("Replaying", step - 1 - facts.step, "steps") as bar:
         while True:
             if stage.before_step is not None:
@@ -112,7 +133,7 @@ def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: R
             bar.advance()
     loss, norm = result.sums[:2].tolist()
     verdict = recent.judge(result.sums[0], result.sums[1], settings.clip)
-    reason = spikes.reason(loss, norm, verdict.tolist()) or "an ordinary step"
+    why = reason(loss, norm, verdict.tolist()) or "an ordinary step"
     records = ledger.records_of(result.seen, stage.documents)
     documents = ledger.describe(records, stage.documents)
-    return spikes.record(step, reason, loss, norm, documents, run)
+    return ledger.incident(step, why, loss, norm, documents, run)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from whet.data.batches import Batch, per_document
 from whet.data.store import PackedStore
 from whet.flags.reward import Config
+from whet.model.decoder import run_batch
 from whet.rl.preference_loss import reward_model_loss
 from whet.stages.opening import open_for_training
 from whet.stages.pairs import Judged, open_pairs, order_in_words, pair_stage, sides
@@ -64,7 +65,7 @@ def last_tokens(segments: Tensor) -> Tensor:
 
 def judge_rewards(model: nn.Module, batch: Batch, *, margin: float, centre: float) -> Judged:
     """Bradley-Terry's loss of the pairs of a batch."""
-    scores = model(batch.tokens, None, batch.segments, weight=batch.weight, plan=batch.plan)
+    scores = run_batch(model, batch)
     count = 2 * batch.extra["pairs"].shape[1]
     chosen, rejected = sides(per_document(scores, batch.segments, count))
     asked = margin * batch.extra["margins"]
@@ -82,4 +83,5 @@ def documents(config: Config) -> Documents:
 
 def main(config: Config) -> int:
     """`whet reward`."""
-    return run_stage(config, "reward", build, partial(with_proposal, build=build))
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "reward", build, fit)

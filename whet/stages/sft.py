@@ -55,4 +55,5 @@ def documents(config: Config) -> Documents:
 
 def main(config: Config) -> int:
     """`whet sft`."""
-    return run_stage(config, "sft", build, partial(with_proposal, build=build))
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "sft", build, fit)

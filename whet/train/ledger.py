@@ -5,8 +5,10 @@ numbers of the stage's `Documents`, which know file and line; so the ledger take
 document and step. `whet ledger` (stages/ledger.py) reads it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,3 +63,22 @@ def describe(records: np.ndarray, documents: Documents) -> list[dict]:
         {**place, "trained": int(record["trained"]), "loss": float(record["loss"])}
         for place, record in zip(documents.places(records["document"]), records, strict=True)
     ]
+
+
+def incident(
+    step: int, reason: str, loss: float, norm: float, documents: Sequence[dict], run: Path
+) -> dict:
+    """What is written of a step that is not applied, to `incidents/step_XXXXXXXX.json`."""
+    return {
+        "step": step,
+        "reason": reason,
+        "train_loss": as_json(loss),
+        "grad_norm": as_json(norm),
+        "replay": f"whet replay {run} --step {step}",
+        "documents": [{**document, "loss": as_json(document["loss"])} for document in documents],
+    }
+
+
+def as_json(value: float) -> float | str:
+    """JSON knows no NaN and no infinity: a text stands for them."""
+    return value if math.isfinite(value) else str(value)

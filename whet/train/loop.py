@@ -5,7 +5,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
 from whet.progress import Progress, track
-from whet.train import distributed, ledger, memory, spikes
+from whet.train import distributed, ledger, memory
 from whet.train.distributed import Ranks
 from whet.train.profile import profiled
 from whet.train.run import RunFolder
@@ -25,6 +25,7 @@ from whet.train.signals import Interrupted, Stop
 from whet.train.stage import Documents, Stage
 from whet.train.state import tensors_of
 from whet.train.step import (
+    IN_A_ROW,
     StepResult,
     apply_step,
     autocast,
@@ -33,6 +34,7 @@ from whet.train.step import (
     dtype_of,
     forward_backward,
     lr_of,
+    recent_norms,
 )
 
 R = TypeVar("R")
@@ -74,7 +76,7 @@ def train(
     is evaluated or saved.
     """
     facts, seen, asked = run.facts, list[ledger.Seen](), 0
-    dtype, recent = dtype_of(settings), spikes.recent(facts.recent_norms, ranks.device)
+    dtype, recent = dtype_of(settings), recent_norms(facts.recent_norms, ranks.device)
     queued, read_at = deque[tuple[float, StepResult, Tensor, Mapping[str, float]]](), 0.0
 
     def read(left: int) -> None:
@@ -94,6 +96,8 @@ def train(
         _write_ledger(seen, stage.documents, run, ranks)
         run.save(tensors_of(stage.model, optimizers), wait=wait)
 
+    left = stage.total_steps - facts.step
+    profile = profiled(run, left) if settings.profile else nullcontext(lambda: None)
     with (
         batches_ahead(
             stage.batches,
@@ -103,7 +107,7 @@ def train(
             ahead=stage.before_step is None,
         ) as batches,
         _bar(stage, run) as bar,
-        profiled(settings.profile, run, stage.total_steps - facts.step) as step_done,
+        profile as step_done,
     ):
         while True:
             at_end = facts.step == stage.total_steps
@@ -175,7 +179,7 @@ def settle_step(
     if reason is None:
         return numbers
     _record_incident(reason, result, numbers, stage, run, ranks)
-    if settings.on_spike == "stop" or facts.spikes_in_a_row >= spikes.IN_A_ROW:
+    if settings.on_spike == "stop" or facts.spikes_in_a_row >= IN_A_ROW:
         run.finish_saving()
         raise UserError(
             f"stopped at step {result.step + 1}: {reason} ({facts.spikes_in_a_row} in a row); "
@@ -293,7 +297,7 @@ def _record_incident(
     mine = ledger.records_of(result.seen, stage.documents)
     records = ledger.in_order(np.concatenate(distributed.gather(mine, ranks)))
     documents = ledger.describe(records, stage.documents)
-    record = spikes.record(step, reason, numbers.loss, numbers.norm, documents, run.path)
+    record = ledger.incident(step, reason, numbers.loss, numbers.norm, documents, run.path)
     run.incident_found(record)
 
 

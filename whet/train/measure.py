@@ -24,15 +24,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from whet.data.batches import Batch
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
+from whet.model.attention import attention_flops
 from whet.model.decoder import Transformer
-from whet.model.float8 import use_float8
-from whet.model.footprint import attention_flops, head_bytes
-from whet.train import memory, spikes
+from whet.model.loss import head_bytes
+from whet.model.precision import use_float8
+from whet.train import memory
 from whet.train.distributed import Ranks
 from whet.train.session import make_optimizers
 from whet.train.signals import Stop
 from whet.train.stage import Stage
-from whet.train.step import Micro, apply_step, dtype_of, forward_backward, to_device
+from whet.train.step import (
+    Micro,
+    apply_step,
+    dtype_of,
+    forward_backward,
+    recent_norms,
+    to_device,
+)
 
 R = TypeVar("R")
 LOOKED_AT = 32
@@ -142,7 +150,7 @@ def dry_run(
     """Take `STEPS` steps with the stage's model, which is on `device`; `batches` are micro-batches
     of some steps, on the CPU."""
     ranks, stop = Ranks(device=device), Stop(grace_s=0.0)
-    recent, dtype = spikes.recent([], device), dtype_of(settings)
+    recent, dtype = recent_norms([], device), dtype_of(settings)
     times: list[tuple[float, float]] = []
     first: list[Micro] = []
     flops, gradients = 0, 0
@@ -196,10 +204,9 @@ def cost_of(
 ) -> Measured:
     """Measure one setting; runs in a process of its own."""
     process = process_bytes(device)
-    config = dataclasses.replace(config, micro_batch_size=rows, quiet=True)
+    config = dataclasses.replace(config, micro_batch_size=rows, recompute=recompute, quiet=True)
     stage = build(config, Ranks(0, ranks, device))  # whose batches are the first rank's share
     model = stage.model.to(device)
-    model.recompute = recompute  # type: ignore[assignment]
     if config.float8:
         use_float8(model, device)
     optimizers = make_optimizers(model, config)
@@ -210,7 +217,9 @@ def cost_of(
     if isinstance(model, Transformer):
         plan = micros[0].plan
         flops = attention_flops(model.config, plan.sizes, again=recompute == "full")
-        head = head_bytes(model, len(plan.trained), device, config.precision == "bf16")
+        head = head_bytes(
+            model.config.vocab_size, len(plan.trained), device, config.precision == "bf16"
+        )
     parameters = list(model.parameters())
     return Measured(
         cost=dataclasses.replace(cost, micro_flops=cost.micro_flops + flops),
@@ -228,5 +237,8 @@ def dry_batches(stage: Stage) -> list[list[Batch]]:
 
     In their order, since an allocator's need depends on it: a block fits where a larger one was.
     """
-    found = [stage.batches(step) for step in range(min(stage.total_steps, LOOKED_AT))]
+    if stage.dry_steps is not None:
+        found = stage.dry_steps(stage.model)
+    else:
+        found = [stage.batches(step) for step in range(min(stage.total_steps, LOOKED_AT))]
     return [*found[: STEPS - 1], max(found, key=lambda micros: sum(micros[0].plan.sizes))]

@@ -23,21 +23,19 @@ WARM_UP = 1
 KEPT = 3
 """Steps in the trace."""
 LARGEST = 10
-
-
 NEEDED = PASSED + WARM_UP + KEPT
 
 
-def check_profile(on: bool, steps: int) -> None:
+def check_profile(steps: int) -> None:
     """Raise UserError if a new run has too few steps to be profiled."""
-    if on and steps < NEEDED:
+    if steps < NEEDED:
         raise UserError(f"--profile: needs {NEEDED} steps, this run has {steps}")
 
 
 @contextmanager
-def profiled(on: bool, run: RunFolder, steps: int) -> Iterator[Callable[[], Any]]:
+def profiled(run: RunFolder, steps: int) -> Iterator[Callable[[], Any]]:
     """Yields what to call after each step; rank 0 profiles, if at least `NEEDED` of them follow."""
-    if not on or not run.ranks.first or steps < NEEDED:
+    if not run.ranks.first or steps < NEEDED:
         yield lambda: None
         return
     kinds = [ProfilerActivity.CPU]

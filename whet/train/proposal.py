@@ -14,10 +14,12 @@ import torch
 
 from whet.config import read_toml
 from whet.errors import UserError
+from whet.files import replaced, write_json
 from whet.progress import Progress, say, track
 from whet.train import distributed, memory
 from whet.train.distributed import Ranks
 from whet.train.measure import Measured, cost_of, measure
+from whet.train.run import priced
 from whet.train.session import DEFAULT_MICRO_BATCH
 from whet.train.stage import Stage
 from whet.train.state import saving_bytes
@@ -133,6 +135,20 @@ def as_json(found: Measured, config: Any, ranks: int) -> dict:
     }
 
 
+def record(plan: Plan, config: Any, ranks: int) -> None:
+    """Write `plan.json` for the report of the run in --out, unless a run stands there already."""
+    if (config.out / "config.toml").exists():
+        return
+    costs = [as_json(found, config, ranks) for found in (plan.flagged, plan.proposed) if found]
+    path = config.out / "plan.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as aside:
+            write_json(aside, {"settings": priced(config, ranks), "costs": costs})
+    except OSError as error:
+        raise UserError(f"--out {config.out}: cannot be written: {error.strerror}") from None
+
+
 def flags_of(found: Measured) -> str:
     """The flags that make `whet sft` take this setting."""
     return f"--micro_batch_size {found.cost.rows} --recompute {found.cost.recompute}"
@@ -147,13 +163,11 @@ def no_room(plan: Plan) -> str:
 
 
 def with_proposal(config: C, ranks: Ranks, *, build: Callable[[Any, Ranks], Stage]) -> C:
-    """`config`, with `--auto` the settings that fit; a continued run keeps those that it has. Only
-    one rank calls it.
+    """`config` of `--auto` with the settings that fit; a continued run keeps those that it has.
+    Only one rank calls it.
 
     Raises UserError if nothing fits.
     """
-    if not config.auto:
-        return config
     saved = config.out / "config.toml"
     if saved.is_file():  # or the run would have been refused
         before = read_toml(type(config), saved)
@@ -162,6 +176,7 @@ def with_proposal(config: C, ranks: Ranks, *, build: Callable[[Any, Ranks], Stag
     plan = make_plan(build, config, ranks.device, ranks.size, config.quiet)
     if plan.proposed is None:
         raise UserError(f"--auto: {no_room(plan)}")
+    record(plan, config, ranks.size)
     row = as_json(plan.proposed, config, ranks.size)
     if not config.quiet:
         gb, limit = row["memory_gb"], plan.limit / 1e9

@@ -1,13 +1,14 @@
 """The run folder: what a run writes while it trains, and how a continued run finds its place.
 
     config.toml     the resolved flags
-    run.json        command and versions
+    plan.json       what `whet plan` or --auto measured before the run
+    run.json        command, versions, steps, and what of plan.json is about these settings
     metrics.jsonl   one line a step and one an evaluation; only what a repetition would give again
     timing.jsonl    seconds, tokens/s and memory of each step
     samples.jsonl   replies generated at each evaluation
     ledger.bin      the documents of each step (see ledger.py)
     .lock           held while a process trains here
-    incidents/      steps that were not applied (see spikes.py)
+    incidents/      steps that were not applied (see step.py)
     state/          resume states (see state.py)
     best/           the model of the best evaluation
     tensorboard/    the same numbers as curves
@@ -32,14 +33,18 @@ import torch
 
 from whet.config import save
 from whet.errors import UserError
-from whet.files import flush, remove_leftovers, replaced, write_json
+from whet.files import flush, read_json, remove_leftovers, replaced, write_json
 from whet.progress import say
 from whet.train import state
 from whet.train.distributed import Ranks
-from whet.train.ledger import RECORD
-from whet.train.spikes import as_json
+from whet.train.ledger import RECORD, as_json
 from whet.train.state import Facts
 
+PRICED = (
+    *("model", "data", "overfit_rows", "batch_size", "optimizer", "train", "precision", "float8"),
+    *("lora_rank", "lora_targets", "lora_dora", "lora_4bit", "device", "shard"),
+)
+"""Settings that a step's cost depends on, besides those that a plan proposes."""
 APPENDED = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "ledger.bin")
 
 
@@ -147,7 +152,7 @@ class RunFolder:
         if self.ranks.first and not self.quiet:
             say(text)
 
-    def take(self, about: dict[str, str], config: Any) -> None:
+    def take(self, about: dict[str, Any], config: Any) -> None:
         """Make the folder this process's own: `about` into run.json, `config` into config.toml.
 
         Raises UserError if it can't be written, or another process trains in it.
@@ -283,6 +288,23 @@ class RunFolder:
         if self.saving is not None:
             self.saving.join()
             self.saving = None
+
+
+def priced(config: Any, ranks: int) -> dict[str, str]:
+    """What the cost of a step of this run depends on, for `plan.json`."""
+    found = {name: str(getattr(config, name)) for name in PRICED if hasattr(config, name)}
+    return found | {"ranks": str(ranks)}
+
+
+def planned(config: Any, ranks: int) -> dict[str, Any] | None:
+    """The cost that `plan.json` in the run's folder says for the run's own settings, if it does."""
+    with contextlib.suppress(UserError):
+        plan = read_json(config.out / "plan.json")
+        rows = min(config.micro_batch_size, -(-config.batch_size // ranks))
+        for row in plan.get("costs", []) if plan.get("settings") == priced(config, ranks) else []:
+            if (row["micro_batch_size"], row["recompute"]) == (rows, config.recompute):
+                return row
+    return None
 
 
 def open_curves(folder: Path, step: int, wandb_project: str | None, config: dict) -> Curves:

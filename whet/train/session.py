@@ -19,8 +19,7 @@ from torch import nn
 from whet.config import check, read_toml
 from whet.errors import UserError
 from whet.flags.training import TrainSettings
-from whet.model.float8 import use_float8
-from whet.model.precision import multiplies_bf16
+from whet.model.precision import multiplies_bf16, use_float8
 from whet.progress import duration
 from whet.report.run_page import write_page
 from whet.train import distributed, memory, optim, state
@@ -34,7 +33,7 @@ from whet.train.resume import (
     frozen_fingerprint,
     is_longer,
 )
-from whet.train.run import RunFolder, open_curves
+from whet.train.run import RunFolder, open_curves, planned
 from whet.train.signals import stop_on_signals
 from whet.train.stage import Stage
 from whet.train.state import Facts
@@ -48,7 +47,7 @@ def run_stage(
     config: C,
     command: str,
     build: Callable[[C, Ranks], Stage],
-    prepare: Callable[[C, Ranks], C] = lambda config, ranks: config,
+    prepare: Callable[[C, Ranks], C] | None = None,
 ) -> int:
     """Train the stage that `build` makes of `config`; returns the exit code of `whet <command>`.
 
@@ -64,7 +63,7 @@ def run_stage(
             longer = is_longer(config)
         start = distributed.from_first(start, ranks, ranks.setup)
         with distributed.together(ranks):
-            if ranks.first:
+            if ranks.first and prepare is not None:
                 config = prepare(config, ranks)
         config = distributed.from_first(config, ranks, ranks.setup)
         run = RunFolder(config.out, ranks, quiet=config.quiet, keep=config.keep)
@@ -111,15 +110,16 @@ def _train(
         run.facts = state.load_state(start, model, optimizers, ranks)
         run.resumed_at = run.facts.step
     with distributed.together(ranks):
-        if start is None:
-            check_profile(config.profile, stage.total_steps)
-        else:
+        if start is None and config.profile:
+            check_profile(stage.total_steps)
+        if start is not None:
             check_same_inputs(run.facts, now, config)
             if longer and ranks.first:
                 state.remove_after(run.states, run.facts.step)
         run.facts.total_steps = stage.total_steps
         run.facts.decay_step = optim.decay_begin(stage.total_steps, config.schedule, config.warmup)
-        run.take(about(command), config)
+        known = {"total_steps": stage.total_steps, "plan": planned(config, ranks.size)}
+        run.take(about(command) | known, config)
         run.open()
         if ranks.first:
             values = {key: str(value) for key, value in dataclasses.asdict(config).items()}
@@ -139,7 +139,7 @@ def _train(
         if ended_by:
             run.say(f"stopped at step {run.facts.step}, saved; add --resume to go on")
             return 128 + ended_by
-        return _finish(config, command, stage, run)
+        return _finish(stage, run)
     finally:
         run.finish_saving()
         run.close()
@@ -172,7 +172,7 @@ def resolve(config: C, ranks: Ranks) -> C:
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(ranks.device) else "float32"
     micro = config.micro_batch_size or DEFAULT_MICRO_BATCH
-    # A continued run must not compute otherwise because it woke up on another machine.
+    # A continued run keeps its precision, also on another machine.
     saved = config.out / "config.toml"
     if config.precision == "auto" and saved.is_file() and continues(config):
         precision = read_toml(type(config), saved).get("precision", precision)
@@ -234,14 +234,15 @@ def _print_header(
         else (f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores a rank")
     )
     there = min(len(stage.documents), config.overfit_rows or len(stage.documents))
-    rows = f"{config.batch_size} rows"
+    rows = f"{config.batch_size} {stage.rows}"
     if there < config.batch_size:
-        rows = f"{there} rows (all there are; --batch_size is {config.batch_size})"
+        rows = f"{there} {stage.rows} (all there are; --batch_size is {config.batch_size})"
     lines = [
         *stage.header,
         (
             "steps",
-            f"{stage.total_steps:,} of {rows}, {config.micro_batch_size} a forward pass, {layout}",
+            f"{stage.total_steps:,} of {rows}, {config.micro_batch_size} rows a forward pass, "
+            f"{layout}",
         ),
         (
             "optimizer",
@@ -259,7 +260,7 @@ def _print_header(
         run.say(f"  {'resumes':<10} at step {run.facts.step} of {stage.total_steps}")
 
 
-def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -> int:
+def _finish(stage: Stage, run: RunFolder) -> int:
     """Write the final model; a kill in the middle of it is made good by `--resume`."""
     metrics = last_metrics(run.path / "metrics.jsonl") if run.ranks.first else {}
     stage.save_model(stage.model, run.path, metrics)

@@ -1,7 +1,7 @@
 """What a stage brings to the loop: model, batches, loss, and how it is measured and saved."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from whet.data.batches import Batch
-from whet.model.attention import plan_documents
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 
@@ -74,6 +73,8 @@ class Stage:
     """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
+    rows: str = "rows"
+    """What `--batch_size` counts, as it is told."""
     unit: str = "trained_tokens"
     """What a batch's `total` counts, as it is named in the log."""
     rehearse: Callable[[nn.Module], None] | None = None
@@ -88,6 +89,9 @@ class Stage:
     """Make what `batches(step)` reads with the current weights, as a rollout does, and return
     numbers for the step's log, equal on all ranks. With it no batch is read ahead. All ranks call
     it, after the step before was applied; raises Interrupted as `evaluate` does."""
+    dry_steps: Callable[[nn.Module], list[list[Batch]]] | None = None
+    """Micro-batches of some steps that cost as much as any, where only `before_step` could make the
+    real ones: what `--auto` measures."""
     best: str = "dev_loss"
     """The metric of the evaluation that decides which model is kept in `best/`."""
     higher_is_better: bool = False
@@ -96,9 +100,3 @@ class Stage:
     """What to type when the model is trained; {run} stands for its folder."""
     header: Sequence[tuple[str, str]] = ()
     """What to print before training: (word, line)."""
-
-
-def planned(batch: Batch) -> Batch:
-    """The batch with the plan that the model would make of it: here it costs a GPU no wait."""
-    plan = plan_documents(batch.tokens.shape, batch.tokens.device, batch.segments, batch.weight)
-    return replace(batch, plan=plan)

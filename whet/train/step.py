@@ -7,8 +7,15 @@ micro-batch size, accumulation and ranks change nothing but rounding.
 The next step's batch is read while this step computes. A thread reads the rows; where the device is
 a GPU it also copies them there, from page-locked memory and on a stream of its own, so that the
 copy runs beside the step and nobody waits for it.
+
+A step is not applied if its loss or gradient is not finite, or its norm far out of range. A GPU
+computes while the CPU prepares what comes next, and each number that the CPU reads makes it wait
+for all before. So a step is judged where its numbers are, in float64, and fused AdamW leaves
+weights, moments and step counters alone where `found_inf` says so. The CPU reads the verdict later,
+with the numbers, and puts it into words.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,11 +28,18 @@ from torch.profiler import record_function
 
 from whet.data.batches import Batch, map_tensors
 from whet.flags.training import TrainSettings
-from whet.train import distributed, ledger, optim, spikes
+from whet.train import distributed, ledger, optim
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 from whet.train.stage import Stage
 from whet.train.state import Facts
+
+# Chosen, not derived, and wide on purpose: a step that is skipped is lost, and what must be caught
+# (an overflow, a broken document) lies far outside.
+WINDOW = 64  # applied steps whose norms are the recent range
+NEEDED = 16  # norms that make a range
+FACTOR = 5.0  # times the largest recent norm is "far outside"
+IN_A_ROW = 3  # incidents one after the other end the run
 
 
 @dataclass(frozen=True)
@@ -178,12 +192,41 @@ def _added(total: dict[str, Tensor], named: Mapping[str, tuple[Tensor, Tensor]])
     return {name: total[name] + pair for name, pair in _pairs(named).items()}
 
 
+@dataclass
+class RecentNorms:
+    """The norms of the last applied steps, on the device; -1 where there is none yet."""
+
+    norms: Tensor
+    """(WINDOW,) float64, oldest first."""
+
+    def judge(self, loss: Tensor, norm: Tensor, clip: float) -> Tensor:
+        """The verdict on a step with these float64 scalars, (3,) float64: 1 if it must not be
+        applied, the largest recent norm, and how many there are. If it may, its norm is remembered.
+
+        Equal on all ranks, since both numbers are. A norm that clipping would not even touch is
+        never a spike: near the end of a run, norms of 0.01 follow norms of 0.001.
+        """
+        known, largest = (self.norms >= 0).sum(), self.norms.max()
+        limit = (FACTOR * largest).clamp(min=clip)
+        bad = ~torch.isfinite(loss) | ~torch.isfinite(norm) | ((known >= NEEDED) & (norm > limit))
+        after = torch.cat([self.norms[1:], norm[None]])
+        self.norms = torch.where(bad, self.norms, after)
+        return torch.stack([bad.to(norm), largest, known.to(norm)])
+
+
+def recent_norms(norms: Sequence[float], device: torch.device) -> RecentNorms:
+    """What `facts.recent_norms` knows, on `device`."""
+    known = list(norms)[-WINDOW:]
+    filled = [-1.0] * (WINDOW - len(known)) + known
+    return RecentNorms(torch.tensor(filled, dtype=torch.float64, device=device))
+
+
 def apply_step(
     result: StepResult,
     stage: Stage,
     settings: TrainSettings,
     optimizers: Sequence[torch.optim.Optimizer],
-    recent: spikes.Recent,
+    recent: RecentNorms,
 ) -> Tensor:
     """Clip and take the optimizer step, unless the device finds that it must not be applied.
 
@@ -198,7 +241,7 @@ def apply_step(
                 parameters = list(stage.model.parameters())
                 distributed.scale_gradients(parameters, norm.float(), settings.clip)
             optim.set_lr(optimizers, lr_of(settings, result.step, stage.total_steps))
-            spikes.step_unless(verdict[0] != 0, optimizers)
+            step_unless(verdict[0] != 0, optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return verdict
@@ -207,14 +250,46 @@ def apply_step(
 def count_step(result: StepResult, verdict: Tensor, facts: Facts) -> str | None:
     """Take a step into `facts`; returns why it is not applied, or None if it is."""
     loss, norm = result.sums[:2].tolist()
-    reason = spikes.reason(loss, norm, verdict.tolist())
-    if reason is not None:
+    why = reason(loss, norm, verdict.tolist())
+    if why is not None:
         facts.spikes_in_a_row += 1
         facts.incident_step = result.step + 1
     elif result.weight:
-        facts.recent_norms = [*facts.recent_norms, norm][-spikes.WINDOW :]
+        facts.recent_norms = [*facts.recent_norms, norm][-WINDOW:]
         facts.spikes_in_a_row = 0
-    return reason
+    return why
+
+
+def reason(loss: float, norm: float, verdict: Sequence[float]) -> str | None:
+    """Why a step with this loss, norm and verdict must not be applied, or None if it may."""
+    bad, largest, known = verdict
+    if not bad:
+        return None
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(norm):
+        return f"the gradient norm is {norm}"
+    return f"the gradient norm is {norm:.4g}; the last {known:.0f} were at most {largest:.4g}"
+
+
+def skips_on_device(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Whether all of them obey a `found_inf` on the device; fused AdamW does."""
+    return all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
+
+
+def step_unless(bad: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Take the optimizer step, or leave everything as it is where `bad`.
+
+    Optimizers without such a switch (Muon, 8-bit AdamW) cost a wait for the device.
+    """
+    if skips_on_device(optimizers):
+        found = bad.to(torch.float32)
+        for optimizer in optimizers:
+            optimizer.found_inf = found  # type: ignore[attr-defined]
+    elif bool(bad):
+        return
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def lr_of(settings: TrainSettings, step: int, total_steps: int) -> float:

@@ -12,13 +12,11 @@ from torch import nn
 
 from tests.model import zoo
 from whet.errors import UserError
-from whet.model.config import llama
-from whet.model.decoder import Transformer, init_weights
+from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import LoRA, adapters, apply_lora, merge_lora
 from whet.model.lora.read import load_adapter
-from whet.model.lora.trained import select_trainable
 from whet.model.lora.write import save_adapter
 
 peft = pytest.importorskip("peft")
@@ -395,18 +393,3 @@ def test_wrong_settings_are_told() -> None:
         apply_lora(whet_model("llama"), LoRA(targets="q,router"))
     with pytest.raises(UserError, match="at least 1"):
         apply_lora(whet_model("llama"), LoRA(rank=0))
-
-
-def test_parameters_are_chosen_by_pattern() -> None:
-    model = Transformer(llama(64, 16, 3, 2))
-    init_weights(model, seed=0)
-    assert select_trainable(model, "re:mlp[.]up") == [f"layers.{i}.mlp.up.weight" for i in range(3)]
-    assert sum(p.requires_grad for p in model.parameters()) == 3
-    assert len(select_trainable(model, "all")) == len(list(model.parameters()))
-    for pattern, message in (
-        ("re:conv", "matches no parameter; names look like embed.weight"),
-        ("re:(", "not a regular expression"),
-        ("mlp", "expected all, or re:"),
-    ):
-        with pytest.raises(UserError, match=message):
-            select_trainable(model, pattern)
