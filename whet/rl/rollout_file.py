@@ -25,7 +25,7 @@ from torch import Tensor
 
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.packing import pack
-from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+from whet.data.store import DOCUMENT, PackedStore, new_store
 from whet.flags.choices import Advantage
 from whet.model.attention import planned
 from whet.rl.advantages import group_advantages
@@ -175,7 +175,7 @@ def write_rollout(
         )
         for d in layout.documents
     ]
-    with StoreWriter(path, *layout.tokens.shape, weighted=True, attrs=said) as writer:
+    with new_store(path, *layout.tokens.shape, weighted=True, attrs=said) as writer:
         writer.write_rows(layout.tokens, layout.mask, layout.segments)
         writer.write_documents(np.array(table, DOCUMENT))
         for name, numbers in {"logp": layout.logp, **places}.items():

@@ -102,7 +102,7 @@ class Choice:
         if is_last:
             return text
         sign = self.tools.form.sign if self.tools else ""
-        end = text.find(sign) if sign in text else len(text)
+        end = text.find(sign) if sign and sign in text else len(text)
         for mark in (*stops, sign):
             begun = (n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n]))
             end = min(end, len(text) - next(begun, 0))

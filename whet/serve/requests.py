@@ -11,6 +11,8 @@ from typing import Any
 
 from whet.generate.rows import GREEDY, Sampling
 
+Fields = dict[str, Callable[[Any], str]]
+"""The fields of a request, by name: what was expected in the place of a wrong value, or ""."""
 MOST_CHOICES = 16
 MOST_STOPS = 16
 MOST_TOP = 20
@@ -71,7 +73,7 @@ def _tools(value: Any) -> str:
 _flag = _kind(bool, "true or false")
 _object = _kind(dict, "an object")
 _count = _number(1, 1 << 30, whole=True)
-COMMON: dict[str, Callable[[Any], str]] = {
+COMMON: Fields = {
     "model": _kind(str, "a text"),
     "stream": _flag,
     "stream_options": _object,
@@ -112,10 +114,9 @@ COMPLETION = COMMON | {
     "suffix": _only(""),
     "best_of": _only(1),
 }
-TOKENIZE = {name: CHAT[name] for name in ("model", "messages", "tools", "chat_template_kwargs")}
-TOKENIZE |= {name: CHAT[name] for name in ("continue_final_message", "add_generation_prompt")}
-TOKENIZE |= {"prompt": _kind(str, "a text")}
 CERTIFICATE = {name: CHAT[name] for name in ("model", "messages", "tools", "chat_template_kwargs")}
+TOKENIZE = CERTIFICATE | {"prompt": _kind(str, "a text")}
+TOKENIZE |= {name: CHAT[name] for name in ("continue_final_message", "add_generation_prompt")}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Settings:
     """Whether a stream ends with the count of tokens."""
 
 
-def checked(body: Any, fields: dict[str, Callable[[Any], str]]) -> dict[str, Any]:
+def checked(body: Any, fields: Fields) -> dict[str, Any]:
     """The fields of `body` that are given. Raises ApiError for the first that is wrong."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
