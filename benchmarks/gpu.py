@@ -43,7 +43,7 @@ from benchmarks.lines import emit, installed, origin, spread
 from benchmarks.run import RESULTS, TRL
 from whet.chat.chat import Chat
 from whet.chat.tokenizer import train_tokenizer
-from whet.data.store import DOCUMENT, StoreWriter
+from whet.data.store import DOCUMENT, new_store
 from whet.model.config import ModelConfig, llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf.checkpoint import save_model
@@ -152,7 +152,7 @@ def build(size: Size, work: Path) -> dict[str, float]:
         "tokenizer_hash": tokenizer.hash,
         "sources": ["-"],
     }
-    with StoreWriter(work / "packed.h5", n_rows, size.row, attrs=attrs) as store:
+    with new_store(work / "packed.h5", n_rows, size.row, attrs=attrs) as store:
         store.write_rows(tokens, mask, segments)
         store.write_documents(documents)
     with open(work / "examples.jsonl", "w") as file:

@@ -200,11 +200,11 @@ def tiny_data(folder: Path) -> str:
     """Rows of two documents."""
     import numpy as np
 
-    from whet.data.store import StoreWriter
+    from whet.data.store import new_store
 
     tokens = np.random.default_rng(0).integers(5, 290, (DEV_ROWS, 24))
     segments = np.repeat([[1, 2]], 12, axis=1) * np.ones((DEV_ROWS, 1), np.int32)
-    with StoreWriter(folder / "rows.h5", DEV_ROWS, 24) as store:
+    with new_store(folder / "rows.h5", DEV_ROWS, 24) as store:
         store.write_rows(tokens, (np.arange(24) % 12 > 5) * np.ones((DEV_ROWS, 1)), segments)
     return str(folder / "rows.h5")
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from tests import tiny
 from whet.data.rows import DOCUMENT
-from whet.data.store import StoreWriter
+from whet.data.store import new_store
 
 T = 40
 
@@ -50,7 +50,7 @@ def pairs_file(
         "tokenizer_hash": tok.hash,
         "sources": ["data/a.jsonl", "data/b.jsonl"],
     }
-    with StoreWriter(path, n_rows, T, attrs=attrs) as writer:
+    with new_store(path, n_rows, T, attrs=attrs) as writer:
         writer.write_rows(tokens, mask, segments)
         writer.write_documents(np.array(documents, DOCUMENT))
         if kind == "labels":

@@ -7,7 +7,7 @@ import numpy as np
 
 from whet.chat.chat import Chat
 from whet.chat.tokenizer import Tokenizer, train_tokenizer
-from whet.data.store import DOCUMENT, StoreWriter
+from whet.data.store import DOCUMENT, new_store
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf.checkpoint import save_model
@@ -79,7 +79,7 @@ def packed_file(
             count = int((mask[row, here][1:] != 0).sum())
             documents.append((row, start, length, count, line % 2, line, 0))
             start += length
-    with StoreWriter(
+    with new_store(
         path,
         n_rows,
         T,

@@ -189,8 +189,9 @@ def _usage(config_class: type, hints: dict[str, Any], command: str) -> str:
 
 
 def _groups(config_class: type, hints: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Title -> field -> help: first the flags that most people set, then a group for each class."""
-    groups: dict[str, dict[str, str]] = {"most used": {}}
+    """Title -> field -> help: first the flags that most people set, then the command's own, then a
+    group for each class that it shares with others."""
+    groups: dict[str, dict[str, str]] = {"most used": {}, "flags": {}}
     for part in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(part):
             title = (part.__doc__ or "").split("\n")[0].rstrip(".")

@@ -126,6 +126,12 @@ def replaced(path: str | Path) -> Iterator[Path]:
             aside.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all. Raises UserError where it cannot be written."""
+    with replaced(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def replaced_folder(
     folder: Path,

@@ -12,17 +12,13 @@ from pathlib import Path
 
 from whet.errors import UserError
 
-_WANTED = [
-    *(
-        "config.json",
-        "generation_config.json",
-        "model*.safetensors",
-        "model*.safetensors.index.json",
-    ),
-    *("adapter_config.json", "adapter_model.safetensors", "whet.json"),
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model*.safetensors", "*.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("*.tiktoken", "chat_template*", "additional_chat_templates/*"),
-]
+    *("chat_template*", "additional_chat_templates/*"),
+)
+"""Patterns of the files that make a model."""
 _UNWANTED = ["*/*.safetensors", "*/*.json", "*/tokenizer*", "*.bin", "*.pt", "*.pth"]
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -94,46 +90,53 @@ def known_model(name: str) -> str:
 
 def _download(name: str, revision: str | None, quiet: bool, weights: bool) -> str:
     import huggingface_hub as hub
-    from huggingface_hub import errors
     from huggingface_hub.utils import disable_progress_bars
 
     if quiet:
         disable_progress_bars()
-    where = f"{name}@{revision}" if revision else name
+    unwanted = _UNWANTED if weights else [*_UNWANTED, "*.safetensors"]
+    wanted = [*MODEL_FILES, "whet.json", "*.tiktoken"]
     try:
-        unwanted = _UNWANTED if weights else [*_UNWANTED, "*.safetensors"]
         return hub.snapshot_download(
-            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=unwanted
+            name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted
         )
-    except errors.GatedRepoError:
-        raise UserError(
-            f"{where}: its owners ask for consent: accept the terms on the model's page, "
-            "then log in (hf auth login, or HF_TOKEN)"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{name}: has no revision {revision}; see its page for branches") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"{where}: no such model on the Hub, and no such path; if it is private, log in "
-            "(hf auth login, or HF_TOKEN)"
-        ) from None
-    except errors.LocalEntryNotFoundError:
-        why = "HF_HUB_OFFLINE is set" if hub.constants.HF_HUB_OFFLINE else "the Hub did not answer"
-        raise UserError(
-            f"{where}: not (wholly) in the cache, and {why}; connect once to download it, or give "
-            "a path"
-        ) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
-            raise UserError(
-                f"{where}: no space in the cache {cache}; free some, or set HF_HOME to another disk"
-            ) from None
-        raise _broken_off(where, error) from None
     except Exception as error:
-        if is_of_network(error):
-            raise _broken_off(where, error) from None
-        raise
+        if not (reason := _reason(error, revision)):
+            raise
+        raise UserError(f"{name}{f'@{revision}' if revision else ''}: {reason}") from None
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """Why a download failed and what to do, in a line; empty for a defect of Whet."""
+    from huggingface_hub import constants, errors
+
+    log_in = "log in (hf auth login, or HF_TOKEN)"
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub did not answer"
+    known = (
+        (
+            errors.GatedRepoError,
+            f"its owners ask for consent: accept the terms on the model's page, then {log_in}",
+        ),
+        (errors.RevisionNotFoundError, f"has no revision {revision}; see its page for branches"),
+        (
+            errors.RepositoryNotFoundError,
+            f"no such model on the Hub, and no such path; if it is private, {log_in}",
+        ),
+        (
+            errors.LocalEntryNotFoundError,
+            f"not (wholly) in the cache, and {why}; connect once to download it, or give a path",
+        ),
+    )
+    for kind, reason in known:
+        if isinstance(error, kind):
+            return reason
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
+        return f"no space in the cache {cache}; free some, or set HF_HOME to another disk"
+    if isinstance(error, OSError) or is_of_network(error):
+        broken_off = f"the download broke off ({first_line(error)})"
+        return f"{broken_off}; run the command again, it goes on from there"
+    return ""
 
 
 def is_of_network(error: Exception) -> bool:
@@ -142,8 +145,6 @@ def is_of_network(error: Exception) -> bool:
     return library in ("httpx", "httpcore", "requests", "urllib")
 
 
-def _broken_off(where: str, error: Exception) -> UserError:
-    reason = str(error).split("\n")[0][:200] or type(error).__name__
-    return UserError(
-        f"{where}: the download broke off ({reason}); run the command again, it goes on from there"
-    )
+def first_line(error: Exception) -> str:
+    """What `error` says, in a line."""
+    return str(error).split("\n")[0][:200] or type(error).__name__

@@ -13,15 +13,8 @@ from whet.config import problems
 from whet.errors import UserError
 from whet.files import read_json
 from whet.flags.push import Config
-from whet.hub import is_adapter, is_hub_name, is_of_network
+from whet.hub import MODEL_FILES, first_line, is_adapter, is_hub_name, is_of_network
 from whet.progress import say
-
-_FILES = (
-    *("config.json", "generation_config.json", "model*.safetensors", "*.safetensors.index.json"),
-    *("adapter_config.json", "adapter_model.safetensors", "*.gguf", "Modelfile"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template*", "additional_chat_templates/*"),
-)
 
 
 def main(config: Config) -> int:
@@ -61,15 +54,15 @@ def _upload(config: Config, files: Iterable[Path], texts: Mapping[str, str]) -> 
         raise UserError(f"{name}: {_LOG_IN}") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        reason = _LOG_IN if status in (401, 403) else str(error).split("\n")[0][:200]
+        reason = _LOG_IN if status in (401, 403) else first_line(error)
         raise UserError(f"{name}: {reason}") from None
     except errors.OfflineModeIsEnabled:
         raise UserError(f"{name}: HF_HUB_OFFLINE is set") from None
     except Exception as error:
         if not is_of_network(error):
             raise
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
-        raise UserError(f"{name}: the Hub did not answer ({reason}); nothing was changed") from None
+        reason = f"the Hub did not answer ({first_line(error)}); nothing was changed"
+        raise UserError(f"{name}: {reason}") from None
 
 
 _LOG_IN = "log in with a token that may write there (hf auth login, or HF_TOKEN)"
@@ -77,7 +70,8 @@ _LOG_IN = "log in with a token that may write there (hf auth login, or HF_TOKEN)
 
 def files_of(folder: Path) -> list[Path]:
     """The files of the model in `folder`."""
-    found = {path for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
+    patterns = (*MODEL_FILES, "*.gguf", "Modelfile")
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
 

@@ -1,5 +1,6 @@
 """Long conversations: beginnings are cut out of one rendering, where that is shown to be right."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from tests.chat.suite import said, system, user
 from tests.chat.test_templates import templates
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.encode import encode_chat
-from whet.chat.template import ChatTemplate, TemplateError
+from whet.chat.template import Ask, ChatTemplate, TemplateError
 
 TALK = [system("Be brief."), *([user(" a\n"), said("b "), user("c"), said("d")] * 4)]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -23,7 +24,8 @@ def seen(template: ChatTemplate, messages: list[dict[str, Any]]) -> bool:
     """Whether marks are given; each beginning that they show is the true rendering of it."""
     for prompt in (False, True):
         how: dict[str, Any] = {"add_generation_prompt": prompt, "variables": NAMED}
-        marks = template.marks(messages, **how)
+        ask: Ask = ("marks", messages, None, None, prompt)
+        marks = json.loads(template.answer(ask, None, NAMED))
         if not marks:
             return False
         assert len(marks) == len(messages) + 1

@@ -21,7 +21,7 @@ from whet.data import reader
 from whet.data.account import totals
 from whet.data.batches import get_sft_batch_iterator
 from whet.data.formats import to_example
-from whet.data.prepare import Config, prepare, prepare_text
+from whet.data.prepare import GIVEN, Config, prepare, prepare_text
 from whet.data.store import PackedStore
 from whet.errors import UserError
 
@@ -67,6 +67,14 @@ def run(folder, tmp_path, data, **options):
     config = Config(data=tuple(data), tokenizer=str(folder), **options)
     accounts = prepare(config, quiet=True)
     return PackedStore(config.out), accounts
+
+
+def run_text(folder, data, context_length, out, **options):
+    """Prepare plain text; returns the account of each source."""
+    config = Config(
+        data=tuple(data), tokenizer=GIVEN, context_length=context_length, out=str(out), **options
+    )
+    return prepare_text(config, load_tokenizer(folder), quiet=True)
 
 
 def documents(store):
@@ -334,7 +342,7 @@ def test_text_keeps_every_token(folder, tmp_path, monkeypatch):
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"four five"))
     write(tmp_path / "c.jsonl", [{"text": "one two"}, {"ids": [5, 6, 7]}])
     paths = [str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl")]
-    accounts = prepare_text(paths, chat, 50, str(tmp_path / "t.h5"), quiet=True)
+    accounts = run_text(folder, paths, 50, tmp_path / "t.h5")
     store = PackedStore(tmp_path / "t.h5")
     check_account(store, accounts)
     found = documents(store)
@@ -355,10 +363,10 @@ def test_text_keeps_every_token(folder, tmp_path, monkeypatch):
 def test_conversations_are_no_text(folder, tmp_path):
     data = write(tmp_path / "a.jsonl", conversations(1))
     with pytest.raises(UserError, match=r"a\.jsonl:1: is a conversation; pretraining reads"):
-        prepare_text([data], load_tokenizer(folder), 50, str(tmp_path / "t.h5"), quiet=True)
+        run_text(folder, [data], 50, tmp_path / "t.h5")
     data = write(tmp_path / "b.jsonl", [None, [1], {"ids": "x", "mask": 1}])
     with pytest.raises(UserError, match="of 3 lines 3 cannot be read"):
-        prepare_text([data], load_tokenizer(folder), 50, str(tmp_path / "t.h5"), quiet=True)
+        run_text(folder, [data], 50, tmp_path / "t.h5")
 
 
 def test_nothing_left_to_train_on(folder, tmp_path):
@@ -474,9 +482,7 @@ def test_a_turn_with_two_weights_is_not_cut(folder, tmp_path):
 def test_a_long_text_is_one_line_of_the_account(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "PIECE_CHARS", 50)
     (tmp_path / "a.txt").write_text("".join(f"{n} two three four five\n" for n in range(30)))
-    (account,) = prepare_text(
-        [str(tmp_path / "a.txt")], load_tokenizer(folder), 32, str(tmp_path / "t.h5"), quiet=True
-    )
+    (account,) = run_text(folder, [str(tmp_path / "a.txt")], 32, tmp_path / "t.h5")
     assert account.lines == 1
     assert account.examples > 3
 
@@ -486,7 +492,7 @@ def test_padding_of_ids_is_no_text(folder, tmp_path):
     padded = {"input_ids": [9, 9, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]}
     out = str(tmp_path / "t.h5")
     data = [write(tmp_path / "a.jsonl", [padded])]
-    prepare_text(data, load_tokenizer(folder), 32, out, quiet=True)
+    run_text(folder, data, 32, out)
     ((ids, mask),) = documents(PackedStore(out))[0, 1, 0]
     assert (ids.tolist(), mask.tolist()) == ([5, 6, 7], [0, 1, 1])
 
@@ -553,8 +559,8 @@ def test_a_part_of_one_text_is_held_out(folder, tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "a.txt"
     path.write_text("\n".join(" ".join(rng.choice(WORDS, 12)) for _ in range(200)))
-    options = {"dev_out": str(tmp_path / "dev.h5"), "dev_fraction": 0.1, "quiet": True}
-    prepare_text([str(path)], load_tokenizer(folder), 50, str(tmp_path / "t.h5"), **options)
+    options = {"dev_out": str(tmp_path / "dev.h5"), "dev_fraction": 0.1}
+    run_text(folder, [str(path)], 50, tmp_path / "t.h5", **options)
     train, dev = PackedStore(tmp_path / "t.h5"), PackedStore(tmp_path / "dev.h5")
     parts = [{int(part) for part in store.documents["part"]} for store in (train, dev)]
     assert not parts[0] & parts[1]
@@ -563,8 +569,12 @@ def test_a_part_of_one_text_is_held_out(folder, tmp_path):
     assert len(parts[1]) == round(0.1 * n)
 
 
-@pytest.mark.parametrize("limit", [20_000, 200_000], ids=["tokens", "rows"])
-def test_a_full_disk_leaves_nothing(folder, tmp_path, limit):
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [(20_000, "cannot be written"), (300_000, "no space")],
+    ids=["tokens", "rows"],
+)
+def test_a_full_disk_leaves_nothing(folder, tmp_path, limit, reason):
     """It is full while the tokens wait, or only when the rows are written."""
     data = write(tmp_path / "a.jsonl", conversations(1000))
     out = tmp_path / "out" / "a.h5"
@@ -573,6 +583,6 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, limit):
     process = processes.start([words], log=tmp_path / "log", file_limit=limit)
     assert processes.wait([process], [tmp_path / "log"], 60) == [2]
     told = (tmp_path / "log").read_text()
-    assert "cannot be written" in told
+    assert reason in told
     assert "Traceback" not in told
     assert not out.parent.exists() or list(out.parent.iterdir()) == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from whet.data.rows import DOCUMENT, row_weights, shifted_weight
-from whet.data.store import PackedStore, StoreWriter
+from whet.data.store import PackedStore, new_store
 from whet.errors import UserError
 
 
@@ -25,7 +25,7 @@ def example_rows(n_rows=7, width=12, seed=0):
 
 def write(path, rows, **options):
     tokens, mask, segments = rows
-    with StoreWriter(path, len(tokens), tokens.shape[1], **options) as writer:
+    with new_store(path, len(tokens), tokens.shape[1], **options) as writer:
         writer.write_rows(tokens[:3], mask[:3], segments[:3])
         writer.write_rows(tokens[3:], mask[3:], segments[3:])
     return PackedStore(path)
@@ -90,7 +90,7 @@ def test_attributes_documents_and_texts(tmp_path):
     documents = np.zeros(3, DOCUMENT)
     documents["row"], documents["line"], documents["length"] = [0, 0, 4], [10, 11, 12], 3
     account = {"sources": [{"source": "ä.jsonl", "tokens": 5}], "long": "x" * 100_000}
-    with StoreWriter(tmp_path / "a.h5", 7, 12, attrs={"account": account, "pad_id": 3}) as writer:
+    with new_store(tmp_path / "a.h5", 7, 12, attrs={"account": account, "pad_id": 3}) as writer:
         writer.write_rows(tokens, mask, segments)
         writer.write_documents(documents)
         writer.write_texts("refusals", ["é", "b"])
@@ -123,9 +123,9 @@ def test_nothing_half_written_stays(tmp_path):
     tokens, mask, segments = example_rows()
     write(path, (tokens, mask, segments))
     before = path.read_bytes()
-    with pytest.raises(ZeroDivisionError), StoreWriter(path, 7, 12) as writer:
+    with pytest.raises(ZeroDivisionError), new_store(path, 7, 12) as writer:
         writer.write_rows(tokens, mask, segments[: 1 // 0])
-    with pytest.raises(ValueError, match="only 3 rows"), StoreWriter(path, 7, 12) as writer:
+    with pytest.raises(ValueError, match="only 3 rows"), new_store(path, 7, 12) as writer:
         writer.write_rows(tokens[:3], mask[:3], segments[:3])
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.h5"]
@@ -181,7 +181,7 @@ def whole(path):
     table = np.zeros(3, DOCUMENT)
     table["row"], table["start"], table["length"] = [0, 0, 1], [0, 2, 0], [2, 2, 3]
     table["trained"] = [1, 1, 2]
-    with StoreWriter(path, 2, 4, weighted=True, attrs={"vocab_size": 9}) as writer:
+    with new_store(path, 2, 4, weighted=True, attrs={"vocab_size": 9}) as writer:
         writer.write_rows(tokens, mask, segments)
         writer.write_documents(table)
     return path
@@ -325,5 +325,8 @@ def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match="no such file; `whet prepare`"):
         PackedStore(tmp_path / "x.h5")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        StoreWriter(tmp_path / "file" / "x.h5", 1, 4)
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        new_store(tmp_path / "file" / "x.h5", 1, 4),
+    ):
+        pass

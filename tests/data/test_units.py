@@ -6,7 +6,7 @@ import torch
 
 from whet.data.batches import micro_batches, per_document, read_batch
 from whet.data.rows import segment_documents
-from whet.data.store import PackedStore, StoreWriter
+from whet.data.store import PackedStore, new_store
 from whet.errors import UserError
 
 SEGMENTS = np.array([[1, 1, 2, 2, 3, 3, 4, 4], [1, 1, 1, 2, 2, 2, 0, 0], [0] * 8])
@@ -14,7 +14,7 @@ SEGMENTS = np.array([[1, 1, 2, 2, 3, 3, 4, 4], [1, 1, 1, 2, 2, 2, 0, 0], [0] * 8
 
 def write(path, kind, segments=SEGMENTS, **numbers):
     tokens, mask = np.full(segments.shape, 5), np.where(segments > 0, 1.0, 0.0)
-    with StoreWriter(path, *segments.shape, attrs={"kind": kind}) as writer:
+    with new_store(path, *segments.shape, attrs={"kind": kind}) as writer:
         writer.write_rows(tokens, mask, segments)
         writer.write_documents(segment_documents(segments, mask))
         for name, values in numbers.items():

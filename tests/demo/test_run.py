@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from whet.demo.run import Config as DemoConfig
-from whet.demo.run import Size, main, replacing, run
+from whet.demo.run import main, replacing, run
+from whet.demo.world import Size
 from whet.errors import UserError
 
 KEYS = {"base_accuracy", "base_prose_accuracy", "sft_accuracy", "n"}

@@ -8,11 +8,14 @@ import pytest
 
 from whet.demo import stages, world
 from whet.demo.run import Config as DemoConfig
-from whet.demo.run import Size, main, run_all
-from whet.demo.world import identity_of
+from whet.demo.run import main, run_all
+from whet.demo.world import Size, identity_of
 from whet.evaluate.answers import extract_answer, same_number
 
-SIZES = stages.Sizes(prompts=16, pairs=24, reward_steps=2, dpo_steps=2, grpo_steps=1)
+SMALL = Size(
+    texts=300, pairs=60, test=4, width=16, layers=1, prompts=16, preferences=24,
+    reward_steps=2, dpo_steps=2, grpo_steps=1,
+)  # fmt: skip
 
 
 def read(path: Path) -> list[dict]:
@@ -22,7 +25,7 @@ def read(path: Path) -> list[dict]:
 def test_what_the_stages_read(tmp_path: Path) -> None:
     made = world.make_world(0, texts=10, pairs=200, test=20)
     world.write(made, tmp_path)
-    stages.write(made, 0, tmp_path, SIZES)
+    stages.write(made, 0, tmp_path, SMALL)
     tested = {problem.identity for problem in made.test}
     shown = read(tmp_path / "two_styles.jsonl")
     tags = sum(record["response"].startswith("<think>") for record in shown)
@@ -32,7 +35,7 @@ def test_what_the_stages_read(tmp_path: Path) -> None:
         assert identity_of(record["prompt"], record["chosen"]) not in tested
     for record in read(tmp_path / "prompts.jsonl"):
         assert identity_of(record["question"], record["answer"]) not in tested
-    assert len(read(tmp_path / "defects.jsonl")) == SIZES.pairs
+    assert len(read(tmp_path / "defects.jsonl")) == SMALL.preferences
 
 
 def test_each_defect_differs_from_the_answer() -> None:
@@ -45,8 +48,7 @@ def test_each_defect_differs_from_the_answer() -> None:
 def test_all_stages_of_a_minimal_demo(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("whet.demo.world.LARGEST", 12)
     monkeypatch.setattr("whet.demo.world.SUMS", [(2, 3), (4, 5)])
-    small = Size(texts=300, pairs=60, test=4, width=16, layers=1)
-    summary = run_all(tmp_path / "demo", 0, small, SIZES)
+    summary = run_all(tmp_path / "demo", 0, SMALL)
     assert {"sft_accuracy", "grpo_accuracy", "dpo_tags", "reward_pair_accuracy"} <= summary.keys()
     assert (tmp_path / "demo" / "compare.html").is_file()
     assert "| grpo" in capsys.readouterr().out

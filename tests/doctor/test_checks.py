@@ -13,7 +13,7 @@ from whet.doctor.command import examine
 from whet.doctor.finding import judge, worse
 from whet.generate.cache import Cache
 from whet.model import decoder, kernels
-from whet.model.hf.config import OWN_LAYOUT
+from whet.model.hf.families import OWN_LAYOUT
 
 PACKED = {"packed equals separate: loss", "packed equals separate: gradient"}
 LEAK = "changing a document moves no logit of another"

@@ -9,7 +9,7 @@ from tests.doctor.test_checks import ALL, leaking
 from whet.chat.certificate import Refusal
 from whet.chat.encode import EncodeOptions
 from whet.cli import main
-from whet.data.store import StoreWriter
+from whet.data.store import new_store
 from whet.doctor import command
 from whet.doctor import subject as subject_module
 from whet.doctor.command import CHECKS, examine
@@ -64,7 +64,7 @@ def test_conversations_alone_and_fewer_layers(ward, capsys):
 
 def test_a_file_of_tokens_and_mask_only(ward, tmp_path):
     rng = np.random.default_rng(0)
-    with StoreWriter(tmp_path / "plain.h5", 6, 24) as store:
+    with new_store(tmp_path / "plain.h5", 6, 24) as store:
         mask = np.tile(np.arange(24) >= 12, (6, 1)).astype(np.float32)
         store.write_rows(rng.integers(1, 290, (6, 24)), mask, np.ones((6, 24), np.int32))
     assert main(words(ward, "--data", str(tmp_path / "plain.h5"))) == 0
@@ -89,11 +89,11 @@ def test_bad_flags(ward, capsys, flags, told):
 
 def test_untrained_data_and_foreign_ids(ward, tmp_path, capsys):
     blank = np.zeros((2, 24), np.int32)
-    with StoreWriter(tmp_path / "blank.h5", 2, 24) as store:
+    with new_store(tmp_path / "blank.h5", 2, 24) as store:
         store.write_rows(blank, blank, blank + 1)
     assert main(words(ward, "--data", str(tmp_path / "blank.h5"))) == 2
     assert "no document with a trained token" in capsys.readouterr().err
-    with StoreWriter(tmp_path / "far.h5", 2, 24) as store:
+    with new_store(tmp_path / "far.h5", 2, 24) as store:
         store.write_rows(blank + 70_000, blank + 1, blank + 1)
     assert main(words(ward, "--data", str(tmp_path / "far.h5"))) == 2
     assert "holds the id 70000" in capsys.readouterr().err

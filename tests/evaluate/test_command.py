@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from whet.cli import main
-from whet.data.store import StoreWriter
+from whet.data.store import new_store
 from whet.model.loss import sft_loss
 
 PROBLEMS = [{"question": f"How many eggs are {i}?", "answer": f"#### {i}"} for i in range(6)]
@@ -30,7 +30,7 @@ def packed(path, chat, **attrs):
         "vocab_size": chat.tokenizer.vocab_size,
         **attrs,
     }
-    with StoreWriter(path, 5, 16, attrs=attrs) as writer:
+    with new_store(path, 5, 16, attrs=attrs) as writer:
         writer.write_rows(tokens, ones, ones)
     return path
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from whet.data.store import PackedStore, StoreWriter
+from whet.data.store import PackedStore, new_store
 from whet.errors import UserError
 from whet.evaluate.dev import DevLoss, dev_loss
 from whet.model.config import llama
@@ -33,7 +33,7 @@ def write(path: Path, rows: int = 11, mask: np.ndarray | None = None) -> PackedS
     if mask is None:
         mask = numbers.choice([0.0, 0.0, 0.5, 1.0, 2.0], (rows, LENGTH)).astype(np.float32)
         mask[3] = mask[:, 20:] = 0
-    with StoreWriter(path, rows, LENGTH, weighted=True) as writer:
+    with new_store(path, rows, LENGTH, weighted=True) as writer:
         writer.write_rows(tokens, mask, segments)
     return PackedStore(path)
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from tests import tiny
 from tests.processes import run_ranks
 from whet.cli import main
-from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+from whet.data.store import DOCUMENT, PackedStore, new_store
 
 STEPS = 6
 
@@ -189,7 +189,7 @@ def unpack(packed: Path, path: Path) -> int:
             array[i, : document["length"]] = values[document["row"], here]
         arrays[2][i, : document["length"]] = 1
         table[i]["row"], table[i]["start"] = i, 0
-    with StoreWriter(path, n, store.context_length, weighted=True, attrs=store.attrs) as writer:
+    with new_store(path, n, store.context_length, weighted=True, attrs=store.attrs) as writer:
         writer.write_rows(*arrays)
         writer.write_documents(table.astype(DOCUMENT))
     return n

@@ -11,7 +11,7 @@ from tests.pairs import pairs_file
 from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
 from whet.data.rows import segment_documents
-from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+from whet.data.store import DOCUMENT, PackedStore, new_store
 from whet.report.read import read_sheet
 
 
@@ -45,7 +45,7 @@ def packed(tmp_path, tokenizer):
         "sources": ["data/one.jsonl", "data/two.jsonl"],
     }
     path = tmp_path / "packed.h5"
-    with StoreWriter(path, 3, 16, attrs=attrs) as writer:
+    with new_store(path, 3, 16, attrs=attrs) as writer:
         writer.write_rows(tokens, mask, segments)
         writer.write_documents(documents)
     return path
@@ -208,7 +208,7 @@ def test_a_rollout_says_reward_and_advantage(packed, tmp_path, capsys, per_token
     rows, documents = PackedStore(packed).rows(range(3)), PackedStore(packed).documents
     attrs = {"kind": "rollout", "places": ["token_advantages"] if per_token else []}
     path = tmp_path / "rollout.h5"
-    with StoreWriter(path, 3, 16, attrs=attrs) as writer:
+    with new_store(path, 3, 16, attrs=attrs) as writer:
         writer.write_rows(*rows)
         writer.write_documents(documents)
         writer.write_numbers("rewards", np.array([1, 0, 0.25, -1]))

@@ -1,13 +1,14 @@
 """Rewards judge a reply alone; a function of the user's can neither hang nor crash the training."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests import tiny
 from whet.errors import UserError
-from whet.flags.policy import known_reward, parse_reward
+from whet.flags.policy import known_reward, named_twice, parse_reward
 from whet.generate.opened import open_model
 from whet.model.embedding import add_score
 from whet.model.hf.checkpoint import save_model
@@ -19,6 +20,7 @@ from whet.rl.rewards import (
     Reward,
     correct,
     in_form,
+    open_rewards,
     reward_model,
     total_rewards,
 )
@@ -99,8 +101,16 @@ def ends(completions):
     sys.stdout.flush()
     import os; os._exit(3)
 
-def few(completions):
-    return []
+def forks(completions):
+    import os
+    os.fork()
+    return [1.5 for _ in completions]
+
+def asks(completions):
+    return [float(len(sys.stdin.read()) + len(completions)) for _ in completions]
+
+def gives(completions, what):
+    return eval(what[0])
 """
 
 
@@ -127,13 +137,60 @@ def test_a_function_of_the_users(functions):
     [
         ("raises", r"ValueError: no good \(.*mine.py:15\)"),
         ("ends", r"its process ended \(exit code 3\)"),
-        ("few", "returned 0 numbers for 1 replies"),
     ],
 )
 def test_a_function_that_fails_is_one_line(functions, name, words):
     with pytest.raises(UserError, match=words) as error:
         functions(name)([answer("5")])
     assert "\n" not in str(error.value)
+
+
+def test_what_is_no_list_of_numbers_is_refused(functions):
+    gives = functions("gives")
+
+    def judged(what):
+        return gives([replace(answer("5"), prompt=replace(PROMPT, columns={"what": what}))])
+
+    assert judged("(x for x in [True])") == [1.0]
+    for what, shown in (
+        ("[]", r"\[\]"),
+        ("[1, 2]", r"\[1, 2\]"),
+        ("0.5", r"0\.5"),
+        ("'1'", "'1'"),
+        ("['1']", r"\['1'\]"),
+        ("{0: 1}", "{0: 1}"),
+        ("[None]", r"\[None\]"),
+    ):
+        told = f"TypeError: returned {shown}; expected a number for each of the 1 replies"
+        with pytest.raises(UserError, match=told):
+            judged(what)
+
+
+def test_a_function_shares_nothing_with_the_training(functions, tmp_path):
+    """A fork that returns, too, answers once; stdin is empty; what stands beside is imported."""
+    forks = functions("forks")
+    assert [forks([answer("5")] * n) for n in (1, 2, 1)] == [[1.5], [1.5] * 2, [1.5]]
+    assert functions("asks")([answer("5")]) == [1.0]
+    (tmp_path / "helper.py").write_text("def f(completions): return [len(completions)] * 64")
+    (tmp_path / "with.py").write_text(
+        "import helper\ndef f(completions): return helper.f(completions)[:len(completions)]"
+    )
+    with PythonReward(f"{tmp_path}/with.py:f", 20.0) as beside:
+        assert beside([answer("5")] * 100) == [64.0] * 64 + [36.0] * 36
+
+
+def test_rewards_of_one_name_are_told_apart(tmp_path):
+    """Each counts with its own weight, and is logged under a name of its own."""
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(f"def f(completions): return [{ord(name)}.0]")
+    texts = [f"{tmp_path}/a.py:f=2", f"{tmp_path}/b.py:f", "length"]
+    with ExitStack() as stack:
+        device = torch.device("cpu")
+        rewards = open_rewards(texts, None, stack, max_new_tokens=9, seconds=20.0, device=device)
+        sums, parts = total_rewards(rewards, [answer("5")])
+    assert sums == [2 * 97.0 + 98.0]
+    assert parts == {f"{tmp_path}/a.py:f": [97.0], f"{tmp_path}/b.py:f": [98.0], "length": [0.0]}
+    assert "is named more than once" in named_twice(["correct", "correct=2", "length"])[0]
 
 
 def test_a_function_that_hangs_is_ended(functions):

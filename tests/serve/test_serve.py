@@ -225,6 +225,11 @@ REFUSED = {
     "penalty": ({"messages": QUESTION, "presence_penalty": 0.5}, 400, "not supported"),
     "json": ({"messages": QUESTION, "response_format": {"type": "json_object"}}, 400, "not supp"),
     "forced": ({"messages": QUESTION, "tool_choice": "required"}, 400, "not supported"),
+    "longest": (
+        {"messages": QUESTION, "max_tokens": 1, "max_completion_tokens": 2},
+        400,
+        "differs",
+    ),
     "top": ({"messages": QUESTION, "top_logprobs": 2}, 400, "needs logprobs"),
     "long": ({"messages": [{"role": "user", "content": "one " * 999}]}, 400, "the context holds"),
     "asks": ({"messages": QUESTION, "max_tokens": 9999}, 400, "max_tokens is 9,999"),

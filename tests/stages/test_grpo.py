@@ -14,6 +14,8 @@ from tests.processes import run_ranks, start, wait
 from whet.cli import main
 from whet.data.store import PackedStore
 from whet.rl.rollout_file import Rollout
+from whet.stages import grpo, ppo
+from whet.train.distributed import Ranks
 
 REWARDS = """
 import time
@@ -147,6 +149,50 @@ def test_killed_between_two_updates_of_a_rollout(world, tmp_path):
     assert wait([start([words], log=log)], [log], 120) == [0]
     for name in ("model.safetensors", "metrics.jsonl", "ledger.bin", "samples.jsonl"):
         assert (alone / name).read_bytes() == (killed / name).read_bytes(), name
+
+
+def test_an_older_state_makes_its_rollouts_again(world, tmp_path, capsys):
+    """The newest state is damaged, newer rollouts are there; and `whet replay` changes nothing."""
+    flags = {"max_steps": 7, "save_every": 3, "keep": 9, "epochs": 9}
+    out = tmp_path / "run"
+    assert main(command(world, out, **flags)) == 0
+    before = {path.name: path.read_bytes() for path in (out / "rollouts").iterdir()}
+    capsys.readouterr()
+    assert main(["replay", str(out), "--step", "2", "--json"]) == 0
+    loss = json.loads(capsys.readouterr().out)["train_loss"]
+    assert loss == lines_of(out)[1]["train_loss"]
+    assert {path.name: path.read_bytes() for path in (out / "rollouts").iterdir()} == before
+    whole = (out / "metrics.jsonl").read_bytes()
+    for step in (6, 7):
+        state = out / "state" / f"step_{step:08d}"
+        next(state.glob("*.safetensors")).write_bytes(b"damaged")
+    assert main(command(world, out, resume=True, **flags)) == 0
+    assert (out / "metrics.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize("module", [grpo, ppo])
+def test_a_short_rollout_has_updates_that_train_nothing(world, tmp_path, module):
+    """12 prompts in rollouts of 5: the last one has 2 for its 4 updates."""
+    words = command(world, tmp_path / "run", updates=4)
+    assert main([module.__name__.rpartition(".")[2], *words[1:]]) == 0
+    steps = [line["trained_tokens"] > 0 for line in lines_of(tmp_path / "run")]
+    assert steps == [True] * 10 + [False] * 2
+
+
+@pytest.mark.parametrize("module", [grpo, ppo])
+def test_what_auto_measures_is_the_longest_rollout(world, tmp_path, module):
+    """All replies as long as they may be; nothing is written."""
+    settings = module.Config(
+        model=str(world / "base"), prompts=world / "prompts.jsonl", out=tmp_path / "run",
+        reward=("length",), group_size=3, batch_size=5, max_new_tokens=8, updates=2,
+        micro_batch_size=1, overfit_rows=5, precision="float32", quiet=True,
+    )  # fmt: skip
+    stage = module.build(settings, Ranks())
+    steps = stage.dry_steps(stage.model)
+    trained = [sum(int((b.weight != 0).sum()) for b in micros) for micros in steps]
+    assert trained == [3 * 3 * 8, 2 * 3 * 8]
+    assert len(stage.documents) == 5
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reward_that_fails_later_loses_nothing(world, tmp_path, capsys):

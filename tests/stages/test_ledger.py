@@ -10,7 +10,7 @@ from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
 from whet.data.batches import global_batch_rows
-from whet.data.store import PackedStore, StoreWriter
+from whet.data.store import PackedStore, new_store
 from whet.stages.ledger import open_ledger
 
 
@@ -107,7 +107,7 @@ def test_no_run(tmp_path, capsys):
 def test_a_file_without_documents_is_named_by_row(world, tmp_path, capsys):
     store = PackedStore(world / "train.h5")
     read = store.rows(range(len(store)))
-    with StoreWriter(tmp_path / "bare.h5", len(store), store.context_length) as writer:
+    with new_store(tmp_path / "bare.h5", len(store), store.context_length) as writer:
         writer.write_rows(read.tokens, read.loss_mask != 0, read.segment_ids != 0)
     words = command(world, tmp_path / "out", data=tmp_path / "bare.h5", max_steps=2)
     assert main(words) == 0

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from tests import tiny
 from tests.numerics.test_layouts import command
 from whet.cli import main
-from whet.data.store import DOCUMENT, PackedStore, StoreWriter
+from whet.data.store import DOCUMENT, PackedStore, new_store
 from whet.flags.sft import Config
 from whet.model import attention
 from whet.model.open import load_backbone_from_ckpt
@@ -32,7 +32,7 @@ def world(tmp_path_factory) -> Path:
     tiny.model_directory(folder / "base")
     tiny.packed_file(folder / "train.h5", n_rows=12)
     tiny.packed_file(folder / "dev.h5", n_rows=5, seed=1)
-    with StoreWriter(folder / "other.h5", 1, 8, attrs={"tokenizer_hash": "0" * 64}) as store:
+    with new_store(folder / "other.h5", 1, 8, attrs={"tokenizer_hash": "0" * 64}) as store:
         store.write_rows(*[np.ones((1, 8), np.int32)] * 3)
     return folder
 
@@ -69,7 +69,7 @@ def test_a_system_prompt_of_many_documents_is_computed_once(world, tmp_path, mon
             mask[row, start + 70 : start + 80], segments[row, start : start + 80] = 1, i + 1
             documents.append((row, start, 80, 10, 0, 2 * row + i, 0))
     attrs = {"vocab_size": 292, "sources": ["a.jsonl"]}
-    with StoreWriter(tmp_path / "prompts.h5", 4, length, attrs=attrs) as writer:
+    with new_store(tmp_path / "prompts.h5", 4, length, attrs=attrs) as writer:
         writer.write_rows(tokens.astype(np.int32), mask, segments)
         writer.write_documents(np.array(documents, DOCUMENT))
     computed = []
@@ -171,7 +171,7 @@ def test_negative_weights_must_not_prevail(world, tmp_path, capsys):
     """Divided by their own sum, they would be trained as if they were positive."""
     ones, mask = np.ones((2, 24), np.int32), np.ones((2, 24), np.float32)
     mask[1] = -1
-    with StoreWriter(tmp_path / "x.h5", 2, 24, weighted=True, attrs={"vocab_size": 292}) as store:
+    with new_store(tmp_path / "x.h5", 2, 24, weighted=True, attrs={"vocab_size": 292}) as store:
         store.write_rows(ones, mask, ones)
     for name in ("data", "dev"):
         words = command(world, tmp_path / "out", **{name: tmp_path / "x.h5"})
@@ -180,7 +180,7 @@ def test_negative_weights_must_not_prevail(world, tmp_path, capsys):
 
 
 def test_all_problems_are_told_at_once(world, tmp_path, capsys):
-    with StoreWriter(
+    with new_store(
         tmp_path / "foreign.h5",
         1,
         64,

@@ -214,17 +214,16 @@ class Aligner:
                 swallows = swallows and not stretch.strip()
                 self.headers.append(_Header(text, token, len(stretch), ids, swallows))
 
-    def after(self, token: str | None, text: str) -> list[int]:
-        """The ids of `text` where it follows the added token `token`, or begins everything."""
-        if token is None:
-            return self.tokenizer.encode(text)
-        ids = self.tokenizer.encode(token + text)
-        return ids[ids.index(self.tokenizer.added[token]) + 1 :]
-
-    def after_plain(self, token: str | None, text: str, hidden: dict[str, str]) -> list[int]:
-        """As `after`, but with the hidden control strings as plain text."""
+    def after(self, token: str | None, text: str, hidden: dict[str, str]) -> list[int]:
+        """The ids of `text` where it follows the added token `token`, or begins everything; the
+        hidden control strings in it are plain text."""
+        ids = self.tokenizer.encode((token or "") + text)
+        if token is not None:
+            ids = ids[ids.index(self.tokenizer.added[token]) + 1 :]
         clear = restored(text, hidden)
-        if self.after(token, text) == self.tokenizer.encode(text):
+        if clear == text:
+            return ids
+        if ids == self.tokenizer.encode(text):
             return list(self.chat.plain_backend.encode(clear, add_special_tokens=False).ids)
         return self.following(clear, plain=True)
 
@@ -334,12 +333,12 @@ class _Careful:
         hidden = {c: s for c, s in self.draft.hidden.items() if c in text}
         ids = list(self.encoding.ids[stretch.first : stretch.last])
         if border is None:
-            return self._plain(stretch.token, text, hidden) if hidden else ids, 0
+            return self.aligner.after(stretch.token, text, hidden) if hidden else ids, 0
         head, words = text[: border - stretch.start], text[border - stretch.start :]
-        before = self._plain(stretch.token, head, hidden)
+        before = self.aligner.after(stretch.token, head, hidden)
         n = len(before)
         if hidden:
-            ids = self._plain(stretch.token, text, hidden)
+            ids = self.aligner.after(stretch.token, text, hidden)
             clean = ids[:n] == before and self._plain_border(head, text, hidden, n)
         else:
             offsets = self.encoding.offsets[stretch.first : stretch.last]
@@ -350,11 +349,6 @@ class _Careful:
             return ids, n
         self.split += 1
         return before + self.aligner.following(restored(words, hidden), bool(hidden)), n
-
-    def _plain(self, token: str | None, text: str, hidden: dict[str, str]) -> list[int]:
-        if any(character in text for character in hidden):
-            return self.aligner.after_plain(token, text, hidden)
-        return self.aligner.after(token, text)
 
     def _plain_border(self, head: str, text: str, hidden: dict[str, str], n: int) -> bool:
         """Whether a token ends where the clear text of `head` ends, in the stretch taken alone."""

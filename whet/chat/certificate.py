@@ -36,6 +36,11 @@ class Refusal:
         return self.message
 
 
+def refusal_of(datum: Any, kind: str, reason: str) -> Refusal:
+    """The refusal of a whole datum: a conversation, a text, ids or a preference."""
+    return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
+
+
 class Refused(UserError):  # noqa: N818 -- an answer, not an accident
     """A conversation that has no faithful encoding. Carries its `refusal`."""
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import tokenizers
 
+from whet.chat.calls import CallForm, find_form
 from whet.chat.conversation import shown
 from whet.chat.dialect import Dialect
 from whet.chat.hidden import Joints, pattern_of
 from whet.chat.template import TAKEN, ChatTemplate, check_names
-from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer, write_text
+from whet.chat.tokenizer import END_OF_TEXT, Tokenizer, read_tokenizer
 from whet.errors import UserError
-from whet.files import read_text
+from whet.files import read_text, write_text
 
 BUILT_IN = ("plain", "chatml")
 DEFAULT = re.compile(r"\{%- if (\w+) is not defined %\}\{%- set \1 = (.*) %\}\{%- endif %\}\n")
@@ -112,6 +113,11 @@ class Chat:
         return tuple(dict.fromkeys([*stops, *self.tokenizer.eos_ids]))
 
     @cached_property
+    def call_form(self) -> CallForm | None:
+        """How the template writes tool calls, if they can be read back from a reply."""
+        return find_form(self.dialect)
+
+    @cached_property
     def plain_backend(self) -> tokenizers.Tokenizer:
         """The tokenizer's backend, but control tokens are ordinary text to it."""
         content = json.loads(self.tokenizer.backend.to_str())
@@ -142,7 +148,7 @@ class Chat:
                 f"--template_kwargs: {', '.join(named)} is the tokenizer's own; change it in "
                 "tokenizer_config.json"
             )
-        date_given = _date(today) if today else self.today
+        date_given = read_date(today) if today else self.today
         return replace(self, variables={**self.variables, **variables}, today=date_given)
 
     def settled(self) -> "Chat":
@@ -171,7 +177,7 @@ class Chat:
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: its attribute chat holds no template; prepare it again")
         template, tool = (ChatTemplate(str(text), f"{where}: chat template") for text in texts)
-        today = _date(recorded["date"]) if recorded.get("date") else self.today
+        today = read_date(recorded["date"]) if recorded.get("date") else self.today
         return Chat(self.tokenizer, template, tool if tool.source else None, {}, today)
 
     @property
@@ -245,7 +251,8 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _date(text: str) -> date:
+def read_date(text: str) -> date:
+    """A date such as 2025-12-31. Raises UserError for anything else."""
     try:
         return date.fromisoformat(text)
     except (TypeError, ValueError):

@@ -12,11 +12,7 @@ from typing import Any
 from whet.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-REASONING_KEYS = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # three names of one thing
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # three names of one thing
 WEIGHT_KEYS = ("weight", "loss_weight")
 TRAIN_KEYS = ("train", "trainable", "training", "train_on_turn", "loss", "loss_mask")
 """Other tools' names for a message's weight: true or false, or a number."""
@@ -32,9 +28,7 @@ UNREADABLE = {
 }
 """Keys of a message that say something which would be lost, and what to do."""
 EMPTY_IS_ABSENT = frozenset((*REASONING_KEYS, *UNREADABLE, "tool_calls", "function_call"))
-MESSAGE_KEYS = frozenset(
-    ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
-)
+MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"}
 """Keys of a message that are read."""
 LARGEST_WEIGHT = 1e30  # float32 holds it; JSON can hold any number
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -114,13 +108,15 @@ def read_conversation(
     source: str = "",
     line: int = 0,
     extra: dict[str, Any] | None = None,
+    asks: bool = False,
 ) -> Conversation:
     """A checked `Conversation` out of outside data in OpenAI's shape.
 
     Text parts are joined (without a separator, as templates that read parts do), reasoning gets its
     one name, JSON strings of tool-call arguments become objects, `weight` moves to `weights`, and
     a key whose value is null is left out (so does transformers). The input is not changed.
-    Raises UserError with `file:line: message N: ...`.
+    Messages that ask for a reply (`asks`) need none of the assistant's. Raises UserError with
+    `file:line: message N: ...`.
     """
     where = place(source, line)
     if not isinstance(messages, list) or not messages:
@@ -128,14 +124,9 @@ def read_conversation(
             f"{where}: expected a non-empty list of messages, got {shown(messages)}; "
             'each message looks like {"role": "user", "content": "…"}'
         )
-    read: list[Message] = []
-    weights: list[float | None] = []
-    for number, message in enumerate(messages, 1):
-        at = f"{where}: message {number}"
-        one, weight = _read_message(message, at)
-        read.append(one)
-        weights.append(weight)
-    if all(message["role"] != "assistant" for message in read):
+    pairs = [_read_message(m, f"{where}: message {n}") for n, m in enumerate(messages, 1)]
+    read, weights = map(list, zip(*pairs, strict=True))
+    if not asks and all(message["role"] != "assistant" for message in read):
         raise UserError(
             f"{where}: no message has the role assistant, so there is nothing to learn from; "
             "add the reply or remove the line"
@@ -148,18 +139,6 @@ def read_conversation(
         source=source,
         line=line,
         extra=extra or {},
-    )
-
-
-def read_prompt(messages: Any, *, tools: Any = None, documents: Any = None) -> Conversation:
-    """As `read_conversation`, for messages that wait for a reply: none need be the assistant's."""
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"expected a non-empty list of messages, got {shown(messages)}")
-    read = [_read_message(message, f"message {n}")[0] for n, message in enumerate(messages, 1)]
-    return Conversation(
-        messages=read,
-        tools=_read_list_of_objects(tools, "tools", "prompt"),
-        documents=_read_list_of_objects(documents, "documents", "prompt"),
     )
 
 
@@ -188,12 +167,12 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
     if "function_call" in read:  # OpenAI's older name of a single call
         if "tool_calls" in read:
             raise UserError(f"{at} ({role}): has function_call and tool_calls; keep one of them")
-        read["tool_calls"] = [_from_json(read.pop("function_call"), "function_call", at)]
+        read["tool_calls"] = [from_json(read.pop("function_call"), "function_call", at)]
     _read_content(read, message.get("content"), at)
     _read_reasoning(read, at)
     if role == "assistant":
         if "tool_calls" in read:
-            calls = _from_json(read["tool_calls"], "tool_calls", at)
+            calls = from_json(read["tool_calls"], "tool_calls", at)
             read["tool_calls"] = _read_tool_calls(calls, at)
         if not read.get("tool_calls"):
             read.pop("tool_calls", None)
@@ -312,25 +291,21 @@ def _read_tool_call(call: Any, at: str) -> dict[str, Any]:
     return {"type": "function", **rest, "function": inner}
 
 
-def _from_json(value: Any, name: str, where: str) -> Any:
+def from_json(value: Any, name: str, where: str) -> Any:
     """`value`, parsed if it is a text: tables without nested types hold objects as JSON."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {name} is a text that is not JSON ({error})") from None
+        reason = f"{name} is a text that is not JSON ({error}): {shown(value)}"
+        raise UserError(f"{where}: {reason}") from None
 
 
 def _read_list_of_objects(value: Any, name: str, where: str) -> list[dict[str, Any]] | None:
-    if isinstance(value, str) and value.strip():
-        value = _from_json(value, name, where)
-    if (
-        value is None
-        or value == []
-        or value == {}
-        or (isinstance(value, str) and not value.strip())
-    ):
+    if isinstance(value, str):
+        value = from_json(value, name, where) if value.strip() else None
+    if value in (None, [], {}):
         return None
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         raise UserError(f"{where}: {name} must be a list of objects, got {shown(value)}")

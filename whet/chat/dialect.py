@@ -5,6 +5,7 @@ shape the template wants its messages, with which token a reply ends, what it wr
 token, and which of its switches change the generation prompt.
 """
 
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -80,6 +81,21 @@ class Ending:
         return self.stop + self.after
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a template writes after the last marker word of a made-up reply, or of its question.
+
+    None where it refuses, or writes no such word.
+    """
+
+    calls: bool  # the reply calls a tool
+    tail: str  # after the reply, where it is the last message
+    middle: str | None  # where more follow it
+    asking: str | None  # where a further reply is asked for
+    asked: str | None  # after the question, where nothing follows it
+    prompt: str | None  # where its reply is asked for
+
+
 @dataclass
 class Dialect:
     """A template with the special tokens, variables and date that it is rendered with."""
@@ -148,18 +164,15 @@ class Dialect:
         """The endings of plain replies, of calls, and of both with thinking before them."""
         user: list[Message] = [{"role": "user", "content": NEXT}]
         result = [{"role": "tool", "content": NEXT, "tool_call_id": CALL_ID, "name": FUNCTION}]
-        plain = [say(SAID), say(SAID, THOUGHT)]
         calls = [call(), call(content=SAID), call(thought=THOUGHT), call(calls=2)]
-        found = [self._ending(before, reply, user) for before in self._openings for reply in plain]
+        plain = self._seen([say(SAID), say(SAID, THOUGHT)], user)
+        found = [self._ending(seen) for seen in plain]
         known = {ending.stop for ending in found if ending}
-        found += [
-            self._ending(before, reply, result, known)
-            for before in self._openings
-            for reply in calls
-        ]
+        found += [self._ending(seen, known) for seen in self._seen(calls, result)]
         if not any(found):
-            found = [self._unwritten(b, reply, user) for b in self._openings for reply in plain]
-            found += [self._unwritten(b, calls[0], result) for b in self._openings if any(found)]
+            found = [self._unwritten(seen) for seen in plain]
+            if any(found):
+                found += [self._unwritten(seen) for seen in self._seen(calls[:1], result)]
         return tuple(
             sorted(dict.fromkeys(filter(None, found)), key=lambda e: -len(e.stop + e.after))
         )
@@ -172,18 +185,16 @@ class Dialect:
         stand there, too, if the template writes a system text of its own first; but that stands
         after messages as well.
         """
-        for before in self._openings[::-1]:
-            text = self._tried(self.form(before).shape(before), prompt=True)
-            first = before[0]["content"]
-            if first not in text:
-                continue
-            found = set(self._tokens(text.partition(first)[0]))
-            for word in (first, ASKED):
-                found.difference_update(self._tokens(text.partition(word)[2])[:1])
-            asking = text.partition(ASKED)[0].rstrip()
-            found.update(t for t in self._tokens(asking)[-1:] if asking.endswith(t))
-            return frozenset(token for token in found if not self._is_eos(token))
-        return frozenset()
+        before, text = self._asking
+        if not before:
+            return frozenset()
+        first = before[0]["content"]
+        found = set(self._tokens(text.partition(first)[0]))
+        for word in (first, ASKED):
+            found.difference_update(self._tokens(text.partition(word)[2])[:1])
+        asking = text.partition(ASKED)[0].rstrip()
+        found.update(t for t in self._tokens(asking)[-1:] if asking.endswith(t))
+        return frozenset(token for token in found if not self._is_eos(token))
 
     @cached_property
     def borders(self) -> frozenset[str]:
@@ -194,25 +205,31 @@ class Dialect:
         """
         stops = {ending.stop for ending in self.endings}
         found = set(stops)
+        before, text = self._asking
+        *headers, rest = re.split("|".join(m["content"] for m in before), text)
+        for header in headers:
+            for stop in stops:
+                header = header.rpartition(stop)[2]
+            if len(header.split()) <= HEADER_WORDS:
+                found.update(self._added(header))
+        more = bool(before)
+        while more:  # what ends the question, and what begins the reply
+            rest = rest.lstrip()
+            token = next((t for t in self._added(rest)[:1] if rest.startswith(t)), "")
+            found |= {token} - {""}
+            rest = rest.removeprefix(token)
+            more = token in stops
+        return frozenset(found)
+
+    @cached_property
+    def _asking(self) -> tuple[list[Message], str]:
+        """The prompt after an opening whose first text it writes, one with a system text if there
+        is any; both are empty if there is none."""
         for before in self._openings[::-1]:
             text = self._tried(self.form(before).shape(before), prompt=True)
-            if before[0]["content"] not in text:
-                continue
-            *headers, rest = re.split("|".join(m["content"] for m in before), text)
-            for header in headers:
-                for stop in stops:
-                    header = header.rpartition(stop)[2]
-                if len(header.split()) <= HEADER_WORDS:
-                    found.update(self._added(header))
-            more = True
-            while more:  # what ends the question, and what begins the reply
-                rest = rest.lstrip()
-                token = next((t for t in self._added(rest)[:1] if rest.startswith(t)), "")
-                found |= {token} - {""}
-                rest = rest.removeprefix(token)
-                more = token in stops
-            break
-        return frozenset(found)
+            if before[0]["content"] in text:
+                return before, text
+        return [], ""
 
     def sample(self) -> list[str]:
         """A prompt, a reply, one with thinking and a call, each "" if the template refuses it."""
@@ -284,29 +301,34 @@ class Dialect:
                     raise
         return ""
 
-    def _ending(
-        self,
-        before: list[Message],
-        reply: Message,
-        follow: list[Message],
-        known: set[str] | None = None,
-    ) -> Ending | None:
-        """How the template ends `reply`, seen from the last marker word in it.
+    def _seen(self, replies: list[Message], follow: list[Message]) -> list[Seen]:
+        """What is seen of each of `replies` after each opening, `follow` after it."""
+        found = []
+        for before, reply in itertools.product(self._openings, replies):
+            tools, word = (TOOLS, VALUE) if "tool_calls" in reply else (None, SAID)
+            whole = self.form([*before, reply]).shape([*before, reply])
+            more = self.form([*before, reply]).shape([*before, reply, *follow])
+            if (tail := _after(self._tried(whole, tools), word)) is None:
+                continue
+            seen = Seen(
+                calls="tool_calls" in reply,
+                tail=tail,
+                middle=_after(self._tried(more, tools), word),
+                asking=_after(self._tried(whole, tools, prompt=True), word),
+                asked=_after(self._tried(whole[:-1], tools), ASKED),
+                prompt=_after(self._tried(whole[:-1], tools, prompt=True), ASKED),
+            )
+            found.append(seen)
+        return found
+
+    def _ending(self, seen: Seen, known: set[str] | None = None) -> Ending | None:
+        """How the template ends the reply that is `seen`.
 
         What it writes there both at the end of a conversation and before further messages belongs
         to the reply; the stop token is the last control token of that, or the first eos. Where
         stops are `known` already, another one counts only if a new turn begins right after it.
         """
-        calls = "tool_calls" in reply
-        tools = TOOLS if calls else None
-        last_word = VALUE if calls else SAID
-        form = self.form([*before, reply])
-        whole, more = form.shape([*before, reply]), form.shape([*before, reply, *follow])
-        tail = _after(self._tried(whole, tools), last_word)
-        middle = _after(self._tried(more, tools), last_word)
-        if tail is None:
-            return None
-        asked = _after(self._tried(whole[:-1], tools), ASKED)
+        tail, middle = seen.tail, seen.middle
         common = beginning_of(tail, middle) if middle is not None else ""
         for text in (common, tail):
             stop, end = self._stop_in(text, known or set())
@@ -316,40 +338,31 @@ class Dialect:
                 if known is not None and stop not in known:  # another stop than plain replies have
                     if middle is None or not self._begins_turn(middle[end:]):
                         break
-                elif text != common and asked and asked.endswith(tail[:end]):
+                elif text != common and seen.asked and seen.asked.endswith(tail[:end]):
                     break  # written after whatever stands last: the next reply's header
-            return Ending(stop, tail[end:], calls=calls)
-        return self._open_ending(whole, tools, tail, middle, last_word)
+            return Ending(stop, tail[end:], calls=seen.calls)
+        return self._open_ending(seen)
 
-    def _open_ending(
-        self,
-        whole: list[Message],
-        tools: Tools,
-        tail: str,
-        middle: str | None,
-        last_word: str,
-    ) -> Ending | None:
+    def _open_ending(self, seen: Seen) -> Ending | None:
         """The ending of a reply that is left open while it is the last."""
-        asking = _after(self._tried(whole, tools, prompt=True), last_word)
-        if middle is None or asking is None or not middle.startswith(tail):
+        tail, middle = seen.tail, seen.middle
+        if middle is None or seen.asking is None or not middle.startswith(tail):
             return None
         # The next turn's header may itself be an eos: GLM stops where it writes <|user|>.
-        for text in (middle[: middle.find(NEXT)], beginning_of(middle, asking)):
+        for text in (middle[: middle.find(NEXT)], beginning_of(middle, seen.asking)):
             stop, end = self._stop_in(text, set())
-            if len(tail) < end and (self._is_eos(stop) or text in asking):
-                return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
+            if len(tail) < end and (self._is_eos(stop) or text in seen.asking):
+                return Ending(stop, "", middle[len(tail) : end], seen.calls)
         stop = next(iter(self._tokens(middle[len(tail) :])), "")
         end = middle.find(stop, len(tail)) + len(stop)
         first = stop and middle[len(tail) : end].strip() == stop and stop not in self.headers
         # Or it could be the next turn's own header: one ends a turn of the user's, too.
-        asked = _after(self._tried(whole[:-1], tools, prompt=True), ASKED) or ""
-        if first and (self._begins_turn(middle[end:]) or asked.lstrip().startswith(stop)):
-            return Ending(stop, "", middle[len(tail) : end], last_word == VALUE)
+        header = (seen.prompt or "").lstrip()
+        if first and (self._begins_turn(middle[end:]) or header.startswith(stop)):
+            return Ending(stop, "", middle[len(tail) : end], seen.calls)
         return None
 
-    def _unwritten(
-        self, before: list[Message], reply: Message, follow: list[Message]
-    ) -> Ending | None:
+    def _unwritten(self, seen: Seen) -> Ending | None:
         """The ending of a reply in a template that ends none: the eos, at which each engine stops.
 
         Only whitespace and the header of the next turn may stand after a last reply, since a text
@@ -357,23 +370,17 @@ class Dialect:
         where the next message begins.
         """
         eos = self.tokenizer.named.get("eos_token", "")
-        calls = "tool_calls" in reply
-        tools, word = (TOOLS, VALUE) if calls else (None, SAID)
-        form = self.form([*before, reply])
-        tail = _after(self._tried(form.shape([*before, reply]), tools), word)
-        if tail is None or eos not in self.tokenizer.added:
+        if eos not in self.tokenizer.added:
             return None
-        written = tail.rstrip()
-        more = _after(self._tried(form.shape([*before, reply, *follow]), tools), word) or ""
-        if calls and not more.startswith(written):
+        tail, written, more = seen.tail, seen.tail.rstrip(), seen.middle or ""
+        if seen.calls and not more.startswith(written):
             return None
-        if written and not calls:
-            asked = _after(self._tried(form.shape(before)), ASKED) or ""
-            always = asked.endswith(tail) and more and not more.startswith(written)
+        if written and not seen.calls:
+            always = (seen.asked or "").endswith(tail) and more and not more.startswith(written)
             if not self._begins_turn(tail) and not always:
                 return None
             written = ""
-        return Ending(eos, tail[len(written) :], eos, calls)
+        return Ending(eos, tail[len(written) :], eos, seen.calls)
 
     def _stop_in(self, text: str, known: set[str]) -> tuple[str, int]:
         """The stop token in `text` and where it ends; ("", 0) if there is none."""

@@ -5,16 +5,16 @@
 The rules that every result keeps, or is refused, stand in docs/chat_templates.md.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from whet.chat.align import Aligner, Located, Unclear
 from whet.chat.backend import TokenizerError, failures_named
 from whet.chat.beginnings import ask_ahead
-from whet.chat.certificate import Certificate, Refusal, Refused
+from whet.chat.certificate import Certificate, Refusal, Refused, refusal_of
 from whet.chat.chat import Chat
 from whet.chat.conversation import (
     Conversation,
@@ -22,7 +22,6 @@ from whet.chat.conversation import (
     Tokenised,
     half_character,
     read_conversation,
-    read_prompt,
 )
 from whet.chat.examples import Draft, drafts, prompt_draft
 from whet.chat.turns import Rendered
@@ -30,6 +29,7 @@ from whet.chat.turns import Rendered
 BATCH = 256  # conversations that are tokenised at once: enough to keep the tokenizer's threads busy
 
 Datum = Conversation | RawText | Tokenised
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -155,14 +155,14 @@ def encode_prompt(
     for. Raises Refused if the template does not render the messages.
     """
     if isinstance(messages, list):
-        messages = read_prompt(messages, tools=tools, documents=documents)
+        messages = read_conversation(messages, tools=tools, documents=documents, asks=True)
     encoder = encoder_for(chat, options or EncodeOptions())
     draft = prompt_draft(encoder.rendered(messages), go_on)
     try:
         with failures_named("the text"):
             return [int(i) for i in encoder.aligner.locate(draft).ids]
     except (Unclear, TokenizerError) as error:
-        raise Refused(_refusal(messages, "tokens", str(error))) from None
+        raise Refused(refusal_of(messages, "tokens", str(error))) from None
 
 
 def encoder_for(chat: Chat, options: EncodeOptions) -> "Encoder":
@@ -195,13 +195,16 @@ class Encoder:
                 return self._encoded(data)
         except TokenizerError as error:
             if len(data) == 1:
-                return [_refusal(data[0], "tokens", str(error))]
+                return [refusal_of(data[0], "tokens", str(error))]
             return [result for datum in data for result in self.encode([datum])]
 
     def _encoded(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:
-        made = [self._made(datum) for datum in data]
+        made = [_or_refusal(self._made, datum) for datum in data]
         ask_ahead([one.beginnings for one in made if isinstance(one, Rendered)])
-        planned = [self._plan(one) for one in made]
+        how = self.options.train_on, self.options.rewritten_turns
+        planned = [
+            _or_refusal(drafts, one, *how) if isinstance(one, Rendered) else one for one in made
+        ]
         waiting = [draft for plan in planned if isinstance(plan, tuple) for draft in plan[0]]
         located = iter(self.aligner.locate_many(waiting))
         results: list[Encoded | Refusal] = []
@@ -213,41 +216,26 @@ class Encoder:
                 results.append(plan)
         return results
 
-    def _made(self, datum: Datum) -> Rendered | Encoded | Refusal:
-        try:
-            if isinstance(datum, RawText):
-                return self._raw(datum)
-            if isinstance(datum, Tokenised):
-                return self._tokenised(datum)
+    def _made(self, datum: Datum) -> Rendered | Encoded:
+        if isinstance(datum, Conversation):
             return self.rendered(datum)
-        except Refused as error:
-            return error.refusal
-
-    def _plan(
-        self, made: Rendered | Encoded | Refusal
-    ) -> tuple[list[Draft], Certificate] | Encoded | Refusal:
-        if not isinstance(made, Rendered):
-            return made
-        try:
-            return drafts(made, self.options.train_on, self.options.rewritten_turns)
-        except Refused as error:
-            return error.refusal
+        return self._raw(datum) if isinstance(datum, RawText) else self._tokenised(datum)
 
     def _raw(self, datum: RawText) -> Encoded:
         """Text, trained whole, with the eos after it; control tokens in it as `special` says."""
         if half := half_character(datum.text):
-            raise Refused(_refusal(datum, "datum", half))
+            raise Refused(refusal_of(datum, "datum", half))
         pattern = self.chat.control_pattern
         found = len(pattern.findall(datum.text)) if pattern else 0
         special = self.options.special_in_content
         if found and special == "error":
-            raise Refused(_refusal(datum, "special", "the text holds a control token"))
+            raise Refused(refusal_of(datum, "special", "the text holds a control token"))
         backend = self.chat.tokenizer.backend
         if found and special == "escape":
             backend = self.chat.plain_backend
         ids = list(backend.encode(datum.text, add_special_tokens=False).ids)
         if not ids:
-            raise Refused(_refusal(datum, "datum", "the text is empty"))
+            raise Refused(refusal_of(datum, "datum", "the text is empty"))
         if self.chat.tokenizer.eos_id is not None:
             ids.append(self.chat.tokenizer.eos_id)
         array = np.array(ids, np.int32)
@@ -261,17 +249,17 @@ class Encoder:
             reason = (
                 f"{len(datum.ids)} ids and {len(datum.mask)} mask values; expected as many, > 0"
             )
-            raise Refused(_refusal(datum, "datum", reason))
+            raise Refused(refusal_of(datum, "datum", reason))
         ids = np.array(datum.ids, np.int64)
         size = self.chat.tokenizer.vocab_size
         if ids.min() < 0 or ids.max() >= size:
             wrong = int(ids[(ids < 0) | (ids >= size)][0])
             reason = f"id {wrong} is not in the tokenizer's vocabulary of {size}"
-            raise Refused(_refusal(datum, "datum", reason))
+            raise Refused(refusal_of(datum, "datum", reason))
         mask = np.array(datum.mask, np.float32)
         if not mask.any():
             reason = "the weight of every token is 0; nothing is to be learnt"
-            raise Refused(_refusal(datum, "nothing_trained", reason))
+            raise Refused(refusal_of(datum, "nothing_trained", reason))
         return Encoded([Example(ids.astype(np.int32), mask)], Certificate())
 
 
@@ -282,7 +270,7 @@ def _encoded(
     examples = []
     for draft, found in zip(made, located, strict=True):
         if isinstance(found, Unclear):
-            return _refusal(datum, "tokens", str(found))
+            return refusal_of(datum, "tokens", str(found))
         loss_mask = np.zeros(len(found.ids), np.float32)
         spans = []
         for mark, (start, end) in zip(draft.marks, found.spans, strict=True):
@@ -294,5 +282,9 @@ def _encoded(
     return Encoded(examples, certificate)
 
 
-def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
-    return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
+def _or_refusal(make: Callable[..., Made], *given: Any) -> Made | Refusal:
+    """What `make` gives, or why it refuses."""
+    try:
+        return make(*given)
+    except Refused as error:
+        return error.refusal

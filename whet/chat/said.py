@@ -7,7 +7,6 @@ marked message must show every mark. It may show them in any form and order.
 
 import json
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
 from whet.chat.conversation import Message
@@ -15,72 +14,56 @@ from whet.chat.conversation import Message
 SIGNS = re.compile(r"\w+|[^\s\x00-\x7f]")  # words and emoji; marks such as quotes may be rewritten
 
 
-@dataclass
-class Marked:
-    """`message` with a mark in each thing that it says; `marks` tells of each mark what it marks.
+def marked(message: Message, only: str = "") -> tuple[Message, dict[str, str]]:
+    """`message` with a mark in each thing that it says, and what each mark marks.
 
     With `only`, a mark, nothing else is marked.
     """
+    marks: dict[str, str] = {}
 
-    message: Message
-    only: str = ""
-    marks: dict[str, str] = field(default_factory=dict)
+    def mark(what: str) -> str:
+        new = f"91730{len(marks):05}37190"  # digits, which no filter rewrites
+        marks[new] = what
+        return new if only in ("", new) else ""
 
-    def __post_init__(self) -> None:
-        shaped = dict(self.message)
-        for key in ("content", "reasoning_content"):
-            if written(shaped.get(key)).strip():
-                shaped[key] = self._text(shaped[key], f"this message's {key}")
-        if "reasoning_content" in shaped:
-            shaped["thinking"] = shaped["reasoning_content"]
-        if "tool_calls" in shaped:
-            shaped["tool_calls"] = [self._call(call) for call in shaped["tool_calls"]]
-        self.message = shaped
+    def with_marks(value: Any, what: str) -> Any:
+        """What is said, with a mark after its last word; null and what is empty says nothing."""
+        if isinstance(value, dict):
+            return {key: with_marks(inner, what) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [with_marks(inner, what) for inner in value]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return value
+        if not isinstance(value, str):  # a number or a truth value
+            new = mark(what)
+            return int(new) if new else value
+        end = len(value.rstrip())
+        return value[:end] + mark(what) + value[end:]
 
-    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+    def called(call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         name, arguments = function["name"], function["arguments"]
         what = f"the call of {name}"
+        new_name = with_marks(name, what)
         as_json = isinstance(arguments, str)
-        called = self._text(name, what)
-        arguments = {
-            key: self._value(value, f"{key} in {what}")
-            for key, value in (json.loads(arguments) if as_json else arguments).items()
-        }
-        changed = {
-            **function,
-            "name": called,
-            "arguments": json.dumps(arguments, ensure_ascii=False) if as_json else arguments,
-        }
+        given = json.loads(arguments) if as_json else arguments
+        given = {key: with_marks(value, f"{key} in {what}") for key, value in given.items()}
+        given = json.dumps(given, ensure_ascii=False) if as_json else given
         if isinstance(call.get("id"), str):  # some templates write `functions.name:0` for the name
-            call = {**call, "id": call["id"].replace(name, called)}
-        return {**call, "function": changed}
+            call = {**call, "id": call["id"].replace(name, new_name)}
+        return {**call, "function": {**function, "name": new_name, "arguments": given}}
 
-    def _value(self, value: Any, what: str) -> Any:
-        """An argument with each value in it marked. Nothing is asked for what says nothing: null
-        and what is empty."""
-        if isinstance(value, dict):
-            return {key: self._value(inner, what) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self._value(inner, what) for inner in value]
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return value
-        if isinstance(value, str):
-            return self._text(value, what)
-        mark = self._mark(what)  # for a number or a truth value
-        return int(mark) if mark else value
-
-    def _text(self, value: Any, what: str) -> Any:
-        """A text, or a list of parts, with a mark after its last word."""
-        if isinstance(value, list):
-            return [*value[:-1], {**value[-1], "text": self._text(value[-1]["text"], what)}]
-        end = len(value.rstrip())
-        return value[:end] + self._mark(what) + value[end:]
-
-    def _mark(self, what: str) -> str:
-        mark = f"91730{len(self.marks):05}37190"  # digits, which no filter rewrites
-        self.marks[mark] = what
-        return mark if self.only in ("", mark) else ""
+    shaped = dict(message)
+    for key in ("content", "reasoning_content"):
+        if text := written(shaped.get(key)):
+            text = with_marks(text, f"this message's {key}")
+            parts = isinstance(shaped[key], list)
+            shaped[key] = [{"type": "text", "text": text}] if parts else text
+    if "reasoning_content" in shaped:
+        shaped["thinking"] = shaped["reasoning_content"]
+    if "tool_calls" in shaped:
+        shaped["tool_calls"] = [called(call) for call in shaped["tool_calls"]]
+    return shaped, marks
 
 
 def written(content: Any) -> str:

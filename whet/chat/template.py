@@ -35,6 +35,8 @@ TAKEN |= {"raise_exception", "strftime_now"}
 Ask = tuple[str, list[Message], list[dict[str, Any]] | None, list[dict[str, Any]] | None, bool]
 """(`render`, `marks` or `describe`, messages, tools, documents, add_generation_prompt)."""
 Reply = tuple[bytes, str]  # `=` or `!`, and the text or message
+OF_TEMPLATE = "the chat template "
+"""How the message of a TemplateError begins."""
 START = "import sys; sys.path = {path!r}; from whet.chat.renderer import serve; serve({memory})"
 
 
@@ -59,10 +61,9 @@ class ChatTemplate:
         self.name = name
         self.hash = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         try:
-            ask: Ask = ("describe", [], None, None, False)
-            described = json.loads(_ask_one(source, None, None, ask))
-        except _RenderError as failure:
-            raise UserError(f"{name}: {failure}") from None
+            described = json.loads(self.answer(("describe", [], None, None, False), None, None))
+        except TemplateError as error:
+            raise UserError(f"{name}: {str(error).removeprefix(OF_TEMPLATE)}") from None
         self.variables = frozenset(described["variables"])
         self.looks: bool = described["looks"]
         self.compared = {k: frozenset(values) for k, values in described["compared"].items()}
@@ -89,32 +90,15 @@ class ChatTemplate:
         ask = ("render", messages, tools, documents, add_generation_prompt)
         return self.answer(ask, today, variables)
 
-    def marks(
-        self,
-        messages: list[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
-        today: date | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Where the first k messages end in `render(messages, ...)`, for each k: they alone, if
-        more than one, are rendered as that much of it, then what stands after the last mark.
-
-        Empty where the template might render them in another way.
-        """
-        ask = ("marks", messages, tools, documents, add_generation_prompt)
-        return list(json.loads(self.answer(ask, today, variables)))
-
     def answer(self, ask: Ask, today: date | None, variables: Mapping[str, Any] | None) -> str:
-        """The text that `render` gives, or the marks as JSON. Raises as `render` does."""
-        check_names(variables or {}, "template variables")
-        try:
-            return _ask_one(self.source, today, variables, ask)
-        except _RenderError as failure:
-            kind = BoundsError if failure.out_of_bounds else TemplateError
-            raise kind(f"the chat template {failure}") from None
+        """The renderer's reply to `ask`: a text, or JSON. Raises as `render` does."""
+        replies, cause = self._replies([ask], today, variables)
+        if not replies:
+            raise BoundsError(f"{OF_TEMPLATE}{cause}")
+        [(kind, text)] = replies
+        if kind == b"!":
+            raise TemplateError(f"{OF_TEMPLATE}{text}")
+        return text
 
     def answers(
         self, asks: Sequence[Ask], today: date | None, variables: Mapping[str, Any] | None
@@ -124,23 +108,27 @@ class ChatTemplate:
         The list ends before the first that breaks the bounds, be it by what the others take:
         asked for alone, it tells.
         """
-        check_names(variables or {}, "template variables")
         try:
-            replies, _ = _ask(self.source, today, variables, asks)
-        except _RenderError:
+            replies, _ = self._replies(asks, today, variables)
+        except TemplateError:
             return []
         return [
-            text if kind == b"=" else TemplateError(f"the chat template {text}")
+            text if kind == b"=" else TemplateError(f"{OF_TEMPLATE}{text}")
             for kind, text in replies
         ]
 
-
-class _RenderError(Exception):
-    """Why there is no text, said of the template."""
-
-    def __init__(self, what: str, out_of_bounds: bool = False) -> None:
-        super().__init__(what)
-        self.out_of_bounds = out_of_bounds
+    def _replies(
+        self, asks: Sequence[Ask], today: date | None, variables: Mapping[str, Any] | None
+    ) -> tuple[list[Reply], str]:
+        """The renderer's replies, and why they are fewer than `asks`, if they are."""
+        check_names(variables or {}, "template variables")
+        date_given, request = today.isoformat() if today else "", io.BytesIO()
+        content = (SECONDS, self.source, date_given, dict(variables or {}), asks)
+        try:
+            _Pickler(request, pickle.HIGHEST_PROTOCOL).dump(content)
+        except RecursionError:
+            raise TemplateError(f"{OF_TEMPLATE}can't render what is nested so deeply") from None
+        return _renderer(os.getpid()).ask(request.getbuffer(), len(asks))
 
 
 class _Renderer:
@@ -181,30 +169,6 @@ class _Renderer:
 def _renderer(process_id: int) -> _Renderer:
     """The renderer of this process: a forked one must not share its parent's."""
     return _Renderer()
-
-
-def _ask_one(source: str, today: date | None, variables: Mapping[str, Any] | None, ask: Ask) -> str:
-    """The text of the reply. Raises _RenderError if it is an error or there is none."""
-    replies, cause = _ask(source, today, variables, [ask])
-    if not replies:
-        raise _RenderError(cause, out_of_bounds=True)
-    [(kind, text)] = replies
-    if kind == b"!":
-        raise _RenderError(text)
-    return text
-
-
-def _ask(
-    source: str, today: date | None, variables: Mapping[str, Any] | None, asks: Sequence[Ask]
-) -> tuple[list[Reply], str]:
-    """The renderer's replies, and why they are fewer than `asks`, if they are."""
-    request = io.BytesIO()
-    try:
-        content = (SECONDS, source, today.isoformat() if today else "", dict(variables or {}), asks)
-        _Pickler(request, pickle.HIGHEST_PROTOCOL).dump(content)
-    except RecursionError:
-        raise _RenderError("can't render what is nested so deeply") from None
-    return _renderer(os.getpid()).ask(request.getbuffer(), len(asks))
 
 
 class _Pickler(pickle.Pickler):

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from whet.chat.backend import failures_named, open_backend
 from whet.chat.template import check_names
 from whet.errors import UserError
-from whet.files import read_json, read_text, replaced
+from whet.files import read_json, read_text, write_text
 from whet.tokenizer_files import add_ends, convert, find_convertible
 
 STANDARD = tuple(f"{k}_token" for k in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -358,9 +358,3 @@ def _eos_ids(folder: Path) -> tuple[int, ...]:
 
 def _optional_json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write `text` whole or not at all."""
-    with replaced(file) as aside:
-        aside.write_text(text, encoding="utf-8")

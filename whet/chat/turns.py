@@ -24,7 +24,7 @@ from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, Message, half_character
 from whet.chat.dialect import THOUGHT, Ending, beginning_of
 from whet.chat.hidden import BORDER, Content, Escapes, Exposed, any_text_holds, check_joints
-from whet.chat.said import Marked, stands_in, written
+from whet.chat.said import marked, stands_in, written
 from whet.chat.template import TemplateError
 
 STAND_IN = f"Q{BORDER}q"  # a reply in a trial rendering
@@ -270,26 +270,25 @@ class Rendered:
                 raise self._dropped(f"this message's {key} as it stands", index)
         if "reasoning_content" not in message and "tool_calls" not in message:
             return  # there is nothing else that its words could belong to
-        marked = Marked(message)
-        trial = self._changed(index, marked)
-        missing = [mark for mark in marked.marks if mark not in trial]
+        trial, marks = self._marked(index)
+        missing = [mark for mark in marks if mark not in trial]
         # A template may know some names, say, and write no other: then all the rest changes.
         lost = [m for m in missing if self._is_lost(index, m)]
         if lost:
-            calls = [mark for mark, what in marked.marks.items() if "the call of" in what]
+            calls = [mark for mark, what in marks.items() if "the call of" in what]
             none = ", as it writes no tool calls" if lost == calls else ""
-            raise self._dropped(marked.marks[lost[0]] + none, index)
+            raise self._dropped(marks[lost[0]] + none, index)
 
     def _is_lost(self, index: int, mark: str) -> bool:
-        single = self._changed(index, Marked(self.messages[index], only=mark))
+        single, _ = self._marked(index, mark)
         return mark not in single and single == self.render(index + 1)
 
-    def _changed(self, index: int, marked: Marked) -> str:
-        """The rendering up to message `index` with `marked` in its place; "" if it is refused."""
-        try:
-            return self._render([*self.messages[:index], marked.message])
-        except TemplateError:
-            return ""
+    def _marked(self, index: int, only: str = "") -> tuple[str, dict[str, str]]:
+        """The rendering up to message `index`, marked, or "" if it is refused; and its marks."""
+        message, marks = marked(self.messages[index], only)
+        with suppress(TemplateError):
+            return self._render([*self.messages[:index], message]), marks
+        return "", marks
 
     def _dropped(self, what: str, index: int) -> Refused:
         reason = f"the template does not write {what}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from whet.compare.measure import Measured, measure
 from whet.compare.page import page
 from whet.compare.table import as_text, rows_of
-from whet.files import replaced, write_json
+from whet.files import replaced, write_json, write_text
 from whet.flags.compare import Config
 from whet.generate.opened import Opened, open_model
 from whet.progress import say
@@ -36,8 +36,7 @@ def main(config: Config) -> int:
         with replaced(config.json) as aside:
             write_json(aside, content)
     if config.html:
-        with replaced(config.html) as aside:
-            aside.write_text(page(rows, measured), encoding="utf-8")
+        write_text(config.html, page(rows, measured))
         say(f"page: {config.html}")
     return 0
 

@@ -1,15 +1,17 @@
 """The numbers of one model for the table across the stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from whet.config import problems
-from whet.data.batches import Batch, per_document, read_batch
+from whet.data.batches import Batch
+from whet.data.reference import Reference
 from whet.data.store import PackedStore
 from whet.evaluate.answers import wilson
 from whet.evaluate.dev import dev_loss, misfits
@@ -17,12 +19,15 @@ from whet.evaluate.statistics import pass_at_k
 from whet.flags.compare import Config
 from whet.generate.engine import Reply, evaluating, sample
 from whet.generate.opened import Opened
-from whet.model.decoder import run_batch
 from whet.progress import track
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import Answer, correct, open_rewards, total_rewards
 from whet.rl.sampling import answer_of
-from whet.stages.reward import last_tokens
+from whet.stages.dpo import judge_replies, with_reference
+from whet.stages.pairs import Judge, PairEvaluator, order_in_words
+from whet.stages.reward import at_last_tokens, judge_rewards
+from whet.train.distributed import Ranks
+from whet.train.signals import Stop
 
 ROWS = 4  # of a packed file in one forward
 
@@ -184,7 +189,7 @@ def _dev(opened: Opened, config: Config) -> dict[str, float]:
 
 
 def _pairs(opened: Opened, first: Opened | None, config: Config) -> dict[str, float]:
-    """How often the chosen reply of a pair is preferred: by its score, or by its ln p a token."""
+    """How often the chosen reply of a pair is put first: by its score, or by its ln p a token."""
     if config.pairs is None:
         return {}
     store = PackedStore(config.pairs, kinds=("preferences",))
@@ -192,45 +197,16 @@ def _pairs(opened: Opened, first: Opened | None, config: Config) -> dict[str, fl
     extends = first and opened.chat.tokenizer.knows_ids_of(first.chat.tokenizer)
     chat = first.chat if first and extends else opened.chat
     problems(misfits(opened.model, chat, store, "--pairs"))
-    right, n = 0, 0
-    with (
-        torch.no_grad(),
-        evaluating(opened.model),
-        track("Pairs", total=len(store), unit="rows") as progress,
-    ):
-        for start in range(0, len(store), ROWS):
-            rows = np.arange(start, min(start + ROWS, len(store)))
-            batch = read_batch(store, rows, total=1.0)
-            values, real = _preference(opened.model, batch)
-            chosen, rejected = values[:, 1::2], values[:, 2::2]
-            pairs = real[:, 1::2].bool()
-            right += int(((chosen > rejected) & pairs).sum())
-            n += int(pairs.sum())
-            progress.advance(len(rows))
-    low, high = wilson(right, n)
-    return {
-        "pairs": n,
-        "pair_accuracy": right / n,
-        "pair_accuracy_low": low,
-        "pair_accuracy_high": high,
-    }
-
-
-def _preference(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model thinks of each document, (B, S + 1), and 1 where there is one."""
-    device = next(model.parameters()).device
-    there = batch.to(device)
-    counted = (there.weight != 0).double()
-    count = int(there.segments.max()) + int(there.segments.max()) % 2
-    if model.config.score:
-        weight = last_tokens(there.segments).float()
-        values = per_document(
-            run_batch(model, there, weight=weight).double(),
-            there.segments,
-            count,
+    complete: Callable[[PackedStore, Batch], Batch] = at_last_tokens
+    judge: Judge = partial(judge_rewards, margin=0.0, centre=0.0)
+    if not opened.model.config.score:
+        complete = partial(with_reference, reference=Reference(""))
+        judge = partial(
+            judge_replies, kind="simpo", beta=1.0, gamma=0.0, label_smoothing=0.0, sft_weight=0.0
         )
-    else:
-        found = run_batch(model, there)
-        numbers = per_document(counted, there.segments, count).clamp(min=1)
-        values = -per_document(found.nll.double() * (counted != 0), there.segments, count) / numbers
-    return values, per_document(counted, there.segments, count)
+    evaluate = PairEvaluator(store, judge, complete, ROWS, order_in_words, quiet=False)
+    ranks = Ranks(device=next(opened.model.parameters()).device)
+    found = evaluate(opened.model, ranks, Stop(0.0)).metrics
+    names = ("pair_accuracy", "pair_accuracy_low", "pair_accuracy_high")
+    pairs = len(store.document_rows) // 2
+    return {"pairs": pairs, **{name: found[f"dev_{name}"] for name in names}}

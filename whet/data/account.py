@@ -1,11 +1,13 @@
 """The token account: of each source's tokens, how many are trained, context, truncated, dropped."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from whet.data.mixing import FATES, KEPT, Selection
+from whet.data.mixing import FATES, KEPT
+from whet.data.reader import Source
+from whet.data.writing import Tables
 
 
 @dataclass
@@ -30,64 +32,56 @@ class SourceAccount:
     dropped_examples: dict[str, int] = field(default_factory=dict)
     truncated_examples: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
+def accounts_of(
+    sources: Sequence[Source], tables: Tables, members: np.ndarray, *, training: bool
+) -> list[SourceAccount]:
+    """Each source's account of the examples `members`, which are those of one packed file.
 
-def count(
-    accounts: list[SourceAccount],
-    source: np.ndarray,
-    trained: np.ndarray,
-    length: np.ndarray,
-    selection: Selection,
-    members: np.ndarray,
-) -> None:
-    """Add the examples `members` to the accounts of their sources.
-
-    `source`, `trained` (tokens of the kept part) and `length` have one entry for each example.
+    Lines, refusals and weights belong to the training file.
     """
-    for number, account in enumerate(accounts):
-        own = members[source[members] == number]
-        fate, copies = selection.fate[own], selection.copies[own]
-        written = fate == KEPT
-        kept, whole = selection.kept[own], length[own]
-        account.examples += int(copies.sum())
-        account.trained += int((copies * trained[own])[written].sum())
-        account.context += int((copies * (kept - trained[own]))[written].sum())
-        account.truncated += int((copies * (whole - kept))[written].sum())
-        account.truncated_examples += int((copies * (kept < whole))[written].sum())
-        account.tokens += int((copies * whole)[written].sum()) + int(whole[~written].sum())
-        account.dropped += int(whole[~written].sum())
-        for reason, name in enumerate(FATES):
-            if reason != KEPT and (fate == reason).any():
-                account.dropped_tokens[name] = int(whole[fate == reason].sum())
-                account.dropped_examples[name] = int((fate == reason).sum())
+    selection, owner = tables.selection, tables.examples["conversation"]
+    fate, length, trained = selection.fate, tables.examples["length"], tables.trained
+    accounts = []
+    for number, source in enumerate(sources):
+        own = members[tables.conversations["source"][owner[members]] == number]
+        written = own[fate[own] == KEPT]
+        copies, kept, whole = selection.copies[written], selection.kept[written], length[written]
+        left = {name: own[fate[own] == i] for i, name in enumerate(FATES) if i != KEPT}
+        account = SourceAccount(
+            source.path,
+            conversations=len(np.unique(owner[own])),
+            examples=int(copies.sum()),
+            trained=int((copies * trained[written]).sum()),
+            context=int((copies * (kept - trained[written])).sum()),
+            truncated=int((copies * (whole - kept)).sum()),
+            truncated_examples=int((copies * (kept < whole)).sum()),
+            dropped=int(length[own].sum() - whole.sum()),
+            dropped_tokens={name: int(length[i].sum()) for name, i in left.items() if len(i)},
+            dropped_examples={name: len(i) for name, i in left.items() if len(i)},
+        )
+        account.tokens = int((copies * whole).sum()) + account.dropped
+        if training:
+            spool, account.weight = tables.spool, source.weight
+            account.lines = spool.lines[number]
+            account.refused = {k: n for (s, k), n in spool.refused.items() if s == number}
+        accounts.append(account)
+    return accounts
 
 
-def totals(accounts: list[SourceAccount]) -> SourceAccount:
+def totals(accounts: Sequence[SourceAccount]) -> SourceAccount:
     """The sum of all sources."""
     total = SourceAccount("total")
     for account in accounts:
-        for name in NUMBERS:
-            setattr(total, name, getattr(total, name) + getattr(account, name))
-        for name in ("refused", "dropped_tokens", "dropped_examples"):
-            sums = getattr(total, name)
-            for key, value in getattr(account, name).items():
-                sums[key] = sums.get(key, 0) + value
+        for name, value in vars(account).items():
+            if isinstance(value, dict):
+                sums = getattr(total, name)
+                sums |= {key: sums.get(key, 0) + n for key, n in value.items()}
+            elif name not in ("source", "weight"):
+                setattr(total, name, getattr(total, name) + value)
     return total
 
 
-NUMBERS = (
-    "lines",
-    "conversations",
-    "examples",
-    "tokens",
-    "trained",
-    "context",
-    "truncated",
-    "dropped",
-    "truncated_examples",
-)
 SHOWN = ("lines", "refused", "examples", "tokens", "trained", "context", "truncated", "dropped")
 
 
@@ -95,7 +89,7 @@ def table(accounts: list[SourceAccount]) -> str:
     """The account as a table for the terminal; a last line sums up more than one source."""
     rows = [["source", *SHOWN]]
     for account in [*accounts, totals(accounts)] if len(accounts) > 1 else accounts:
-        numbers = {**account.as_dict(), "refused": sum(account.refused.values())}
+        numbers = {**vars(account), "refused": sum(account.refused.values())}
         name = account.source if account.weight == 1 else f"{account.source} x {account.weight:g}"
         name = name if len(name) <= 40 else f"…{name[-39:]}"
         rows.append([name, *(f"{numbers[column]:,}" for column in SHOWN)])

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from whet.data.rows import Rows, shifted_weight
 from whet.data.store import PackedStore
-from whet.data.units import extra_of
 
 
 @dataclass(frozen=True)
@@ -126,12 +125,39 @@ def epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
 def read_batch(store: PackedStore, rows: np.ndarray, *, total: float, epoch: int = 0) -> Batch:
     """Rows of the file as a `Batch`; `total` is the weight of the step that they belong to.
 
-    Its `extra` are pairs, margins or labels where the file has them: `whet.data.units.extra_of`.
+    Its `extra` are pairs, margins or labels where the file has them.
     """
     documents = store.document_ids(rows)
     batch = make_batch(store.rows(rows), rows, total=total, epoch=epoch, documents=documents)
-    extra = {name: torch.from_numpy(values) for name, values in extra_of(store, rows).items()}
+    extra = {name: torch.from_numpy(values) for name, values in _extra_of(store, rows).items()}
     return dataclasses.replace(batch, extra=extra)
+
+
+def _extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """What the kind of a packed file adds to a batch of `rows`, float32; of texts and rollouts
+    nothing.
+
+    A row of `preferences` holds whole pairs: documents 2p + 1 and 2p + 2 are the chosen and the
+    rejected reply of its pair p (from 0). `pairs` (B, P) is 1 where the row has that pair and
+    `margins` (B, P) is by how much the chosen one is better, 0 where the data do not say.
+    Of `labels`, `labels` (B, S + 1) is 1 for a good document, -1 for a bad one and 0 where there is
+    none: column s is document s of the row, column 0 the padding.
+    """
+    if store.kind not in ("preferences", "labels"):
+        return {}
+    row, segment, ids = store.documents_in(rows)
+    most = int(segment.max(initial=0))
+    if store.kind == "labels":
+        labels = np.zeros((len(rows), most + 1), np.float32)
+        labels[row, segment] = np.where(store.values("labels", 1)[ids] > 0, 1, -1)
+        return {"labels": labels}
+    stored = store.values("margins", 2)
+    pairs, margins = np.zeros((2, len(rows), most // 2), np.float32)
+    chosen = segment % 2 == 1
+    place = row[chosen], segment[chosen] // 2
+    pairs[place] = 1
+    margins[place] = np.nan_to_num(stored[ids[chosen] // 2])
+    return {"pairs": pairs, "margins": margins}
 
 
 def make_batch(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from whet.chat.certificate import Refusal
+from whet.chat.certificate import Refusal, refusal_of
 from whet.chat.chat import Chat
 from whet.chat.conversation import MESSAGE_KEYS, Conversation, RawText, Tokenised
 from whet.chat.encode import Encoded, EncodeOptions, Example, encode_many
@@ -103,7 +103,7 @@ class BlockEncoder:
             try:
                 datum = self._read(unit, path, renames)
                 if isinstance(datum, Preference) and datum.has_empty_reply:
-                    refusals.append(_refusal(datum, "empty_reply", "a reply is empty"))
+                    refusals.append(refusal_of(datum, "empty_reply", "a reply is empty"))
                 else:
                     data.append(datum)
             except UserError as error:
@@ -229,20 +229,16 @@ def _judge(datum: Datum, sides: Sequence[Encoded | Refusal]) -> Refusal | None:
         return None
     examples = [e for side in sides if isinstance(side, Encoded) for e in side.examples]
     if len(examples) != len(sides):
-        return _refusal(datum, "rewritten", "the template rewrites earlier turns of a reply")
+        return refusal_of(datum, "rewritten", "the template rewrites earlier turns of a reply")
     if len(examples) == 2:
         starts = [int(np.argmax(example.loss_mask != 0)) for example in examples]
         prompts = [e.ids[:start] for e, start in zip(examples, starts, strict=True)]
         if not np.array_equal(prompts[0], prompts[1]):
             reason = "the template renders other prompts before the chosen and the rejected reply"
-            return _refusal(datum, "prompts", reason)
+            return refusal_of(datum, "prompts", reason)
         if np.array_equal(examples[0].ids, examples[1].ids):
-            return _refusal(datum, "equal_sides", "chosen and rejected are the same")
+            return refusal_of(datum, "equal_sides", "chosen and rejected are the same")
     return None
-
-
-def _refusal(datum: Datum, kind: str, reason: str) -> Refusal:
-    return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
 
 
 def _digest(entry: Entry) -> bytes:

@@ -14,6 +14,7 @@ from whet.chat.conversation import (
     Message,
     RawText,
     Tokenised,
+    from_json,
     read_conversation,
     shown,
 )
@@ -25,7 +26,6 @@ from whet.data.record import (
     Record,
     check_meaning,
     first_of,
-    from_json,
     one_of,
     rest,
     text_of,
@@ -155,7 +155,7 @@ def _conversation(
                 raise at.error("has a field system and a system turn; keep one of them")
     tools = one_of(record, TOOLS_KEYS, at)
     if tools is not None and record.get("functions"):
-        functions = from_json(tools, "functions", at)
+        functions = from_json(tools, "functions", at.where)
         if isinstance(functions, list):  # OpenAI's older name: the functions without their shell
             tools = [{"type": "function", "function": f} if _is_bare(f) else f for f in functions]
     return read_conversation(
@@ -173,7 +173,7 @@ def _is_bare(function: Any) -> bool:
 
 
 def _messages(record: Record, at: Origin) -> Conversation:
-    messages = from_json(record["messages"], "messages", at)
+    messages = from_json(record["messages"], "messages", at.where)
     if isinstance(messages, list):
         messages = [_lift_calls(message, n, at) for n, message in enumerate(messages, 1)]
     return _conversation(messages, record, at, "messages")
@@ -200,7 +200,7 @@ def _lift_calls(message: Any, number: int, at: Origin) -> Any:
 
 def _sharegpt(record: Record, at: Origin) -> Conversation:
     key = first_of(record, SIGNATURES["sharegpt"][0]) or ""
-    turns = from_json(record[key], key, at)
+    turns = from_json(record[key], key, at.where)
     if not isinstance(turns, list) or not turns:
         raise at.error(f"{key} must be a non-empty list of turns, got {shown(turns)}")
     messages = [_sharegpt_turn(turn, f"turn {n}", at) for n, turn in enumerate(turns, 1)]
@@ -226,7 +226,7 @@ def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
 
 
 def _calls_in_text(value: str, where: str, at: Origin) -> list[Any]:
-    calls = from_json(value, f"{where}: the call", at)
+    calls = from_json(value, f"{where}: the call", at.where)
     return calls if isinstance(calls, list) else [calls]
 
 
@@ -239,15 +239,7 @@ def _speak(message: Any, where: str, at: Origin) -> Message:
     return dict(message)
 
 
-def _alpaca(record: Record, at: Origin) -> Conversation:
-    return _instruction(record, "input", "output", at)
-
-
-def _dolly(record: Record, at: Origin) -> Conversation:
-    return _instruction(record, "context", "response", at)
-
-
-def _instruction(record: Record, context_key: str, answer_key: str, at: Origin) -> Conversation:
+def _instruction(record: Record, at: Origin, context_key: str, answer_key: str) -> Conversation:
     """Instruction, an empty line, and the context, if there is one, are the question."""
     question = text_of(record, "instruction", at, empty=False)
     context = text_of(record, context_key, at)
@@ -337,8 +329,8 @@ READERS: dict[str, Callable[[Record, Origin], Datum]] = {
     "tokenised": read_tokenised,
     "preferences": partial(read_pair, speak=_speak),
     "labels": _labelled,
-    "alpaca": _alpaca,
-    "dolly": _dolly,
+    "alpaca": partial(_instruction, context_key="input", answer_key="output"),
+    "dolly": partial(_instruction, context_key="context", answer_key="response"),
     "prompt_completion": _prompt_completion,
     "gsm8k": _gsm8k,
     "text": _raw_text,

@@ -1,7 +1,6 @@
 """What `whet prepare` leaves out: reported to the user, recorded in the file for `whet inspect`."""
 
 import re
-from collections import Counter
 
 import numpy as np
 
@@ -10,8 +9,7 @@ from whet.chat.conversation import place
 from whet.config import problems
 from whet.data.decontaminate import Evaluations
 from whet.data.mixing import CONTAMINATED, DUPLICATE, FATES, KEPT, OVERLONG
-from whet.data.spool import KEPT_REFUSALS, Spool
-from whet.data.writing import Tables
+from whet.data.writing import KEPT_REFUSALS, Spool, Tables
 from whet.flags.choices import Refused
 
 SHOWN = 20
@@ -40,9 +38,7 @@ def stop_at_refusals(spool: Spool, policy: Refused, *, has_flag: bool) -> None:
 
     `has_flag`: whether the command that the user gave has `--refused`.
     """
-    kinds: Counter[str] = Counter()
-    for (_, kind), n in spool.refused.items():
-        kinds[kind] += n
+    kinds = spool.refused_by_kind()
     left = {"drop": set(kinds), "drop_unproven": set(kinds) - {UNREADABLE}, "error": set()}
     fatal = set(kinds) - left[policy] - set(NEVER_STOP)
     bad, unsure = kinds[UNREADABLE], sum(kinds[kind] for kind in fatal - {UNREADABLE})
@@ -131,10 +127,7 @@ def notes(tables: Tables, left_out: list[dict[str, str | int]], truncate: bool) 
     """What the user should know besides the account, one line each; arguments as above."""
     spool, selection = tables.spool, tables.selection
     lines = [f"{n:,} {what}" for what, n in sorted(spool.notes.items()) if n]
-    kinds: Counter[str] = Counter()
-    for (_, kind), n in spool.refused.items():
-        kinds[kind] += n
-    for kind, n in kinds.items():
+    for kind, n in spool.refused_by_kind().items():
         lines.append(f"{n:,} lines refused: {TOLD.get(kind) or REASONS.get(kind, kind)}")
         lines += _some([r.message for r in spool.refusals if r.kind == kind])
     for fate, name in enumerate(FATES):

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from whet.chat.conversation import Conversation, Message, read_conversation, shown
-from whet.data.record import SYSTEM_KEYS, Origin, Record, first_of, from_json, one_of, rest, text_of
+from whet.chat.conversation import Conversation, Message, from_json, read_conversation, shown
+from whet.data.record import SYSTEM_KEYS, Origin, Record, first_of, one_of, rest, text_of
 
 PROMPT_KEYS = ("prompt", "messages", "conversations", "question", "instruction")
 LABEL_KEYS = ("label", "kto_tag")
@@ -124,7 +124,7 @@ def _messages(value: Any, key: str, role: str, at: Origin, speak: Speak) -> Mess
             return _transcript(value, is_prompt=role == "user")
         return [{"role": role, "content": value}]
     if key in ("messages", "conversations"):
-        value = from_json(value, key, at)
+        value = from_json(value, key, at.where)
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
         raise at.error(f"{key} must be a text or a list of messages, got {shown(value)}")

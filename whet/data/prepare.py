@@ -11,18 +11,17 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from datetime import date
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer
+from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer, read_date
 from whet.chat.conversation import place
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import check, collected, problems
-from whet.data.account import SourceAccount, count, table, totals
+from whet.data.account import SourceAccount, accounts_of, table, totals
 from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import KIND_NAMES, BlockEncoder
@@ -32,9 +31,8 @@ from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
 from whet.data.reader import Source, check_path, parse_sources, read_blocks
 from whet.data.record import read_fields
-from whet.data.spool import Spool
 from whet.data.store import PACKED
-from whet.data.writing import Tables, write_packed
+from whet.data.writing import Spool, Tables, write_packed
 from whet.errors import UserError
 from whet.files import nearest, unwritable
 from whet.flags.prepare import Config
@@ -78,44 +76,14 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
     return _prepare(config, sources, chat, evaluations, quiet=quiet)
 
 
-def prepare_text(
-    paths: Sequence[str],
-    chat: Chat,
-    context_length: int,
-    out: str,
-    *,
-    dev_out: str | None = None,
-    dev_fraction: float = 0.0,
-    seed: int = 0,
-    workers: int | None = None,
-    quiet: bool = False,
-) -> list[SourceAccount]:
+def prepare_text(config: Config, chat: Chat, quiet: bool = False) -> list[SourceAccount]:
     """Plain text (`.txt`, or records with `text` or `ids`) -> a packed file, every token trained.
 
-    What is longer than a row is cut into rows, no token lost. A row's first token has nothing
-    before it and counts as context. Raises UserError for records that are conversations.
+    `config.tokenizer` is GIVEN: it is that of `chat`. What is longer than a row is cut into rows,
+    no token lost. A row's first token has nothing before it and counts as context. Raises UserError
+    for records that are conversations.
     """
-    config = text_config(
-        paths, context_length, out, dev_out=dev_out, dev_fraction=dev_fraction, seed=seed
-    )
-    config = dataclasses.replace(config, workers=workers)
     return _prepare(config, examine(config), chat, None, text_only=True, quiet=quiet)
-
-
-def text_config(
-    paths: Sequence[str],
-    context_length: int,
-    out: str,
-    *,
-    dev_out: str | None,
-    dev_fraction: float,
-    seed: int,
-) -> Config:
-    """The settings by which `prepare_text` works."""
-    return Config(
-        data=tuple(paths), tokenizer=GIVEN, out=out, context_length=context_length,
-        dev_out=dev_out, dev_fraction=dev_fraction, seed=seed, special_in_content="escape",
-    )  # fmt: skip
 
 
 def examine(config: Config) -> list[Source]:
@@ -135,11 +103,9 @@ def examine(config: Config) -> list[Source]:
         found.append("--dev_out and --dev_fraction belong together: give both or neither")
     with collected(found):
         read_variables(config.template_kwargs)
-    if config.date:
-        try:
-            date.fromisoformat(config.date)
-        except ValueError:
-            found.append(f"--date {config.date}: expected a date such as 2025-12-31")
+    with collected(found):
+        if config.date:
+            read_date(config.date)
     with collected(found):
         if config.chat_template:
             find_template(config.chat_template)
@@ -180,7 +146,7 @@ def _prepare(
         evaluations=evaluations,
         text_only=text_only,
     )
-    with Spool(nearest(Path(config.out).parent)) as spool:
+    with closing(Spool(nearest(Path(config.out).parent))) as spool:
         _encode(spool, encoder, sources, _workers(config, sources), quiet)
         stop_at_refusals(spool, config.refused, has_flag=not text_only)
         for name in (of_file or name for name, of_file in encoder.fields.items()):
@@ -297,8 +263,7 @@ def _write(
 ) -> list[SourceAccount]:
     """Write the dev file, if one is wanted, and the training file; print their accounts."""
     written = tables.selection.fate == KEPT
-    trained = tables.trained()
-    if not (written & ~tables.selection.dev & (trained > 0)).any():
+    if not (written & ~tables.selection.dev & (tables.trained > 0)).any():
         empty = f"--data: no record in {', '.join(source.path for source in sources)}"
         reason = fates(tables, _cuts(config, tables)) or empty
         raise UserError(f"nothing is left to train on: {reason}")
@@ -319,20 +284,12 @@ def _write(
     accounts: list[SourceAccount] = []
     for path, side in outputs:
         training = path == config.out
-        accounts = _accounts(sources, tables, trained, np.flatnonzero(side), training)
+        accounts = accounts_of(sources, tables, np.flatnonzero(side), training=training)
         total = totals(accounts)
-        account = {"sources": [a.as_dict() for a in accounts], "total": total.as_dict()}
-        n_rows = write_packed(
-            path or "",
-            tables,
-            np.flatnonzero(side & written),
-            context_length=config.context_length,
-            pad_id=pad_id,
-            seed=config.seed,
-            attrs={**attrs, "account": account},
-            refusals=left_out if training else [],
-            quiet=quiet,
-        )
+        account = {"sources": [vars(a) for a in accounts], "total": vars(total)}
+        chosen, refusals = np.flatnonzero(side & written), left_out if training else []
+        own = {**attrs, "account": account}
+        n_rows = write_packed(path or "", tables, chosen, config, own, refusals, quiet)
         if not quiet:
             filled = (total.trained + total.context) / (n_rows * config.context_length)
             say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
@@ -340,27 +297,6 @@ def _write(
     if not quiet:
         for line in notes(tables, left_out, _cuts(config, tables)):
             say(line)
-    return accounts
-
-
-def _accounts(
-    sources: list[Source],
-    tables: Tables,
-    trained: np.ndarray,
-    members: np.ndarray,
-    training: bool,
-) -> list[SourceAccount]:
-    """The account of one of the two files; lines and refusals are the training file's."""
-    source = tables.conversations["source"][tables.examples["conversation"]]
-    accounts = [SourceAccount(s.path, s.weight if training else 1.0) for s in sources]
-    count(accounts, source, trained, tables.examples["length"], tables.selection, members)
-    for number, account in enumerate(accounts):
-        own = tables.examples["conversation"][members[source[members] == number]]
-        account.conversations = len(np.unique(own))
-        if training:
-            spool = tables.spool
-            account.lines = spool.lines[number]
-            account.refused = {k: n for (s, k), n in spool.refused.items() if s == number}
     return accounts
 
 

@@ -1,6 +1,5 @@
 """A record of a data file: where it stands, and its fields under Whet's names."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,12 @@ class Origin:
     source: str
     line: int
 
+    @property
+    def where(self) -> str:
+        return place(self.source, self.line)
+
     def error(self, message: str) -> UserError:
-        return UserError(f"{place(self.source, self.line)}: {message}")
+        return UserError(f"{self.where}: {message}")
 
 
 def first_of(record: Record, names: Iterable[str]) -> str | None:
@@ -52,16 +55,6 @@ def text_of(record: Record, name: str, at: Origin, *, empty: bool = True) -> str
     if not empty and not value.strip():
         raise at.error(f"{name} is empty")
     return value
-
-
-def from_json(value: Any, name: str, at: Origin) -> Any:
-    """`value`, parsed if it is a text: tables without nested types hold messages as JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise at.error(f"{name} is a text that is not JSON ({error}): {shown(value)}") from None
 
 
 def one_of(record: Record, names: Sequence[str], at: Origin) -> Any:

@@ -13,7 +13,6 @@ import safetensors
 import safetensors.numpy
 
 from whet.data.store import PackedStore
-from whet.data.units import documents_in
 from whet.errors import UserError
 from whet.files import replaced
 
@@ -32,9 +31,8 @@ class Reference:
         padding; 0 where there is no document."""
         found = np.zeros((len(rows), segments + 1))
         if store.fingerprint in self.logp:
-            row, segment = documents_in(store, rows)
-            numbers = store.numbers(rows[row], segment)
-            found[row, segment] = self.logp[store.fingerprint][numbers]
+            row, segment, number = store.documents_in(rows)
+            found[row, segment] = self.logp[store.fingerprint][number]
         return found
 
     def save(self, path: Path) -> None:

@@ -1,22 +1,17 @@
 """The packed file, `sft_packed.h5`: rows of tokens with their loss mask, and where they came from.
 
-`docs/file_format.md` describes every field. `StoreWriter` writes a file block by block under a
-temporary name, so its memory does not grow with the data and nothing half-written is ever found
-under the file's own name. `PackedStore` reads it, and any HDF5 file that has `tokens` and
+`docs/file_format.md` describes every field. `new_store` writes a file block by block, so its memory
+does not grow with the data. `PackedStore` reads it, and any HDF5 file that has `tokens` and
 `loss_mask`.
 """
 
 import hashlib
 import json
-import os
-import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,6 +19,7 @@ import numpy as np
 from whet.data.check import FORMAT_VERSION, REFUSAL, check_file, read_attributes
 from whet.data.rows import DOCUMENT, LARGEST_ID, Rows, Scan, row_weights, scan_rows
 from whet.errors import UserError
+from whet.files import full_disk_reported, replaced
 
 PACKED = ("HDF5 file", h5py.is_hdf5)
 """What a new packed file may replace: a `whet.files.Kind`."""
@@ -31,77 +27,81 @@ PACKED = ("HDF5 file", h5py.is_hdf5)
 SCAN_PLACES = 1 << 20  # places that are read at once where the whole file is gone through
 
 
-class StoreWriter:
-    """Write a packed file of `n_rows` rows; use it in a `with` block.
+@contextmanager
+def new_store(
+    path: str | Path,
+    n_rows: int,
+    context_length: int,
+    *,
+    weighted: bool = False,
+    attrs: Mapping[str, Any] | None = None,
+) -> Iterator["StoreWriter"]:
+    """Write a packed file of `n_rows` rows: rows in order, attributes and tables at any time.
 
-    Rows come in order, in blocks of any size; attributes and tables at any time. The file gets its
-    name when the block ends without an exception and all rows were written; otherwise nothing
-    stays.
+    `weighted`: keep the mask as float32, for weights other than 0 and 1. `attrs["kind"]` is a key
+    of KINDS, `text` if there is none. The file gets its name when the block ends without an
+    exception and all rows were written; otherwise nothing stays. Raises UserError where it cannot
+    be written.
     """
+    path, shape = Path(path), (n_rows, context_length)
+    wide = context_length > np.iinfo(np.uint16).max
+    kinds = ("<i4", "<f4" if weighted else "u1", "<i4" if wide else "<u2")
+    n_bytes = n_rows * (8 + context_length * sum(np.dtype(kind).itemsize for kind in kinds))
+    with (
+        replaced(path) as aside,
+        full_disk_reported(path, n_bytes),
+        # v110 is the first format whose attributes may be longer than 64 KB.
+        h5py.File(aside, "w", libver="v110") as file,
+    ):
+        writer = StoreWriter(file)
+        for name, kind in zip(Rows._fields, kinds, strict=True):
+            writer.dataset(name, shape, kind)
+        writer.dataset("loss_tokens", (n_rows,), "<f8")
+        writer.set_attrs({"format_version": FORMAT_VERSION, "context_length": context_length})
+        writer.set_attrs(attrs or {})
+        yield writer
+        if writer.written < n_rows:
+            raise ValueError(f"{path}: only {writer.written} rows were written")
 
-    def __init__(
-        self,
-        path: str | Path,
-        n_rows: int,
-        context_length: int,
-        *,
-        weighted: bool = False,
-        attrs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """`weighted`: keep the mask as float32, for weights other than 0 and 1. `attrs["kind"]` is
-        a key of KINDS, `text` if there is none."""
-        self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        self._written = 0
-        mask_bytes = 4 if weighted else 1
-        place_bytes = 4 + mask_bytes + (4 if context_length > np.iinfo(np.uint16).max else 2)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _check_room(self.path, n_rows * (context_length * place_bytes + 8))
-            # v110 is the first format whose attributes may be longer than 64 KB.
-            self._file = h5py.File(self._temporary, "w", libver="v110")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error}); see --out") from None
-        shape = (n_rows, context_length)
-        self._tokens = self._dataset("tokens", shape, "<i4")
-        self._mask = self._dataset("loss_mask", shape, "<f4" if weighted else "u1")
-        wide = context_length > np.iinfo(np.uint16).max
-        self._segments = self._dataset("segment_ids", shape, "<i4" if wide else "<u2")
-        self._loss_tokens = self._dataset("loss_tokens", (n_rows,), "<f8")
-        self.set_attrs({"format_version": FORMAT_VERSION, "context_length": context_length})
-        self.set_attrs(attrs or {})
 
-    def _dataset(self, name: str, shape: tuple[int, ...], dtype: Any) -> h5py.Dataset:
-        # Without times the same data give the same bytes.
-        return self._file.create_dataset(name, shape, dtype, track_times=False)
+class StoreWriter:
+    """A packed file that `new_store` has begun."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self.file = file
+        self.written = 0
+
+    def dataset(self, name: str, shape: tuple[int, ...], dtype: Any) -> h5py.Dataset:
+        """A new dataset; without times the same data give the same bytes."""
+        return self.file.create_dataset(name, shape, dtype, track_times=False)
 
     def write_rows(
         self, tokens: np.ndarray, loss_mask: np.ndarray, segment_ids: np.ndarray
     ) -> None:
         """Append rows, each array (B, T); their `loss_tokens` are computed here."""
-        rows = slice(self._written, self._written + len(tokens))
-        if rows.stop > len(self._tokens):
-            raise ValueError(f"{rows.stop} rows written into a file of {len(self._tokens)}")
-        # Converted here: HDF5's own conversion is several times slower than numpy's.
-        self._tokens[rows] = tokens.astype(self._tokens.dtype, copy=False)
-        self._mask[rows] = loss_mask.astype(self._mask.dtype, copy=False)
-        self._segments[rows] = segment_ids.astype(self._segments.dtype, copy=False)
-        self._loss_tokens[rows] = row_weights(loss_mask, segment_ids)
-        self._written = rows.stop
+        rows = slice(self.written, self.written + len(tokens))
+        values = {**Rows(tokens, loss_mask, segment_ids)._asdict()}
+        values["loss_tokens"] = row_weights(loss_mask, segment_ids)
+        for name, new in values.items():
+            data = self.file[name]
+            if rows.stop > len(data):
+                raise ValueError(f"{rows.stop} rows written into a file of {len(data)}")
+            # Converted here: HDF5's own conversion is several times slower than numpy's.
+            data[rows] = new.astype(data.dtype, copy=False)
+        self.written = rows.stop
 
     def write_documents(self, documents: np.ndarray) -> None:
         """The table of documents, dtype `DOCUMENT`, sorted by row and start."""
-        table = self._dataset("documents", documents.shape, DOCUMENT)
-        table[...] = documents
+        self.dataset("documents", documents.shape, DOCUMENT)[...] = documents
 
     def write_numbers(self, name: str, numbers: np.ndarray) -> None:
         """Numbers of the documents such as `labels`, of the pairs (`margins`), in their order, or
         of all places (`logp`)."""
-        self._dataset(name, numbers.shape, "<f4")[...] = numbers
+        self.dataset(name, numbers.shape, "<f4")[...] = numbers
 
     def write_texts(self, name: str, texts: Sequence[str]) -> None:
         """A dataset of texts, for instance one JSON object for each refused line."""
-        table = self._dataset(name, (len(texts),), h5py.string_dtype())
+        table = self.dataset(name, (len(texts),), h5py.string_dtype())
         if texts:
             table[...] = np.array(texts, dtype=object)
 
@@ -110,42 +110,7 @@ class StoreWriter:
         for key, value in attrs.items():
             if not isinstance(value, str | int | float):
                 value = json.dumps(value, ensure_ascii=False)
-            self._file.attrs[key] = value
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        complete = self._written == len(self._tokens)
-        try:
-            self._file.close()
-            if kind is None and complete:
-                os.replace(self._temporary, self.path)
-                return
-        except (OSError, RuntimeError) as refused:  # HDF5 writes much of it only now
-            kind, error = OSError, refused
-        self._temporary.unlink(missing_ok=True)
-        if kind is None:
-            raise ValueError(f"{self.path}: only {self._written} rows were written")
-        if issubclass(kind, OSError):
-            found = re.search("error message = '(.*?)'", str(error))  # HDF5 wraps it in much else
-            reason = found[1] if found else str(error)
-            raise UserError(f"{self.path}: cannot be written: {reason}; see --out") from None
-
-
-def _check_room(path: Path, nbytes: int) -> None:
-    """Raise UserError if the disk has no room for `nbytes`: HDF5 can crash where it runs full."""
-    free = shutil.disk_usage(path.parent).free
-    if nbytes > free:
-        raise UserError(
-            f"{path}: needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free on its disk; "
-            "see --out"
-        )
+            self.file.attrs[key] = value
 
 
 class PackedStore:
@@ -238,13 +203,18 @@ class PackedStore:
         table = self.documents if len(self.documents) else self.scan.documents
         return np.ascontiguousarray(table["row"])  # numpy would copy it at each use
 
+    def documents_in(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The documents of `rows`, row after row: the index into `rows` of each, its number in its
+        row from 1, and its number in `documents`."""
+        rows = np.asarray(rows, self.document_rows.dtype)
+        first, end = (np.searchsorted(self.document_rows, rows, side) for side in ("left", "right"))
+        row = np.repeat(np.arange(len(rows)), end - first)
+        within = np.arange(len(row)) - np.searchsorted(row, row)
+        return row, within + 1, first[row] + within
+
     def document_ids(self, rows: np.ndarray) -> np.ndarray:
         """The numbers, in `documents`, of the documents of `rows`, row after row."""
-        rows = np.asarray(rows, self.document_rows.dtype)
-        first = np.searchsorted(self.document_rows, rows, "left")
-        end = np.searchsorted(self.document_rows, rows, "right")
-        ranges = [np.arange(a, b) for a, b in zip(first, end, strict=True)]
-        return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+        return self.documents_in(rows)[2]
 
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
         """The entries of `documents` that lie in `rows`, row after row; none without a table."""

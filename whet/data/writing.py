@@ -1,21 +1,110 @@
-"""Selected examples -> rows -> the packed file."""
+"""Encoded examples wait in a spool; those that are selected become rows of the packed file.
+
+Tokens wait in a nameless temporary file beside the output, which vanishes with the process, however
+it ends; what is known of them, some 250 bytes for each conversation, waits in memory.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from whet.data.encoding import KIND_NAMES
+from whet.chat.certificate import Refusal
+from whet.data.encoding import CONVERSATION, EXAMPLE, KIND_NAMES, RUN, EncodedBlock
 from whet.data.mixing import Selection
 from whet.data.packing import pack
-from whet.data.spool import Spool
-from whet.data.store import DOCUMENT, StoreWriter
+from whet.data.store import DOCUMENT, new_store
+from whet.errors import UserError
+from whet.flags.prepare import Config
 from whet.progress import track
 
 ROWS_AT_ONCE = 256
+KEPT_REFUSALS = 10_000
+"""Refusals that are kept with their texts; all of them are counted."""
+
+
+TABLES = {"conversations": CONVERSATION, "examples": EXAMPLE, "runs": RUN}
+
+
+class Spool:
+    """Blocks in, in order; afterwards the tables, and the tokens of any example."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError, here and later, if nothing can be written there."""
+        self._folder = folder
+        with self._as_user_error():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, prefix=".whet-tokens-")  # noqa: SIM115
+        self._tables = {name: [np.zeros(0, dtype)] for name, dtype in TABLES.items()}
+        self._counts: Counter[str] = Counter()  # conversations, runs and tokens so far
+        self.refusals: list[Refusal] = []
+        self.refused: Counter[tuple[int, str]] = Counter()  # by source and kind
+        self.lines: Counter[int] = Counter()  # read, by source
+        self.notes: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()  # records that have a field which nothing reads
+        self.renamed: Counter[str] = Counter()  # records that have a field of `--fields`
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens so far."""
+        return self._counts["tokens"]
+
+    def add(self, block: EncodedBlock) -> None:
+        """Take over a block; its numbers are shifted to follow those already here."""
+        counted = {"conversation": "conversations", "first_run": "runs", "offset": "tokens"}
+        for column, name in counted.items():
+            block.examples[column] += self._counts[name]
+            self._counts[name] += len(getattr(block, name))
+        for name, blocks in self._tables.items():
+            blocks.append(getattr(block, name))
+        with self._as_user_error():
+            self._file.write(block.tokens.astype("<i4", copy=False).data)
+        self.lines[block.source] += block.lines
+        for name in ("notes", "unused", "renamed"):
+            getattr(self, name).update(getattr(block, name))
+        for refusal in block.refusals:
+            self.refused[block.source, refusal.kind] += 1
+            if len(self.refusals) < KEPT_REFUSALS:
+                self.refusals.append(refusal)
+
+    def refused_by_kind(self) -> Counter[str]:
+        """How many lines were refused, over all sources."""
+        kinds: Counter[str] = Counter()
+        for (_, kind), n in self.refused.items():
+            kinds[kind] += n
+        return kinds
+
+    def tables(self) -> list[np.ndarray]:
+        """All conversations, examples and runs; ends the adding."""
+        with self._as_user_error():
+            self._file.flush()
+        return [np.concatenate(self._tables.pop(name)) for name in TABLES]
+
+    def tokens(self, offset: int, length: int) -> np.ndarray:
+        """Tokens offset..offset+length, int32."""
+        return np.frombuffer(os.pread(self._file.fileno(), 4 * length, 4 * offset), "<i4")
+
+    @contextmanager
+    def _as_user_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--out: {self._folder} cannot be written: {error.strerror}; nothing is left there"
+            ) from None
+
+    def close(self) -> None:
+        """Let go of the tokens."""
+        with suppress(OSError):  # what could not be written is tried again
+            self._file.close()
 
 
 @dataclass(frozen=True)
@@ -34,6 +123,7 @@ class Tables:
         kinds = self.conversations["kind"]
         return KIND_NAMES[int(kinds[0]) if len(kinds) else 0]
 
+    @cached_property
     def trained(self) -> np.ndarray:
         """Trained tokens in the kept part of each example, (examples,) int64."""
         owner = np.repeat(np.arange(len(self.examples)), self.examples["n_runs"])
@@ -47,30 +137,28 @@ def write_packed(
     path: str | Path,
     tables: Tables,
     members: np.ndarray,
-    *,
-    context_length: int,
-    pad_id: int,
-    seed: int,
+    config: Config,
     attrs: Mapping[str, Any],
     refusals: Sequence[Mapping[str, Any]],
     quiet: bool = False,
 ) -> int:
-    """Pack the examples `members`, each as often as it has copies, and write them; returns rows."""
+    """Pack the examples `members`, each as often as it has copies, and write them with the
+    attributes `attrs`; returns the number of rows."""
     kind = tables.kind
     size = 2 if kind == "preferences" else 1  # examples that stand side by side
     units = members.reshape(-1, size)
     units = np.repeat(units, tables.selection.copies[units[:, 0]], axis=0)
     lengths = tables.selection.kept[units]
-    packing = pack(lengths.sum(1), context_length, seed)
+    packing = pack(lengths.sum(1), config.context_length, config.seed)
     order = np.lexsort((packing.start, packing.row))
     starts = packing.start[order, None] + np.cumsum(lengths[order], axis=1) - lengths[order]
     which, rows = units[order].ravel(), np.repeat(packing.row[order], size)
     documents = _documents(tables, which, rows, starts.ravel())
     weighted = bool(np.any(tables.runs["weight"] != 1))
-    n_rows = packing.n_rows
+    n_rows, width = packing.n_rows, config.context_length
     attrs = {**attrs, "kind": kind}
     with (
-        StoreWriter(path, n_rows, context_length, weighted=weighted, attrs=attrs) as writer,
+        new_store(path, n_rows, width, weighted=weighted, attrs=attrs) as writer,
         track(f"Writing {Path(path).name}", n_rows, "rows", quiet) as progress,
     ):
         for first in range(0, n_rows, ROWS_AT_ONCE):
@@ -78,8 +166,8 @@ def write_packed(
             begin, end = np.searchsorted(rows, (first, first + n))
             own = documents[begin:end].copy()
             own["row"] -= first
-            shape = (n, context_length)
-            writer.write_rows(*_rows(tables, which[begin:end], own, shape, pad_id))
+            rows_of_block = _rows(tables, which[begin:end], own, (n, width), attrs["pad_id"])
+            writer.write_rows(*rows_of_block)
             progress.advance(n)
         writer.write_documents(documents)
         writer.write_texts("refusals", [json.dumps(r, ensure_ascii=False) for r in refusals])
@@ -107,7 +195,7 @@ def _documents(
     documents["row"] = rows
     documents["start"] = starts
     documents["length"] = tables.selection.kept[which]
-    documents["trained"] = tables.trained()[which]
+    documents["trained"] = tables.trained[which]
     documents["source"] = conversations["source"]
     documents["line"] = conversations["line"]
     documents["part"] = tables.examples["part"][which]

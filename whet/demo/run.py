@@ -10,13 +10,13 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from whet.data import prepare
 from whet.demo import stages, world
 from whet.demo.shown import folded, run_command, title, whet, wrapped
+from whet.demo.world import Size
 from whet.errors import UserError
 from whet.evaluate import command as evaluate
 from whet.evaluate.answers import extract_answer, same_number
@@ -30,123 +30,93 @@ from whet.stages import pretrain, sft
 LONGEST_REPLY = 64  # tokens; an answer has about 40
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much the demo reads and trains: about three minutes on two cores."""
-
-    texts: int = 26_000
-    pairs: int = 4_000
-    test: int = 200
-    width: int = 96
-    layers: int = 3
-    epochs: float = 1.0
-
-
 def main(config: Config) -> int:
     """Run `whet demo`."""
     with replacing(config.out):
-        if config.all:
-            run_all(config.out, config.seed, Size(), stages.Sizes())
-        else:
-            run(config.out, config.seed, Size())
+        (run_all if config.all else run)(config.out, config.seed, Size())
     return 0
 
 
-def run_all(out: Path, seed: int, size: Size, sizes: stages.Sizes) -> dict[str, Any]:
+def run_all(out: Path, seed: int, size: Size) -> dict[str, Any]:
     """The base, and all stages from it, into `out`; returns what is in its `summary.json`."""
     started = time.monotonic()
     title("1/7  The tiny world", "Stories for the base, then questions, pairs and prompts.")
-    made = world.make_world(seed, texts=size.texts, pairs=size.pairs, test=size.test)
-    world.write(made, out / "world")
-    world.check(out / "world")
-    stages.write(made, seed, out / "world", sizes)
-    title("2/7  Pretraining", "A new model learns to continue the prose; it counts, unasked.")
-    pretrain_base(out, seed, size)
-    summary = stages.train_and_compare(out, seed, sizes)
-    summary |= {"seconds": round(time.monotonic() - started, 1), "seed": seed}
-    write_json(out / "summary.json", summary)
-    return summary
+    made = _make_world(out, seed, size)
+    stages.write(made, seed, out / "world", size)
+    _pretrain("2/7", out, seed, size)
+    return _summed_up(out, seed, started, stages.train_and_compare(out, seed, size))
 
 
 def run(out: Path, seed: int, size: Size) -> dict[str, Any]:
-    """Everything, into `out`; returns what is in its `summary.json`."""
+    """The base and its assistant, into `out`; returns what is in its `summary.json`."""
     started = time.monotonic()
     title("1/5  The tiny world", "Stories for the base, questions with answers for SFT.")
-    made = world.make_world(seed, texts=size.texts, pairs=size.pairs, test=size.test)
-    world.write(made, out / "world")
-    world.check(out / "world")
+    made = _make_world(out, seed, size)
     _show_world(made)
-    _train(out, seed, size)
+    _pretrain("2/5", out, seed, size)
+    title("3/5  Preparing the pairs", "Only the tokens of the answers will be trained.")
+    run_command(
+        "prepare",
+        prepare,
+        "--data {out}/world/pairs.jsonl --tokenizer {out}/base --context_length 256 "
+        "--out {out}/sft_packed.h5 --dev_out {out}/sft_dev_packed.h5 --dev_fraction 0.03",
+        out=out,
+    )
+    title("4/5  Fine-tuning (SFT)", "The base learns that a question wants an answer.")
+    run_command(
+        "sft",
+        sft,
+        "--model {out}/base --data {out}/sft_packed.h5 --dev {out}/sft_dev_packed.h5 "
+        "--out {out}/sft --lr 1e-3 --epochs 1 --batch_size 4 "
+        "--eval_every 0 --save_every 0 --samples 0 --seed {seed}",
+        out=out,
+        seed=seed,
+    )
     title("5/5  Measuring", f"{size.test} new problems for each model, answered greedily.")
     base, tuned = (_measure(out, name) for name in ("base", "sft"))
-    told, prose = _measure_prose(out / "base", made.test)
-    summary = {
+    continued, prose = _measure_prose(out / "base", made.test)
+    found = {
         "base_accuracy": base["accuracy"],
         "base_prose_accuracy": prose,
         "sft_accuracy": tuned["accuracy"],
         "n": tuned["n"],
         "base_dev_loss": base["dev_loss"],
         "sft_dev_loss": tuned["dev_loss"],
-        "seconds": round(time.monotonic() - started, 1),
-        "seed": seed,
     }
-    _show_result(out, summary, made.test[0], told[0])
-    write_json(out / "summary.json", summary)
+    summary = _summed_up(out, seed, started, found)
+    _show_result(out, summary, made.test[0], continued[0])
     return summary
 
 
-def _train(out: Path, seed: int, size: Size) -> None:
-    """Sections 2 to 4: the base, the packed pairs, the assistant."""
-    title("2/5  Pretraining", "A new model learns to continue the prose; it counts, unasked.")
-    pretrain_base(out, seed, size)
-    title("3/5  Preparing the pairs", "Only the tokens of the answers will be trained.")
-    run_command(
-        "prepare",
-        prepare,
-        data=out / "world/pairs.jsonl",
-        tokenizer=out / "base",
-        context_length=256,
-        out=out / "sft_packed.h5",
-        dev_out=out / "sft_dev_packed.h5",
-        dev_fraction=0.03,
-    )
-    title("4/5  Fine-tuning (SFT)", "The base learns that a question wants an answer.")
-    run_command(
-        "sft",
-        sft,
-        model=out / "base",
-        data=out / "sft_packed.h5",
-        dev=out / "sft_dev_packed.h5",
-        out=out / "sft",
-        lr=1e-3,
-        epochs=size.epochs,
-        batch_size=4,
-        eval_every=0,
-        save_every=0,
-        samples=0,
-        seed=seed,
-    )
+def _make_world(out: Path, seed: int, size: Size) -> world.World:
+    """The world, written into `out` and checked."""
+    made = world.make_world(seed, texts=size.texts, pairs=size.pairs, test=size.test)
+    world.write(made, out / "world")
+    world.check(out / "world")
+    return made
 
 
-def pretrain_base(out: Path, seed: int, size: Size) -> None:
+def _pretrain(number: str, out: Path, seed: int, size: Size) -> None:
     """A base model from the world's prose, into `out`/base."""
+    title(f"{number}  Pretraining", "A new model learns to continue the prose; it counts, unasked.")
     run_command(
         "pretrain",
         pretrain,
-        data=out / "world/prose.jsonl",
-        out=out / "base",
-        vocab_size=512,
+        "--data {out}/world/prose.jsonl --out {out}/base --vocab_size 512 --width {width} "
+        "--layers {layers} --context_length 256 --batch_size 2 --lr 3e-3 --final_lr 0.02 "
+        "--eval_every 0 --save_every 0 --samples 0 --seed {seed}",
+        out=out,
         width=size.width,
         layers=size.layers,
-        context_length=256,
-        batch_size=2,
-        lr=3e-3,
-        final_lr=0.02,
-        eval_every=0,
-        save_every=0,
-        samples=0,
         seed=seed,
     )
+
+
+def _summed_up(out: Path, seed: int, started: float, found: dict[str, Any]) -> dict[str, Any]:
+    """What was `found`, with the time that it took; written as `summary.json`."""
+    summary = {**found, "seconds": round(time.monotonic() - started, 1), "seed": seed}
+    write_json(out / "summary.json", summary)
+    return summary
 
 
 def _measure(out: Path, name: str) -> dict[str, Any]:
@@ -154,12 +124,12 @@ def _measure(out: Path, name: str) -> dict[str, Any]:
     run_command(
         "eval",
         evaluate,
-        out / name,
-        gsm8k=out / "world/test.jsonl",
-        dev=out / "sft_dev_packed.h5",
-        max_new_tokens=LONGEST_REPLY,
-        json=out / f"{name}_eval.json",
-        samples=out / f"{name}_answers.jsonl",
+        "{out}/{name} --gsm8k {out}/world/test.jsonl --dev {out}/sft_dev_packed.h5 "
+        "--max_new_tokens {longest} --json {out}/{name}_eval.json "
+        "--samples {out}/{name}_answers.jsonl",
+        out=out,
+        name=name,
+        longest=LONGEST_REPLY,
     )
     say()
     return json.loads((out / f"{name}_eval.json").read_text(encoding="utf-8"))

@@ -14,9 +14,9 @@ from whet.progress import say
 WIDTH = 80  # columns of the terminal
 
 
-def run_command(command: str, module: Any, *words: Path | str, **flags: Any) -> None:
-    """Show `whet COMMAND WORDS --FLAGS`, and run it."""
-    argv = [*map(str, words), *(str(part) for f, v in flags.items() for part in (f"--{f}", v))]
+def run_command(command: str, module: Any, words: str, **values: Any) -> None:
+    """Show `whet COMMAND WORDS`, and run it. `{name}` within a word is one of `values`."""
+    argv = [word.format(**values) for word in words.split()]
     say(textwrap.indent(folded([whet(), command, *argv]), "  ") + "\n")
     code = module.main(parse(module.Config, argv, command))
     if code:

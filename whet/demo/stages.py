@@ -13,7 +13,6 @@ styles of answering, each as often: `<think>14+5=19</think><answer>19</answer>` 
 
 import json
 import random
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from whet.compare import command as compare
 from whet.data import prepare
 from whet.demo import world
 from whet.demo.shown import run_command, title
-from whet.demo.world import KINDS, Problem, World
+from whet.demo.world import KINDS, Problem, Size, World
 from whet.progress import say
 from whet.stages import dpo, grpo, reward, sft
 
@@ -32,18 +31,7 @@ STYLE = "def tags(completions):\n    return [float(t.startswith('<think>')) for 
 """The reward function that compares styles: 1 for the preferred one."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How much the stages read and train."""
-
-    prompts: int = 2000
-    pairs: int = 1200
-    reward_steps: int = 100
-    dpo_steps: int = 40
-    grpo_steps: int = 120
-
-
-def write(made: World, seed: int, folder: Path, sizes: Sizes) -> None:
+def write(made: World, seed: int, folder: Path, size: Size) -> None:
     """Write what the stages read into `folder`, in formats that `whet` reads.
 
     No test problem is among it: neither as a pair nor as a prompt.
@@ -52,8 +40,8 @@ def write(made: World, seed: int, folder: Path, sizes: Sizes) -> None:
     held_out = {problem.identity for problem in made.test}
     shown = [problem for problem in made.pairs if problem.kind in SHOWN_KINDS]
     drawn = world.distinct(rng, held_out)
-    asked = list(islice(drawn, sizes.prompts))
-    judged = list(islice((p for p in drawn if p.kind in SHOWN_KINDS), 2 * sizes.pairs))
+    asked = list(islice(drawn, size.prompts))
+    judged = list(islice((p for p in drawn if p.kind in SHOWN_KINDS), 2 * size.preferences))
     world.write_lines(
         folder / "two_styles.jsonl",
         ({"instruction": p.question, "response": answer(p, rng.random() < 0.5)} for p in shown),
@@ -65,14 +53,14 @@ def write(made: World, seed: int, folder: Path, sizes: Sizes) -> None:
         folder / "styles.jsonl",
         (
             {"prompt": p.question, "chosen": answer(p, True), "rejected": answer(p, False)}
-            for p in judged[: sizes.pairs]
+            for p in judged[: size.preferences]
         ),
     )
     world.write_lines(
         folder / "defects.jsonl",
         (
             {"prompt": p.question, "chosen": p.answer, "rejected": with_defect(p, rng)}
-            for p in judged[sizes.pairs :]
+            for p in judged[size.preferences :]
         ),
     )
     (folder / "style.py").write_text(STYLE, encoding="utf-8")
@@ -97,51 +85,65 @@ def with_defect(problem: Problem, rng: random.Random) -> str:
     )
 
 
-def train_and_compare(out: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
+def train_and_compare(out: Path, seed: int, size: Size) -> dict[str, Any]:
     """SFT, reward model, DPO and GRPO from `out`/base, and the table across them."""
-    data, common = out / "world", {"seed": seed, "save_every": 0, "samples": 0}
+
+    def train(command: str, module: Any, words: str) -> None:
+        words += " --seed {seed} --save_every 0 --samples 0"
+        run_command(command, module, words, out=out, seed=seed, size=size)
+
     title("3/7  Fine-tuning (SFT)", "Two of eight kinds of events, in two styles of answering.")
     _prepare(out, "two_styles", tokenizer="base")
-    run_command(
-        "sft", sft, model=out / "base", data=out / "two_styles.h5", out=out / "sft",
-        lr=1e-3, epochs=4, batch_size=4, eval_every=0, **common,
-    )  # fmt: skip
+    train(
+        "sft",
+        sft,
+        "--model {out}/base --data {out}/two_styles.h5 --out {out}/sft "
+        "--lr 1e-3 --epochs 4 --batch_size 4 --eval_every 0",
+    )
     title("4/7  Reward model", "Good answers against answers with a defect.")
     _prepare(out, "defects", tokenizer="sft", dev=0.15)
-    run_command(
-        "reward", reward, model=out / "sft", data=out / "defects.h5", dev=out / "defects_dev.h5",
-        out=out / "reward", lr=5e-4, batch_size=4, epochs=9, max_steps=sizes.reward_steps,
-        eval_every=50, **common,
-    )  # fmt: skip
+    train(
+        "reward",
+        reward,
+        "--model {out}/sft --data {out}/defects.h5 --dev {out}/defects_dev.h5 --out {out}/reward "
+        "--lr 5e-4 --batch_size 4 --epochs 9 --max_steps {size.reward_steps} --eval_every 50",
+    )
     title("5/7  DPO", "Of two right answers the one with tags is preferred.")
     _prepare(out, "styles", tokenizer="sft", dev=0.1)
-    run_command(
-        "dpo", dpo, model=out / "sft", data=out / "styles.h5", dev=out / "styles_dev.h5",
-        out=out / "dpo", lr=2e-5, sft_weight=1.0, batch_size=4, epochs=9,
-        max_steps=sizes.dpo_steps, eval_every=20, **common,
-    )  # fmt: skip
+    train(
+        "dpo",
+        dpo,
+        "--model {out}/sft --data {out}/styles.h5 --dev {out}/styles_dev.h5 --out {out}/dpo "
+        "--lr 2e-5 --sft_weight 1.0 --batch_size 4 --epochs 9 --max_steps {size.dpo_steps} "
+        "--eval_every 20",
+    )
     title("6/7  GRPO", "All kinds of events; nothing says how, only whether the number is right.")
-    run_command(
-        "grpo", grpo, model=out / "sft", prompts=data / "prompts.jsonl", dev=data / "test.jsonl",
-        out=out / "grpo", lr=3e-4, batch_size=16, group_size=8, max_new_tokens=48, epochs=9,
-        max_steps=sizes.grpo_steps, eval_every=20, **common,
-    )  # fmt: skip
+    train(
+        "grpo",
+        grpo,
+        "--model {out}/sft --prompts {out}/world/prompts.jsonl --dev {out}/world/test.jsonl "
+        "--out {out}/grpo --lr 3e-4 --batch_size 16 --group_size 8 --max_new_tokens 48 --epochs 9 "
+        "--max_steps {size.grpo_steps} --eval_every 20",
+    )
     title("7/7  What each stage has changed", "The test problems, for each model.")
-    models = [str(out / name) for name in ("base", "sft", "reward", "dpo", "grpo")]
     run_command(
-        "compare", compare, *models, gsm8k=data / "test.jsonl", samples=4, max_new_tokens=48,
-        pairs=out / "defects_dev.h5", reward=f"{data / 'style.py'}:tags",
-        html=out / "compare.html", json=out / "compare.json",
-    )  # fmt: skip
+        "compare",
+        compare,
+        "{out}/base {out}/sft {out}/reward {out}/dpo {out}/grpo --gsm8k {out}/world/test.jsonl "
+        "--samples 4 --max_new_tokens 48 --pairs {out}/defects_dev.h5 "
+        "--reward {out}/world/style.py:tags --html {out}/compare.html --json {out}/compare.json",
+        out=out,
+    )
     return _summary(out)
 
 
 def _prepare(out: Path, name: str, *, tokenizer: str, dev: float = 0.0) -> None:
-    flags: dict[str, Any] = {"dev_out": out / f"{name}_dev.h5", "dev_fraction": dev} if dev else {}
-    run_command(
-        "prepare", prepare, data=out / f"world/{name}.jsonl", tokenizer=out / tokenizer,
-        context_length=256, out=out / f"{name}.h5", **flags,
-    )  # fmt: skip
+    words = (
+        "--data {out}/world/{name}.jsonl --tokenizer {out}/{tokenizer} --context_length 256 "
+        "--out {out}/{name}.h5"
+    )
+    words += " --dev_out {out}/{name}_dev.h5 --dev_fraction {dev}" if dev else ""
+    run_command("prepare", prepare, words, out=out, name=name, tokenizer=tokenizer, dev=dev)
     say()
 
 

@@ -39,6 +39,22 @@ FACT = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much the demo reads and trains: about three minutes on two cores up to SFT."""
+
+    texts: int = 26_000
+    pairs: int = 4_000
+    test: int = 200
+    width: int = 96
+    layers: int = 3
+    prompts: int = 2000  # from here on what the stages after SFT take
+    preferences: int = 1200
+    reward_steps: int = 100
+    dpo_steps: int = 40
+    grpo_steps: int = 120
+
+
+@dataclass(frozen=True)
 class Kind:
     """A kind of event: what happens, how prose goes on, and how one asks for the result."""
 
@@ -48,55 +64,22 @@ class Kind:
     question: str
 
 
+# How prose goes on after a story, and how one asks for the same.
+NOW = "Now {name} has {c} {items}.", "How many {items} does {name} have now?"
+TOGETHER = "Together they have {c} {items}.", "How many {items} do they have together?"
+IN_ALL = "In all it sells {c} {items}.", "How many {items} does it sell in all?"
+LEFT = "{name} has {c} {items} left.", "How many {items} does {name} have left?"
+LEFT_THERE = "The {shop} has {c} {items} left.", "How many {items} does the {shop} have left?"
+MORE = "{name} has {c} {items} more.", "How many {items} more does {name} have?"
 KINDS = (
-    Kind(
-        "+",
-        "{name} has {a} {items}. {name} buys {b} more {items} at the {shop}.",
-        "Now {name} has {c} {items}.",
-        "How many {items} does {name} have now?",
-    ),
-    Kind(
-        "+",
-        "{name} finds {a} {items}. {other} gives {name} {b} more {items}.",
-        "Now {name} has {c} {items}.",
-        "How many {items} does {name} have now?",
-    ),
-    Kind(
-        "+",
-        "{name} has {a} {items} and {other} has {b} {items}.",
-        "Together they have {c} {items}.",
-        "How many {items} do they have together?",
-    ),
-    Kind(
-        "+",
-        "The {shop} sells {a} {items} to {name} and {b} {items} to {other}.",
-        "In all it sells {c} {items}.",
-        "How many {items} does it sell in all?",
-    ),
-    Kind(
-        "-",
-        "{name} has {a} {items}. {name} gives {b} {items} to {other}.",
-        "Now {name} has {c} {items}.",
-        "How many {items} does {name} have now?",
-    ),
-    Kind(
-        "-",
-        "{name} brings {a} {items} to the {shop} and sells {b} {items}.",
-        "{name} has {c} {items} left.",
-        "How many {items} does {name} have left?",
-    ),
-    Kind(
-        "-",
-        "The {shop} has {a} {items}. {name} buys {b} {items}.",
-        "The {shop} has {c} {items} left.",
-        "How many {items} does the {shop} have left?",
-    ),
-    Kind(
-        "-",
-        "{name} has {a} {items}, but {other} has only {b} {items}.",
-        "{name} has {c} {items} more.",
-        "How many {items} more does {name} have?",
-    ),
+    Kind("+", "{name} has {a} {items}. {name} buys {b} more {items} at the {shop}.", *NOW),
+    Kind("+", "{name} finds {a} {items}. {other} gives {name} {b} more {items}.", *NOW),
+    Kind("+", "{name} has {a} {items} and {other} has {b} {items}.", *TOGETHER),
+    Kind("+", "The {shop} sells {a} {items} to {name} and {b} {items} to {other}.", *IN_ALL),
+    Kind("-", "{name} has {a} {items}. {name} gives {b} {items} to {other}.", *NOW),
+    Kind("-", "{name} brings {a} {items} to the {shop} and sells {b} {items}.", *LEFT),
+    Kind("-", "The {shop} has {a} {items}. {name} buys {b} {items}.", *LEFT_THERE),
+    Kind("-", "{name} has {a} {items}, but {other} has only {b} {items}.", *MORE),
 )
 
 

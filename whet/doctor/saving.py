@@ -11,7 +11,7 @@ from torch import Tensor
 from whet.doctor.finding import Finding, judge, skipped, worse
 from whet.doctor.subject import Subject
 from whet.model.decoder import Transformer
-from whet.model.hf.config import OWN_LAYOUT
+from whet.model.hf.families import OWN_LAYOUT
 from whet.model.open import load_backbone_from_ckpt
 
 EXPORT_BOUND = 1e-4

@@ -23,7 +23,7 @@ from whet.data.batches import Batch, make_batch
 from whet.data.formats import to_example
 from whet.data.preferences import Preference
 from whet.data.reader import parse, read_units
-from whet.data.store import PackedStore, Rows, StoreWriter, row_weights
+from whet.data.store import PackedStore, Rows, new_store, row_weights
 from whet.errors import UserError
 from whet.model.decoder import Transformer
 from whet.model.hf.checkpoint import empty_model, save_model
@@ -113,7 +113,7 @@ class Subject:
         path = self.scratch / "rows.h5"
         if not path.exists():
             read = self.arrays()
-            with StoreWriter(path, len(self.rows), self.row_tokens, weighted=True) as writer:
+            with new_store(path, len(self.rows), self.row_tokens, weighted=True) as writer:
                 writer.write_rows(*read)
         return path
 

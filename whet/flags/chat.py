@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import POSITIONAL, InputDir, Place, above_0, from_0, from_1, share
-from whet.flags.choices import Device, Precision
+from whet.config import POSITIONAL, Place, above_0, from_0, from_1, share
+from whet.flags.use import Asked
 from whet.hub import known_model
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(Asked):
     """Talk to a model."""
 
     run: Annotated[Place, POSITIONAL, known_model]
@@ -30,14 +30,6 @@ class Config:
     """Seed of the sampling."""
     max_new_tokens: Annotated[int, from_1] = 512
     """Longest reply."""
-    template_kwargs: str | None = None
-    """Variables of the chat template as a JSON object; default: those of the training data."""
-    tokenizer: InputDir | None = None
-    """Tokenizer directory; default: the model's own."""
-    device: Device = "auto"
-    """Where to compute."""
-    precision: Precision = "auto"
-    """Precision of the weights; auto: bf16 on CUDA."""
 
 
 def flaws(config: Config) -> list[str]:

@@ -1,6 +1,7 @@
 """The flags that stages share which train a policy on rewards for its own replies."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +47,15 @@ def known_reward(text: str) -> str:
     return f"expected {', '.join(BUILT_IN)}, FILE.py:FUNCTION or the directory of a reward model"
 
 
+def named_twice(texts: Sequence[str]) -> list[str]:
+    """Rewards that are in `--reward` more than once."""
+    names = [parse_reward(text)[0] for text in texts if not known_reward(text)]
+    return [
+        f"--reward {name}: is named more than once; give it one weight, as in {name}=2"
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1)
+    ]
+
+
 def server_root(url: str) -> str:
     """A check of --rollout_url."""
     try:
@@ -72,7 +82,7 @@ class Prompts:
     """What replies are worth: the sum of NAME or NAME=WEIGHT, each correct, format, length,
     FILE.py:FUNCTION or a reward model's directory."""
     reward_seconds: Annotated[float, above_0, FREE] = 60.0
-    """How long a function of yours may take for the replies that are generated together."""
+    """How long a function of yours may take for one call: at most 64 replies."""
 
 
 @dataclass(kw_only=True)
@@ -109,4 +119,10 @@ class Sampling:
 
 def policy_flaws(config: Any) -> list[str]:
     """Flags that do not go together."""
-    return tuning_flaws(config, [config.prompts, config.dev])
+    found = named_twice(config.reward)
+    if config.updates > config.batch_size:
+        found.append(
+            f"--updates {config.updates}: each trains its own share of the rollout's prompts, and "
+            f"--batch_size {config.batch_size} are too few"
+        )
+    return found + tuning_flaws(config, [config.prompts, config.dev])

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import POSITIONAL, InputDir, Place, above_0, at_least, from_0, from_1
-from whet.flags.choices import Device, Precision
+from whet.config import POSITIONAL, Place, above_0, at_least, from_0, from_1
+from whet.flags.use import Asked
 from whet.hub import known_model
 
 
@@ -13,8 +13,8 @@ def port(value: int) -> str:
     return "" if 0 <= value < 1 << 16 else "expected a port from 0 to 65535"
 
 
-@dataclass
-class Config:
+@dataclass(kw_only=True)
+class Config(Asked):
     """Serve models with OpenAI's API and a chat page.
 
     whet serve runs/sft
@@ -37,14 +37,6 @@ class Config:
     """Replies of a model that may wait; further requests are refused with 429."""
     timeout: Annotated[float, above_0] = 600.0
     """Seconds that a request may take, waiting included."""
-    template_kwargs: str | None = None
-    """Variables of the chat template as a JSON object; default: those of the training data."""
-    tokenizer: InputDir | None = None
-    """Tokenizer directory; default: the model's own."""
-    device: Device = "auto"
-    """Where to compute."""
-    precision: Precision = "auto"
-    """Precision of the weights; auto: bf16 on CUDA."""
     verbose: bool = False
     """Log every request."""
 

@@ -32,7 +32,8 @@ from whet.model.hf.checkpoint import (
     save_model,
     save_pt,
 )
-from whet.model.hf.config import CLASSES, OWN_LAYOUT, to_hf
+from whet.model.hf.config import to_hf
+from whet.model.hf.families import CLASSES, OWN_LAYOUT
 from whet.model.hf.weights import rounding, saved_as
 from whet.model.lora import read as adapter
 from whet.model.lora.lora import merge_lora

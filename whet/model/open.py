@@ -12,7 +12,7 @@ from whet.model.decoder import Transformer
 from whet.model.embedding import add_score
 from whet.model.foreign_files import load_foreign
 from whet.model.hf.checkpoint import open_own
-from whet.model.hf.config import FAMILIES
+from whet.model.hf.families import FAMILIES
 from whet.model.lora.lora import merge_lora
 from whet.model.lora.read import find_base, load_adapter
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from whet.errors import UserError
-from whet.files import replaced
+from whet.files import write_text
 from whet.flags.inspect import Config
 from whet.progress import say
 from whet.report.page import page
@@ -15,7 +15,7 @@ from whet.report.terminal import choose_ink, header_lines, row_lines
 
 T = TypeVar("T")
 PAGE_ROWS = 1000
-"""Rows on a page unless --rows says otherwise."""
+"""Rows on a page without --rows."""
 
 
 def main(config: Config) -> None:
@@ -79,6 +79,5 @@ def _print(lines: Iterator[str]) -> None:
 
 
 def _write(path: Path, sheet: Sheet) -> None:
-    with replaced(path) as aside:
-        aside.write_text(page(sheet), encoding="utf-8")
+    write_text(path, page(sheet))
     say(f"{path}: {len(sheet.tokens):,} rows, {path.stat().st_size / 1e6:.1f} MB")

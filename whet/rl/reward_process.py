@@ -1,7 +1,7 @@
 """The process in which a user's reward function runs: `python -m whet.rl.reward_process FILE NAME`.
 
 It reads a JSON object of keyword arguments a line and writes the rewards, or what went wrong, as a
-JSON object a line. What the function prints goes to stderr.
+JSON object a line. What the function prints goes to stderr; its stdin is empty.
 """
 
 import importlib.util
@@ -10,13 +10,15 @@ import json
 import os
 import sys
 import traceback
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
 
 
 def main(file: str, name: str) -> None:
     """Answer until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    asked, answers = _own_pipes()
+    process = os.getpid()
     try:
         function = load(file, name)
         wanted = inspect.signature(function).parameters
@@ -25,35 +27,60 @@ def main(file: str, name: str) -> None:
         _write(answers, {"error": _last_line(error)})
         return
     _write(answers, {"ready": True})
-    for line in sys.stdin:
+    for line in asked:
         given = json.loads(line)
+        answer: dict[str, Any]
         try:
             arguments = given if takes_all else {k: v for k, v in given.items() if k in wanted}
-            rewards = [float(reward) for reward in function(**arguments)]
-            _write(answers, {"rewards": rewards})
+            answer = {"rewards": numbers(function(**arguments), len(given["completions"]))}
         except Exception as error:
-            _write(answers, {"error": _last_line(error)})
+            answer = {"error": _last_line(error)}
+        if os.getpid() != process:  # a fork of the function's, which has returned, too
+            os._exit(0)
+        _write(answers, answer)
+
+
+def _own_pipes() -> tuple[TextIO, TextIO]:
+    """stdin and stdout for this module alone: the function reads nothing and prints to stderr."""
+    asked, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    return asked, answers
 
 
 def load(file: str, name: str) -> Any:
-    """The function `name` of the Python file `file`."""
-    spec = importlib.util.spec_from_file_location("rewards", file)
+    """The function `name` of the Python file `file`, which may import what stands beside it."""
+    spec = importlib.util.spec_from_file_location("rewards_of_the_user", file)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)
 
 
-def _write(file: Any, content: dict[str, Any]) -> None:
+def numbers(found: Any, count: int) -> list[float]:
+    """What the function returned, as `count` numbers. Raises TypeError for anything else."""
+    try:
+        each = [] if isinstance(found, str | Mapping) else list(found)
+        if len(each) == count and not any(isinstance(x, str) for x in each):
+            return [float(x) for x in each]
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"returned {found!r:.80}; expected a number for each of the {count} replies")
+
+
+def _write(file: TextIO, content: dict[str, Any]) -> None:
     file.write(json.dumps(content) + "\n")
     file.flush()
 
 
 def _last_line(error: BaseException) -> str:
-    """The error with the place in the user's file."""
+    """The error, with the place where it was raised if that is not in this file."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    is_own = not frames or frames[-1].filename == __file__
+    place = "" if is_own else f" ({frames[-1].filename}:{frames[-1].lineno})"
     return " ".join(f"{type(error).__name__}: {error}{place}".split())
 
 

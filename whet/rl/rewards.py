@@ -16,8 +16,10 @@ DIRECTORY      a reward model, see `reward_model`
 
 import json
 import math
+import os
 import re
 import selectors
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +41,7 @@ from whet.rl.prompts import Prompt
 
 NEEDS_GOLD = ("correct", "format")
 ROWS = 8  # replies that a reward model reads at once
+CALLED_WITH = 64  # replies of one call of a function of the user's, which has a time limit
 _IN_FORM = re.compile(r"<answer>[^<]*</answer>|####", re.IGNORECASE)
 
 
@@ -81,6 +84,7 @@ def open_rewards(
     `seconds` is how long a function of the user's may take for one call.
     """
     found = []
+    shown = short_names([parse_reward(text)[0] for text in texts])
     for text in texts:
         name, weight = parse_reward(text)
         score: Score
@@ -94,8 +98,15 @@ def open_rewards(
             score = stack.enter_context(PythonReward(name, seconds))
         else:
             score = reward_model(name, chat, device, precision)
-        found.append(Reward(Path(name).name.rpartition(":")[2], weight, score))
+        found.append(Reward(shown[name], weight, score))
     return found
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """What each reward is called in the log: its own name without file or folder, unless another
+    one has that name, too."""
+    short = {name: Path(name).name.rpartition(":")[2] for name in names}
+    return {n: s if list(short.values()).count(s) == 1 else n for n, s in short.items()}
 
 
 def total_rewards(
@@ -151,8 +162,9 @@ class PythonReward:
 
     It is given, by keyword and as far as it has such parameters, `prompts` (lists of messages),
     `completions` (the replies' texts), `gold`, `stopped` and every other field of the prompts file,
-    each a list with an entry for each reply; it returns as many numbers. It runs in a process of
-    its own, with a time limit, so that it can neither hang nor crash the training.
+    each a list with an entry for each reply, at most `CALLED_WITH`; it returns as many numbers. It
+    runs in a process of its own, with a time limit, so that it can neither hang nor crash the
+    training.
     """
 
     def __init__(self, place: str, seconds: float) -> None:
@@ -164,6 +176,7 @@ class PythonReward:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is the training's, which saves and then ends this one
         )
         assert self._process.stdout is not None
         self._selector = selectors.DefaultSelector()
@@ -181,12 +194,17 @@ class PythonReward:
         self.close()
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
+        """End the process, and those that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._selector.close()
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
+        parts = [answers[i : i + CALLED_WITH] for i in range(0, len(answers), CALLED_WITH)]
+        return [reward for part in parts for reward in self._judge(part)]
+
+    def _judge(self, answers: Sequence[Answer]) -> list[float]:
         names = dict.fromkeys(name for answer in answers for name in answer.prompt.columns)
         columns: dict[str, list[Any]] = {
             name: [answer.prompt.columns.get(name) for answer in answers] for name in names
@@ -201,17 +219,13 @@ class PythonReward:
         with suppress(BrokenPipeError):  # a dead process is reported below
             self._process.stdin.write(json.dumps(columns, default=str) + "\n")
             self._process.stdin.flush()
-        rewards = self._answer(f"judge {len(answers)} replies")["rewards"]
-        if len(rewards) != len(answers):
-            raise UserError(
-                f"--reward {self.place}: returned {len(rewards)} numbers for {len(answers)} replies"
-            )
+        rewards: list[float] = self._answer(f"judge {len(answers)} replies")["rewards"]
         return rewards
 
     def _answer(self, task: str) -> dict[str, Any]:
         assert self._process.stdout is not None
         if not self._selector.select(self.seconds):
-            self._process.kill()
+            self.close()
             raise UserError(
                 f"--reward {self.place}: took longer than {self.seconds:g} s to {task}; make it "
                 "faster, or raise --reward_seconds"

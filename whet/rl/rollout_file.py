@@ -25,31 +25,19 @@ from torch import Tensor
 
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.packing import pack
-from whet.data.store import DOCUMENT, PackedStore, StoreWriter
-from whet.flags.choices import Advantage, Normalize, Truncated
+from whet.data.store import DOCUMENT, PackedStore, new_store
+from whet.flags.choices import Advantage
 from whet.model.attention import planned
 from whet.rl.advantages import group_advantages
 from whet.rl.policy_loss import token_weights
 from whet.rl.prompts import Prompts
-from whet.rl.sampling import Sample
+from whet.rl.sampling import PolicyConfig, Sample
 from whet.train.distributed import Ranks
 
 ROWS = 1 << 20
 """Row r of rollout n has number n * ROWS + r in batches: the ledger meets rows of several files."""
 SHORTEST_ROW = 256
 """Rows are at least so long, so that short replies share one."""
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """What becomes of samples; see the flags of the same names."""
-
-    advantage: Advantage
-    normalize: Normalize
-    truncated: Truncated
-    max_new_tokens: int
-    updates: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -98,16 +86,23 @@ class Layout:
 
 
 def lay_out(
-    groups: Sequence[Sequence[Sample]], prompts: Prompts, settings: RolloutSettings, pad_id: int
+    groups: Sequence[Sequence[Sample]],
+    prompts: Prompts,
+    config: PolicyConfig,
+    advantage: Advantage,
+    pad_id: int,
 ) -> Layout:
     """Put samples into rows: the groups are dealt to the updates in turn, and each update has rows
     of its own."""
-    parts = [_part(groups, prompts, settings, update) for update in range(settings.updates)]
-    parts = [part for part in parts if part[0]]
+    updates = range(config.updates)
+    parts = [_part(groups, prompts, config, advantage, update) for update in updates]
     length = max(SHORTEST_ROW, *(len(d.ids) for documents, _ in parts for d in documents))
     placed, ends = list[Document](), [0]
     for documents, _ in parts:
-        packing = pack(np.array([len(d.ids) for d in documents]), length, settings.seed)
+        if not documents:  # a short rollout at the end of an epoch: this update trains nothing
+            ends.append(ends[-1])
+            continue
+        packing = pack(np.array([len(d.ids) for d in documents]), length, config.seed)
         rows = (packing.row + ends[-1]).tolist()
         where = zip(documents, rows, packing.start.tolist(), strict=True)
         own = [replace(d, row=row, start=start) for d, row, start in where]
@@ -126,21 +121,25 @@ def lay_out(
 
 
 def _part(
-    groups: Sequence[Sequence[Sample]], prompts: Prompts, settings: RolloutSettings, update: int
+    groups: Sequence[Sequence[Sample]],
+    prompts: Prompts,
+    config: PolicyConfig,
+    advantage: Advantage,
+    update: int,
 ) -> tuple[list[Document], float]:
     """The documents of an update, and what their weights are divided by."""
     rewards = torch.tensor([[s.reward for s in group] for group in groups], dtype=torch.float64)
-    advantages = group_advantages(rewards, settings.advantage).tolist()
+    advantages = group_advantages(rewards, advantage).tolist()
     documents, lengths = list[Document](), list[int]()
-    for g in range(update, len(groups), settings.updates):
+    for g in range(update, len(groups), config.updates):
         for k, sample in enumerate(groups[g]):
             ids = [*prompts.prompts[sample.prompt].ids, *sample.reply.ids]
-            kept = settings.truncated != "mask" or sample.reply.stopped
+            kept = config.truncated != "mask" or sample.reply.stopped
             documents.append(Document(sample, k, ids, float(kept), advantages[g][k]))
             lengths.append(len(sample.reply.ids) if kept else 0)
     # A masked reply is in neither sum: not in the losses, not in what they are divided by.
     counted = torch.tensor([n for n in lengths if n])
-    weights, total = token_weights(counted, settings.normalize, settings.max_new_tokens)
+    weights, total = token_weights(counted, config.normalize, config.max_new_tokens)
     each = iter(weights.tolist())
     return [replace(d, weight=next(each)) if d.weight else d for d in documents], total
 
@@ -176,7 +175,7 @@ def write_rollout(
         )
         for d in layout.documents
     ]
-    with StoreWriter(path, *layout.tokens.shape, weighted=True, attrs=said) as writer:
+    with new_store(path, *layout.tokens.shape, weighted=True, attrs=said) as writer:
         writer.write_rows(layout.tokens, layout.mask, layout.segments)
         writer.write_documents(np.array(table, DOCUMENT))
         for name, numbers in {"logp": layout.logp, **places}.items():
@@ -236,7 +235,7 @@ class Rollout:
             rows=mine + self.number * ROWS,
             extra={name: torch.where(weight != 0, x, 0.0) for name, x in extra.items()},
         )
-        count = micro_batch_count(len(whole), ranks.size, micro_batch_size)
+        count = max(1, micro_batch_count(len(whole), ranks.size, micro_batch_size))
         return [planned(micro) for micro in micro_batches(share, micro_batch_size, count)]
 
 

@@ -5,6 +5,7 @@ pure function of (seed, rollout), its samples of these and the weights. So a run
 makes the same rollouts again; in the middle of one it reads its file.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import nn
 from whet.chat.chat import Chat
 from whet.data.batches import Batch, global_batch_rows, steps_per_epoch
 from whet.errors import UserError
+from whet.flags.choices import Advantage
+from whet.generate.engine import Reply
 from whet.progress import say
 from whet.rl.critic import Completed, policy_of
 from whet.rl.prompts import Prompts
@@ -25,13 +28,12 @@ from whet.rl.rollout_file import (
     ROWS,
     Layout,
     Rollout,
-    RolloutSettings,
     lay_out,
     rollout_files,
     rollout_path,
     write_rollout,
 )
-from whet.rl.sampling import Sample, SampleSettings, sample_groups
+from whet.rl.sampling import PolicyConfig, Sample, sample_groups
 from whet.train.distributed import Ranks, from_first, is_sharded
 from whet.train.evaluation import Meeting
 from whet.train.signals import Stop
@@ -49,23 +51,16 @@ class Rollouts:
     """The `documents`, `before_step` and `batches` of a stage that trains a policy."""
 
     prompts: Prompts
-    sampling: SampleSettings
-    settings: RolloutSettings
+    config: PolicyConfig
+    advantage: Advantage
     rewards: Sequence[Reward]
     chat: Chat
-    folder: Path
-    """Where the files go, in the run folder."""
-    batch_size: int
-    """Prompts of a rollout."""
-    micro_batch_size: int
     ranks: Ranks
     passes: int = 1
     """How often each reply is trained."""
     refill: bool = False
     complete: Complete | None = None
     """What else a stage needs of each token: numbers (rows, T) by name, and some for the log."""
-    keep: int = 2
-    """Files kept: so many of the newest, and those that a saved state needs."""
     quiet: bool = True
     remote: Remote | None = None
     """The server that samples, if it is not this process."""
@@ -75,14 +70,19 @@ class Rollouts:
     reported_cut: bool = False
 
     @property
+    def folder(self) -> Path:
+        """Where the files go."""
+        return self.config.out / "rollouts"
+
+    @property
     def per_rollout(self) -> int:
         """Optimizer steps of a rollout."""
-        return self.settings.updates * self.passes
+        return self.config.updates * self.passes
 
     @property
     def rollouts_per_epoch(self) -> int:
         """Rollouts in which each prompt is asked once."""
-        return steps_per_epoch(len(self.prompts), self.batch_size)
+        return steps_per_epoch(len(self.prompts), self.config.batch_size)
 
     def before_step(
         self, step: int, model: nn.Module, ranks: Ranks, stop: Stop
@@ -102,8 +102,30 @@ class Rollouts:
         number, update = divmod(step, self.per_rollout)
         assert self.current is not None
         assert self.current.number == number, "before_step opens the rollout"
-        part, epoch = update % self.settings.updates, number // self.rollouts_per_epoch
-        return self.current.batches(part, self.ranks, self.micro_batch_size, epoch)
+        return self._batches(self.current, update, number // self.rollouts_per_epoch)
+
+    def _batches(self, rollout: Rollout, update: int, epoch: int) -> list[Batch]:
+        micro_batch_size = self.config.micro_batch_size
+        assert micro_batch_size is not None, "resolved before"
+        return rollout.batches(update % self.config.updates, self.ranks, micro_batch_size, epoch)
+
+    def dry_steps(self, model: nn.Module) -> list[list[Batch]]:
+        """This rank's micro-batches of a rollout whose replies are all as long as they may be."""
+        chosen = global_batch_rows(len(self.prompts), self.config.batch_size, self.config.seed, 0)
+        most = policy_of(model).config.max_positions
+        groups = list[list[Sample]]()
+        for number in chosen.tolist():
+            n = min(self.config.max_new_tokens, most - len(self.prompts.prompts[number].ids))
+            reply = Reply([self._pad_id] * n, [0.0] * n, True)
+            worth = [float(k % 2) for k in range(self.config.group_size)]
+            groups.append([Sample(number, reply, reward, {}) for reward in worth])
+        layout = self._lay_out(groups)
+        places, _ = self._completed(layout, model, Ranks(device=self.ranks.device))
+        with tempfile.TemporaryDirectory() as folder:
+            path = rollout_path(Path(folder), 0)
+            write_rollout(path, layout, self.prompts, places, {})
+            rollout = Rollout(path, 0)
+            return [self._batches(rollout, update, 0) for update in range(len(layout.ends))]
 
     def _make(
         self, number: int, path: Path, model: nn.Module, ranks: Ranks, stop: Stop
@@ -114,7 +136,7 @@ class Rollouts:
         share = Ranks(device=ranks.device) if whole else ranks
         if self.remote is not None:
             self.remote.sync(policy, number, ranks)
-        size, seed = self.batch_size, self.settings.seed
+        size, seed = self.config.batch_size, self.config.seed
         chosen = global_batch_rows(len(self.prompts), size, seed, number).tolist()
         groups = self._sample(policy, chosen, number, share, meeting)
         asked = len(groups)
@@ -126,23 +148,30 @@ class Rollouts:
             groups = live + self._sample(policy, others, number, share, meeting)
             asked += len(others)
         metrics = numbers_of(groups, asked)
-        tokenizer = self.chat.tokenizer
-        pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
-        layout = lay_out(groups[: len(chosen)], self.prompts, self.settings, pad)
-        places = dict[str, np.ndarray]()
-        if self.complete is not None:
-            places, more = self.complete(layout, model, ranks)
-            metrics |= more
+        layout = self._lay_out(groups[: len(chosen)])
+        places, more = self._completed(layout, model, ranks)
+        metrics |= more
         failed = ""
         if ranks.first:
             try:
-                self._write(path, layout, places, pad)
+                self._write(path, number, layout, places)
             except UserError as error:
                 failed = str(error)
         if failed := from_first(failed, ranks, ranks.background):
             raise UserError(failed)
         self._report(metrics)
         return metrics
+
+    @property
+    def _pad_id(self) -> int:
+        tokenizer = self.chat.tokenizer
+        return tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
+
+    def _lay_out(self, groups: Sequence[Sequence[Sample]]) -> Layout:
+        return lay_out(groups, self.prompts, self.config, self.advantage, self._pad_id)
+
+    def _completed(self, layout: Layout, model: nn.Module, ranks: Ranks) -> Completed:
+        return ({}, {}) if self.complete is None else self.complete(layout, model, ranks)
 
     def _sample(
         self, policy: Any, chosen: Sequence[int], number: int, share: Ranks, meeting: Meeting
@@ -152,7 +181,7 @@ class Rollouts:
             self.prompts,
             chosen,
             number,
-            self.sampling,
+            self.config,
             self.rewards,
             self.chat,
             share,
@@ -163,22 +192,23 @@ class Rollouts:
 
     def _others(self, number: int, turn: int, used: set[int], wanted: int) -> list[int]:
         """Further prompts for a rollout, by (seed, rollout, turn)."""
-        order = np.random.default_rng((self.settings.seed, number, turn)).permutation(
+        order = np.random.default_rng((self.config.seed, number, turn)).permutation(
             len(self.prompts)
         )
         return [int(i) for i in order if int(i) not in used][:wanted]
 
     def _write(
-        self, path: Path, layout: Layout, places: Mapping[str, np.ndarray], pad: int
+        self, path: Path, number: int, layout: Layout, places: Mapping[str, np.ndarray]
     ) -> None:
+        """Write rollout `number`, and remove those that are neither among the newest so many up to
+        it nor needed by a saved state."""
         tokenizer = self.chat.tokenizer
         attrs = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-        write_rollout(path, layout, self.prompts, places, {**attrs, "pad_id": pad})
+        write_rollout(path, layout, self.prompts, places, {**attrs, "pad_id": self._pad_id})
         steps = [int(state.name[5:]) for state in saved_states(self.folder.parent / "state")]
         needed = {step // self.per_rollout for step in steps if step % self.per_rollout}
-        kept = list(rollout_files(self.folder))
-        for old, file in kept[: -self.keep]:
-            if old not in needed:
+        for old, file in rollout_files(self.folder):
+            if old <= number - self.config.keep_rollouts and old not in needed:
                 file.unlink(missing_ok=True)
 
     def _report(self, metrics: Mapping[str, float]) -> None:
@@ -186,7 +216,7 @@ class Rollouts:
             self.reported_cut = True
             say(
                 f"note: {metrics['truncated']:.0%} of the replies were cut at --max_new_tokens "
-                f"{self.settings.max_new_tokens}; if they need more, raise it"
+                f"{self.config.max_new_tokens}; if they need more, raise it"
             )
 
     # What the ledger asks: documents are the prompts.

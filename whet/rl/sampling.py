@@ -15,7 +15,7 @@ import numpy as np
 
 from whet.chat.chat import Chat
 from whet.errors import UserError
-from whet.flags.choices import Truncated
+from whet.flags import grpo, ppo
 from whet.generate.engine import Reply, sample
 from whet.progress import Progress, track
 from whet.rl.prompts import Prompts
@@ -24,20 +24,10 @@ from whet.rl.rewards import Answer, Reward, total_rewards
 from whet.train.distributed import Ranks, gather
 from whet.train.evaluation import Meeting
 
+PolicyConfig = grpo.Config | ppo.Config
+"""The flags of a stage that trains a policy: how it samples, and what becomes of samples."""
 PENALTY = 1.0
 """What a cut reply loses under `--truncated penalty`."""
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """How groups are sampled; see the flags of the same names."""
-
-    group_size: int
-    cohort: int
-    max_new_tokens: int
-    temperature: float
-    truncated: Truncated
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ def sample_groups(
     prompts: Prompts,
     chosen: Sequence[int],
     rollout: int,
-    settings: SampleSettings,
+    config: PolicyConfig,
     rewards: Sequence[Reward],
     chat: Chat,
     share: Ranks,
@@ -71,8 +61,8 @@ def sample_groups(
     collective of all ranks. They come from `model`, or from `remote`. All ranks call it. Raises
     UserError, on all of them, if a reward or the server fails on one.
     """
-    size = settings.group_size
-    cohorts = cohorts_of(len(chosen), size, settings.cohort)
+    size = config.group_size
+    cohorts = cohorts_of(len(chosen), size, config.cohort)
     mine = range(share.rank, len(cohorts), share.size)
     found = dict[int, list[list[Sample]]]()
     errors = list[str]()
@@ -83,13 +73,13 @@ def sample_groups(
     ):
         asked = [[chosen[i] for i in cohorts[c]] for c in mine]
         if remote is None:
-            made = _generate(model, prompts, asked, rollout, settings, chat, progress)
+            made = _generate(model, prompts, asked, rollout, config, chat, progress)
         else:
-            made = _fetch(remote, prompts, asked, rollout, settings, progress)
+            made = _fetch(remote, prompts, asked, rollout, config, progress)
         try:
             with closing(made):
                 for c, numbers, replies in zip(mine, asked, made, strict=True):
-                    found[c] = _judged(numbers, replies, prompts, settings, rewards, chat)
+                    found[c] = _judged(numbers, replies, prompts, config, rewards, chat)
                     if remote is not None:
                         meeting.look()
         except UserError as error:
@@ -113,20 +103,20 @@ def _generate(
     prompts: Prompts,
     cohorts: Sequence[Sequence[int]],
     rollout: int,
-    settings: SampleSettings,
+    config: PolicyConfig,
     chat: Chat,
     progress: Progress,
 ) -> Generator[list[Reply]]:
     """The replies to the prompts of each cohort, group by group, by the embedded engine."""
     for numbers in cohorts:
-        each = [(number, k) for number in numbers for k in range(settings.group_size)]
+        each = [(number, k) for number in numbers for k in range(config.group_size)]
         yield sample(
             model,
             [prompts.prompts[number].ids for number, _ in each],
-            keys=[(settings.seed, rollout, number, k) for number, k in each],
-            max_new_tokens=settings.max_new_tokens,
+            keys=[(config.seed, rollout, number, k) for number, k in each],
+            max_new_tokens=config.max_new_tokens,
             stop_ids=chat.stop_ids,
-            temperature=settings.temperature,
+            temperature=config.temperature,
             batch_size=len(each),
             progress=progress,
         )
@@ -137,38 +127,38 @@ def _fetch(
     prompts: Prompts,
     cohorts: Sequence[Sequence[int]],
     rollout: int,
-    settings: SampleSettings,
+    config: PolicyConfig,
     progress: Progress,
 ) -> Generator[list[Reply]]:
     """The same by a server."""
     asked = [
-        [(prompts.prompts[number].ids, (settings.seed, rollout, number)) for number in numbers]
+        [(prompts.prompts[number].ids, (config.seed, rollout, number)) for number in numbers]
         for numbers in cohorts
     ]
-    return remote.sample(asked, settings.group_size, progress)
+    return remote.sample(asked, config.group_size, progress)
 
 
 def _judged(
     numbers: Sequence[int],
     replies: Sequence[Reply],
     prompts: Prompts,
-    settings: SampleSettings,
+    config: PolicyConfig,
     rewards: Sequence[Reward],
     chat: Chat,
 ) -> list[list[Sample]]:
-    owner = np.repeat(numbers, settings.group_size).tolist()
+    owner = np.repeat(numbers, config.group_size).tolist()
     answers = [
         answer_of(prompts, number, reply, chat)
         for number, reply in zip(owner, replies, strict=True)
     ]
     sums, parts = total_rewards(rewards, answers)
-    if settings.truncated == "penalty":
+    if config.truncated == "penalty":
         sums = [x - PENALTY * (not a.stopped) for x, a in zip(sums, answers, strict=True)]
     samples = [
         Sample(number, reply, reward, {name: values[i] for name, values in parts.items()})
         for i, (number, reply, reward) in enumerate(zip(owner, replies, sums, strict=True))
     ]
-    size = settings.group_size
+    size = config.group_size
     return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 

@@ -1,10 +1,11 @@
-"""The routes of the server, and the bounds on what reaches them."""
+"""The routes of the server, its chat page, and the bounds on what reaches them."""
 
 import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,16 +17,18 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from whet.errors import UserError
+from whet.report.markup import STYLE, fill
 from whet.serve.models import Served, model_of
-from whet.serve.page import page
-from whet.serve.replies import Answer
+from whet.serve.replies import Answer, Tools
 from whet.serve.requests import (
     CERTIFICATE,
     CHAT,
     COMPLETION,
     TOKENIZE,
     ApiError,
+    Fields,
     checked,
+    function_name,
     settings,
 )
 
@@ -51,10 +54,10 @@ class Server:
             Route("/health", self.health),
             Route("/v1/models", self.guarded(self.list_models)),
             Route("/v1/models/{name:path}", self.guarded(self.one_model)),
-            Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
-            Route("/v1/completions", self.guarded(self.completion), methods=["POST"]),
-            Route("/tokenize", self.guarded(self.tokenize), methods=["POST"]),
-            Route("/certificate", self.guarded(self.certificate), methods=["POST"]),
+            Route("/v1/chat/completions", self.asked(CHAT, self.chat), methods=["POST"]),
+            Route("/v1/completions", self.asked(COMPLETION, self.completion), methods=["POST"]),
+            Route("/tokenize", self.asked(TOKENIZE, self.tokenize), methods=["POST"]),
+            Route("/certificate", self.asked(CERTIFICATE, self.certificate), methods=["POST"]),
         ]
         handlers: Any = {
             ApiError: _refused,
@@ -76,10 +79,21 @@ class Server:
 
         return answer
 
+    def asked(self, fields: Fields, endpoint: Callable[..., Awaitable[Response]]) -> Any:
+        """`endpoint` with the request's checked `fields` and the model that they name."""
+
+        async def answer(request: Request) -> Response:
+            given = checked(await _body(request), fields)
+            return await endpoint(request, model_of(self.models, given.get("model")), given)
+
+        return self.guarded(answer)
+
     async def page(self, request: Request) -> Response:
-        """The chat page."""
+        """The chat page, whose scripts talk to this server only."""
         headers = {**SAFE, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-        return Response(page(), media_type="text/html", headers=headers)
+        chat = Path(__file__).with_name("chat.html")
+        text = fill(chat, [STYLE, chat.with_suffix(".css")], chat.with_suffix(".js"))
+        return Response(text, media_type="text/html", headers=headers)
 
     async def health(self, request: Request) -> Response:
         """Whether every model is at work, and how busy it is."""
@@ -99,20 +113,18 @@ class Server:
         """GET /v1/models/NAME."""
         return _json(_card(model_of(self.models, request.path_params["name"])))
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, request: Request, served: Served, given: dict[str, Any]) -> Response:
         """POST /v1/chat/completions."""
-        given = checked(await _body(request), CHAT)
-        served = model_of(self.models, given.get("model"))
         asked = settings(given)
         prompt = await run_in_threadpool(_prompt, served, given)
-        return await self._reply(request, Answer(served, [prompt], asked, "chat", self.timeout))
+        form = await run_in_threadpool(served.call_form, given)
+        tools = Tools(form, [function_name(tool) for tool in given["tools"]]) if form else None
+        answer = Answer(served, [prompt], asked, "chat", self.timeout, tools)
+        return await self._reply(request, answer)
 
-    async def completion(self, request: Request) -> Response:
+    async def completion(self, request: Request, served: Served, given: dict[str, Any]) -> Response:
         """POST /v1/completions."""
-        given = checked(await _body(request), COMPLETION)
-        served = model_of(self.models, given.get("model"))
-        given.setdefault("max_tokens", 16)  # as in OpenAI's API
-        asked = settings(given)
+        asked = settings({"max_tokens": 16, **given})  # as in OpenAI's API
         prompts = await run_in_threadpool(_text_prompts, served, given.get("prompt"))
         return await self._reply(request, Answer(served, prompts, asked, "text", self.timeout))
 
@@ -126,29 +138,21 @@ class Server:
             background=BackgroundTask(answer.give_up),
         )
 
-    async def tokenize(self, request: Request) -> Response:
+    async def tokenize(self, request: Request, served: Served, given: dict[str, Any]) -> Response:
         """POST /tokenize, as vLLM has it: the ids of a prompt, and here the text of each."""
-        given = checked(await _body(request), TOKENIZE)
-        served = model_of(self.models, given.get("model"))
         if "prompt" in given:
             ids = await run_in_threadpool(served.text_prompt, given["prompt"])
         else:
             ids = await run_in_threadpool(_prompt, served, given)
         tokens = await run_in_threadpool(served.tokens, ids)
-        return _json(
-            {
-                "count": len(ids),
-                "max_model_len": served.worker.context,
-                "tokens": ids,
-                "token_strs": [token["text"] for token in tokens],
-                "control": [token["control"] for token in tokens],
-            }
-        )
+        found = {"count": len(ids), "max_model_len": served.worker.context, "tokens": ids}
+        found["token_strs"] = [token["text"] for token in tokens]
+        return _json({**found, "control": [token["control"] for token in tokens]})
 
-    async def certificate(self, request: Request) -> Response:
+    async def certificate(
+        self, request: Request, served: Served, given: dict[str, Any]
+    ) -> Response:
         """POST /certificate: what would be trained of a conversation."""
-        given = checked(await _body(request), CERTIFICATE)
-        served = model_of(self.models, given.get("model"))
         _needs_messages(given)
         return _json(await run_in_threadpool(served.certificate, given))
 

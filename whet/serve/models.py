@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from whet.chat.calls import CallForm
 from whet.chat.chat import Chat
 from whet.chat.conversation import read_conversation
 from whet.chat.encode import encode_chat, encode_prompt
@@ -45,6 +46,23 @@ class Served:
             return encode_prompt(
                 given["messages"], self._chat_with(given), tools=tools, go_on=go_on
             )
+
+    def call_form(self, given: dict[str, Any]) -> CallForm | None:
+        """How the reply to a chat request would call its tools; None if it has no tools.
+
+        Raises ApiError for a template whose calls can't be read back.
+        """
+        if not given.get("tools") or given.get("tool_choice") == "none":
+            return None
+        with self.encoding:
+            form = self._chat_with(given).call_form
+        if form is None:
+            message = (
+                "tools: this model's chat template writes no calls with arguments in JSON, so they "
+                "could not be read back; leave tools out or set tool_choice to none"
+            )
+            raise ApiError(400, message, "tools")
+        return form
 
     def text_prompt(self, text: str) -> list[int]:
         """The ids of a text to be continued, as `whet chat --raw` has them."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect, Request
 
+from whet.chat.calls import Call, CallForm
 from whet.generate.rows import Piece, Row
 from whet.generate.text import TextStream
 from whet.serve.models import Served
@@ -24,6 +25,13 @@ LOOK_EVERY_S = 0.5
 _numbers = itertools.count()
 
 
+class Tools(NamedTuple):
+    """What a reply may call, and how the template writes that."""
+
+    form: CallForm
+    names: list[str]
+
+
 class Part(NamedTuple):
     """What has become certain of a reply."""
 
@@ -31,6 +39,7 @@ class Part(NamedTuple):
     entries: list[dict[str, Any]]
     """Its tokens' log-probabilities, if they are wanted."""
     finish: str | None
+    calls: list[Call] = []  # noqa: RUF012 -- nobody adds to it
 
 
 @dataclass
@@ -41,16 +50,17 @@ class Choice:
     settings: Settings
     text: TextStream
     row: Row
+    tools: Tools | None = None
     parts: list[Part] = field(default_factory=list)
     count: int = 0
     """Tokens so far, the stop token included."""
     finish: str | None = None
     held: str = ""
-    """Text that may be the beginning of a stop string."""
+    """Text that may be the beginning of a stop string, or of calls."""
 
     def take(self, piece: Piece) -> Part:
         """What becomes certain with the next tokens; those after a stop string are dropped."""
-        new, entries = "", []
+        new, entries, calls = "", [], list[Call]()
         for i, token in enumerate(piece.tokens):
             self.count += 1
             if self.settings.top is not None:
@@ -60,31 +70,43 @@ class Choice:
             stopped = token in self.served.worker.stop_ids
             is_last = piece.ended and i == len(piece.tokens) - 1
             text = "" if stopped else self.text.push(token)
-            new += self._until_stop(text + self.text.end() if is_last else text, is_last)
+            new += self._certain(text + self.text.end() if is_last else text, is_last)
             if is_last and not self.finish:
                 self.finish = "stop" if stopped else "length"
             if self.finish:
                 break
-        self.parts.append(Part(new, entries, self.finish))
+        if (
+            self.tools
+            and self.finish == "stop"
+            and (found := self.tools.form.read(new, self.tools.names))
+        ):
+            (new, calls), self.finish = found, "tool_calls"
+        self.parts.append(Part(new, entries, self.finish, calls))
         return self.parts[-1]
 
     def whole(self) -> Part:
         """The reply as one part."""
         entries = [entry for part in self.parts for entry in part.entries]
-        return Part("".join(part.text for part in self.parts), entries, self.finish)
+        calls = self.parts[-1].calls if self.parts else []
+        text = "".join(part.text for part in self.parts)
+        return Part(text.rstrip() if calls else text, entries, self.finish, calls)
 
-    def _until_stop(self, text: str, is_last: bool) -> str:
-        """`text` up to a stop string; what may be the beginning of one is held back."""
+    def _certain(self, text: str, is_last: bool) -> str:
+        """`text` up to a stop string. What may be the beginning of one is held back, and all from
+        where calls may begin: they are known when the reply has ended."""
         stops = self.settings.stops
         text, self.held = self.held + text, ""
         if places := [at for stop in stops if (at := text.find(stop)) >= 0]:
             self.finish = "stop"
             return text[: min(places)]
-        longest = 0 if is_last else max(map(len, stops), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in stops):
-                self.held = text[-length:]
-                return text[:-length]
+        if is_last:
+            return text
+        sign = self.tools.form.sign if self.tools else ""
+        end = text.find(sign) if sign and sign in text else len(text)
+        for mark in (*stops, sign):
+            begun = (n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n]))
+            end = min(end, len(text) - next(begun, 0))
+        text, self.held = text[:end], text[end:]
         return text
 
 
@@ -101,8 +123,10 @@ class Answer:
         settings: Settings,
         kind: str,
         timeout: float,
+        tools: Tools | None = None,
     ) -> None:
         self.served, self.settings, self.kind, self.timeout = served, settings, kind, timeout
+        self.tools = tools
         self.prompt_tokens = sum(map(len, prompts))
         self.until, self.look = time.monotonic() + timeout, 0.0
         self.loop = asyncio.get_running_loop()
@@ -133,7 +157,11 @@ class Answer:
         key = (settings.seed, index)
         row = Row(next(_numbers), key, list(prompt), end, settings.sampling, settings.top or 0)
         before = () if self.kind == "chat" else prompt[-4:]
-        return Choice(self.served, settings, TextStream(self.served.chat.tokenizer, before), row)
+        # Some templates begin calls with a control token, which is left out of texts otherwise.
+        control = self.served.chat.control_pattern if self.tools else None
+        shown = bool(self.tools and control and control.search(self.tools.form.before))
+        text = TextStream(self.served.chat.tokenizer, before, show_control=shown)
+        return Choice(self.served, settings, text, row, self.tools)
 
     def _deliver(self, index: int, news: Piece | Exception) -> None:
         """Hand `news` of a choice over from the worker's thread."""
@@ -217,10 +245,27 @@ class Answer:
         if self.kind == "text":
             return {**ends, "text": part.text, "logprobs": _by_column(part) if wanted else None}
         logprobs = {"content": part.entries, "refusal": None} if wanted else None
+        said: dict[str, Any] = {"content": part.text}
+        if part.calls:
+            said = {"content": part.text or None, "tool_calls": _calls(part.calls)}
         if self.settings.stream:
-            return {**ends, "delta": {"content": part.text}, "logprobs": logprobs}
-        message = {"role": "assistant", "content": part.text, "refusal": None}
+            for number, call in enumerate(said.get("tool_calls", [])):
+                call["index"] = number
+            return {**ends, "delta": said, "logprobs": logprobs}
+        message = {"role": "assistant", "refusal": None, **said}
         return {**ends, "message": message, "logprobs": logprobs}
+
+
+def _calls(calls: list[Call]) -> list[dict[str, Any]]:
+    """Calls in the API's form; nine letters and digits, since some templates take no other id."""
+    return [
+        {
+            "id": uuid.uuid4().hex[:9],
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+        }
+        for name, arguments in calls
+    ]
 
 
 def _by_column(part: Part) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from whet.generate.rows import GREEDY, Sampling
 
+Fields = dict[str, Callable[[Any], str]]
+"""The fields of a request, by name: what was expected in the place of a wrong value, or ""."""
 MOST_CHOICES = 16
 MOST_STOPS = 16
 MOST_TOP = 20
@@ -57,10 +59,21 @@ def _stops(value: Any) -> str:
     return "" if good else f"a text, or a list of at most {MOST_STOPS} texts, none empty"
 
 
+def function_name(tool: Any) -> Any:
+    """The name of a tool's function: in `function`, as in OpenAI's API, or bare."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def _tools(value: Any) -> str:
+    good = isinstance(value, list) and all(isinstance(function_name(t), str) for t in value)
+    return "" if good else "a list of tools, each with a function that has a name"
+
+
 _flag = _kind(bool, "true or false")
 _object = _kind(dict, "an object")
 _count = _number(1, 1 << 30, whole=True)
-COMMON: dict[str, Callable[[Any], str]] = {
+COMMON: Fields = {
     "model": _kind(str, "a text"),
     "stream": _flag,
     "stream_options": _object,
@@ -85,9 +98,9 @@ CHAT = COMMON | {
     "max_completion_tokens": _count,
     "logprobs": _flag,
     "top_logprobs": _number(0, MOST_TOP, whole=True),
-    "tools": _kind(list, "a list of tools"),
+    "tools": _tools,
     "tool_choice": _only("auto", "none"),
-    "parallel_tool_calls": _anything,  # how many calls a reply makes is the model's choice
+    "parallel_tool_calls": _only(True),  # how many calls a reply makes is the model's choice
     "chat_template_kwargs": _object,
     "continue_final_message": _flag,
     "add_generation_prompt": _flag,
@@ -101,10 +114,9 @@ COMPLETION = COMMON | {
     "suffix": _only(""),
     "best_of": _only(1),
 }
-TOKENIZE = {name: CHAT[name] for name in ("model", "messages", "tools", "chat_template_kwargs")}
-TOKENIZE |= {name: CHAT[name] for name in ("continue_final_message", "add_generation_prompt")}
-TOKENIZE |= {"prompt": _kind(str, "a text")}
 CERTIFICATE = {name: CHAT[name] for name in ("model", "messages", "tools", "chat_template_kwargs")}
+TOKENIZE = CERTIFICATE | {"prompt": _kind(str, "a text")}
+TOKENIZE |= {name: CHAT[name] for name in ("continue_final_message", "add_generation_prompt")}
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ class Settings:
     """Whether a stream ends with the count of tokens."""
 
 
-def checked(body: Any, fields: dict[str, Callable[[Any], str]]) -> dict[str, Any]:
+def checked(body: Any, fields: Fields) -> dict[str, Any]:
     """The fields of `body` that are given. Raises ApiError for the first that is wrong."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is no JSON object")
@@ -146,6 +158,9 @@ def settings(given: dict[str, Any]) -> Settings:
         top = None
     if "top_logprobs" in given and top is None:
         raise ApiError(400, "top_logprobs: needs logprobs to be true", "top_logprobs")
+    longest = {given[name] for name in ("max_completion_tokens", "max_tokens") if name in given}
+    if len(longest) > 1:
+        raise ApiError(400, "max_tokens: differs from max_completion_tokens", "max_tokens")
     options = given.get("stream_options", {})
     for name in options.keys() - {"include_usage", "include_obfuscation"}:
         raise ApiError(400, f"stream_options: there is no such field {name}", "stream_options")
@@ -157,7 +172,7 @@ def settings(given: dict[str, Any]) -> Settings:
         given.get("seed", secrets.randbits(63)),
         given.get("n", 1),
         (stop,) if isinstance(stop, str) else tuple(stop),
-        given.get("max_completion_tokens", given.get("max_tokens")),
+        next(iter(longest), None),
         top,
         given.get("stream", False),
         bool(options.get("include_usage")),

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from whet.data.batches import Batch, per_document
 from whet.data.reference import Reference, read_reference
 from whet.data.store import PackedStore
-from whet.data.units import documents_in
 from whet.flags.dpo import Config, Loss
 from whet.generate.engine import evaluating
 from whet.model.decoder import run_batch
@@ -191,8 +190,8 @@ def compute_reference(
                 batch = batch_of_rows(store, share, micro_rows, empty, ranks.device)
                 with torch.no_grad(), evaluating(inner):
                     found = replies_of(inner, batch)[0].logp.cpu().numpy()
-                row, segment = documents_in(store, share)
-                logp[store.numbers(share[row], segment)] = found[row, segment]
+                row, segment, number = store.documents_in(share)
+                logp[number] = found[row, segment]
                 progress.advance(len(share))
             reference.logp[store.fingerprint] = np.array(sum_over_ranks(logp.tolist(), ranks))
     if ranks.first:

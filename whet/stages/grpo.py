@@ -31,6 +31,7 @@ from whet.rl.prompts import Prompts
 from whet.stages.opening import open_for_training
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.train.distributed import Ranks
+from whet.train.proposal import with_proposal
 from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage, Sums
 
@@ -143,7 +144,8 @@ def frozen_reference(
 
 def main(config: Config) -> int:
     """`whet grpo`."""
-    return run_stage(config, "grpo", build)
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "grpo", build, fit)
 
 
 def documents(config: Config) -> Documents:

@@ -19,9 +19,8 @@ from whet.rl.evaluation import PolicyEvaluator
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.remote import Remote
 from whet.rl.rewards import NEEDS_GOLD, open_rewards
-from whet.rl.rollout_file import RolloutSettings
 from whet.rl.rollouts import Complete, Rollouts
-from whet.rl.sampling import SampleSettings
+from whet.rl.sampling import PolicyConfig
 from whet.rl.server import Server
 from whet.stages.opening import Opened
 from whet.stages.saving import ModelWriter
@@ -34,7 +33,7 @@ ADAPTER_LR = 1e-5
 
 
 def policy_stage(
-    config: Any,
+    config: PolicyConfig,
     ranks: Ranks,
     opened: Opened,
     loss_fn: Callable[[nn.Module, Batch], Sums],
@@ -69,35 +68,18 @@ def policy_stage(
         sampler = remote.connect(max(len(prompt.ids) for prompt in prompts.prompts))
     rollouts = Rollouts(
         prompts,
-        SampleSettings(
-            config.group_size,
-            config.cohort,
-            config.max_new_tokens,
-            config.temperature,
-            config.truncated,
-            config.seed,
-        ),
-        RolloutSettings(
-            advantage,
-            config.normalize,
-            config.truncated,
-            config.max_new_tokens,
-            config.updates,
-            config.seed,
-        ),
+        config,
+        advantage,
         terms,
         chat,
-        config.out / "rollouts",
-        config.batch_size,
-        config.micro_batch_size,
         ranks,
         passes=passes,
         refill=refill,
         complete=complete,
-        keep=config.keep_rollouts,
         quiet=quiet,
         remote=remote,
     )
+    updates = f"{rollouts.per_rollout} updates" if rollouts.per_rollout > 1 else "1 update"
     a_rollout = min(config.batch_size, len(prompts))
     return Stage(
         model=opened.model,
@@ -112,6 +94,8 @@ def policy_stage(
         save_model=save,
         rehearse=save.rehearse,
         before_step=rollouts.before_step,
+        dry_steps=rollouts.dry_steps,
+        rows="prompts",
         best="dev_reward",
         higher_is_better=True,
         header=[
@@ -120,7 +104,7 @@ def policy_stage(
             (
                 "rollout",
                 f"{a_rollout} prompts x {config.group_size} replies of up to "
-                f"{config.max_new_tokens} tokens, {rollouts.per_rollout} update(s), {sampler}",
+                f"{config.max_new_tokens} tokens, {updates}, {sampler}",
             ),
             ("reward", " + ".join(f"{term.weight:g} x {term.name}" for term in terms)),
             *(("note", note) for note in notes),
@@ -129,7 +113,7 @@ def policy_stage(
 
 
 def _open_prompts(
-    config: Any, max_positions: int, chat: Chat, quiet: bool
+    config: PolicyConfig, max_positions: int, chat: Chat, quiet: bool
 ) -> tuple[Prompts, Prompts | None, list[str]]:
     names = [parse_reward(text)[0] for text in config.reward]
     needs_gold = next((name for name in names if name in NEEDS_GOLD), "")
@@ -141,7 +125,8 @@ def _open_prompts(
     dev, found, notes = None, list[str](), list[str]()
     prompts = None
     with collected(found):
-        prompts, notes = load_prompts(config.prompts, chat, **options)
+        limit = config.overfit_rows
+        prompts, notes = load_prompts(config.prompts, chat, limit=limit, **options)
     with collected(found):
         if config.dev is not None:
             limit = config.dev_limit
@@ -152,9 +137,10 @@ def _open_prompts(
     return prompts, dev, notes
 
 
-def _remote(config: Any, opened: Opened, prompts: Prompts, save: ModelWriter) -> Remote:
+def _remote(config: PolicyConfig, opened: Opened, prompts: Prompts, save: ModelWriter) -> Remote:
     """The server that samples, with what each rank needs to ask it."""
     assert opened.chat is not None
+    assert config.rollout_url is not None
     return Remote(
         Server(config.rollout_url.rstrip("/"), config.rollout_seconds),
         config.out / "rollouts" / "weights",
@@ -168,7 +154,7 @@ def _remote(config: Any, opened: Opened, prompts: Prompts, save: ModelWriter) ->
     )
 
 
-def _writer(config: Any, opened: Opened, prompts: Prompts, name: str) -> ModelWriter:
+def _writer(config: PolicyConfig, opened: Opened, prompts: Prompts, name: str) -> ModelWriter:
     assert opened.chat is not None
     lineage = {
         "stage": name,

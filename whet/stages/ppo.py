@@ -28,6 +28,7 @@ from whet.stages.opening import Opened, open_for_training
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks, unwrap
+from whet.train.proposal import with_proposal
 from whet.train.session import run_stage
 from whet.train.stage import Documents, Stage, Sums
 
@@ -137,7 +138,8 @@ def main(config: Config) -> int:
     critic = f"re:^critic[.]={config.critic_lr:g}"
     if critic not in config.lr_groups:  # a resumed run's own flags have it
         config = replace(config, lr_groups=(*config.lr_groups, critic))
-    return run_stage(config, "ppo", build)
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "ppo", build, fit)
 
 
 def documents(config: Config) -> Documents:

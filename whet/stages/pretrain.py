@@ -10,9 +10,10 @@ from pathlib import Path
 
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.tokenizer import train_tokenizer
-from whet.data.prepare import examine, prepare_text, text_config
+from whet.data.prepare import GIVEN, examine, prepare_text
 from whet.data.reader import parse, parse_source, read_units
 from whet.data.store import PackedStore
+from whet.flags.prepare import Config as PrepareConfig
 from whet.flags.pretrain import Config
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
@@ -36,16 +37,7 @@ def prepare(config: Config, ranks: Ranks) -> Config:
     if _is_prepared(config):
         return config
     chat = _make_chat(config)
-    prepare_text(
-        config.data,
-        chat,
-        config.context_length,
-        str(_packed(config)),
-        dev_out=_dev_out(config),
-        dev_fraction=config.dev_fraction,
-        seed=config.seed,
-        quiet=config.quiet,
-    )
+    prepare_text(_preparing(config), chat, config.quiet)
     chat.save(config.out / "tokenizer")
     return config
 
@@ -66,8 +58,17 @@ def _packed_dev(config: Config) -> Path:
     return config.out / "packed_dev.h5"
 
 
-def _dev_out(config: Config) -> str | None:
-    return str(_packed_dev(config)) if config.dev_fraction else None
+def _preparing(config: Config) -> PrepareConfig:
+    """The settings of `whet prepare` by which its text is prepared."""
+    return PrepareConfig(
+        data=config.data,
+        tokenizer=GIVEN,
+        out=str(_packed(config)),
+        context_length=config.context_length,
+        dev_out=str(_packed_dev(config)) if config.dev_fraction else None,
+        dev_fraction=config.dev_fraction,
+        seed=config.seed,
+    )
 
 
 def _make_chat(config: Config) -> Chat:
@@ -130,16 +131,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
 def check(config: Config) -> None:
     """Refuse what `whet prepare` would refuse of the text, unless it is prepared already."""
     if not _is_prepared(config):
-        examine(
-            text_config(
-                config.data,
-                config.context_length,
-                str(_packed(config)),
-                dev_out=_dev_out(config),
-                dev_fraction=config.dev_fraction,
-                seed=config.seed,
-            )
-        )
+        examine(_preparing(config))
 
 
 def documents(config: Config) -> Documents:

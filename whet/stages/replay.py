@@ -9,6 +9,7 @@ run had several ranks, as each of them drops by its own numbers.
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def main(config: Config) -> int:
     settings, module = run_settings(config.run)
     if config.step < 1:
         raise UserError(f"--step {config.step}: steps are counted from 1")
-    with start_ranks(settings.device) as ranks:
-        stage: Stage = module.build(settings, ranks)
+    with start_ranks(settings.device) as ranks, tempfile.TemporaryDirectory() as beside:
+        link(config.run, Path(beside))
+        stage: Stage = module.build(dataclasses.replace(settings, out=Path(beside)), ranks)
         stage.model.to(ranks.device)
         if settings.float8:
             use_float8(stage.model, ranks.device)
@@ -68,6 +70,16 @@ def main(config: Config) -> int:
         place = f"{document['file']}:{document['line']}"
         say(f"{place}  trained {document['trained']}  loss {document['loss']}")
     return 0
+
+
+def link(run: Path, beside: Path) -> None:
+    """Let `beside` have what the run folder has: what a stage writes there stays there."""
+    for path in run.iterdir():
+        if path.name == "rollouts":
+            (beside / path.name).mkdir()
+            link(path, beside / path.name)
+        else:
+            (beside / path.name).symlink_to(path.resolve())
 
 
 def run_settings(run: Path) -> tuple[TrainSettings, Any]:

@@ -204,10 +204,9 @@ def cost_of(
 ) -> Measured:
     """Measure one setting; runs in a process of its own."""
     process = process_bytes(device)
-    config = dataclasses.replace(config, micro_batch_size=rows, quiet=True)
+    config = dataclasses.replace(config, micro_batch_size=rows, recompute=recompute, quiet=True)
     stage = build(config, Ranks(0, ranks, device))  # whose batches are the first rank's share
     model = stage.model.to(device)
-    model.recompute = recompute  # type: ignore[assignment]
     if config.float8:
         use_float8(model, device)
     optimizers = make_optimizers(model, config)
@@ -238,5 +237,8 @@ def dry_batches(stage: Stage) -> list[list[Batch]]:
 
     In their order, since an allocator's need depends on it: a block fits where a larger one was.
     """
-    found = [stage.batches(step) for step in range(min(stage.total_steps, LOOKED_AT))]
+    if stage.dry_steps is not None:
+        found = stage.dry_steps(stage.model)
+    else:
+        found = [stage.batches(step) for step in range(min(stage.total_steps, LOOKED_AT))]
     return [*found[: STEPS - 1], max(found, key=lambda micros: sum(micros[0].plan.sizes))]

@@ -73,6 +73,8 @@ class Stage:
     """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
+    rows: str = "rows"
+    """What `--batch_size` counts, as it is told."""
     unit: str = "trained_tokens"
     """What a batch's `total` counts, as it is named in the log."""
     rehearse: Callable[[nn.Module], None] | None = None
@@ -87,6 +89,9 @@ class Stage:
     """Make what `batches(step)` reads with the current weights, as a rollout does, and return
     numbers for the step's log, equal on all ranks. With it no batch is read ahead. All ranks call
     it, after the step before was applied; raises Interrupted as `evaluate` does."""
+    dry_steps: Callable[[nn.Module], list[list[Batch]]] | None = None
+    """Micro-batches of some steps that cost as much as any, where only `before_step` could make the
+    real ones: what `--auto` measures."""
     best: str = "dev_loss"
     """The metric of the evaluation that decides which model is kept in `best/`."""
     higher_is_better: bool = False

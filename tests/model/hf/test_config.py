@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from tests.model import zoo
 from whet.errors import UserError
 from whet.model.config import llama
-from whet.model.hf.config import FAMILIES, from_hf, to_hf
+from whet.model.hf.config import from_hf, to_hf
+from whet.model.hf.families import FAMILIES
 
 LLAMA = {
     "model_type": "llama",
@@ -281,12 +282,12 @@ def test_what_they_say_must_agree(base, extra):
     [
         ({"vocab_size": 96.0}, "vocab_size is 96.0; expected a whole number"),
         ({"n_layers": True}, "n_layers is True"),
-        ({"activation": "foo"}, "activation is 'foo'; expected silu or gelu"),
-        ({"norm": "foo"}, "norm is 'foo'; expected rms or layer"),
+        ({"activation": "foo"}, "activation is 'foo'; expected one of 'silu', 'gelu'"),
+        ({"norm": "foo"}, "norm is 'foo'; expected one of 'rms', 'layer'"),
         ({"qk_norm": None}, "qk_norm is None"),
         ({"attention_scale": "x"}, "attention_scale is 'x'"),
         ({"norm_eps": None}, "norm_eps is None"),
-        ({"tied": "yes"}, "tied is 'yes'; expected True or False"),
+        ({"tied": "yes"}, "tied is 'yes'; expected true or false"),
         ({"max_positions": "x"}, "max_positions is 'x'"),
         ({"embed_scale": float("inf")}, "embed_scale is inf"),
         ({"logit_softcap": 0.0}, "logit_softcap is 0.0"),

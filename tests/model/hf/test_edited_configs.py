@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from tests.model import zoo
 from whet.errors import UserError
 from whet.model.decoder import Transformer
-from whet.model.hf.config import FAMILIES, from_hf
-from whet.model.hf.families import by_family_name, join, place_parameters
+from whet.model.hf.config import from_hf
+from whet.model.hf.families import FAMILIES, by_family_name, join, place_parameters
 
 TOKENS = torch.randint(3, 96, (1, 30), generator=torch.Generator().manual_seed(0))
 LLAMA3 = zoo.LLAMA3_ROPE

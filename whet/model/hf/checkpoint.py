@@ -20,7 +20,8 @@ from whet.model.config import ModelConfig
 from whet.model.decoder import Transformer
 from whet.model.foreign_files import check_writable, write_foreign
 from whet.model.hf import families, legacy
-from whet.model.hf.config import OWN_LAYOUT, from_hf, to_hf
+from whet.model.hf.config import from_hf, to_hf
+from whet.model.hf.families import OWN_LAYOUT
 from whet.model.hf.fill import empty_model, fill_model
 from whet.model.hf.weights import (
     Stored,

@@ -1,17 +1,151 @@
-"""How each family names and lays out its weights, in both directions.
+"""The families: what each leaves unsaid in its `config.json`, and how it names its weights.
 
-A table says for each of Whet's modules where the family keeps it. GPT-2 stores matrices as (inputs,
-outputs) and joins queries, keys and values; Phi-3 joins them, too, as well as gate and up. The
-names were read off the state_dicts of transformers' own classes, which are the tests' oracle.
+A `config.json` says most of what a model computes and leaves the rest to its `model_type`: that
+Gemma's norms multiply by 1 + weight stands nowhere but in the type. `FAMILIES` holds just that
+rest.
+
+A second table says for each of Whet's modules where a family keeps it. GPT-2 stores matrices as
+(inputs, outputs) and joins queries, keys and values; Phi-3 joins them, too, as well as gate and up.
+The names were read off the state_dicts of transformers' own classes, which are the tests' oracle.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from whet.model.config import ModelConfig
+
+OWN_LAYOUT = "whet"
+"""The `model_type` of what no family of the ecosystem computes, such as learned positions together
+with a bias on the head; weights have Whet's own names."""
+
+_WINDOWS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+_GEMMA = {"attention_bias", "hidden_activation", "query_pre_attn_scalar", "layer_types"}
+_GEMMA |= {"sliding_window", "final_logit_softcapping"}
+_MULTIPLIERS = {"embedding_multiplier", "attention_multiplier", "residual_multiplier"}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"reads": {"hidden_act", "attention_bias", "mlp_bias"}},
+    "mistral": {
+        "reads": {"hidden_act", "sliding_window"},
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "windows": "all",
+        "max_position_embeddings": 131_072,
+    },
+    "qwen2": {
+        "reads": {"hidden_act", *_WINDOWS},
+        "qkv_bias": True,
+        "sliding_window": 4096,
+        "windows": "upper",
+        "max_position_embeddings": 32_768,
+    },
+    "qwen3": {
+        "reads": {"hidden_act", "attention_bias", *_WINDOWS},
+        "qk_norm": "head",
+        "sliding_window": 4096,
+        "windows": "upper",
+        "head_dim": 128,
+        "max_position_embeddings": 32_768,
+    },
+    "smollm3": {
+        "reads": {
+            *("hidden_act", "attention_bias", "mlp_bias", *_WINDOWS),
+            *("no_rope_layers", "no_rope_layer_interval"),
+        },
+        "tie_word_embeddings": True,
+        "rope_theta": 2_000_000.0,
+        "no_rope_layer_interval": 4,
+        "windows": "no rope",
+        "max_position_embeddings": 32_768,
+    },
+    "gemma": {
+        "reads": {"hidden_act", "attention_bias"},
+        "gemma": True,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+    },
+    "gemma2": {
+        "reads": {*_GEMMA, "attn_logit_softcapping"},
+        "gemma": True,
+        "post_norm": True,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "windows": "pattern",
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+        "max_position_embeddings": 8192,
+    },
+    "gemma3_text": {
+        "reads": {*_GEMMA, "sliding_window_pattern", "rope_local_base_freq"},
+        "gemma": True,
+        "post_norm": True,
+        "qk_norm": "head",
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "windows": "pattern",
+        "vocab_size": 262_208,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "max_position_embeddings": 131_072,
+    },
+    "phi3": {
+        "reads": {"hidden_act", "sliding_window", "partial_rotary_factor"},
+        "windows": "all",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rope_kinds": ("default", "longrope"),
+    },
+    "olmo2": {
+        "reads": {"hidden_act", "attention_bias"},
+        "qk_norm": "full",
+        "pre_norm": False,
+        "post_norm": True,
+        "rms_norm_eps": 1e-5,
+    },
+    "granite": {
+        "reads": {"hidden_act", "attention_bias", "mlp_bias", "logits_scaling", *_MULTIPLIERS},
+        "attention_multiplier": 1.0,
+    },
+    "gpt2": {},
+    "whet": {},
+}
+"""What the type of a model says: facts, values of keys that its files may leave out, and under
+"reads" which of the keys that only some families have it looks at. transformers ignores the others,
+so a file that sets one may mean another model than the one that it gives."""
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+}
+"""The class that transformers opens each family with."""
+SOME_READ = frozenset(key for family in FAMILIES.values() for key in family.get("reads", ()))
+"""Keys that not all families read."""
 
 _NAMES = {
     "embed": "model.embed_tokens",

@@ -1,11 +1,16 @@
-"""The keys of a `config.json`: each is read, harmless, or an error."""
+"""The keys of a `config.json`: each is read, harmless, or an error.
 
+`Keys` hands out single ones; `read_layers` reads what differs from layer to layer: rotary positions
+and sliding windows.
+"""
+
+import math
 from collections.abc import Set
 from typing import Any
 
 from whet.config import problems
 from whet.errors import UserError
-from whet.model.config import is_number
+from whet.model.config import Rope, RopeKind, is_number
 
 HARMLESS = """
     is_llama_config transformers.js_config unsloth_fixed unsloth_version neftune_noise_alpha
@@ -43,6 +48,39 @@ OFF: tuple[Any, ...] = (None, False, [], {})
 LAYERS = 1024
 LARGEST = 2**28
 """Counts above these are refused before anything of that size is made: no model has them."""
+
+
+KINDS: dict[RopeKind, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {
+        *("factor", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    },
+    "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+}
+"""The keys each kind reads, beside those that every kind may have."""
+
+NEEDED: dict[RopeKind, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+"""The keys without which a kind stretches nothing, or not as it was trained. Where
+longrope says no factor, it follows from the lengths of text before and after."""
+
+SHARED = {
+    "rope_type",
+    "type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+}
+LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 class Keys:
@@ -120,3 +158,204 @@ def _neutral(key: str, value: Any, defaults: dict[str, Any]) -> bool:
     if key == "layer_types" and isinstance(value, list):
         return all(kind == "full_attention" for kind in value)
     return value in OFF or value == defaults.get(key, NEUTRAL.get(key))
+
+
+def read_layers(
+    keys: Keys, n_layers: int, head_size: int, max_positions: int
+) -> tuple[tuple[Rope | None, ...], tuple[int | None, ...]]:
+    """(rotary positions, sliding window) of each layer. Raises UserError for what is not known."""
+    turns = _turning_layers(keys, n_layers)
+    window = keys.take("sliding_window")
+    keys.same("sliding_window_size", window)  # an older name, which files have beside the other
+    slides = _sliding_layers(keys, turns)
+    full, sliding = _ropes(keys, head_size, max_positions)
+    ropes = tuple(
+        (sliding if slide else full) if turn else None
+        for turn, slide in zip(turns, slides, strict=True)
+    )
+    windows = tuple(window if slide else None for slide in slides)
+    return ropes, () if window is None or not any(slides) else windows
+
+
+def _turning_layers(keys: Keys, n_layers: int) -> list[bool]:
+    """Which layers have rotary positions (SmolLM3 leaves out every fourth)."""
+    said, interval = keys.take("no_rope_layers"), keys.take("no_rope_layer_interval")
+    if "no_rope_layer_interval" in keys.defaults and (type(interval) is not int or interval < 1):
+        raise UserError(
+            f"config.json: no_rope_layer_interval is {interval!r}; expected a whole number above 0"
+        )
+    if said is None:
+        return [not interval or (layer + 1) % interval != 0 for layer in range(n_layers)]
+    if len(said) < n_layers:
+        raise UserError(f"config.json: no_rope_layers is {said!r}; expected {n_layers} entries")
+    return [bool(used) for used in said[:n_layers]]  # 1 means: with rotary positions
+
+
+def _sliding_layers(keys: Keys, turns: list[bool]) -> list[bool]:
+    """Which layers have the sliding window, if there is one."""
+    rule, layers = keys.defaults.get("windows"), range(len(turns))
+    pattern = keys.take("sliding_window_pattern")
+    first, used = keys.take("max_window_layers", 28), keys.flag("use_sliding_window")
+    types = keys.take("layer_types")
+    if types is None:
+        keys.same("_sliding_window_pattern", pattern)
+    else:
+        keys.left.pop("_sliding_window_pattern", None)  # what layer_types were once made from
+        if len(types) != len(turns) or not set(types) <= set(LAYER_KINDS):
+            raise UserError(
+                f"config.json: layer_types is {types!r}; "
+                f"expected {len(turns)} times {' or '.join(LAYER_KINDS)}"
+            )
+        # Where both are said, Qwen goes by use_sliding_window and SmolLM3 by layer_types.
+        return [kind == "sliding_attention" and (used or rule != "upper") for kind in types]
+    if rule == "pattern":
+        return [(layer + 1) % pattern != 0 for layer in layers]
+    if rule == "no rope":
+        return [used and not turn for turn in turns]
+    if rule == "upper":
+        return [used and layer >= first for layer in layers]
+    return [rule == "all" for layer in layers]
+
+
+def _ropes(keys: Keys, head_size: int, max_positions: int) -> tuple[Rope, Rope]:
+    """Rotary positions of full and of sliding layers; they differ in Gemma 3."""
+    theta = keys.number("rope_theta", 10_000.0)
+    local_theta = keys.optional("rope_local_base_freq")
+    fraction = keys.number("partial_rotary_factor", 1.0)
+    original = keys.take("original_max_position_embeddings")
+    scaling, parameters = keys.take("rope_scaling"), keys.take("rope_parameters")
+    if local_theta is not None:
+        by_type = _by_layer_kind(scaling or {}, parameters or {})
+    else:
+        by_type = dict.fromkeys(LAYER_KINDS, scaling or parameters or {})
+        if any(isinstance(value, dict) for value in (parameters or {}).values()):
+            raise UserError(
+                f"config.json: rope_parameters has {', '.join(parameters)}; expected the same for "
+                "all layers"
+            )
+    thetas = {"full_attention": theta, "sliding_attention": local_theta or theta}
+    full, sliding = (
+        _read_rope(
+            by_type[kind],
+            thetas[kind],
+            None if "partial_rotary_factor" in keys.unread else fraction,
+            head_size,
+            max_positions,
+            original,
+            keys.defaults.get("rope_kinds", tuple(KINDS)),
+        )
+        if by_type[kind]
+        else Rope(thetas[kind], int(head_size * fraction))
+        for kind in thetas
+    )
+    return full, sliding
+
+
+def _by_layer_kind(
+    scaling: dict[str, Any], parameters: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """{kind of layer: its rotary settings}, where they differ (Gemma 3); `scaling` holds for the
+    full layers, on top of `parameters`. Raises UserError for what transformers would not use."""
+    if parameters and not (set(parameters) <= set(LAYER_KINDS) and "full_attention" in parameters):
+        raise UserError(
+            f"config.json: rope_parameters has {', '.join(parameters)}; expected "
+            f"{' and '.join(LAYER_KINDS)}, each with settings of its own"
+        )
+    if "type" in scaling and "rope_type" not in scaling:
+        raise UserError("config.json: rope_scaling has type; this model_type reads rope_type")
+    found = {kind: dict(parameters.get(kind) or {}) for kind in LAYER_KINDS}
+    found["full_attention"] |= scaling
+    return found
+
+
+def _read_rope(
+    scaling: dict[str, Any],
+    theta: float,
+    fraction: float | None,
+    head_size: int,
+    max_positions: int,
+    original: int | None,
+    kinds: tuple[RopeKind, ...],
+) -> Rope:
+    """The `Rope` of one `scaling` dictionary; what it lacks comes from the other arguments.
+
+    `fraction` is None where the family turns whole heads, whatever the dictionary says. `original`
+    is `original_max_position_embeddings` where it stands beside and not in the dictionary (Phi-3).
+    Raises UserError for a kind that is none of `kinds`, a key that the kind does not have, and one
+    that it needs and lacks.
+    """
+    kind = _kind(scaling, kinds)
+    inside = scaling.get("original_max_position_embeddings")
+    part = scaling.get("partial_rotary_factor", fraction)
+    found = [
+        f"config.json: {key} = {value!r} is not understood for rope type {kind!r}"
+        for key, value in scaling.items()
+        if key not in KINDS[kind] | SHARED and value not in (None, False)
+    ]
+    found += [
+        f"config.json: rope type {kind!r} needs {key}, which is missing"
+        for key in NEEDED.get(kind, ())
+        if scaling.get(key) is None
+    ]
+    if fraction is None and part not in (None, 1):
+        found.append(
+            f"config.json: partial_rotary_factor = {part!r} is not understood for this model_type"
+        )
+    if kind == "longrope" and original is not None and inside not in (None, original):
+        found.append(
+            f"config.json: original_max_position_embeddings is {inside!r} within the rope "
+            f"settings, and {original!r} (as said, or the family's own) beside them"
+        )
+    problems(found)
+    before = original or inside or max_positions
+    if kind == "dynamic":
+        before = max_positions
+    if type(before) is not int or before < 2:
+        raise UserError(
+            f"config.json: original_max_position_embeddings is {before!r}; "
+            "expected a whole number above 1"
+        )
+    part = Keys(scaling, {})
+    factor = part.number("factor", max_positions / before)
+    return Rope(
+        theta=part.number("rope_theta", theta),
+        size=int(head_size * part.number("partial_rotary_factor", fraction or 1.0)),
+        kind=kind,
+        factor=1.0 if kind == "default" else factor,
+        original_positions=0 if kind in ("default", "linear") else before,
+        low_freq_factor=part.number("low_freq_factor", 1.0),
+        high_freq_factor=part.number("high_freq_factor", 4.0),
+        beta_fast=part.number("beta_fast", 32.0),
+        beta_slow=part.number("beta_slow", 1.0),
+        truncate=bool(scaling.get("truncate", True)),
+        short_factors=tuple(scaling.get("short_factor") or ()),
+        long_factors=tuple(scaling.get("long_factor") or ()),
+        output_scale=_output_scale(kind, part, factor, before),
+    )
+
+
+def _kind(scaling: dict[str, Any], kinds: tuple[RopeKind, ...]) -> RopeKind:
+    """The kind that `scaling` names, one of `kinds`, which the family knows."""
+    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    if name in ("su", "yarn") and "yarn" not in kinds:
+        return "longrope"  # as early files of Phi-3 call it
+    for kind in kinds:
+        if kind == name:
+            return kind
+    raise UserError(f"config.json: rope type {name!r} is none of {', '.join(kinds)}")
+
+
+def _output_scale(kind: str, part: Keys, factor: float, original: int) -> float:
+    """What cosine and sine are multiplied by, as the papers of yarn and longrope advise."""
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    said = part.optional("attention_factor")
+    if said is not None or factor <= 1.0:
+        return said or 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    scales = [0.1 * math.log(factor) + 1, 1.0]
+    if part.left.get("mscale") and part.left.get("mscale_all_dim"):
+        names = ("mscale", "mscale_all_dim")
+        scales = [0.1 * part.number(name, 1.0) * math.log(factor) + 1 for name in names]
+    return scales[0] / scales[1]

@@ -1,0 +1,41 @@
+"""The flags that commands share which use a trained model."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from whet.config import InputDir, InputFile, from_1
+from whet.flags.choices import Device, Precision
+
+
+@dataclass(kw_only=True)
+class Where:
+    """Machine."""
+
+    device: Device = "auto"
+    """Where to compute."""
+    precision: Precision = "auto"
+    """Precision of the weights; auto: bf16 on CUDA."""
+
+
+@dataclass(kw_only=True)
+class Asked(Where):
+    """How the model is asked."""
+
+    tokenizer: InputDir | None = None
+    """Tokenizer directory; default: the model's own."""
+    template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object; default: those of the training data."""
+
+
+@dataclass(kw_only=True)
+class Problems:
+    """Word problems."""
+
+    gsm8k: InputFile | None = None
+    """Problems to answer: GSM8K's test.jsonl, SVAMP, or prompts with a gold number."""
+    limit: Annotated[int | None, from_1] = None
+    """Only the first so many problems."""
+    max_new_tokens: Annotated[int, from_1] = 256
+    """Longest reply."""
+    batch_size: Annotated[int, from_1] = 32
+    """Problems that are answered at once."""
