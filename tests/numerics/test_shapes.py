@@ -60,7 +60,11 @@ def test_so_it_is_for_other_architectures(kind, capfd):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
-        kind, vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        kind,
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
         intermediate_size=128,
     )
     model = ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
