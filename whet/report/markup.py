@@ -36,17 +36,24 @@ def embedded(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A section with a table of texts; nothing without rows."""
-    return f"<section><h2>{escape(title)}</h2>{grid(title, head, rows)}</section>" if rows else ""
+def table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "words"
+) -> str:
+    """A section with a table; nothing without rows."""
+    if not rows:
+        return ""
+    return f"<section><h2>{escape(title)}</h2>{grid(title, head, rows, kind)}</section>"
 
 
-def grid(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table alone, which scrolls where it is too wide."""
-    top = "".join(f'<th scope="col" class="words">{escape(word)}</th>' for word in head)
+def grid(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "words"
+) -> str:
+    """The table alone, which scrolls where it is too wide. `kind` is the cells' class: words are
+    wide."""
+    top = "".join(f'<th scope="col" class="{kind}">{escape(word)}</th>' for word in head)
     body = "".join(
-        f'<tr><th scope="row" class="words">{escape(row[0])}</th>'
-        + "".join(f'<td class="words">{escape(cell)}</td>' for cell in row[1:])
+        f'<tr><th scope="row" class="{kind}">{escape(row[0])}</th>'
+        + "".join(f'<td class="{kind}">{escape(cell)}</td>' for cell in row[1:])
         + "</tr>"
         for row in rows
     )
