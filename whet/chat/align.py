@@ -6,7 +6,7 @@ alone, gives the very ids that stand before the words (rules 3 and 4).
 An added token cuts a text: what stands before it and what stands after it are tokenised apart
 (`Cutter`). So only the stretch between the last added token of the prompt and the words matters,
 mostly `assistant\\n`. The quick way compares the ids after that token with the ids of this
-stretch, tokenised once and remembered. Where it cannot tell, the careful way does the same with
+stretch, tokenised once and remembered. Where that proves nothing, the careful way does the same with
 character offsets, tokenises prompt and words apart where a token straddles their border, and
 tokenises stretches with hidden control strings as plain text.
 """
@@ -23,6 +23,7 @@ import tokenizers
 
 from whet.chat.chat import Chat
 from whet.chat.examples import Draft
+from whet.chat.hidden import pattern_of
 from whet.chat.turns import Mark
 
 MAX_HEADERS = 64  # stretches that are remembered; a template has one or two
@@ -51,10 +52,8 @@ class Cutter:
     _kept: int = 0  # characters in `_known`
 
     def __post_init__(self) -> None:
-        # Where several begin, the library takes the longest
-        longest_first = sorted(self.added, key=len, reverse=True)
-        any_added = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
-        self._pattern = re.compile(f"({any_added})")
+        added = pattern_of(self.added)  # where several begin, the longest: so does the library
+        self._pattern = re.compile(f"({added.pattern})" if added else "((?!))")
         self.names = {i: token for token, i in self.added.items()}
         self.piecewise = pieces_are_independent(self.backend)
 
@@ -131,7 +130,7 @@ def _kinds(pre_tokenizer: Any) -> list[str]:
 
 
 class Unclear(Exception):  # noqa: N818 -- an answer, not an accident
-    """The tokens do not tell where words begin or end."""
+    """The tokens do not show where words begin or end."""
 
 
 @dataclass
@@ -228,9 +227,9 @@ class Aligner:
         return self.following(clear, plain=True)
 
     def following(self, text: str, plain: bool) -> list[int]:
-        """The ids of `text` where it goes on after other text: no blank is put before it.
+        """The ids of `text` where it goes on after other text: no space is put before it.
 
-        Some tokenizers begin each text with a blank. So it is tokenised after an anchor that
+        Some tokenizers begin each text with a space. So it is tokenised after an anchor that
         shares no token with it, and the anchor's ids are taken off.
         """
         if not text:

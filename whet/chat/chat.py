@@ -276,20 +276,19 @@ def _own_templates(
     folder: Path, config: dict[str, Any]
 ) -> tuple[ChatTemplate, ChatTemplate | None]:
     """The directory's template, and the one for tools if it has one of its own."""
-    found: dict[str, str] = {}
-    in_config = config.get("chat_template")
-    if isinstance(in_config, dict):  # {"default": ..., "tool_use": ...}
-        in_config = [{"name": name, "template": text} for name, text in in_config.items()]
-    if isinstance(in_config, str):
-        found["default"] = in_config
-    elif isinstance(in_config, list) and all(map(_is_template_entry, in_config)):
-        found.update({entry["name"]: entry["template"] for entry in in_config})
-    elif in_config is not None:
+    said: Any = config.get("chat_template") or {}
+    try:
+        if isinstance(said, list):  # [{"name": "default", "template": ...}, ...]
+            said = {entry["name"]: entry["template"] for entry in said}
+        found = {"default": said} if isinstance(said, str) else {**said}
+        if not all(isinstance(text, str) for text in (*found, *found.values())):
+            raise TypeError("no text")
+    except (TypeError, KeyError):
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of "
-            f"objects with the texts name and template, got {shown(in_config)}; mend it or give "
-            "another with --chat_template"
-        )
+            f"objects with the texts name and template, got {shown(config['chat_template'])}; mend "
+            "it or give another with --chat_template"
+        ) from None
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = read_text(file)
     file = folder / "chat_template.jinja"
@@ -305,9 +304,3 @@ def _own_templates(
     tool_use = found.get("tool_use")
     name = f"{folder}: chat template"
     return ChatTemplate(found["default"], name), ChatTemplate(tool_use, name) if tool_use else None
-
-
-def _is_template_entry(entry: Any) -> bool:
-    """Whether it is as in `[{"name": "default", "template": ...}, ...]`."""
-    texts = [entry.get("name"), entry.get("template")] if isinstance(entry, dict) else [None]
-    return all(isinstance(text, str) for text in texts)

@@ -320,7 +320,7 @@ def _text_units(path: str, file: IO[str]) -> Iterator[Unit]:
         cut = text.rfind("\n", 0, end) + 1
         if cut == 0 and end > 16 * PIECE_CHARS:
             cut = end - 1  # a document without line ends
-        if goes_on and not text[:cut].strip():  # no piece is blank, the last one neither
+        if goes_on and not text[:cut].strip():  # no piece is whitespace alone, the last one neither
             carried = text
             continue
         cut = cut if goes_on else len(text)

@@ -257,7 +257,7 @@ def _facts_are_true(text: str) -> bool:
 
 
 def sums_of(texts: Iterable[str]) -> set[Sum]:
-    """The sums behind all facts that are stated in `texts`."""
+    """The sums that all facts stated in `texts` rest on."""
     found = set()
     for a, _, b, c in FACT.findall("\n".join(texts)):
         x, y, _ = sorted(map(int, (a, b, c)))
