@@ -59,22 +59,13 @@ FIELDS = tuple(
 )  # fmt: skip
 """The names that `--fields` can give to a file's own."""
 
+CALLING = ("function_call", "tool_call")
 SHAREGPT_ROLES = {
     "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "tool": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", *CALLING), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "tool"), "tool"),
 }
-
 HINTS = (
     # what a record of another kind has: what to do with it
     ({"chosen"}, "a pair needs `rejected`, too; for SFT rename it: --fields completion=chosen"),
@@ -219,7 +210,7 @@ def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
     if not isinstance(value, str):
         raise at.error(f"{where} ({speaker}): value must be a text, got {shown(value)}")
     message = {**rest(turn, "from", "value"), "role": SHAREGPT_ROLES[speaker], "content": value}
-    if speaker in ("function_call", "tool_call"):
+    if speaker in CALLING:
         message["content"] = ""
         message["tool_calls"] = _calls_in_text(value, f"{where} ({speaker})", at)
     return message
