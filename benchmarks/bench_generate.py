@@ -2,6 +2,10 @@
 
     python -m benchmarks.bench_generate --new 256 --prompts 8 --peers no_cache
     python -m benchmarks.bench_generate --new 128 --prompts 64 --peers transformers
+    python -m benchmarks.bench_generate --prompts 64 --replies gsm8k --peers transformers
+
+With `--replies gsm8k` the prompts are as long as GSM8K's questions and each reply ends, on both
+sides, where the problem's own answer does, as the replies of an evaluation differ in length.
 
 `cache` is Whet's `generate`. Its peers: `no_cache`, Whet's `generate_without_cache`, which runs the
 whole text again for each token (the head at its last position only, padding left out: a fair one of
@@ -12,6 +16,7 @@ how often the host waited for it while `--new` tokens were made.
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -23,8 +28,10 @@ from typing import Any
 import torch
 
 from benchmarks.lines import emit, origin, spread
-from benchmarks.workload import MODEL
-from whet.generate.engine import generate, generate_without_cache
+from benchmarks.workload import MODEL, data_folder
+from whet.chat.chat import load_tokenizer
+from whet.generate.engine import CHECK_EVERY, generate_without_cache
+from whet.generate.rows import GREEDY, Row, Rows
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf.checkpoint import save_model
 from whet.model.hf.config import from_hf
@@ -35,6 +42,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="new tokens for each prompt")
     parser.add_argument("--prompts", type=int, default=8, help="prompts, run as one batch")
     parser.add_argument("--peers", nargs="+", choices=["no_cache", "transformers"])
+    parser.add_argument("--replies", choices=["alike", "gsm8k"], default="alike")
+    parser.add_argument("--precision", choices=["float32", "bf16"], help="bf16 on a GPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
@@ -43,13 +52,15 @@ def main() -> None:
 
     model = Transformer(from_hf(MODEL))
     init_weights(model, seed=0)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    args.precision = args.precision or ("bf16" if args.device == "cuda" else "float32")
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     model = model.to(args.device, dtype)
-    prompts = some_prompts(args.prompts)
+    prompts, ends = some_prompts(args.prompts), [args.new] * args.prompts
+    if args.replies == "gsm8k":
+        prompts, ends = gsm8k(args.prompts)
 
-    def cached(new: int) -> list[list[int]]:
-        options = {"max_new_tokens": new, "stop_ids": (), "batch_size": len(prompts)}
-        return generate(model, prompts, **options)
+    def cached(most: int) -> list[list[int]]:
+        return batched(model, prompts, [min(most, end) for end in ends])
 
     def no_cache(new: int) -> list[list[int]]:
         return generate_without_cache(model, prompts, max_new_tokens=new, stop_ids=())
@@ -58,7 +69,7 @@ def main() -> None:
     if "no_cache" in peers:
         sides["no cache"] = no_cache
     if "transformers" in peers:
-        sides["transformers"] = transformers_side(model, prompts, args.device, dtype)
+        sides["transformers"] = transformers_side(model, prompts, ends, dtype)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     busy: dict[str, list[float]] = {side: [] for side in sides}
     replies: dict[str, list[list[int]]] = {}
@@ -68,7 +79,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for side, run in sides.items():
             started, cpu = time.perf_counter(), time.process_time()
-            replies[side] = run(args.new)  # ends with a copy to the host
+            replies[side] = run(max(ends))  # ends with a copy to the host
             seconds[side].append(time.perf_counter() - started)
             busy[side].append(time.process_time() - cpu)
     count = sum(map(len, replies["cache"]))
@@ -86,12 +97,29 @@ def main() -> None:
         emit(line, args.out)
 
 
+def batched(model: Transformer, prompts: list[list[int]], ends: list[int]) -> list[list[int]]:
+    """Greedy replies of Whet's engine, all prompts at once; reply i has `ends[i]` tokens."""
+    slots = max(len(prompt) + end for prompt, end in zip(prompts, ends, strict=True))
+    rows = Rows(model, len(prompts), slots, max(ends), set())
+    waiting = [
+        Row(i, (i,), list(prompts[i]), len(prompts[i]) + ends[i], GREEDY)
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    ]
+    replies: list[list[int]] = [[] for _ in prompts]
+    while waiting or rows.live:
+        pieces = rows.begin(rows.take(waiting)) if waiting else rows.step(CHECK_EVERY["cpu"])
+        for piece in pieces:
+            replies[piece.index] += piece.tokens
+    return replies
+
+
 def transformers_side(
-    model: Transformer, prompts: list[list[int]], device: str, dtype: torch.dtype
+    model: Transformer, prompts: list[list[int]], ends: list[int], dtype: torch.dtype
 ) -> Callable[[int], list[list[int]]]:
     """The same weights in transformers' own model."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, StoppingCriteria
 
+    device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder) / "model", None, {"made_by": "benchmarks.bench_generate"})
         theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
@@ -99,12 +127,20 @@ def transformers_side(
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    full = torch.tensor(ends, device=device) + longest
+
+    class Ended(StoppingCriteria):
+        def __call__(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return ids.shape[1] >= full
 
     @torch.no_grad()
-    def run(new: int) -> list[list[int]]:
+    def run(most: int) -> list[list[int]]:
+        new = min(most, max(ends))
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-        found = theirs.generate(ids, attention_mask=mask, pad_token_id=0, **options)
-        return found[:, longest:].tolist()
+        found = theirs.generate(
+            ids, attention_mask=mask, pad_token_id=0, stopping_criteria=[Ended()], **options
+        )
+        return [row[:end] for row, end in zip(found[:, longest:].tolist(), ends, strict=True)]
 
     return run
 
@@ -123,6 +159,16 @@ def host_waits(run: Callable[[int], list[list[int]]], args: argparse.Namespace) 
     return sum("synchroniz" in str(each.message) for each in caught)
 
 
+def gsm8k(count: int) -> tuple[list[list[int]], list[int]]:
+    """Questions of GSM8K as ids, and how many tokens the answer to each has with its end."""
+    encode = load_tokenizer(data_folder() / "tokenizers" / "gpt2").tokenizer.encode
+    lines = (data_folder() / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    problems = [json.loads(line) for line in lines[:count]]
+    return [encode(p["question"]) for p in problems], [
+        len(encode(p["answer"])) + 1 for p in problems
+    ]
+
+
 def some_prompts(count: int) -> list[list[int]]:
     """Prompts of 60 to 140 tokens, as long as GSM8K's questions."""
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +185,8 @@ def summary(side: str, args: argparse.Namespace, rates: list[float]) -> dict[str
         "prompts": args.prompts,
         **spread("tokens_per_s", rates),
         "rounds": len(rates),
-        "precision": "bf16" if args.device == "cuda" else "float32",
+        "replies": args.replies,
+        "precision": args.precision,
         **origin(args.device),
     }
 

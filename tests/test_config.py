@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whet.cli import COMMANDS as CLI
@@ -119,6 +119,7 @@ class AnyConfig:
     """Many."""
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         AnyConfig,

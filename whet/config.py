@@ -124,24 +124,48 @@ def check(config: Any, also: Sequence[str] = ()) -> None:
 
     `also` are further problems, which are reported with these.
     """
-    found: list[str] = []
-    read: list[Any] = []
     hints = typing.get_type_hints(type(config), include_extras=True)
+    found, read = [], list[Any]()
     for name, hint in hints.items():
         value = getattr(config, name)
-        values = value if isinstance(value, tuple) else (value,)
-        for each in (each for each in values if each is not None):
-            for test in filter(callable, marks(hint)):
-                if wrong := test(each):
-                    found.append(f"{flag_of(type(config), name)} {each}: {wrong}")
-            if READ in marks(hint):
-                read.append(each)
+        found += [
+            f"{flag_of(type(config), name)} {each}: {wrong}" for each, wrong in refused(value, hint)
+        ]
+        if READ in marks(hint):
+            read += parts_of(value)
     for name, hint in hints.items():
         value = getattr(config, name)
         if WRITTEN in marks(hint) and value is not None:
             found += unwritable(flag_of(type(config), name), value, read)
             read.append(value)
     problems([*found, *also])
+
+
+def refused(value: Any, hint: Any) -> list[tuple[Any, str]]:
+    """(value, what is wrong) by the checks of a field; of a tuple for each value in it."""
+    tests = [mark for mark in marks(hint) if callable(mark)]
+    return [(each, wrong) for each in parts_of(value) for test in tests if (wrong := test(each))]
+
+
+def parts_of(value: Any) -> list[Any]:
+    """The values of a field: one, those of a tuple, or none."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [each for each in values if each is not None]
+
+
+def wrong_values(record: Any) -> list[str]:
+    """What is wrong with the fields of a dataclass that a file was read into: `NAME is VALUE;
+    expected …`, by their types and checks."""
+    found = []
+    for name, hint in typing.get_type_hints(type(record), include_extras=True).items():
+        value = getattr(record, name)
+        _, problem = convert(value, hint)
+        wrong = [problem.rpartition(", got ")[0]] if problem else []
+        wrong += [] if problem else [what for _, what in refused(value, hint)]
+        if wrong:
+            shown = list(value) if isinstance(value, tuple) else value
+            found.append(f"{name} is {shown!r}; {wrong[0]}")
+    return found
 
 
 def marks(hint: Any) -> list[Any]:
@@ -236,8 +260,12 @@ def convert(value: Any, hint: Any) -> tuple[Any, str | None]:
     if origin is typing.Literal:
         ok = value in args
         return value, None if ok else f"expected one of {', '.join(map(repr, args))}, got {value!r}"
+    if hint is Any:
+        return value, None
+    if origin is dict:
+        return value, None if isinstance(value, dict) else f"expected a table, got {value!r}"
     if origin in (tuple, list):
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list | tuple) else [value]
         converted_items = [convert(item, args[0]) for item in items]
         problem = next((problem for _, problem in converted_items if problem), None)
         return origin(item for item, _ in converted_items), problem

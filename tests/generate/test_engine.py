@@ -97,6 +97,20 @@ def test_samples_do_not_depend_on_the_batch(sampling: Sampling) -> None:
     assert generate_without_cache(model, prompts, sampling=other_seed, **options) != expected
 
 
+def test_a_prompt_given_often_is_computed_once() -> None:
+    """As the replies of a group are sampled; each is the one that its prompt gets alone."""
+    model = build(CONFIGS["sliding window"])
+    first, second = some_prompts(2)
+    shapes: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    prompts = [first, second, first, first]
+    options = {"max_new_tokens": 9, "stop_ids": [4], "temperature": 1.0}
+    together = generate(model, prompts, batch_size=4, **options)
+    hook.remove()
+    assert shapes[0] == (2, max(len(first), len(second)))
+    assert together == generate(model, prompts, batch_size=1, **options)
+
+
 class Waits(TorchDispatchMode):
     """Remembers operations whose result the host has to wait for."""
 
@@ -209,7 +223,7 @@ def test_a_small_prefill_budget_changes_nothing(monkeypatch) -> None:
     model = build(CONFIGS["grouped heads"])
     prompts = some_prompts(6)
     expected = generate(model, prompts, max_new_tokens=5, stop_ids=[])
-    monkeypatch.setattr(rows, "PREFILL_TOKENS", 8)
+    monkeypatch.setitem(rows.PREFILL_TOKENS, "cpu", 8)
     assert generate(model, prompts, max_new_tokens=5, stop_ids=[]) == expected
 
 

@@ -80,8 +80,29 @@ def test_what_is_excluded_is_never_drawn(seed, temperature, top_k, top_p, draw) 
     drawn = probabilities[ids == token[:, None]]
     assert len(drawn) == 3
     assert bool((drawn > 0).all())
-    if draw == 0.0:
-        assert torch.equal(token, logits.argmax(-1))
+    if draw == 0.0:  # the first candidate: the likeliest one, or the smallest id of all
+        possible = ids.masked_fill(probabilities == 0, 10).amin(-1)
+        all_tokens = top_k is None and top_p in (None, 1.0)
+        assert torch.equal(token, possible if all_tokens else logits.argmax(-1))
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.5, 1.0 - 2**-24])
+def test_an_impossible_token_is_never_drawn_at_either_end(draw: float) -> None:
+    logits = torch.tensor([[-torch.inf, -200.0, 1.0, 1.0, -200.0, -torch.inf]])
+    token = int(next_tokens(logits, torch.tensor([draw]), temperature=1.0))
+    assert token == (2 if draw < 0.5 else 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_vocabulary_is_sampled_as_its_softmax(dtype: torch.dtype) -> None:
+    """Against the definition in float64: the first token whose cumulative probability exceeds the
+    draw, up to what float32 can tell."""
+    logits = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(1)).to(dtype) * 3
+    draws = even_draws(200)
+    found = next_tokens(logits.expand(200, -1), draws, temperature=0.7)
+    sums = (logits[0].double() / 0.7).softmax(-1).cumsum(-1)
+    assert bool((sums[found] > draws - 1e-6).all())
+    assert bool((sums[found - 1] <= draws + 1e-6).all())
 
 
 def test_a_row_samples_alike_in_any_batch() -> None:

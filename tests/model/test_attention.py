@@ -13,6 +13,22 @@ from whet.model.attention import CachedPlan, plan_documents, share_prefixes
 LENGTHS = [5, 1, 12, 3]
 
 
+def dense_attention(q, k, v, segments, *, scale, window=None, softcap=None):
+    """The definition, with a full (T, T) mask per row.
+
+    q (B, T, N, H), k and v (B, T, K, H), segments (B, T) -> (B, T, N, H); padding gives 0.
+    """
+    groups = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, :, None]
+    seen = (same & kernels.causal_mask(q.shape[1], window, q.device))[:, None]
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bnts,bsnh->btnh", probabilities, v)
+
+
 def random_qkv(heads=4, kv_heads=2, size=8):
     generator = torch.Generator().manual_seed(0)
     return [
@@ -31,7 +47,7 @@ def ends_of(lengths):
 
 def dense(q, k, v, window, softcap):
     segments = segments_of(LENGTHS)
-    return kernels.dense_attention(
+    return dense_attention(
         q[None], k[None], v[None], segments, scale=0.3, window=window, softcap=softcap
     )[0]
 
@@ -63,7 +79,7 @@ def test_dense_definition_by_hand():
     """Two tokens of one document and one of another, in plain arithmetic."""
     q = torch.tensor([[[[1.0]], [[2.0]], [[3.0]]]])
     v = torch.tensor([[[[10.0]], [[20.0]], [[30.0]]]])
-    y = kernels.dense_attention(q, q, v, torch.tensor([[1, 1, 2]]), scale=0.5).flatten()
+    y = dense_attention(q, q, v, torch.tensor([[1, 1, 2]]), scale=0.5).flatten()
     first, second = torch.tensor([2.0 * 1.0 * 0.5, 2.0 * 2.0 * 0.5]).softmax(0)
     assert torch.allclose(
         y, torch.stack((torch.tensor(10.0), 10 * first + 20 * second, torch.tensor(30.0)))
@@ -175,7 +191,7 @@ def test_a_shared_beginning_is_attended_to_as_if_it_were_there(window, softcap):
         for start in (plan.ends[2], plan.ends[4]):
             t[:, start : start + 70] = t[:, :70]
     options = {"scale": 0.3, "window": window, "softcap": softcap}
-    expected = kernels.dense_attention(q, k, v, segments, **options)[0, shared.index]
+    expected = dense_attention(q, k, v, segments, **options)[0, shared.index]
     found = shared.attend(*(t[0, shared.index] for t in (q, k, v)), layer=0, **options)
     assert len(shared.positions) == len(plan.positions) - 2 * 69
     assert torch.allclose(found, expected, atol=1e-6)
@@ -232,7 +248,7 @@ def test_two_levels_of_shared_beginnings(window, softcap):
                 :, begins[owner] : begins[owner] + length
             ]
     options = {"scale": 0.3, "window": window, "softcap": softcap}
-    expected = kernels.dense_attention(q, k, v, segments, **options)[0, shared.index]
+    expected = dense_attention(q, k, v, segments, **options)[0, shared.index]
     found = shared.attend(*(t[0, shared.index] for t in (q, k, v)), layer=0, **options)
     assert torch.allclose(found, expected, atol=1e-6)
 
@@ -275,7 +291,7 @@ def test_a_gpus_kernels_are_within_their_bound(window, softcap):
     exact = [t.detach().float().requires_grad_() for t in inputs]
     options = {"scale": 0.3, "window": window, "softcap": softcap}
     found = plan.attend(*inputs, layer=0, **options)
-    expected = kernels.dense_attention(*(t[None] for t in exact), segments, **options)[0]
+    expected = dense_attention(*(t[None] for t in exact), segments, **options)[0]
     assert within_bound(found, expected)
     direction = torch.randn_like(expected)
     mine = torch.autograd.grad(found, inputs, direction.bfloat16())

@@ -11,7 +11,7 @@ COLUMNS = (
     ("accuracy", "right", "{:.1%}"),
     ("gained", "gained", "+{:d}"),
     ("lost", "lost", "-{:d}"),
-    ("p", "p", "{:.3f}"),
+    ("p", "p", "{:.2g}"),
     ("unstopped", "unstopped", "{:.1%}"),
     ("reply_tokens", "tokens a reply", "{:.0f}"),
     ("reward", "reward", "{:.3f}"),

@@ -3,7 +3,7 @@
 Where a reply states its answer, in this order:
 
 1. inside the last `<answer>...</answer>` (an unclosed tag runs to the end of the reply);
-2. behind the last `####`, to the end of that line (GSM8K's own mark);
+2. after the last `####`, to the end of that line (GSM8K's own mark);
 3. else the last number of the reply.
 
 What stands in `<think>...</think>` is never an answer. A tag without a number is no answer: the

@@ -164,8 +164,8 @@ ANOTHER_TEMPLATE = "another chat template"
 
 
 def template_difference(one: Chat, other: Chat) -> str:
-    """What chat `one` has otherwise than `other`, of its templates and what they set; "" if
-    nothing."""
+    """How the templates of chat `one` and what they set differ from those of `other`; "" if they
+    do not."""
     found = [
         defaults_of(str(chat.as_dict()[key]))
         for chat in (one, other)
@@ -181,7 +181,8 @@ def template_difference(one: Chat, other: Chat) -> str:
 
 
 def template_misfit(chat: Chat, store: PackedStore, flag: str, whose: str) -> list[str]:
-    """A line if the packed file was rendered otherwise than `chat`, which is that of `whose`."""
+    """A line if the packed file was rendered with another template than `chat`'s, the chat of
+    `whose`."""
     if "chat" not in store.attrs:
         return []
     rendered = chat.rendering_as(store.attrs["chat"], str(store.path))

@@ -124,7 +124,7 @@ def load_gsm8k(path: str | Path, limit: int | None = None) -> list[Problem]:
     """The first `limit` problems of a file, all by default.
 
     JSON lines, or one JSON list, of objects with `question` and `answer` (GSM8K: the gold number
-    stands behind `####`, or in `<answer>`, or alone) or with `Body`, `Question` and `Answer`
+    stands after `####`, or in `<answer>`, or alone) or with `Body`, `Question` and `Answer`
     (SVAMP). Raises UserError that names file and line.
     """
     path = Path(path)

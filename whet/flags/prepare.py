@@ -47,7 +47,7 @@ class Config:
     template_kwargs: str | None = None
     """Further variables for the template as a JSON object, such as '{"enable_thinking": false}'."""
     date: str | None = None
-    """The date that the template is told, as 2025-12-31; today by default."""
+    """The date that the template gets, as 2025-12-31; today by default."""
     seed: Annotated[int, from_0] = 0
     """Fixes the dev part, the mixture and the order of the rows."""
     workers: Annotated[int | None, from_0] = None

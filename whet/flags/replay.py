@@ -8,7 +8,7 @@ from whet.config import POSITIONAL, InputDir, from_1
 
 @dataclass
 class Config:
-    """Run one step of a run again and tell what it did."""
+    """Run one step of a run again and report what it did."""
 
     run: Annotated[InputDir, POSITIONAL]
     """The run folder."""

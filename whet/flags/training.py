@@ -139,7 +139,7 @@ class Run:
     wandb_project: Annotated[str | None, FREE] = None
     """Also log to this Weights & Biases project."""
     profile: Annotated[bool, FREE] = False
-    """Write a trace of a few steps, for Perfetto, and tell what took the most time."""
+    """Write a trace of a few steps, for Perfetto, and report what took the most time."""
     quiet: Annotated[bool, FREE] = False
     """Print nothing but problems."""
 
@@ -169,12 +169,6 @@ class Memory:
     recompute: Annotated[Recompute, FREE] = "none"
     """Recompute activations in the backward pass instead of keeping them: less memory, more
     work."""
-
-
-@dataclass(kw_only=True)
-class Measured(Memory):
-    """Memory."""
-
     auto: Annotated[bool, FREE] = False
     """Measure first, as `whet plan` does, and take its --micro_batch_size and --recompute."""
     memory_gb: Annotated[float | None, above_0, FREE] = None
@@ -201,7 +195,7 @@ def tuning_flaws(config: Any, data: Sequence[Path | None]) -> list[str]:
 
 
 def unfit_flags(config: Any, ranks: int, adapter: Path | None) -> list[str]:
-    """Flags of an adapter that would not do anything, or say otherwise than the adapter itself."""
+    """Flags of an adapter that would do nothing, or contradict the adapter itself."""
     found = []
     if config.lora_4bit and config.shard and ranks > 1:
         found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")

@@ -22,11 +22,13 @@ class Cache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._row = torch.empty(0, 1, dtype=torch.long)  # (B, 1): where the next forward writes
+        self._text = torch.empty(0, dtype=torch.long)  # (B,): of the next forward's, in each row
         self._seen: int | None = None
 
-    def fill(self, rows: Tensor) -> "Cache":
-        """Makes the next forward write the beginnings of new sequences into `rows` (B,)."""
-        self._row, self._seen = rows[:, None], None
+    def fill(self, rows: Tensor, text: Tensor) -> "Cache":
+        """Makes the next forward write the beginnings of new sequences into `rows` (B,): into row b
+        that of its text number `text[b]`, as replies to one prompt begin alike."""
+        self._row, self._text, self._seen = rows[:, None], text, None
         return self
 
     def extend(self, rows: Tensor, seen: int) -> "Cache":
@@ -47,10 +49,13 @@ class Cache:
             self.keys.append(k.new_zeros(shape).transpose(1, 2))
             self.values.append(v.new_zeros(shape).transpose(1, 2))
         keys, values = self.keys[layer], self.values[layer]
+        if self._seen is None:
+            place = self._row, positions[self._text]
+            keys.index_put_(place, k[self._text])
+            values.index_put_(place, v[self._text])
+            return k, v  # a beginning sees itself only
         keys.index_put_((self._row, positions), k)
         values.index_put_((self._row, positions), v)
-        if self._seen is None:
-            return k, v  # a beginning sees itself only
         rows = len(self._row)
         return keys[:rows, : self._seen], values[:rows, : self._seen]
 

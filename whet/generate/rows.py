@@ -9,6 +9,7 @@ The host looks at the tokens once a `step` only: on a GPU that is the one time i
 produced after its stop token is cut then.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ from whet.generate.cache import Cache
 from whet.generate.sample import likeliest, log_probabilities, next_tokens, uniforms
 from whet.model.decoder import Transformer
 
-PREFILL_TOKENS = 16_384
-"""Prompt tokens, padding included, in one forward: bounds its memory."""
+PREFILL_TOKENS = {"cpu": 2_048, "cuda": 16_384}
+"""Prompt tokens, padding included, in one forward, by device: bounds its memory. Few of them, as
+fast on a CPU, are padded less, since prompts of about the same length run together."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Rows:
 
     def take(self, waiting: list[Row]) -> list[Row]:
         """Take from the end of `waiting`, shortest first, those that begin in one forward."""
-        fits = max(1, PREFILL_TOKENS // len(waiting[-1].text))
+        most = PREFILL_TOKENS.get(self.device.type, 2_048)
+        fits = max(1, most // len(waiting[-1].text))
         # Padded together, all would count as long as the longest.
         count = sum(len(row.text) > self.switch for row in waiting[-fits:]) or fits
         group = waiting[-count:][::-1]
@@ -125,15 +128,18 @@ class Rows:
     def begin(self, group: list[Row]) -> list[Piece]:
         """Run the prompts of `group` in new rows and choose the first token of each."""
         new = slice(len(self.live), len(self.live) + len(group))
-        tokens, last = padded([row.text for row in group], self.device)
-        cache = self.cache.fill(self.number[new])
-        logits = self.model(tokens, cache=cache, logits_at=last)[:, 0]
+        texts = list(dict.fromkeys(tuple(row.text) for row in group))  # those of a group are alike
+        number = {text: i for i, text in enumerate(texts)}
+        each = torch.tensor([number[tuple(row.text)] for row in group], device=self.device)
+        tokens, last = padded(texts, self.device)
+        cache = self.cache.fill(self.number[new], each)
+        logits = self.model(tokens, cache=cache, logits_at=last)[each, 0]
         if any(row.sampling.temperature > 0 for row in group):
             count = self.draws.shape[1]
             draws = torch.stack([draws_of(row.key, count) for row in group])
             self.draws[new] = draws.to(self.device)
         self.drawn[new] = 0
-        self.position[new] = last[:, 0]
+        self.position[new] = last[each, 0]
         self.live += group
         for row in group:
             row.length = len(row.text)
@@ -161,7 +167,7 @@ class Rows:
         due = [b for b, row in enumerate(self.live) if row.length == self.switch + 1]
         if due:
             tokens, last = padded([self.live[b].text for b in due], self.device)
-            cache = self.cache.fill(self.number[due])
+            cache = self.cache.fill(self.number[due], self.number[: len(due)])
             self.model(tokens, cache=cache, logits_at=last)
         left = [self.switch + 1 - row.length for row in self.live]
         return min([count, *(n for n in left if n > 0)])
@@ -258,10 +264,10 @@ def draws_of(key: tuple[int, ...], count: int) -> Tensor:
     return torch.from_numpy(uniforms(key, count))
 
 
-def padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """tokens (B, T), padded on the right with 0, and the place of each text's last, (B, 1)."""
     longest = max(map(len, texts))
-    tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
+    tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
     return tokens, torch.tensor([[len(text) - 1] for text in texts], device=device)
 
 

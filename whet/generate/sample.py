@@ -43,15 +43,19 @@ def next_tokens(
     """The next token of each row: logits (B, V), uniform (B,) in [0, 1) -> ids (B,) int64.
 
     Temperature 0 is greedy and needs no `uniform`; ties go to the smaller id. Otherwise the token
-    is drawn by inverting the cumulative distribution over the candidates, in order of falling
-    probability: the `top_k` likeliest, and of those the smallest set that holds `top_p` of their
-    probability (at least one token; nucleus sampling, arXiv:1904.09751).
+    is drawn by inverting the cumulative distribution over the candidates: the `top_k` likeliest,
+    and of those the smallest set that holds `top_p` of their probability (at least one token;
+    nucleus sampling, arXiv:1904.09751), in order of falling probability. Without either these are
+    all tokens in the order of their ids, as sorting a vocabulary takes longer than a small model.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.float().argmax(dim=-1)  # in bf16 a CPU takes ten times as long
     if uniform is None:
         raise ValueError("sampling at a temperature needs one uniform number per row")
-    return _invert(*candidates(logits, temperature, top_k, top_p), uniform)
+    if top_k is None and (top_p is None or top_p >= 1):
+        return _invert(_softmax(logits.float(), temperature), uniform)
+    probabilities, ids = candidates(logits, temperature, top_k, top_p)
+    return ids.gather(-1, _invert(probabilities, uniform)[:, None])[:, 0]
 
 
 def candidates(
@@ -63,9 +67,7 @@ def candidates(
     """
     size = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     largest, ids = logits.float().topk(size, dim=-1)
-    # Less than the largest, in float64: no temperature, however small, makes an infinite number.
-    below = (largest - largest[:, :1]).double() / temperature
-    probabilities = below.softmax(dim=-1).float()
+    probabilities = _softmax(largest, temperature)
     if top_p is not None and top_p < 1:
         before = probabilities.cumsum(dim=-1) - probabilities  # the mass of all likelier tokens
         excluded = before >= top_p
@@ -75,11 +77,18 @@ def candidates(
     return probabilities, ids
 
 
-def _invert(probabilities: Tensor, ids: Tensor, uniform: Tensor) -> Tensor:
-    """Row by row the first candidate whose cumulative probability exceeds `uniform`."""
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature), float32, for any temperature above 0."""
+    # What is less than the largest may become -inf; a temperature that float32 rounds to 0 is none.
+    below = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+    return below.softmax(-1)
+
+
+def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Row by row the first place (B,) whose cumulative probability exceeds `uniform`."""
     cumulative = probabilities.cumsum(dim=-1)
-    # Rounding can leave the last sum below 1, or the draw on a token of probability 0 behind it.
-    target = (uniform.to(cumulative)[:, None] * cumulative[:, -1:]).contiguous()
-    place = torch.searchsorted(cumulative, target, right=True)
-    last_possible = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(-1, torch.minimum(place, last_possible)).squeeze(-1)
+    # Rounding can leave the last sum below 1, or the draw at it: nothing exceeds that. Below it,
+    # the place where it is reached does, and has a probability that is not 0.
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniform.to(total)[:, None] * total, total.nextafter(total.new_zeros(())))
+    return torch.searchsorted(cumulative, target.contiguous(), right=True)[:, 0]

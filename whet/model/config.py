@@ -7,14 +7,25 @@ Shape letters: D width, N heads, K key/value heads, H head size, V vocabulary.
 """
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from whet.config import problems
+from whet.config import above_0, from_0, from_1, problems, wrong_values
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+Count = Annotated[int, from_1]
+Positive = Annotated[float, above_0]
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number, and no truth value."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def finite(value: float) -> str:
+    """A check of a number."""
+    return "" if math.isfinite(value) else "expected a number"
 
 
 @dataclass(frozen=True)
@@ -24,71 +35,68 @@ class Rope:
     `rope.py` turns this into frequencies. Fields that a `kind` does not use stay at their default.
     """
 
-    theta: float
+    theta: Positive
     """Base of the wavelengths."""
-    size: int
+    size: Count
     """How many of a head's H numbers are rotated; the rest pass unchanged."""
     kind: RopeKind = "default"
-    factor: float = 1.0
-    original_positions: int = 0
+    factor: Positive = 1.0
+    original_positions: Annotated[int, from_0] = 0
     """Longest text of the pretraining before it was stretched."""
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
-    output_scale: float = 1.0
+    short_factors: tuple[Positive, ...] = ()
+    long_factors: tuple[Positive, ...] = ()
+    output_scale: Positive = 1.0
     """Multiplies cosine and sine (yarn and longrope: their `attention_factor`)."""
 
     def __post_init__(self) -> None:
-        found = _not_among(vars(self), {"kind": get_args(RopeKind)})
-        positive = ("theta", "factor", "output_scale", "beta_fast", "beta_slow")
-        found += _no_numbers(vars(self), (*positive, "low_freq_factor", "high_freq_factor"))
-        found += _no_counts(vars(self), ("size",))
-        if self.kind not in ("default", "linear"):
-            found += _no_counts(vars(self), ("original_positions",))
-        if not found and self.kind == "longrope":
-            for name in ("short_factors", "long_factors"):
-                values: tuple[Any, ...] = getattr(self, name)
-                if len(values) != self.size // 2 or not all(map(_is_positive, values)):
-                    found.append(
-                        f"{name} is {list(values)}; expected {self.size // 2} numbers above 0"
-                    )
-        if (
-            not found
-            and self.kind == "yarn"
-            and (self.theta <= 1 or self.beta_fast < self.beta_slow)
-        ):
+        found = wrong_values(self) or self._disagreements()
+        problems([f"model config: rope: {problem}" for problem in found])
+
+    def _disagreements(self) -> list[str]:
+        """What is wrong with values that are each of the right kind."""
+        found = []
+        if self.kind not in ("default", "linear") and self.original_positions == 0:
+            found.append("original_positions is 0; expected a whole number above 0")
+        if self.kind == "longrope":
+            found += [
+                f"{name} is {list(values)}; expected {self.size // 2} numbers above 0"
+                for name in ("short_factors", "long_factors")
+                if len(values := getattr(self, name)) != self.size // 2
+            ]
+        if self.kind == "yarn" and (self.theta <= 1 or self.beta_fast < self.beta_slow):
             found.append(
                 f"theta is {self.theta}, beta_fast {self.beta_fast}, beta_slow {self.beta_slow}; "
                 "yarn needs a theta above 1, and a beta_fast of at least beta_slow"
             )
-        if not found and self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             found.append(
                 f"low_freq_factor is {self.low_freq_factor}; "
                 f"expected less than high_freq_factor, {self.high_freq_factor}"
             )
-        problems([f"model config: rope: {problem}" for problem in found])
+        return found
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only Transformer."""
 
-    vocab_size: int
-    width: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    mlp_width: int
-    max_positions: int
+    vocab_size: Count
+    width: Count
+    n_layers: Count
+    n_heads: Count
+    n_kv_heads: Count
+    head_size: Count
+    mlp_width: Count
+    max_positions: Count
     """Longest text it is made for; with learned positions a hard limit."""
     ropes: tuple[Rope | None, ...] = ()
     """One per layer; None is a layer without rotary positions. Empty: none in any layer."""
-    windows: tuple[int | None, ...] = ()
+    windows: tuple[Count | None, ...] = ()
     """One per layer: a token sees itself and the `window - 1` tokens before it. Empty: no limit."""
     learned_positions: bool = False
     """Adds a trained vector per position to the embedding (GPT-2)."""
@@ -99,8 +107,8 @@ class ModelConfig:
     bias)."""
 
     norm: Literal["rms", "layer"] = "rms"
-    norm_eps: float = 1e-5
-    norm_offset: float = 0.0
+    norm_eps: Annotated[float, from_0] = 1e-5
+    norm_offset: Annotated[float, from_0] = 0.0
     """RMSNorm multiplies by (offset + weight). Gemma's offset of 1 is kept as arithmetic and not
     added to the stored weights, so that a bfloat16 checkpoint is saved back bit for bit."""
     pre_norm: bool = True
@@ -118,17 +126,17 @@ class ModelConfig:
     mlp_bias: bool = False
     head_bias: bool = False
 
-    attention_scale: float | None = None
+    attention_scale: Annotated[float | None, finite] = None
     """Multiplies q.k; None is 1 / sqrt(head_size)."""
-    attention_softcap: float | None = None
+    attention_softcap: Positive | None = None
     """Attention scores s become cap * tanh(s / cap) (Gemma 2)."""
-    embed_scale: float = 1.0
-    residual_scale: float = 1.0
+    embed_scale: Positive = 1.0
+    residual_scale: Positive = 1.0
     """Multiplies what attention and MLP add to the residual stream (Granite)."""
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
+    logit_scale: Positive = 1.0
+    logit_softcap: Positive | None = None
 
-    init_std: float = 0.02
+    init_std: Annotated[float, from_0] = 0.02
     family: str = "whet"
     """The ecosystem's `model_type`: how files name and lay out the weights. "whet" is Whet's own
     layout, for what no family of the ecosystem computes."""
@@ -137,43 +145,11 @@ class ModelConfig:
     generation: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Its `generation_config.json`, for the same reason."""
     file_dtype: str = field(default="", compare=False, repr=False)
-    """The precision of the weights in its files, which `config.json` may say otherwise."""
+    """The precision of the weights in its files; `config.json` may name another."""
 
     def __post_init__(self) -> None:
-        counts = ("vocab_size", "width", "n_layers", "n_heads", "n_kv_heads", "head_size")
-        flags = (
-            "learned_positions",
-            "tied",
-            "score",
-            "pre_norm",
-            "post_norm",
-            "gated_mlp",
-            "qkv_bias",
-        )
-        found = _no_counts(vars(self), (*counts, "mlp_width", "max_positions"))
-        found += _no_numbers(vars(self), ("embed_scale", "residual_scale", "logit_scale"))
-        found += _not_among(
-            vars(self),
-            {
-                "norm": ("rms", "layer"),
-                "qk_norm": ("none", "head", "full"),
-                "activation": get_args(Activation),
-                **dict.fromkeys((*flags, "out_bias", "mlp_bias", "head_bias"), (True, False)),
-            },
-        )
-        found += [
-            f"{name} is {value!r}; expected a number of at least 0"
-            for name in ("norm_eps", "norm_offset", "init_std")
-            if not is_number(value := getattr(self, name)) or value < 0
-        ]
-        said = [n for n in ("attention_softcap", "logit_softcap") if getattr(self, n) is not None]
-        found += _no_numbers(vars(self), said)
-        if self.attention_scale is not None and not is_number(self.attention_scale):
-            found.append(f"attention_scale is {self.attention_scale!r}; expected a number")
-        windows = [window for window in self.windows if window is not None]
-        if not all(type(window) is int and window > 0 for window in windows):
-            found.append(f"windows is {windows}; expected whole numbers above 0")
-        problems([f"model config: {problem}" for problem in found])
+        problems([f"model config: {problem}" for problem in wrong_values(self)])
+        found = []
         heads = self.n_heads * self.head_size
         if max(heads, self.width, self.vocab_size, self.mlp_width) > 2**28 or self.n_layers > 1024:
             found.append(
@@ -212,39 +188,6 @@ class ModelConfig:
     def scale(self) -> float:
         """The factor on q.k."""
         return self.head_size**-0.5 if self.attention_scale is None else self.attention_scale
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number, and no truth value."""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_positive(value: Any) -> bool:
-    return is_number(value) and value > 0
-
-
-def _no_counts(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    return [
-        f"{name} is {values[name]!r}; expected a whole number above 0"
-        for name in names
-        if type(values[name]) is not int or values[name] < 1
-    ]
-
-
-def _no_numbers(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    return [
-        f"{name} is {values[name]!r}; expected a number above 0"
-        for name in names
-        if not _is_positive(values[name])
-    ]
-
-
-def _not_among(values: Mapping[str, Any], choices: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    return [
-        f"{name} is {values[name]!r}; expected {' or '.join(map(str, known))}"
-        for name, known in choices.items()
-        if not any(type(values[name]) is type(one) and values[name] == one for one in known)
-    ]
 
 
 def llama(

@@ -112,7 +112,7 @@ class Attention(nn.Module):
         y = self._attend(q, k, v, plan).flatten(1)
         return self.o(y if keep is None else y[keep])
 
-    @torch.compiler.disable  # compiled, it would be made anew for each layer and each batch's plan
+    @torch.compiler.disable  # compiled, it would be recompiled for each batch's plan
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         return plan.attend(
             q, k, v, layer=self.layer, scale=self.scale, window=self.window, softcap=self.softcap

@@ -255,7 +255,7 @@ class ForeignModel(nn.Module):
 
 @dataclass(frozen=True)
 class Switch:
-    """Rotary positions that turn otherwise, all of them, in a text longer than `length`.
+    """Rotary positions of which all differ in a text longer than `length`.
 
     transformers decides by the longest text of a whole batch, and `dynamic` positions remember the
     longest text so far: neither may reach another document.

@@ -100,7 +100,7 @@ def _open(directory: Path, dtype: torch.dtype) -> Any:
 
 
 def _plain_matrices(directory: Path, config: Any) -> dict[str, Any]:
-    """What to tell transformers so that quantised files are opened as plain matrices."""
+    """Arguments with which transformers opens quantised files as plain matrices."""
     said = getattr(config, "quantization_config", None)
     if said is None:
         return {}

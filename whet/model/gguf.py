@@ -1,7 +1,7 @@
 """GGUF files, which llama.cpp and Ollama run, through the `gguf` library.
 
 llama.cpp computes an architecture by code of its own, which reads sizes and scales from the file
-and takes the rest for granted. So what it would compute otherwise is refused here. Two layouts
+and takes the rest for granted. So what it would compute differently is refused here. Two layouts
 differ from a model directory's: where its rotary positions pair neighbours, the rows of queries and
 keys are interleaved, and Gemma's norms hold 1 + weight.
 """
@@ -180,7 +180,7 @@ def _scaling(rope: Rope) -> dict[str, Any]:
 
 
 def misfits(config: ModelConfig) -> list[str]:
-    """What llama.cpp would compute otherwise; empty if nothing."""
+    """What llama.cpp would compute differently; empty if nothing."""
     architecture = ARCHITECTURES.get(config.family)
     if architecture is None or config.score:
         return ["llama.cpp has no architecture for this model; --to hf can be written"]
@@ -242,7 +242,7 @@ def _gemma_misfits(config: ModelConfig, architecture: str) -> list[str]:
 
 
 def notes(config: ModelConfig) -> list[str]:
-    """Where llama.cpp computes otherwise for long texts alone."""
+    """Where llama.cpp differs for long texts alone."""
     windows = [window for window in config.windows if window is not None]
     if ARCHITECTURES[config.family] in _GEMMAS or not windows:
         return []

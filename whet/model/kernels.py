@@ -1,4 +1,4 @@
-"""The ways to compute attention within documents. All give what `dense_attention` defines.
+"""The ways to compute attention within documents. All give the same numbers.
 
 ============  ==========================  ===================================================
 `documents`   CPU; float32 anywhere       one call of torch's SDPA per document, in float32
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Whether torch wants to be told that heads are shared; 2.11 takes them without a word."""
+"""Whether torch needs a flag for shared heads; 2.11 takes them without one."""
 
 
-@torch.compiler.disable  # compiled, it would be made anew for each batch's lengths
+@torch.compiler.disable  # compiled, it would be recompiled for each batch's lengths
 def documents(
     q: Tensor,
     k: Tensor,
@@ -87,8 +87,8 @@ def varlen(
 
     H is at most 256. The signature of torch's function grew from 2.11 to 2.13.
     """
-    behind = -1 if window is None else window - 1
-    options: dict[str, Any] = {"scale": scale, "window_size": (behind, 0)}
+    before = -1 if window is None else window - 1
+    options: dict[str, Any] = {"scale": scale, "window_size": (before, 0)}
     if ASKS_FOR_GQA:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
@@ -136,33 +136,8 @@ def _flex_attention(device: str) -> Any:
 def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """(T, T), True where the row's token sees the column's."""
     place = torch.arange(length, device=device)
-    behind = place[:, None] - place
-    return (behind >= 0) & (behind < (window or length))
-
-
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """The definition, with a full (T, T) mask per row: what the fast paths are tested against.
-
-    q (B, T, N, H), k and v (B, T, K, H), segments (B, T) -> (B, T, N, H); padding gives 0.
-    """
-    groups = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments != 0)[:, :, None]
-    seen = (same & causal_mask(q.shape[1], window, q.device))[:, None]
-    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bnts,bsnh->btnh", probabilities, v)
+    distance = place[:, None] - place
+    return (distance >= 0) & (distance < (window or length))
 
 
 def sdpa(

@@ -124,8 +124,8 @@ def linear_cross_entropy(
     """
     chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
     if not torch.is_grad_enabled():
-        # A Function is told that a parameter needs its gradient even where none will be asked for;
-        # forming it would make evaluation three times as slow.
+        # To a Function a parameter needs its gradient even where none will be asked for; forming it
+        # would make evaluation three times as slow.
         hidden, weight = hidden.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
     loss, nll = _LinearCrossEntropy.apply(

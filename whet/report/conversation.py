@@ -115,9 +115,9 @@ def certificate_facts(certificate: Certificate, n_examples: int) -> dict[str, st
     if certificate.escaped:
         changes.append(f"{certificate.escaped} control tokens in texts encoded as plain text")
     if certificate.closed:
-        changes.append("the stop token that the template leaves out put behind the last reply")
+        changes.append("the stop token that the template leaves out put after the last reply")
     if certificate.composed:
-        changes.append("a reply put behind its prompt, which the template renders otherwise")
+        changes.append("a reply put after its prompt, which the template renders differently")
     facts = {
         "ids": "those of the tokenizer and template"
         + (", but for: " + "; ".join(changes) if changes else "")

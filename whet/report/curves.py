@@ -35,7 +35,7 @@ def chart(title: str, lines: Sequence[Line], note: str = "", log: bool = False) 
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     frame = _Frame(min(xs), max(xs), *_bounds(min(ys), max(ys), log), log)
-    last = ", ".join(f"{line.name} {line.points[-1][1]:.4g}" for line in lines)
+    last = ", ".join(f"{line.name} {_short(line.points[-1][1])}" for line in lines)
     drawn = "".join(_draw(line, frame) for line in lines)
     return (
         f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>"
@@ -101,10 +101,11 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """At most six characters."""
-    if value and not 1e-3 <= abs(value) < 1e4:
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    return f"{value:.4g}"
+    """At most seven characters, and four digits."""
+    if value and not 1e-3 <= abs(value) < 1e6:
+        digits, power = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def _draw(line: Line, frame: _Frame) -> str:
@@ -158,7 +159,7 @@ def _legend(lines: Sequence[Line]) -> str:
     items = "".join(
         f'<li><svg viewBox="0 0 24 8" aria-hidden="true"><polyline class="curve '
         f'c{line.colour % 8}{" dashed" if line.dashed else ""}" points="0,4 24,4"/></svg>'
-        f"{escape(line.name)} <b>{line.points[-1][1]:.4g}</b></li>"
+        f"{escape(line.name)} <b>{_short(line.points[-1][1])}</b></li>"
         for line in lines
     )
     return f'<ul class="legend">{items}</ul>'

@@ -20,7 +20,7 @@ def lengths_figure(lengths: np.ndarray) -> str:
     edges = np.unique(np.linspace(0, longest, min(longest, 40) + 1).astype(np.int64))
     counts, _ = np.histogram(lengths, edges)
     median = float(np.median(lengths))
-    told = (
+    words = (
         f"{len(lengths):,} documents, median {median:,.0f} tokens, "
         f"99 % within {np.percentile(lengths, 99):,.0f}, longest {longest:,}"
     )
@@ -30,7 +30,7 @@ def lengths_figure(lengths: np.ndarray) -> str:
         f"{a:,}–{b:,} tokens" if a != b else f"{a:,} tokens"
         for a, b in zip(edges[:-1], upper, strict=True)
     ]
-    return _figure("Length of the documents", told, counts, names, edges, lambda x: f"{x:,.0f}")
+    return _figure("Length of the documents", words, counts, names, edges, lambda x: f"{x:,.0f}")
 
 
 def fills_figure(fills: np.ndarray, width: int) -> str:
@@ -42,14 +42,14 @@ def fills_figure(fills: np.ndarray, width: int) -> str:
     edges = np.linspace(lowest, 1, 41)
     counts, _ = np.histogram(share, edges)
     full = int((fills == width).sum())
-    told = f"{len(fills):,} rows, {full:,} full, {100 * share.mean():.2f} % of all places filled"
+    words = f"{len(fills):,} rows, {full:,} full, {100 * share.mean():.2f} % of all places filled"
     names = [f"{100 * a:.1f}–{100 * b:.1f} % filled" for a, b in pairwise(edges)]
-    return _figure("Fill of the rows", told, counts, names, edges, lambda x: f"{100 * x:.4g} %")
+    return _figure("Fill of the rows", words, counts, names, edges, lambda x: f"{100 * x:.4g} %")
 
 
 def _figure(
     title: str,
-    told: str,
+    words: str,
     counts: np.ndarray,
     names: list[str],
     edges: np.ndarray,
@@ -72,9 +72,9 @@ def _figure(
     at = {"start": 0, "end": WIDTH, "middle": peak}[anchor]
     middle = (edges[0] + edges[-1]) / 2
     return (
-        f"<figure><figcaption>{escape(title)}<small>{escape(told)}</small></figcaption>"
+        f"<figure><figcaption>{escape(title)}<small>{escape(words)}</small></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}: {escape(told)}">'
+        f'aria-label="{escape(title)}: {escape(words)}">'
         f'{"".join(bars)}<line class="axis" x1="0" y1="{BASE}" x2="{WIDTH}" y2="{BASE}"/>'
         f'<text x="{at:.1f}" y="{TOP - 5}" text-anchor="{anchor}">{highest:,}</text>'
         f'<text x="0" y="{HEIGHT - 6}">{label(edges[0])}</text>'

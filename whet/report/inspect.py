@@ -15,7 +15,7 @@ from whet.report.terminal import choose_ink, header_lines, row_lines
 
 T = TypeVar("T")
 PAGE_ROWS = 1000
-"""Rows on a page unless --rows says otherwise."""
+"""Rows on a page without --rows."""
 
 
 def main(config: Config) -> None:

@@ -36,14 +36,16 @@ def embedded(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A section with a table; nothing without rows."""
+def table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "words"
+) -> str:
+    """A section with a table; nothing without rows. `kind` is the cells' class: words are wide."""
     if not rows:
         return ""
-    top = "".join(f'<th scope="col" class="words">{escape(word)}</th>' for word in head)
+    top = "".join(f'<th scope="col" class="{kind}">{escape(word)}</th>' for word in head)
     body = "".join(
-        f'<tr><th scope="row" class="words">{escape(row[0])}</th>'
-        + "".join(f'<td class="words">{escape(cell)}</td>' for cell in row[1:])
+        f'<tr><th scope="row" class="{kind}">{escape(row[0])}</th>'
+        + "".join(f'<td class="{kind}">{escape(cell)}</td>' for cell in row[1:])
         + "</tr>"
         for row in rows
     )

@@ -1,6 +1,6 @@
 """The text of each token in some rows, made safe and visible.
 
-A token's text is what it adds to the text before it, so each id is decoded behind an anchor:
+A token's text is what it adds to the text before it, so each id is decoded after an anchor:
 alone, many decoders would swallow its leading space. A character that is split among tokens is
 shown at the first of them and the others are empty; bytes that form no character are shown as
 `<E2>`, and characters that move the cursor, hide, or turn the direction of writing by their code

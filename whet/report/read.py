@@ -82,7 +82,7 @@ def _notes(store: PackedStore) -> list[str]:
 
 
 def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | None", str]:
-    """The file's tokenizer, and what to tell of it. That the recorded one is gone is no error."""
+    """The file's tokenizer, and a line about it. That the recorded one is gone is no error."""
     recorded = store.attrs.get("settings", {}).get("tokenizer")
     path = wanted or (Path(recorded) if recorded and Path(recorded).exists() else None)
     if path is None:

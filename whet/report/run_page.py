@@ -43,7 +43,7 @@ def page(runs: Sequence[Run], refresh: int = 0) -> str:
         title=escape(", ".join(names)),
         refresh=f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
         summary=_summary(runs, names),
-        plans=_plans(runs, names),
+        plans="".join(_plan(r, name) for r, name in zip(runs, names, strict=True)),
         curves="".join(_curves(runs, names)),
         samples="".join(_samples(r, name) for r, name in zip(runs, names, strict=True)),
         incidents=_incidents(runs, names),
@@ -80,28 +80,28 @@ def _unfinished(run: Run, seconds: Sequence[float]) -> str:
     return f"not finished, {duration(left)} of steps left"
 
 
-def _plans(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """What `whet plan` or --auto measured before a run, and what the run then took."""
-    rows = []
-    for run, name in zip(runs, names, strict=True):
-        plan, seconds = run.about.get("plan"), [value for _, value in run.points("seconds")]
-        if not isinstance(plan, dict) or not seconds:
-            continue
-        typical, count = statistics.median(seconds), run.total or len(seconds)
-        rates = [rate for _, rate in run.points("tokens_per_s")]
-        tokens = sum(rate * taken for rate, taken in zip(rates, seconds, strict=False))
-        whole = sum(seconds) + (count - len(seconds)) * typical
-        peak = max((value for _, value in run.points("memory_gb")), default=0.0)
+def _plan(run: Run, name: str) -> str:
+    """What `whet plan` or --auto measured before a run, and what the run has taken so far."""
+    plan, seconds = run.about.get("plan"), [value for _, value in run.points("seconds")]
+    if not isinstance(plan, dict) or not seconds:
+        return ""
+    typical, count = statistics.median(seconds), run.total or len(seconds)
+    rates = [rate for _, rate in run.points("tokens_per_s")]
+    tokens = sum(rate * taken for rate, taken in zip(rates, seconds, strict=False))
+    whole = sum(seconds) + (count - len(seconds)) * typical
+    peak = max((value for _, value in run.points("memory_gb")), default=0.0)
+    step = plan["seconds_per_step"]
+    rows = [
+        [what, shown(planned), shown(found), f"{100 * (found / planned - 1):+.0f} %"]
         for what, planned, found, shown in (
             ("peak memory", plan["memory_gb"], peak, "{:.2f} GB".format),
-            ("a step, median", plan["seconds_per_step"], typical, "{:.3g} s".format),
-            ("tokens a second", plan["tokens_per_s"], tokens / sum(seconds), "{:,.0f}".format),
-            (f"all {count:,} steps", count * plan["seconds_per_step"], whole, duration),
-        ):
-            off = f"{100 * (found / planned - 1):+.0f} %" if planned else ""
-            rows.append([name, what, shown(planned), shown(found), off])
-    head = ("run", "", "plan", "run so far" if not all(r.finished for r in runs) else "run", "off")
-    return table("The plan against what happened", head, rows)
+            ("a step", step, typical, "{:.3g} s".format),
+            ("tokens/s", plan["tokens_per_s"], tokens / sum(seconds), "{:,.0f}".format),
+            (f"{count:,} steps", count * step, whole, duration),
+        )
+    ]
+    title = f"The plan against what happened: {name}"
+    return table(title, ("number", "plan", "run", "off"), rows, kind="number")
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:

@@ -137,7 +137,7 @@ def _as_a_new_run(config: TrainSettings, command: str) -> str:
 def frozen_fingerprint(model: nn.Module) -> str:
     """Distinguishes the weights that are not trained, by some numbers of each; "" without any.
 
-    Those packed in 4 bits are left out: another device may round them otherwise.
+    Those packed in 4 bits are left out: another device may round them differently.
     """
     frozen = {
         name: weight

@@ -139,7 +139,7 @@ def _train(
         if ended_by:
             run.say(f"stopped at step {run.facts.step}, saved; add --resume to go on")
             return 128 + ended_by
-        return _finish(config, command, stage, run)
+        return _finish(stage, run)
     finally:
         run.finish_saving()
         run.close()
@@ -172,7 +172,7 @@ def resolve(config: C, ranks: Ranks) -> C:
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(ranks.device) else "float32"
     micro = config.micro_batch_size or DEFAULT_MICRO_BATCH
-    # A continued run must not compute otherwise because it woke up on another machine.
+    # A continued run keeps its precision, also on another machine.
     saved = config.out / "config.toml"
     if config.precision == "auto" and saved.is_file() and continues(config):
         precision = read_toml(type(config), saved).get("precision", precision)
@@ -260,7 +260,7 @@ def _print_header(
         run.say(f"  {'resumes':<10} at step {run.facts.step} of {stage.total_steps}")
 
 
-def _finish(config: TrainSettings, command: str, stage: Stage, run: RunFolder) -> int:
+def _finish(stage: Stage, run: RunFolder) -> int:
     """Write the final model; a kill in the middle of it is made good by `--resume`."""
     metrics = last_metrics(run.path / "metrics.jsonl") if run.ranks.first else {}
     stage.save_model(stage.model, run.path, metrics)

@@ -197,7 +197,7 @@ def read_into(target: Tensor, stored: Stored, begin: int = 0, transpose: bool = 
     count = rows if transpose else len(target) if stored.shape else 1
     for at in range(0, count, step):
         try:
-            with safe_open(stored.file, framework="pt") as file:  # opened anew: the old map goes
+            with safe_open(stored.file, framework="pt") as file:  # opened again: the old map goes
                 if not stored.shape:
                     target.copy_(file.get_tensor(stored.name))
                 elif transpose:

@@ -94,7 +94,7 @@ def continue_adapter(model: Transformer, directory: Path) -> LoRA:
     Raises UserError if it holds whole matrices other than a score, or an adapter of the embedding
     or the head: Whet would not train these.
     """
-    whole = [name for name in read_peft_config(directory).whole if name not in SCORES]
+    whole = [name for name in read_peft_config(directory).modules_to_save if name not in SCORES]
     ends = re.compile(r"(lm_head|embed_tokens|wte)\.(lora_|.*weight)|\.base_layer\.")
     if not whole and (directory / WEIGHTS).is_file():
         whole = [name for name in open_safetensors(directory / WEIGHTS) if ends.search(name)]
@@ -125,12 +125,12 @@ def load_adapter(model: Transformer, directory: str | Path) -> LoRA:
     adapted = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
     own = isinstance(model, Transformer)
     return LoRA(
-        rank=config.rank,
-        alpha=config.alpha,
+        rank=config.r,
+        alpha=config.lora_alpha,
         targets=",".join(k for k in (LINEARS if own else adapted) if k in adapted),
-        dropout=config.dropout,
-        rslora=config.rslora,
-        dora=config.dora,
+        dropout=config.lora_dropout,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
     )
 
 
@@ -140,7 +140,7 @@ def _put_all(
     """Put all of `tensors` on `model`. Raises UserError if they are not those of `config`."""
     missing: list[str] = []
     if isinstance(model, Transformer):
-        if config.task == "SEQ_CLS":
+        if config.task_type == "SEQ_CLS":
             add_score(model)
         freeze(model)
         missing += put_whole(model, config, tensors, vocab_size)
@@ -151,11 +151,11 @@ def _put_all(
         )
     else:
         freeze(model)
-    kinds = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] * config.dora))
+    kinds = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] * config.use_dora))
     for module, names in family_modules(model).items():
         keys = [f"{PREFIX}{module}.{kind}" for kind in kinds]
         there = [key for key in keys if key in tensors]
-        if not (there if config.targets is None else config.targeted(module)):
+        if not (there if config.target_modules is None else config.targeted(module)):
             continue
         missing += [key for key in keys if key not in tensors]
         if len(there) == len(keys):
@@ -173,7 +173,7 @@ def _refuse_misfits(missing: list[str], left: Mapping[str, Tensor], config: Peft
             f"{len(missing)} tensors that {CONFIG} speaks of are missing, "
             f"such as {missing[0]}; the two files are not of one adapter, or one is damaged"
         )
-    if any(name.endswith("lora_magnitude_vector") for name in left) and not config.dora:
+    if any(name.endswith("lora_magnitude_vector") for name in left) and not config.use_dora:
         raise UserError(
             f"it holds DoRA's magnitudes, but use_dora is false in {CONFIG}; "
             "the two files are not of one adapter"
@@ -204,7 +204,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _vocabulary(config: PeftConfig, directory: Path) -> int:
     """How many rows the base's embedding must have for the adapter's token rows."""
-    said = config.rows
+    said = config.trainable_token_indices
     ids = [i for row_ids in said.values() for i in row_ids] if isinstance(said, dict) else said
     lineage = directory / "whet.json"
     saved = read_json(lineage).get("vocab_size", 0) if lineage.is_file() else 0
@@ -245,7 +245,7 @@ def _put_adapter(
         magnitudes,
         strict=True,
     ):
-        layer = LoRALinear(base, len(own_a), scale, config.dropout, m is not None)
+        layer = LoRALinear(base, len(own_a), scale, config.lora_dropout, m is not None)
         layer.a.data.copy_(own_a)
         layer.b.data.copy_(own_b)
         if m is not None and layer.magnitude is not None:

@@ -98,14 +98,14 @@ def _put_adapter(
     model: Transformer, name: str, module: str, config: PeftConfig, tensors: dict[str, Tensor]
 ) -> list[str]:
     """Merge the adapter of the embedding or the head, if there is one, into its matrix."""
-    kinds = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] * config.dora)]
+    kinds = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] * config.use_dora)]
     if name == "embed":
         kinds = ["lora_embedding_A", "lora_embedding_B"]
     keys = [f"{PREFIX}{module}.{kind}" for kind in kinds]
     there = [key for key in keys if key in tensors]
     if not there and not (config.names_targets and config.targeted(module)):
         return []
-    if name == "embed" and config.dora:
+    if name == "embed" and config.use_dora:
         raise UserError(f"DoRA on {module} is not supported; merge it by PEFT")
     if len(there) < len(keys):
         return [key for key in keys if key not in tensors]
