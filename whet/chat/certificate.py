@@ -38,7 +38,7 @@ class Refusal:
 
 def refusal_of(datum: Any, kind: str, reason: str) -> Refusal:
     """The refusal of a whole datum: a conversation, a text, ids or a preference."""
-    return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
+    return Refusal(kind, f"{datum.at.where}: {reason}", datum.at.source, datum.at.line)
 
 
 class Refused(UserError):  # noqa: N818 -- an answer, not an accident

@@ -12,6 +12,7 @@ from typing import Any
 from whet.chat.conversation import (
     Conversation,
     Message,
+    Origin,
     RawText,
     Tokenised,
     from_json,
@@ -22,7 +23,6 @@ from whet.data.preferences import LABEL_KEYS, Preference, read_labelled, read_pa
 from whet.data.record import (
     LISTS_OF_MESSAGES,
     SYSTEM_KEYS,
-    Origin,
     Record,
     check_meaning,
     first_of,
@@ -153,8 +153,7 @@ def _conversation(
         messages,
         tools=tools,
         documents=record.get("documents"),
-        source=at.source,
-        line=at.line,
+        at=at,
         extra=rest(record, *used, *TOOLS_KEYS, *SYSTEM_KEYS, "documents"),
     )
 
@@ -304,7 +303,7 @@ def _gsm8k(record: Record, at: Origin) -> Conversation:
 
 def _raw_text(record: Record, at: Origin) -> RawText:
     text = text_of(record, "text", at, empty=False)
-    return RawText(text, at.source, at.line, rest(record, "text"))
+    return RawText(text, at, rest(record, "text"))
 
 
 def _labelled(record: Record, at: Origin) -> Preference:
