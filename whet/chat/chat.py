@@ -57,6 +57,11 @@ class Chat:
         default_factory=dict, init=False, repr=False
     )  # encoders, made once
 
+    @property
+    def templates(self) -> list[ChatTemplate]:
+        """The template, and the one for tools if there is one."""
+        return [template for template in (self.template, self.tool_template) if template]
+
     @cached_property
     def dialect(self) -> Dialect:
         """What the template does with conversations, found by trying it with the variables."""
@@ -81,8 +86,7 @@ class Chat:
     @cached_property
     def joints(self) -> Joints:
         """Tells which texts a template could make control strings of."""
-        templates = (self.template, self.tool_template)
-        return Joints(self.control, " ".join(t.source for t in templates if t))
+        return Joints(self.control, " ".join(t.source for t in self.templates))
 
     @cached_property
     def alternatives(self) -> list[tuple[dict[str, Any], "Chat"]]:
@@ -133,8 +137,7 @@ class Chat:
         Raises UserError for a variable that no template of it reads, and for what is no date.
         """
         check_names(variables, "--template_kwargs")
-        templates = [self.template, *([self.tool_template] if self.tool_template else [])]
-        known = frozenset().union(*(t.variables for t in templates))
+        known = frozenset().union(*(t.variables for t in self.templates))
         unknown = sorted(variables.keys() - known)
         if unknown:
             some = sorted(known - TAKEN - set(self.tokenizer.named))
@@ -165,10 +168,11 @@ class Chat:
     def as_dict(self) -> dict[str, str | None]:
         """What conversations are rendered with, besides the tokenizer: for a packed file."""
         chat = self.settled()
+        dated = any("strftime_now" in template.source for template in self.templates)
         return {
             "template": chat.template.source,
             "tool_template": chat.tool_template.source if chat.tool_template else None,
-            "date": self.today.isoformat() if self._is_dated else None,
+            "date": self.today.isoformat() if dated else None,
         }
 
     def rendering_as(self, recorded: dict[str, Any], where: str) -> "Chat":
@@ -179,11 +183,6 @@ class Chat:
         template, tool = (ChatTemplate(str(text), f"{where}: chat template") for text in texts)
         today = read_date(recorded["date"]) if recorded.get("date") else self.today
         return Chat(self.tokenizer, template, tool if tool.source else None, {}, today)
-
-    @property
-    def _is_dated(self) -> bool:
-        templates = [self.template, self.tool_template]
-        return any("strftime_now" in template.source for template in templates if template)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without what was found out by trying the template."""

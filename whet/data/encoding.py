@@ -211,8 +211,7 @@ class BlockEncoder:
     @cached_property
     def _template_words(self) -> set[str]:
         """The words of the templates, which may read any key of a message."""
-        templates = (self.chat.template, self.chat.tool_template)
-        return set(re.findall(r"\w+", " ".join(t.source for t in templates if t)))
+        return set(re.findall(r"\w+", " ".join(t.source for t in self.chat.templates)))
 
 
 def sides_of(datum: Datum) -> tuple[Conversation | RawText | Tokenised, ...]:
