@@ -215,7 +215,8 @@ def _show_result(
     say(f"\nThe base, asked in its own way: {problem.story} …\n{wrapped(continued)}")
     say("\nSFT taught it to answer. Counting it had learnt before. Chat on:\n")
     chat = [whet(), "chat", str(out / "sft")]
-    for words in (chat, [*chat, "--prompt", problem.question]):
+    serve = [whet(), "serve", str(out / "base"), str(out / "sft")]  # side by side in the browser
+    for words in (chat, [*chat, "--prompt", problem.question], serve):
         say(textwrap.indent(folded(words), "  "))
 
 
