@@ -320,7 +320,7 @@ def open_curves(folder: Path, step: int, wandb_project: str | None, config: dict
             str(folder / "tensorboard"), purge_step=step + 1 if step else None
         )
     else:
-        curves.missing.append("tensorboard is not installed: no curves; pip install tensorboard")
+        curves.missing.append("tensorboard is not installed, so the report alone has the curves")
     if wandb_project:
         curves.wandb = _open_wandb(folder, wandb_project, config)
     return curves
