@@ -8,6 +8,7 @@ import torch
 from whet.model.attention import repeated_size
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
+from whet.model.foreign import ForeignModel
 
 
 def batch(step, rows=3, length=256, vocab=512):
@@ -36,16 +37,40 @@ def work():
     return model, torch.optim.AdamW(model.parameters())
 
 
-def test_no_product_is_compiled_after_the_first_steps(work, capfd):
+def compiled_products(model, optimizer, capfd, steps):
+    """How many products are compiled in each step."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
     created = []
-    for step in range(24):
+    for step in range(steps):
         with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
-            train(*work, step)
+            train(model, optimizer, step)
         created.append(capfd.readouterr().out.count("create:cache_miss"))
     assert sum(created[:4]) > 10, "what is counted are compiled products"
-    assert created[12:] == [0] * 12
+    return created
+
+
+def test_no_product_is_compiled_after_the_first_steps(work, capfd):
+    assert compiled_products(*work, capfd, steps=24)[12:] == [0] * 12
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "bloom"])
+def test_so_it_is_for_other_architectures(kind, capfd):
+    """Documents in a row, kept apart by positions, and a document a row."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind,
+        vocab_size=512,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=128,
+    )
+    model = ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
+    assert model.way == ("positions" if kind == "gpt_neox" else "alone")
+    created = compiled_products(model, torch.optim.AdamW(model.parameters()), capfd, steps=24)
+    assert sum(count > 0 for count in created[10:]) <= 2, "rarely a number of rows is new"
 
 
 @pytest.mark.slow

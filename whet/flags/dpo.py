@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from whet.config import FIRST, InputFile, PackedFile, above_0, from_0
-from whet.flags.training import Measured, Model, TrainSettings, Tuning, tuning_flaws
+from whet.flags.training import Memory, Model, TrainSettings, Tuning, tuning_flaws
 
 Loss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 SMOOTHED = ("dpo", "simpo")
@@ -46,7 +46,7 @@ class Preference:
 
 
 @dataclass(kw_only=True)
-class Config(Measured, TrainSettings, Tuning, Preference, Pairs, Model):
+class Config(Memory, TrainSettings, Tuning, Preference, Pairs, Model):
     """Train a model on pairs of a better and a worse reply (DPO and its relatives).
 
     whet dpo --model runs/sft --data data/preferences.h5 --dev data/preferences_dev.h5 \\

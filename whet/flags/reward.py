@@ -5,7 +5,7 @@ from typing import Annotated
 
 from whet.config import from_0
 from whet.flags.dpo import Pairs
-from whet.flags.training import Measured, Model, TrainSettings, Tuning, tuning_flaws
+from whet.flags.training import Memory, Model, TrainSettings, Tuning, tuning_flaws
 
 
 @dataclass(kw_only=True)
@@ -19,7 +19,7 @@ class Judging:
 
 
 @dataclass(kw_only=True)
-class Config(Measured, TrainSettings, Tuning, Judging, Pairs, Model):
+class Config(Memory, TrainSettings, Tuning, Judging, Pairs, Model):
     """Train a reward model on pairs of a better and a worse reply.
 
     whet reward --model runs/sft --data data/preferences.h5 --dev data/preferences_dev.h5 \\

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from whet.config import FIRST, InputFile, PackedFile, above_0
-from whet.flags.training import Measured, Model, TrainSettings, Tuning, tuning_flaws
+from whet.flags.training import Memory, Model, TrainSettings, Tuning, tuning_flaws
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,7 @@ class Data:
 
 
 @dataclass(kw_only=True)
-class Config(Measured, TrainSettings, Tuning, Data, Model):
+class Config(Memory, TrainSettings, Tuning, Data, Model):
     """Fine-tune a base model on packed rows.
 
     whet sft --model runs/base --data data/sft_packed.h5 --dev data/sft_dev_packed.h5 \\

@@ -169,12 +169,6 @@ class Memory:
     recompute: Annotated[Recompute, FREE] = "none"
     """Recompute activations in the backward pass instead of keeping them: less memory, more
     work."""
-
-
-@dataclass(kw_only=True)
-class Measured(Memory):
-    """Memory."""
-
     auto: Annotated[bool, FREE] = False
     """Measure first, as `whet plan` does, and take its --micro_batch_size and --recompute."""
     memory_gb: Annotated[float | None, above_0, FREE] = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
-from whet.model.loss import TokenLoss, product_type, spread, token_loss
+from whet.model.loss import TokenLoss, compiles_each_shape, product_type, spread, token_loss
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
 
@@ -231,9 +231,7 @@ class Transformer(nn.Module):
             plan = plan_documents(tokens.shape, tokens.device, segments, weight)
         if positions is not None:
             plan = plan.at(positions)
-        filled = (
-            tokens.device.type == "cpu" and product_type(next(self.parameters())) == torch.bfloat16
-        )
+        filled = compiles_each_shape(next(self.parameters()))
         if targets is None and not self.config.score:
             plan = plan.filled() if filled else plan
             x = plan.unpack(self._layers(plan.pack(tokens), plan), tokens.shape)

@@ -16,11 +16,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whet.errors import UserError
-from whet.model.attention import KVCache
-from whet.model.loss import TokenLoss, token_loss
+from whet.model.attention import KVCache, repeated_size
+from whet.model.loss import TokenLoss, compiles_each_shape, token_loss
 from whet.model.recompute import Recompute, run_layer
 
 Way = Literal["positions", "mask", "alone"]
@@ -32,6 +33,8 @@ _LIMITS = (
     *("n_ctx", "seq_length", "context_length", "max_target_positions"),
 )
 _UNLIMITED = 1 << 20
+ROWS = 16
+"""Rows of one document each come in multiples of it where each shape is compiled and kept."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,11 @@ class ForeignModel(nn.Module):
         assert weight is not None, "targets need weights"
         where = weight.flatten().nonzero()[:, 0]
         head = self.inner.get_output_embeddings()
+        trained = hidden.flatten(0, 1)[where]
+        if compiles_each_shape(head.weight):
+            trained = F.pad(trained, (0, 0, 0, repeated_size(len(where)) - len(where)))
         return token_loss(
-            hidden.flatten(0, 1)[where],
+            trained,
             head.weight,
             targets,
             weight,
@@ -225,9 +231,12 @@ class ForeignModel(nn.Module):
         begins[:, 0] = True
         document = begins.flatten().cumsum(0) - 1
         place = restarted.flatten()
-        rows = tokens.new_zeros(int(document[-1]) + 1, int(place.max()) + 1)
+        count, longest = int(document[-1]) + 1, int(place.max()) + 1
+        if compiles_each_shape(self.inner.get_input_embeddings().weight):
+            count, longest = -(-count // ROWS) * ROWS, repeated_size(longest)
+        rows = tokens.new_zeros(count, longest)
         rows[document, place] = tokens.flatten()
-        lengths = document.bincount()
+        lengths = document.bincount(minlength=count)
         return self._rows(rows, lengths)[document, place].view(*tokens.shape, -1)
 
     def _logits(self, hidden: Tensor, logits_at: Tensor | None) -> Tensor:

@@ -194,6 +194,12 @@ def product_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
+def compiles_each_shape(weight: Tensor) -> bool:
+    """Whether a product with `weight` is compiled, and kept, for each shape: bf16 on a CPU, where
+    oneDNN multiplies. There sizes are to be few: see `attention.repeated_size`."""
+    return weight.device.type == "cpu" and product_type(weight) == torch.bfloat16
+
+
 def chunk_tokens(vocab_size: int, device: torch.device, dtype: torch.dtype) -> int:
     """How many tokens' logits exist at a time: up to 64 MiB of them in `dtype`, the type of
     products, on a CPU; on a GPU, which softmaxes all of them at once, 256 MiB in float32.

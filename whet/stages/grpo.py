@@ -144,7 +144,8 @@ def frozen_reference(
 
 def main(config: Config) -> int:
     """`whet grpo`."""
-    return run_stage(config, "grpo", build, partial(with_proposal, build=build))
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "grpo", build, fit)
 
 
 def documents(config: Config) -> Documents:

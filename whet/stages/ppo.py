@@ -138,7 +138,8 @@ def main(config: Config) -> int:
     critic = f"re:^critic[.]={config.critic_lr:g}"
     if critic not in config.lr_groups:  # a resumed run's own flags have it
         config = replace(config, lr_groups=(*config.lr_groups, critic))
-    return run_stage(config, "ppo", build, partial(with_proposal, build=build))
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, "ppo", build, fit)
 
 
 def documents(config: Config) -> Documents:
