@@ -42,27 +42,21 @@ def write(made: World, seed: int, folder: Path, size: Size) -> None:
     drawn = world.distinct(rng, held_out)
     asked = list(islice(drawn, size.prompts))
     judged = list(islice((p for p in drawn if p.kind in SHOWN_KINDS), 2 * size.preferences))
-    world.write_lines(
-        folder / "two_styles.jsonl",
-        ({"instruction": p.question, "response": answer(p, rng.random() < 0.5)} for p in shown),
-    )
-    world.write_lines(
-        folder / "prompts.jsonl", ({"question": p.question, "answer": p.answer} for p in asked)
-    )
-    world.write_lines(
-        folder / "styles.jsonl",
-        (
+    files = {
+        "two_styles": (
+            {"instruction": p.question, "response": answer(p, rng.random() < 0.5)} for p in shown
+        ),
+        "prompts": ({"question": p.question, "answer": p.answer} for p in asked),
+        "styles": (
             {"prompt": p.question, "chosen": answer(p, True), "rejected": answer(p, False)}
             for p in judged[: size.preferences]
         ),
-    )
-    world.write_lines(
-        folder / "defects.jsonl",
-        (
+        "defects": (
             {"prompt": p.question, "chosen": p.answer, "rejected": with_defect(p, rng)}
             for p in judged[size.preferences :]
         ),
-    )
+    }
+    world.write_files(folder, files)
     (folder / "style.py").write_text(STYLE, encoding="utf-8")
 
 
