@@ -48,7 +48,7 @@ print(before, held, resident())
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's own")
 def test_the_largest_blocks_are_given_back() -> None:
-    """Kept, they would leave holes among the others: a sixth of the peak of training by row."""
+    """Kept, they would leave holes among the others: an eighth of the peak of training by row."""
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
     before, held, after = map(int, done.stdout.split())
     assert held - before > 150e6
