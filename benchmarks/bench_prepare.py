@@ -96,7 +96,7 @@ def copies(source: Path, target: Path, repeat: int) -> None:
             for unit in read_units(str(source)):
                 datum = to_example(parse(unit), None, str(source), unit.line)
                 if not isinstance(datum, Conversation):
-                    raise SystemExit(f"{datum.where}: is no conversation")
+                    raise SystemExit(f"{datum.at.where}: is no conversation")
                 messages = [dict(message) for message in datum.messages]
                 messages[0]["content"] = f"({copy}) {messages[0]['content']}"
                 file.write(json.dumps({"messages": messages}) + "\n")

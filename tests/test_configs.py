@@ -16,6 +16,7 @@ from whet.model.hf.config import from_hf
 from whet.stages.pretrain import check
 
 CONFIGS = sorted(SHIPPED.glob("*.toml"))
+RECIPES = [path for path in CONFIGS if path.stem.endswith("gb")]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -40,9 +41,7 @@ def test_config_is_accepted(path, tmp_path, monkeypatch):
         check(config)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.stem.endswith("gb")], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_what_is_held_all_the_time_leaves_room_on_the_gpu(path):
     """Weights, gradients and moments, counted; `whet plan` measures the rest."""
     values = read_toml(config_class("sft"), path)
@@ -90,7 +89,7 @@ def parameters(model: str, layers: int) -> int:
 def test_the_parameters_that_a_recipe_states_are_those_of_the_model(model):
     one, two = (parameters(model, layers) for layers in (1, 2))
     count = one + (SHAPES[model][2] - 1) * (two - one) + TOWER.get(model, 0)
-    texts = [path.read_text() for path in CONFIGS if path.stem.endswith("gb")]
+    texts = [path.read_text() for path in RECIPES]
     stated = [float(t.splitlines()[1].split()[1]) for t in texts if f'model = "{model}"' in t]
     assert stated
     assert stated == pytest.approx([count / 1e9] * len(stated), rel=0.01)
@@ -99,7 +98,7 @@ def test_the_parameters_that_a_recipe_states_are_those_of_the_model(model):
 def test_each_model_has_its_recipes():
     """All weights and an adapter on one GPU; from 3 B on, all weights on eight GPUs, too."""
     for model in SHAPES:
-        found = [path for path in CONFIGS if f'model = "{model}"' in path.read_text()]
+        found = [path for path in RECIPES if f'model = "{model}"' in path.read_text()]
         billions = float(found[0].read_text().splitlines()[1].split()[1])
         stems = " ".join(path.stem for path in found)
         assert "full_" in stems

@@ -6,11 +6,15 @@ import io
 import json
 import re
 import shlex
+import textwrap
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY
 from whet.cli import COMMANDS, config_class, main
+from whet.command_line import _take_config_flag, read_flags
+from whet.config import SHIPPED, read_toml
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
@@ -32,27 +36,71 @@ def test_links_lead_somewhere(page) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The code blocks of a page, fenced or indented, each with what `<!-- needs … -->` says."""
+    block = r"```(?:bash)?\n(.*?)^```|((?:^    [^\n]*\n|^\n(?=    ))+)"
+    found = re.findall(rf"(?:^<!-- needs (.*?) -->\n\n?)?^(?:{block})", text, flags=re.S | re.M)
+    return [(needs, textwrap.dedent(fenced or indented)) for needs, fenced, indented in found]
+
+
+def lines(block: str) -> list[str]:
+    """Its command lines, without comments, settings of the environment and optional parts."""
+    whole = re.sub(r"\s*\\\n\s*", " ", block).splitlines()
+    plain = [re.sub(r"\[.*?\]|\s#.*", "", line).strip() for line in whole]
+    return [line for line in plain if re.match(rf"({PROGRAMS})\b", line)]
+
+
+PROGRAMS = "whet(?!/)|torchrun|python|make|pip|vllm|srun|lm_eval|llama-server|ollama|VLLM_\\S+"
+
+
 def commands(text: str) -> list[list[str]]:
-    """The `whet …` lines of the code blocks, without comments and optional parts."""
-    blocks = re.findall(r"```(?:\w*)\n(.*?)```", text, flags=re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    found = [line.split("#")[0] for line in lines if line.strip().startswith("whet ")]
-    return [shlex.split(re.sub(r"\[.*?\]", "", line)) for line in found]
+    """The `whet …` lines of the unmarked blocks."""
+    found = [line for needs, block in blocks(text) if not needs for line in lines(block)]
+    return [shlex.split(line) for line in found if line.startswith("whet ")]
+
+
+def parsed(words: list[str]) -> None:
+    """Parse `whet COMMAND FLAGS` as the command does, but for files, which need not be there."""
+    command, flags = words[0], words[1:]
+    assert command in COMMANDS, command
+    config, flags = _take_config_flag(flags)
+    values = read_flags(config_class(command), flags, command)
+    shipped = SHIPPED / f"{Path(config or '').stem}.toml"
+    if config and shipped.is_file():
+        values |= read_toml(config_class(command), shipped)
+    assert not config or not config.startswith("configs/") or (REPOSITORY / config).is_file()
+    required = [
+        field.name
+        for field in dataclasses.fields(config_class(command))
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
+    assert config or set(required) <= values.keys(), required
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_commands_on_the_pages_exist_with_their_flags(page) -> None:
-    for words in commands(page.read_text(encoding="utf-8")):
-        if words[1] in ("COMMAND", "--help"):
-            continue
-        assert words[1] in COMMANDS, f"{page.name}: {' '.join(words)}"
-        names = {field.name for field in dataclasses.fields(config_class(words[1]))} | {
-            "config",
-            "help",
-        }
-        flags = {word[2:].split("=")[0] for word in words if word.startswith("--")}
-        flags = {flag.removeprefix("no_") if flag not in names else flag for flag in flags}
-        assert flags <= names, f"{page.name}: {' '.join(words)}: {flags - names}"
+def test_each_command_of_the_pages_is_one_or_says_what_it_needs(page) -> None:
+    """`whet` commands are parsed; other programs stand in blocks that say what they need."""
+    for needs, block in blocks(page.read_text(encoding="utf-8")):
+        for line in lines(block):
+            words = shlex.split(line)
+            if words[0] == "torchrun":
+                words = words[
+                    next(i for i, w in enumerate(words) if w in ("whet", "-m") or ".py" in w) :
+                ]
+                words = words[words[0] == "-m" :]
+                stage = re.fullmatch(r"scripts/train_(\w+)[.]py", words[0])
+                words = ["whet", stage[1], *words[1:]] if stage else words
+            if words[0] == "whet" and words[1] not in ("COMMAND", "--help"):
+                parsed(words[1:])
+            elif words[0] == "make":
+                makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+                assert re.search(rf"(?m)^{words[1]}:", makefile), line
+            elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks"):
+                assert (REPOSITORY / f"{words[2].replace('.', '/')}.py").is_file(), line
+            elif words[0] == "python" and words[1].startswith("scripts/"):
+                assert (REPOSITORY / words[1]).is_file(), line
+            else:
+                assert needs or words[0] in ("pip", "whet"), f"{page.name}: {line}"
 
 
 SMALL = {

@@ -43,12 +43,17 @@ def find_model(
 
 def check_name(name: str | Path) -> None:
     """Raise UserError if `name` is neither a path that is there nor a name as the Hub has them."""
+    if wrong := known_model(str(name)):
+        raise UserError(f"{name}: {wrong}")
+
+
+def known_model(name: str) -> str:
+    """A check of a flag: what is wrong with the path or Hub name of a model, or nothing."""
     path = Path(name)
     local = len(path.parts) == 2 and path.parent.is_dir()  # runs/sft beside other runs: a slip
-    if not path.exists() and (local or not _NAME.fullmatch(str(name))):
-        raise UserError(
-            f"{name}: there is no such path, and it is not a Hub name such as owner/model"
-        )
+    if path.exists() or (_NAME.fullmatch(name) and not local):
+        return ""
+    return "there is no such path, and it is not a Hub name such as owner/model"
 
 
 def is_adapter(path: Path) -> bool:
@@ -79,15 +84,6 @@ def hub_name(name: str) -> str:
     return "" if is_hub_name(name) else "expected a name on the Hub, such as owner/model"
 
 
-def known_model(name: str) -> str:
-    """`check_name` as a check of a flag: what is wrong, or nothing."""
-    try:
-        check_name(name)
-    except UserError as error:
-        return str(error).removeprefix(f"{name}: ")
-    return ""
-
-
 def _download(name: str, revision: str | None, quiet: bool, weights: bool) -> str:
     import huggingface_hub as hub
     from huggingface_hub.utils import disable_progress_bars
@@ -112,24 +108,14 @@ def _reason(error: Exception, revision: str | None) -> str:
 
     log_in = "log in (hf auth login, or HF_TOKEN)"
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub did not answer"
-    known = (
-        (
-            errors.GatedRepoError,
-            f"its owners ask for consent: accept the terms on the model's page, then {log_in}",
-        ),
-        (errors.RevisionNotFoundError, f"has no revision {revision}; see its page for branches"),
-        (
-            errors.RepositoryNotFoundError,
-            f"no such model on the Hub, and no such path; if it is private, {log_in}",
-        ),
-        (
-            errors.LocalEntryNotFoundError,
-            f"not (wholly) in the cache, and {why}; connect once to download it, or give a path",
-        ),
-    )
-    for kind, reason in known:
-        if isinstance(error, kind):
-            return reason
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owners ask for consent: accept the terms on the model's page, then {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision}; see its page for branches"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such model on the Hub, and no such path; if it is private, {log_in}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"not (wholly) in the cache, and {why}; connect once to download it, or give a path"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
         return f"no space in the cache {cache}; free some, or set HF_HOME to another disk"

@@ -22,14 +22,16 @@ from whet.errors import UserError
 
 SPACE = "▁"  # stands for a space in SentencePiece's pieces
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WHITESPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _BLANKS
+_WORDS = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _WHITESPACE
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _BLANKS
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _WHITESPACE
 )
 _LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"]
 _LLAMA3 += ["<|reserved_special_token_1|>", "<|finetune_right_pad_id|>"]
@@ -52,7 +54,9 @@ TIKTOKEN = {
     50_256: Vocabulary("r50k_base", _GPT2, {"<|endoftext|>": 50_256}),
     100_256: Vocabulary(
         "cl100k_base",
-        (_WORDS % "{1,3}").replace(_BLANKS, r"\s+(?![\s\S])|" + _BLANKS),  # blanks at the end: one
+        (_WORDS % "{1,3}").replace(
+            _WHITESPACE, r"\s+(?![\s\S])|" + _WHITESPACE
+        ),  # one at a text's end
         {
             "<|endoftext|>": 100_257,
             "<|fim_prefix|>": 100_258,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from whet.chat.conversation import read_conversation
+from whet.chat.conversation import Origin, read_conversation
 from whet.errors import UserError
 
 USER = {"role": "user", "content": "Hi"}
@@ -25,14 +25,14 @@ def test_parts_reasoning_weights_and_nulls() -> None:
         },
         {"role": "assistant", "content": None, "reasoning": "ha", "weight": 0, "refusal": None},
     ]
-    read = read_conversation(messages, source="f", line=3, extra={"id": 1})
+    read = read_conversation(messages, at=Origin("f", 3), extra={"id": 1})
     assert read.messages == [
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "c", "reasoning_content": "hm"},
         {"role": "assistant", "reasoning_content": "ha"},
     ]
     assert read.weights == [None, 0.5, 0.0]
-    assert read.where == "f:3"
+    assert read.at.where == "f:3"
     assert "weight" in messages[1], "the input is not changed"
 
 
@@ -94,7 +94,7 @@ BROKEN: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("messages", "reason"), BROKEN)
 def test_broken_messages(messages: Any, reason: str) -> None:
     with pytest.raises(UserError, match=f"^data.jsonl:12: .*{reason}") as caught:
-        read_conversation(messages, source="data.jsonl", line=12)
+        read_conversation(messages, at=Origin("data.jsonl", 12))
     assert "\n" not in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from tests.chat import rules, suite
 from tests.chat.suite import said, system, user
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.chat import Chat, load_tokenizer
-from whet.chat.conversation import Conversation, RawText, Tokenised, read_conversation
+from whet.chat.conversation import Conversation, Origin, RawText, Tokenised, read_conversation
 from whet.chat.encode import EncodeOptions, encode_chat, encode_many, encode_prompt
 from whet.chat.tokenizer import Tokenizer, train_tokenizer
 from whet.errors import UserError
@@ -88,7 +88,7 @@ def test_train_on_last(chatml: Chat) -> None:
 
 def test_nothing_trained_is_refused(chatml: Chat) -> None:
     drop = EncodeOptions(uncertain="drop")
-    ignored = encode_many([Tokenised([1, 2], [0, 0], "f", 3)], chatml, drop)[0]
+    ignored = encode_many([Tokenised([1, 2], [0, 0], Origin("f", 3))], chatml, drop)[0]
     assert isinstance(ignored, Refusal)
     assert (ignored.kind, ignored.line) == ("nothing_trained", 3)
     talk = [user("a"), said("b"), user("c"), said("d", weight=0)]
@@ -151,7 +151,7 @@ def test_a_variable_under_which_the_thinking_is_written_is_named(chatml: Chat) -
 def test_no_true_generation_prompt_is_refused_with_the_ways_out(chatml: Chat) -> None:
     chat = suite.with_template(chatml, OPENS_THINKING)
     options = EncodeOptions(template_kwargs={"think": "yes"})
-    talk = read_conversation([user("a"), said("one")], source="f.jsonl", line=7)
+    talk = read_conversation([user("a"), said("one")], at=Origin("f.jsonl", 7))
     with pytest.raises(Refused, match=r"f.jsonl:7: message 2 \(assistant\).*--template_kwargs"):
         encode_chat(talk, chat, options)
 
@@ -473,7 +473,11 @@ def test_raw_text_and_tokenised(chatml: Chat) -> None:
     assert not isinstance(made, Refusal)
     assert list(made.loss_mask) == [0, 0.5, 1]
     drop = EncodeOptions(uncertain="drop")
-    broken = [Tokenised([1], [1, 1], "f", 3), Tokenised([10**6], [1], "f", 4), RawText("")]
+    broken = [
+        Tokenised([1], [1, 1], Origin("f", 3)),
+        Tokenised([10**6], [1], Origin("f", 4)),
+        RawText(""),
+    ]
     for datum, reason in zip(broken, ("1 ids and 2", "id 1000000 is not", "empty"), strict=True):
         refusal = encode_many([datum], chatml, drop)[0]
         assert isinstance(refusal, Refusal)
@@ -482,7 +486,7 @@ def test_raw_text_and_tokenised(chatml: Chat) -> None:
 
 def test_encode_many_equals_encode_chat(chatml: Chat) -> None:
     talks = [read_conversation(m, tools=tools) for _, m, tools in suite.everything()]
-    talks.append(read_conversation([user("a"), said("b", weight=0)], source="x", line=9))
+    talks.append(read_conversation([user("a"), said("b", weight=0)], at=Origin("x", 9)))
     drop = EncodeOptions(uncertain="drop")
     for talk, many in zip(talks, encode_many(talks, chatml, drop), strict=True):
         if isinstance(many, Refusal):
@@ -620,7 +624,7 @@ def test_a_header_that_swallows_blanks(shared_data: Path) -> None:
 def test_half_a_character_is_refused(chatml: Chat) -> None:
     """Found by fuzzing: JSON can spell half of a surrogate pair, which has no UTF-8."""
     good = read_conversation([user("a"), said("b")])
-    bad = read_conversation([user("a\ud83d"), said("b")], source="some.jsonl", line=7)
+    bad = read_conversation([user("a\ud83d"), said("b")], at=Origin("some.jsonl", 7))
     first, second, third = encode_many(
         [good, bad, RawText("\udc00")], chatml, EncodeOptions(uncertain="drop")
     )

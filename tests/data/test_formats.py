@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from whet.chat.conversation import Conversation, RawText, Tokenised
+from whet.chat.conversation import Conversation, Origin, RawText, Tokenised
 from whet.data.formats import FIELDS, FORMATS, SIGNATURES, detect_format, to_example
 from whet.data.record import read_fields, renamed
 from whet.errors import UserError
@@ -102,7 +102,7 @@ def test_a_null_weight_does_not_train_the_prompt():
 
 
 def test_text_and_tokenised():
-    assert to_example({"text": " a "}, line=3) == RawText(" a ", line=3)
+    assert to_example({"text": " a "}, line=3) == RawText(" a ", Origin(line=3))
     assert to_example({"ids": [5, 6], "mask": [0, 0.5]}) == Tokenised([5, 6], [0.0, 0.5])
     assert to_example({"input_ids": [5, 6], "labels": [-100, 6]}).mask == [0.0, 1.0]
 

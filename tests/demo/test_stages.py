@@ -37,11 +37,10 @@ def test_what_the_stages_read(tmp_path: Path) -> None:
 
 def test_pairs_are_one_answer_in_both_styles(tmp_path: Path) -> None:
     shown = {"instruction": "a", "response": "<step>1+2=3</step><answer>3</answer>"}
-    world.write_lines(tmp_path / "two_styles.jsonl", [shown])
     own = ("<think>2+2=5</think><answer>5</answer>", "<think>2+2=4<answer>4", "4")
-    replies = tmp_path / "replies.jsonl"
-    world.write_lines(replies, ({"question": "b", "reply": text} for text in own))
-    stages.write_pairs(tmp_path, replies)
+    replies = [{"question": "b", "reply": text} for text in own]
+    world.write_files(tmp_path, {"two_styles": [shown], "replies": replies})
+    stages.write_pairs(tmp_path, tmp_path / "replies.jsonl")
     assert [tuple(record.values()) for record in read(tmp_path / "styles.jsonl")] == [
         ("a", "<think>1+2=3</think><answer>3</answer>", "<step>1+2=3</step><answer>3</answer>"),
         ("b", "<think>2+2=5</think><answer>5</answer>", "<step>2+2=5</step><answer>5</answer>"),

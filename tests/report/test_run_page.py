@@ -7,8 +7,7 @@ import pytest
 
 from whet.cli import main
 from whet.report.curves import MOST_POINTS, Line, chart
-from whet.report.run import read_run
-from whet.report.run_page import page
+from whet.report.run_page import page, read_run
 
 PROMPT = "<user>\nWhat is 2 < 3?"
 

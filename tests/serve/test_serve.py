@@ -234,6 +234,16 @@ REFUSED = {
     "long": ({"messages": [{"role": "user", "content": "one " * 999}]}, 400, "the context holds"),
     "asks": ({"messages": QUESTION, "max_tokens": 9999}, 400, "max_tokens is 9,999"),
     "variables": ({"messages": QUESTION, "chat_template_kwargs": {"no": 1}}, 400, "no variable no"),
+    "flag": (
+        {"messages": QUESTION, "chat_template_kwargs": {"tools": 1}},
+        400,
+        "chat_template_kwargs:",
+    ),
+    "options": (
+        {"messages": QUESTION, "stream_options": {"include_usage": True}},
+        400,
+        "needs stream",
+    ),
     "model": ({"model": "gpt-9", "messages": QUESTION}, 404, "served are one, two"),
     "which": ({"model": None, "messages": QUESTION}, 400, "model: is missing"),
     "half": ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "character"),
@@ -258,6 +268,9 @@ def test_what_is_no_request(server):
         assert httpx.post(chat, content=content, headers=headers).status_code == status
     assert httpx.post(chat, content=b"x" * (9 << 20), headers=headers).status_code == 413
     assert httpx.post(chat, data={"a": "b"}).status_code == 415
+    assert post(server, "/tokenize", prompt="a", messages=QUESTION).status_code == 400
+    many = post(server, "/v1/completions", prompt=["a"] * 99, n=2, max_tokens=1)
+    assert (many.status_code, many.json()["error"]["param"]) == (400, "n")
     assert httpx.get(chat).status_code == 405
     answer = httpx.get(f"{server.url}/v1/nothing")
     assert answer.status_code == 404

@@ -33,7 +33,12 @@ def served(says: str, chat: Chat | None = None) -> Served:
                 job.deliver(Piece(job.row.index, [token], [0.0], ended, [[]]))
 
     worker: Any = SimpleNamespace(
-        context=4096, stop_ids=set(chat.stop_ids), submit=submit, cancel=lambda numbers: None
+        context=4096,
+        queue=8,
+        batch_size=8,
+        stop_ids=set(chat.stop_ids),
+        submit=submit,
+        cancel=lambda numbers: None,
     )
     return Served("one", "one", chat, worker, 0)
 

@@ -6,8 +6,8 @@ alone, gives the very ids that stand before the words (rules 3 and 4).
 An added token cuts a text: what stands before it and what stands after it are tokenised apart
 (`Cutter`). So only the stretch between the last added token of the prompt and the words matters,
 mostly `assistant\\n`. The quick way compares the ids after that token with the ids of this
-stretch, tokenised once and remembered. Where it cannot tell, the careful way does the same with
-character offsets, tokenises prompt and words apart where a token straddles their border, and
+stretch, tokenised once and remembered. Where that proves nothing, the careful way does the same
+with character offsets, tokenises prompt and words apart where a token straddles their border, and
 tokenises stretches with hidden control strings as plain text.
 """
 
@@ -23,6 +23,7 @@ import tokenizers
 
 from whet.chat.chat import Chat
 from whet.chat.examples import Draft
+from whet.chat.hidden import pattern_of
 from whet.chat.turns import Mark
 
 MAX_HEADERS = 64  # stretches that are remembered; a template has one or two
@@ -51,10 +52,8 @@ class Cutter:
     _kept: int = 0  # characters in `_known`
 
     def __post_init__(self) -> None:
-        # Where several begin, the library takes the longest
-        longest_first = sorted(self.added, key=len, reverse=True)
-        any_added = "|".join(map(re.escape, longest_first)) or "(?!)"  # which matches nothing
-        self._pattern = re.compile(f"({any_added})")
+        added = pattern_of(self.added)  # where several begin, the longest: so does the library
+        self._pattern = re.compile(f"({added.pattern})" if added else "((?!))")
         self.names = {i: token for token, i in self.added.items()}
         self.piecewise = pieces_are_independent(self.backend)
 
@@ -131,7 +130,7 @@ def _kinds(pre_tokenizer: Any) -> list[str]:
 
 
 class Unclear(Exception):  # noqa: N818 -- an answer, not an accident
-    """The tokens do not tell where words begin or end."""
+    """The tokens do not show where words begin or end."""
 
 
 @dataclass
@@ -228,9 +227,9 @@ class Aligner:
         return self.following(clear, plain=True)
 
     def following(self, text: str, plain: bool) -> list[int]:
-        """The ids of `text` where it goes on after other text: no blank is put before it.
+        """The ids of `text` where it goes on after other text: no space is put before it.
 
-        Some tokenizers begin each text with a blank. So it is tokenised after an anchor that
+        Some tokenizers begin each text with a space. So it is tokenised after an anchor that
         shares no token with it, and the anchor's ids are taken off.
         """
         if not text:
@@ -291,7 +290,7 @@ class _Careful:
                 begins[border] = base + at
             if token_id is not None:
                 ids.append(token_id)
-                ends[stretch.end + len(self._name(token_id))] = len(ids)
+                ends[stretch.end + len(self.aligner.cutter.names[token_id])] = len(ids)
         spans = [self._span(mark, begins, ends, len(ids)) for mark in self.draft.marks]
         self._check(ids)
         return Located(np.array(ids, np.int32), spans, self.split)
@@ -304,9 +303,6 @@ class _Careful:
         if mark.start not in begins or mark.end not in ends:
             raise Unclear(f"{mark.stop} is not one token where the reply ends")
         return begins[mark.start], ends[mark.end]
-
-    def _name(self, token_id: int) -> str:
-        return str(self.aligner.tokenizer.backend.id_to_token(token_id))
 
     def _stretches(self) -> list[tuple[_Stretch, int | None]]:
         """All stretches in order, each with the added token that ends it (None: end of text)."""
@@ -337,26 +333,18 @@ class _Careful:
         head, words = text[: border - stretch.start], text[border - stretch.start :]
         before = self.aligner.after(stretch.token, head, hidden)
         n = len(before)
-        if hidden:
+        offsets, token_end = self.encoding.offsets[stretch.first : stretch.last], stretch.token_end
+        if hidden:  # whether a token ends at the border is seen in the clear stretch, taken alone
             ids = self.aligner.after(stretch.token, text, hidden)
-            clean = ids[:n] == before and self._plain_border(head, text, hidden, n)
-        else:
-            offsets = self.encoding.offsets[stretch.first : stretch.last]
-            clean = ids[:n] == before and _between(offsets, n, border, stretch.token_end)
-        if clean:
+            plain, clear = self.aligner.chat.plain_backend, restored(text, hidden)
+            offsets, token_end = plain.encode(clear, add_special_tokens=False).offsets, 0
+            border = len(restored(head, hidden))
+        if ids[:n] == before and n <= len(offsets) and _between(offsets, n, border, token_end):
             if stretch.token and not hidden:
                 self.aligner.remember(stretch.token, head, before)
             return ids, n
         self.split += 1
         return before + self.aligner.following(restored(words, hidden), bool(hidden)), n
-
-    def _plain_border(self, head: str, text: str, hidden: dict[str, str], n: int) -> bool:
-        """Whether a token ends where the clear text of `head` ends, in the stretch taken alone."""
-        clear = restored(text, hidden)
-        encoding = self.aligner.chat.plain_backend.encode(clear, add_special_tokens=False)
-        if n > len(encoding.ids):
-            return False
-        return _between(encoding.offsets, n, len(restored(head, hidden)), 0)
 
     def _check(self, ids: list[int]) -> None:
         """Re-tokenised stretches must say the same text and hold no control token of their own."""

@@ -13,7 +13,7 @@ REASONS = {
     "dropped": "the template drops something that the model said",
     "rewritten": "the template rewrites earlier turns, and --rewritten_turns is error",
     "special": "control tokens in the text",
-    "tokens": "the tokens do not tell where the words begin or end",
+    "tokens": "the tokens do not show where the words begin or end",
     "nothing_trained": "no turn is to be trained",
     "datum": "the datum itself is not usable",
 }
@@ -38,7 +38,7 @@ class Refusal:
 
 def refusal_of(datum: Any, kind: str, reason: str) -> Refusal:
     """The refusal of a whole datum: a conversation, a text, ids or a preference."""
-    return Refusal(kind, f"{datum.where}: {reason}", datum.source, datum.line)
+    return Refusal(kind, f"{datum.at.where}: {reason}", datum.at.source, datum.at.line)
 
 
 class Refused(UserError):  # noqa: N818 -- an answer, not an accident
@@ -74,7 +74,7 @@ class Certificate:
     untrained_turns: tuple[int, ...] = ()
     """Turns left out by `rewritten_turns="last"`: message numbers from 1."""
     today: str = ""
-    """The date that the template was told."""
+    """The date that the template got."""
 
     @property
     def same_ids(self) -> bool:

@@ -57,6 +57,11 @@ class Chat:
         default_factory=dict, init=False, repr=False
     )  # encoders, made once
 
+    @property
+    def templates(self) -> list[ChatTemplate]:
+        """The template, and the one for tools if there is one."""
+        return [template for template in (self.template, self.tool_template) if template]
+
     @cached_property
     def dialect(self) -> Dialect:
         """What the template does with conversations, found by trying it with the variables."""
@@ -81,8 +86,7 @@ class Chat:
     @cached_property
     def joints(self) -> Joints:
         """Tells which texts a template could make control strings of."""
-        templates = (self.template, self.tool_template)
-        return Joints(self.control, " ".join(t.source for t in templates if t))
+        return Joints(self.control, " ".join(t.source for t in self.templates))
 
     @cached_property
     def alternatives(self) -> list[tuple[dict[str, Any], "Chat"]]:
@@ -133,8 +137,7 @@ class Chat:
         Raises UserError for a variable that no template of it reads, and for what is no date.
         """
         check_names(variables, "--template_kwargs")
-        templates = [self.template, *([self.tool_template] if self.tool_template else [])]
-        known = frozenset().union(*(t.variables for t in templates))
+        known = frozenset().union(*(t.variables for t in self.templates))
         unknown = sorted(variables.keys() - known)
         if unknown:
             some = sorted(known - TAKEN - set(self.tokenizer.named))
@@ -165,10 +168,11 @@ class Chat:
     def as_dict(self) -> dict[str, str | None]:
         """What conversations are rendered with, besides the tokenizer: for a packed file."""
         chat = self.settled()
+        dated = any("strftime_now" in template.source for template in self.templates)
         return {
             "template": chat.template.source,
             "tool_template": chat.tool_template.source if chat.tool_template else None,
-            "date": self.today.isoformat() if self._is_dated else None,
+            "date": self.today.isoformat() if dated else None,
         }
 
     def rendering_as(self, recorded: dict[str, Any], where: str) -> "Chat":
@@ -179,11 +183,6 @@ class Chat:
         template, tool = (ChatTemplate(str(text), f"{where}: chat template") for text in texts)
         today = read_date(recorded["date"]) if recorded.get("date") else self.today
         return Chat(self.tokenizer, template, tool if tool.source else None, {}, today)
-
-    @property
-    def _is_dated(self) -> bool:
-        templates = [self.template, self.tool_template]
-        return any("strftime_now" in template.source for template in templates if template)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without what was found out by trying the template."""
@@ -276,20 +275,19 @@ def _own_templates(
     folder: Path, config: dict[str, Any]
 ) -> tuple[ChatTemplate, ChatTemplate | None]:
     """The directory's template, and the one for tools if it has one of its own."""
-    found: dict[str, str] = {}
-    in_config = config.get("chat_template")
-    if isinstance(in_config, dict):  # {"default": ..., "tool_use": ...}
-        in_config = [{"name": name, "template": text} for name, text in in_config.items()]
-    if isinstance(in_config, str):
-        found["default"] = in_config
-    elif isinstance(in_config, list) and all(map(_is_template_entry, in_config)):
-        found.update({entry["name"]: entry["template"] for entry in in_config})
-    elif in_config is not None:
+    said: Any = config.get("chat_template") or {}
+    try:
+        if isinstance(said, list):  # [{"name": "default", "template": ...}, ...]
+            said = {entry["name"]: entry["template"] for entry in said}
+        found = {"default": said} if isinstance(said, str) else {**said}
+        if not all(isinstance(text, str) for text in (*found, *found.values())):
+            raise TypeError("no text")
+    except (TypeError, KeyError):
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of "
-            f"objects with the texts name and template, got {shown(in_config)}; mend it or give "
-            "another with --chat_template"
-        )
+            f"objects with the texts name and template, got {shown(config['chat_template'])}; mend "
+            "it or give another with --chat_template"
+        ) from None
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = read_text(file)
     file = folder / "chat_template.jinja"
@@ -305,9 +303,3 @@ def _own_templates(
     tool_use = found.get("tool_use")
     name = f"{folder}: chat template"
     return ChatTemplate(found["default"], name), ChatTemplate(tool_use, name) if tool_use else None
-
-
-def _is_template_entry(entry: Any) -> bool:
-    """Whether it is as in `[{"name": "default", "template": ...}, ...]`."""
-    texts = [entry.get("name"), entry.get("template")] if isinstance(entry, dict) else [None]
-    return all(isinstance(text, str) for text in texts)

@@ -38,30 +38,41 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a datum was read: `line` counts from 1, and is 0 if there is none."""
+
+    source: str = ""
+    line: int = 0
+
+    @property
+    def where(self) -> str:
+        """`file:line`, or what of it is known, to begin an error message with."""
+        return place(self.source, self.line)
+
+    def error(self, message: str) -> UserError:
+        """`message` with the place before it."""
+        return UserError(f"{self.where}: {message}")
+
+
+@dataclass(frozen=True)
 class Conversation:
     """Messages as a chat template sees them: role, content, reasoning_content, tool_calls, ...
 
     `weights[i]` is the loss weight of message i, None where the data say nothing: then it is 1 for
-    the assistant and 0 for everybody else. `source` and `line` (from 1, 0 if there is none) say
-    where it was read. `extra` holds the record's other fields; templates do not see them.
+    the assistant and 0 for everybody else. `extra` holds the record's other fields; templates do
+    not see them.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     weights: list[float | None] = field(default_factory=list)
-    source: str = ""
-    line: int = 0
+    at: Origin = Origin()
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.weights:
             object.__setattr__(self, "weights", [None] * len(self.messages))
-
-    @property
-    def where(self) -> str:
-        """`file:line`, to begin an error message with."""
-        return place(self.source, self.line)
 
 
 @dataclass(frozen=True)
@@ -69,13 +80,8 @@ class RawText:
     """Plain text, trained from its first to its last token."""
 
     text: str
-    source: str = ""
-    line: int = 0
+    at: Origin = Origin()
     extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def where(self) -> str:
-        return place(self.source, self.line)
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,8 @@ class Tokenised:
 
     ids: list[int]
     mask: list[float]
-    source: str = ""
-    line: int = 0
+    at: Origin = Origin()
     extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def where(self) -> str:
-        return place(self.source, self.line)
 
 
 def place(source: str, line: int) -> str:
@@ -105,8 +106,7 @@ def read_conversation(
     *,
     tools: Any = None,
     documents: Any = None,
-    source: str = "",
-    line: int = 0,
+    at: Origin = Origin(),
     extra: dict[str, Any] | None = None,
     asks: bool = False,
 ) -> Conversation:
@@ -118,7 +118,7 @@ def read_conversation(
     Messages that ask for a reply (`asks`) need none of the assistant's. Raises UserError with
     `file:line: message N: ...`.
     """
-    where = place(source, line)
+    where = at.where
     if not isinstance(messages, list) or not messages:
         raise UserError(
             f"{where}: expected a non-empty list of messages, got {shown(messages)}; "
@@ -136,8 +136,7 @@ def read_conversation(
         tools=_read_list_of_objects(tools, "tools", where),
         documents=_read_list_of_objects(documents, "documents", where),
         weights=weights,
-        source=source,
-        line=line,
+        at=at,
         extra=extra or {},
     )
 

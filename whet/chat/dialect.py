@@ -1,6 +1,6 @@
 """What a template does with conversations, found by trying it, never by its name.
 
-A few made-up conversations with marker words in them are rendered, and the renderings tell in which
+A few made-up conversations with marker words in them are rendered, and the renderings show in which
 shape the template wants its messages, with which token a reply ends, what it writes after that
 token, and which of its switches change the generation prompt.
 """
@@ -22,6 +22,8 @@ SYSTEM = ("system", "developer")
 HEADER_WORDS = 3  # a header is short; longer texts may name tokens in prose
 
 Tools = list[dict[str, Any]] | None
+MISSING = ("absent", "none", "empty")
+"""How the missing content of a call may be written: the key absent, None or an empty text."""
 
 # Words that stand nowhere else, for the made-up messages with which a template is tried out.
 ASKED, SAID, THOUGHT, NEXT = "Qaskedq", "Qsaidq", "Qthoughtq", "Qnextq"
@@ -39,7 +41,7 @@ class Form:
 
     parts: bool = False  # content as [{"type": "text", "text": ...}]
     json_arguments: bool = False  # tool-call arguments as a JSON text
-    missing: str = "absent"  # a call's missing content: key absent, None or ""
+    missing: str = "absent"  # one of MISSING
 
     def shape(self, messages: list[Message]) -> list[Message]:
         """`messages` in this form; reasoning has a second name, `thinking`, as in transformers."""
@@ -141,19 +143,16 @@ class Dialect:
     def _find_form(self, system: bool, calls: bool) -> Form:
         """The first form in which the marker words of a conversation are all written."""
         before = self._openings[1 if system else 0]
-        for parts in (False, True):
-            if not calls:
-                text = self._tried(Form(parts).shape([*before, say(SAID)]))
-                if ASKED in text and SAID in text:
-                    return Form(parts)
-                continue
-            for json_arguments in (False, True):
-                for missing in ("absent", "none", "empty"):
-                    form = Form(parts, json_arguments, missing)
-                    text = self._tried(form.shape([*before, call()]), TOOLS)
-                    inner = text[text.rfind(ASKED) :]
-                    if FUNCTION in inner and _printed_once(inner):
-                        return form
+        reply, tools = (call(), TOOLS) if calls else (say(SAID), None)
+        both = (False, True)
+        options: Any = itertools.product(both, both, MISSING) if calls else [(False,), (True,)]
+        for form in itertools.starmap(Form, options):
+            text = self._tried(form.shape([*before, reply]), tools)
+            at = text.rfind(ASKED)
+            if calls and FUNCTION in text[at:] and _printed_once(text[at:]):
+                return form
+            if not calls and at >= 0 and SAID in text:
+                return form
         if system:
             return self._find_form(False, calls)
         # A template without calls should show that by leaving them out, not by missing a content.

@@ -47,7 +47,7 @@ class EncodeOptions:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the template, such as enable_thinking."""
     date: str | None = None
-    """The date that the template is told, as 2025-12-31; today by default."""
+    """The date that the template gets, as 2025-12-31; today by default."""
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,8 @@ def drafts(
     Raises Refused if a trained turn has no faithful rendering.
     """
     conversation = rendered.conversation
-    weights = {
-        index: 1.0 if weight is None else weight
-        for index, (message, weight) in enumerate(
-            zip(conversation.messages, conversation.weights, strict=True)
-        )
-        if message["role"] == "assistant"
-    }
+    messages = enumerate(zip(conversation.messages, conversation.weights, strict=True))
+    weights = {i: 1.0 if w is None else w for i, (m, w) in messages if m["role"] == "assistant"}
     trained = [index for index, weight in weights.items() if weight]
     if train_on == "last":
         trained = [index for index in trained if index == max(weights)]
@@ -46,7 +41,12 @@ def drafts(
             f"{'the last' if train_on == 'last' else 'every'} assistant message has weight 0; "
             "nothing is to be learnt",
         )
-    turns = _turns(rendered, weights, trained)
+    tried = {  # of turns that are not trained those that can be shown
+        index: rendered.turn(index) if index in trained else rendered.prompt_of(index)
+        for index in weights
+        if index <= trained[-1]
+    }
+    turns = {index: turn for index, turn in tried.items() if turn}
     remaining = list(trained)
     made: list[Draft] = []
     while remaining:
@@ -65,14 +65,12 @@ def drafts(
             break
     certificate = Certificate(
         escaped=rendered.escapes.count if rendered.escapes else 0,
+        closed=any(turns[index].ending.close for index in trained),
+        composed=any(turns[index].composed for index in trained),
         rewritten=len(made) > 1 or bool(remaining),
         untrained_turns=tuple([index + 1 for index in remaining]),
         today=str(rendered.dialect.today or ""),
     )
-    for index in trained:
-        turn = turns[index]
-        certificate.closed = certificate.closed or bool(turn.ending.close)
-        certificate.composed = certificate.composed or turn.composed
     if remaining and rewritten_turns == "error":
         raise rendered.refused(
             "rewritten",
@@ -109,19 +107,6 @@ def prompt_draft(rendered: Rendered, go_on: bool) -> Draft:
         rendered.check_characters(text)
         marks.append(Mark(count, start, len(text), "", 0.0))
     return Draft(text, tuple(marks), rendered.hidden)
-
-
-def _turns(rendered: Rendered, weights: dict[int, float], trained: list[int]) -> dict[int, Turn]:
-    """All assistant turns up to the last trained one; of the untrained those that can be shown."""
-    turns: dict[int, Turn] = {}
-    for index in weights:
-        if index in trained:
-            turns[index] = rendered.turn(index)
-        elif index < trained[-1]:
-            turn = rendered.prompt_of(index)
-            if turn:
-                turns[index] = turn
-    return turns
 
 
 def _text(rendered: Rendered, last: Turn) -> str:

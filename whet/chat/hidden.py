@@ -1,7 +1,7 @@
 """Control tokens within somebody's text (rule 5).
 
 Each control string in a message, tool or document is replaced by one private-use character before
-the template sees it. So the rendering itself tells which `<|im_end|>` is the template's and which
+the template sees it. So the rendering itself shows which `<|im_end|>` is the template's and which
 is somebody's, wherever the template puts it.
 """
 

@@ -105,8 +105,8 @@ class ChatTemplate:
     ) -> list[str | TemplateError]:
         """`answer` to many asks in one message, with the error in the place of what is refused.
 
-        The list ends before the first that breaks the bounds, be it by what the others take:
-        asked for alone, it tells.
+        The list ends before the first that breaks the bounds, perhaps because of what the others
+        take: `answer` to it alone decides.
         """
         try:
             replies, _ = self._replies(asks, today, variables)

@@ -64,7 +64,7 @@ class Tokenizer:
 
     @cached_property
     def added(self) -> dict[str, int]:
-        """Tokens that are cut out of a text before anything else is tokenised, blank ones aside."""
+        """Tokens that are cut out of a text before anything else is tokenised, whitespace aside."""
         found = self.backend.get_added_tokens_decoder()
         return {token.content: i for i, token in found.items() if token.content.strip()}
 

@@ -315,7 +315,7 @@ class Rendered:
     ) -> Refused:
         """The refusal of this conversation, or of message `index` of it; `ways` lead out of it."""
         conversation = self.conversation
-        at = conversation.where
+        at = conversation.at.where
         if index is not None:
             at += f": message {index + 1} ({conversation.messages[index]['role']})"
         number = None if index is None else index + 1
@@ -323,7 +323,7 @@ class Rendered:
         for character, string in self.hidden.items():  # in quoted texts, too
             reason = reason.replace(character, string).replace(ascii(character)[1:-1], string)
         return Refused(
-            Refusal(kind, f"{at}: {reason}", conversation.source, conversation.line, number)
+            Refusal(kind, f"{at}: {reason}", conversation.at.source, conversation.at.line, number)
         )
 
     def _no_stop(self, index: int, tail: str) -> Refused:

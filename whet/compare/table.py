@@ -63,12 +63,7 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     columns = columns_of(rows)
     lines = [["model", *(heading for _, heading, _ in columns)]]
     lines += [[row["model"], *(cell(row, column) for column in columns)] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    padded = [
-        "| "
-        + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([padded[0], rule, *padded[1:]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    form = f"| {' | '.join(f'{{:<{width}}}' for width in widths)} |"
+    rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"
+    return "\n".join([form.format(*lines[0]), rule, *(form.format(*line) for line in lines[1:])])

@@ -93,15 +93,7 @@ def table(accounts: list[SourceAccount]) -> str:
         name = account.source if account.weight == 1 else f"{account.source} x {account.weight:g}"
         name = name if len(name) <= 40 else f"…{name[-39:]}"
         rows.append([name, *(f"{numbers[column]:,}" for column in SHOWN)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    form = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+    lines = [form.format(*row) for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

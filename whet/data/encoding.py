@@ -141,7 +141,7 @@ class BlockEncoder:
         if not self.text_only:
             datum = to_example(record, self.format, path, unit.line)
             if isinstance(datum, Tokenised) and not any(datum.mask[1:]):
-                raise UserError(f"{datum.where}: its mask trains no token after the first")
+                raise datum.at.error("its mask trains no token after the first")
             return datum
         for key in IDS_KEYS if isinstance(record, Mapping) else ():
             if isinstance(record.get(key), list):
@@ -150,9 +150,9 @@ class BlockEncoder:
                 break
         datum = to_example(record, self.format, path, unit.line)
         if isinstance(datum, Conversation | Preference):
-            raise UserError(
-                f"{datum.where}: is a conversation; pretraining reads plain text (.txt, or records "
-                "with `text` or `ids`), `whet prepare` and `whet sft` train on conversations"
+            raise datum.at.error(
+                "is a conversation; pretraining reads plain text (.txt, or records with `text` or "
+                "`ids`), `whet prepare` and `whet sft` train on conversations"
             )
         return datum
 
@@ -172,7 +172,7 @@ class BlockEncoder:
         """The table of conversations, column by column: far faster than entry by entry."""
         table = np.zeros(len(kept), CONVERSATION)
         table["source"] = source
-        table["line"] = [entry.datum.line for entry in kept]
+        table["line"] = [entry.datum.at.line for entry in kept]
         digests = b"".join(_digest(entry) for entry in kept)
         table["digest"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
         openings = np.array([_opening(entry.datum) for entry in kept], np.uint64)
@@ -211,8 +211,7 @@ class BlockEncoder:
     @cached_property
     def _template_words(self) -> set[str]:
         """The words of the templates, which may read any key of a message."""
-        templates = (self.chat.template, self.chat.tool_template)
-        return set(re.findall(r"\w+", " ".join(t.source for t in templates if t)))
+        return set(re.findall(r"\w+", " ".join(t.source for t in self.chat.templates)))
 
 
 def sides_of(datum: Datum) -> tuple[Conversation | RawText | Tokenised, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 from whet.chat.conversation import (
     Conversation,
     Message,
+    Origin,
     RawText,
     Tokenised,
     from_json,
@@ -22,7 +23,6 @@ from whet.data.preferences import LABEL_KEYS, Preference, read_labelled, read_pa
 from whet.data.record import (
     LISTS_OF_MESSAGES,
     SYSTEM_KEYS,
-    Origin,
     Record,
     check_meaning,
     first_of,
@@ -59,22 +59,13 @@ FIELDS = tuple(
 )  # fmt: skip
 """The names that `--fields` can give to a file's own."""
 
+CALLING = ("function_call", "tool_call")
 SHAREGPT_ROLES = {
     "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "tool": "tool",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", *CALLING), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "tool"), "tool"),
 }
-
 HINTS = (
     # what a record of another kind has: what to do with it
     ({"chosen"}, "a pair needs `rejected`, too; for SFT rename it: --fields completion=chosen"),
@@ -162,8 +153,7 @@ def _conversation(
         messages,
         tools=tools,
         documents=record.get("documents"),
-        source=at.source,
-        line=at.line,
+        at=at,
         extra=rest(record, *used, *TOOLS_KEYS, *SYSTEM_KEYS, "documents"),
     )
 
@@ -219,7 +209,7 @@ def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
     if not isinstance(value, str):
         raise at.error(f"{where} ({speaker}): value must be a text, got {shown(value)}")
     message = {**rest(turn, "from", "value"), "role": SHAREGPT_ROLES[speaker], "content": value}
-    if speaker in ("function_call", "tool_call"):
+    if speaker in CALLING:
         message["content"] = ""
         message["tool_calls"] = _calls_in_text(value, f"{where} ({speaker})", at)
     return message
@@ -313,7 +303,7 @@ def _gsm8k(record: Record, at: Origin) -> Conversation:
 
 def _raw_text(record: Record, at: Origin) -> RawText:
     text = text_of(record, "text", at, empty=False)
-    return RawText(text, at.source, at.line, rest(record, "text"))
+    return RawText(text, at, rest(record, "text"))
 
 
 def _labelled(record: Record, at: Origin) -> Preference:

@@ -75,13 +75,10 @@ def _without_repetition(refusals: list[Refusal]) -> list[str]:
 
 def records(
     tables: Tables, paths: tuple[str, ...], context_length: int, evaluations: Evaluations | None
-) -> list[dict[str, str | int]]:
-    """Objects of source, line, kind and reason: refused lines first, at most KEPT_REFUSALS of
-    them, and as many examples that were left out for another reason."""
-    found: list[dict[str, str | int]] = [
-        {"source": r.source, "line": r.line, "kind": r.kind, "reason": r.message}
-        for r in tables.spool.refusals
-    ]
+) -> list[Refusal]:
+    """Why lines and examples are left out: refused lines first, at most KEPT_REFUSALS of them, and
+    as many examples that were left out for another reason."""
+    found = list(tables.spool.refusals)
     fate, examples = tables.selection.fate, tables.examples
     left = np.flatnonzero(np.isin(fate, (DUPLICATE, CONTAMINATED, OVERLONG)))
     for i in left[:KEPT_REFUSALS]:
@@ -93,17 +90,16 @@ def records(
             reason = f"shares a question with {evaluations.names[conversation['question']]}"
         else:
             reason = "is the same as an earlier conversation"
-        reason = f"{place(source, line)}: {reason}"
-        kind = FATES[int(fate[i])]
-        found.append({"source": source, "line": line, "kind": kind, "reason": reason})
+        message = f"{place(source, line)}: {reason}"
+        found.append(Refusal(FATES[int(fate[i])], message, source, line))
     return found
 
 
-def stop_at_overlong(tables: Tables, left_out: list[dict[str, str | int]]) -> None:
+def stop_at_overlong(tables: Tables, left_out: list[Refusal]) -> None:
     """Raise UserError if an example is too long for a row; `left_out` are the `records`."""
     n = int((tables.selection.fate == OVERLONG).sum())
     if n:
-        shown = [str(r["reason"]) for r in left_out if r["kind"] == FATES[OVERLONG]]
+        shown = [r.message for r in left_out if r.kind == FATES[OVERLONG]]
         advice = f"{n:,} examples are longer than a row; nothing was written"
         advice += ". Raise --context_length, or see --overlong drop and truncate"
         problems([*shown[:SHOWN], advice])
@@ -123,7 +119,7 @@ def fates(tables: Tables, truncate: bool) -> str:
     return text
 
 
-def notes(tables: Tables, left_out: list[dict[str, str | int]], truncate: bool) -> list[str]:
+def notes(tables: Tables, left_out: list[Refusal], truncate: bool) -> list[str]:
     """What the user should know besides the account, one line each; arguments as above."""
     spool, selection = tables.spool, tables.selection
     lines = [f"{n:,} {what}" for what, n in sorted(spool.notes.items()) if n]
@@ -140,7 +136,7 @@ def notes(tables: Tables, left_out: list[dict[str, str | int]], truncate: bool) 
             what += f", the longest has {longest:,} tokens; {_ways_to_fit(truncate)}"
         lines.append(f"{of_fate.sum():,} examples left out: {what}")
         if fate == CONTAMINATED:
-            lines += _some([str(r["reason"]) for r in left_out if r["kind"] == name])
+            lines += _some([r.message for r in left_out if r.kind == name])
     cut = (selection.kept < tables.examples["length"]) * selection.copies
     if cut.any():
         lines.append(f"{cut.sum():,} examples end after the last turn that fits into a row")

@@ -11,8 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from whet.chat.conversation import Conversation, Message, from_json, read_conversation, shown
-from whet.data.record import SYSTEM_KEYS, Origin, Record, first_of, one_of, rest, text_of
+from whet.chat.conversation import (
+    Conversation,
+    Message,
+    Origin,
+    from_json,
+    read_conversation,
+    shown,
+)
+from whet.data.record import SYSTEM_KEYS, Record, first_of, one_of, rest, text_of
 
 PROMPT_KEYS = ("prompt", "messages", "conversations", "question", "instruction")
 LABEL_KEYS = ("label", "kto_tag")
@@ -41,16 +48,8 @@ class Preference:
         return False
 
     @property
-    def source(self) -> str:
-        return self.sides[0].source
-
-    @property
-    def line(self) -> int:
-        return self.sides[0].line
-
-    @property
-    def where(self) -> str:
-        return self.sides[0].where
+    def at(self) -> Origin:
+        return self.sides[0].at
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -86,8 +85,7 @@ def read_pair(record: Record, at: Origin, speak: Speak) -> Preference:
             given + reply,
             tools=record.get("tools"),
             documents=record.get("documents"),
-            source=at.source,
-            line=at.line,
+            at=at,
             extra=rest(record, *used),
         )
         for reply in (chosen, rejected)
@@ -157,9 +155,7 @@ def read_labelled(record: Record, at: Origin, read: Callable[[Record, Origin], A
         0.0 if m["role"] == "assistant" and i != last else None
         for i, m in enumerate(datum.messages)
     ]
-    reply = Conversation(
-        datum.messages, datum.tools, datum.documents, weights, at.source, at.line, datum.extra
-    )
+    reply = Conversation(datum.messages, datum.tools, datum.documents, weights, at, datum.extra)
     return Preference((reply,), (float(good),))
 
 

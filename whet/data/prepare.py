@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer, read_date
 from whet.chat.conversation import place
 from whet.chat.encode import EncodeOptions
@@ -258,7 +259,7 @@ def _write(
     sources: list[Source],
     chat: Chat,
     tables: Tables,
-    left_out: list[dict[str, str | int]],
+    left_out: list[Refusal],
     quiet: bool,
 ) -> list[SourceAccount]:
     """Write the dev file, if one is wanted, and the training file; print their accounts."""

@@ -230,6 +230,15 @@ def _line_units(path: str, file: IO[bytes]) -> Iterator[Unit]:
         yield Unit(number, line.rstrip(b"\r\n"))
 
 
+JSON_STEPS = {
+    # what may come, and a sign: what may come after it. A trailing comma is no harm.
+    ("array or value", "["): "value of array",
+    ("value of array", "]"): "array or value",
+    ("comma", "]"): "array or value",
+    ("comma", ","): "value of array",
+}
+
+
 def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
     """The elements of JSON arrays, or JSON values one after another, without holding all of them.
 
@@ -237,8 +246,7 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
     inside it, more is read. After a syntax error nothing that follows can be trusted.
     """
     decoder = json.JSONDecoder()
-    text, line, number, in_array, wanted = "", 1, 0, False, 1 << 20
-    first, comma = True, True  # comma: whether a value may come now
+    text, line, number, state, wanted = "", 1, 0, "array or value", 1 << 20
     while True:
         more = file.read(wanted)
         text += more
@@ -249,43 +257,31 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
             position = start
             if position == len(text):
                 break
-            mark = text[position]
-            if first and mark == "[":
-                first, in_array, comma = False, True, True
-                position += 1
+            if after := JSON_STEPS.get((state, text[position])):
+                state, position = after, position + 1
                 continue
-            if in_array and mark == "]":  # another array or value may follow
-                first, in_array = True, False
-                position += 1
-                continue
-            if in_array and mark == "," and not comma:
-                comma = True
-                position += 1
-                continue
-            if in_array and (mark == "," or not comma):
-                what = "a comma too many" if comma else "no comma between two values"
+            if state == "comma" or (state == "value of array" and text[position] == ","):
+                what = "no comma between two values" if state == "comma" else "a comma too many"
                 raise UserError(f"{path}:{line}: not JSON: {what} of an array")
-            first, comma = False, False
             try:
                 _, end = decoder.raw_decode(text, position)
             except RecursionError:
                 raise UserError(f"{path}:{line}: nested too deeply to be data") from None
             except ValueError as error:
                 if more:
-                    comma = True
                     break
                 raise UserError(f"{path}:{line}: not JSON: {error}") from None
             if end == len(text) and more:  # a number may go on
-                comma = True
                 break
             number += 1
             yield Unit(number, text[position:end])
             line += text.count("\n", position, end)
             position = end
+            state = "comma" if state == "value of array" else "value"
         text = text[position:]
         wanted = max(1 << 20, len(text))  # doubling: a huge value is not decoded again and again
         if not more:
-            if in_array:
+            if state in ("comma", "value of array"):
                 raise UserError(f"{path}:{line}: the JSON array is not closed; is the file whole?")
             return
 
@@ -320,7 +316,7 @@ def _text_units(path: str, file: IO[str]) -> Iterator[Unit]:
         cut = text.rfind("\n", 0, end) + 1
         if cut == 0 and end > 16 * PIECE_CHARS:
             cut = end - 1  # a document without line ends
-        if goes_on and not text[:cut].strip():  # no piece is blank, the last one neither
+        if goes_on and not text[:cut].strip():  # no piece is whitespace alone, the last one neither
             carried = text
             continue
         cut = cut if goes_on else len(text)

@@ -2,10 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from whet.chat.conversation import place, shown
+from whet.chat.conversation import Origin, shown
 from whet.errors import UserError
 
 Record = Mapping[str, Any]
@@ -16,21 +15,6 @@ LISTS_OF_MESSAGES = ("messages", "conversations", "prompt", "completion", "chose
 SYSTEM_KEYS = ("system", "system_prompt")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "trainable", "training")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a record was read: begins every error message."""
-
-    source: str
-    line: int
-
-    @property
-    def where(self) -> str:
-        return place(self.source, self.line)
-
-    def error(self, message: str) -> UserError:
-        return UserError(f"{self.where}: {message}")
 
 
 def first_of(record: Record, names: Iterable[str]) -> str | None:

@@ -1,11 +1,15 @@
 """Log-probabilities of documents under a reference model, computed once and kept in a file.
 
 A safetensors file: for each packed file a tensor (documents,) float64, named by the packed file's
-fingerprint, of the sum of weight x ln p(token) over the document; and in its metadata the
-fingerprint of the model that gave them. Numbers of another model or of other data are refused.
+fingerprint, of the sum of weight x ln p(token) over the document; for KTO another one, whose name
+ends in ` mismatched`, of the documents that `whet.data.rows.mismatched` makes of them; and in its
+metadata the fingerprint of the model that gave them. Numbers of another model or of other data are
+refused.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ import safetensors.numpy
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.files import replaced
+
+MISMATCHED = " mismatched"
 
 
 @dataclass
@@ -26,13 +32,15 @@ class Reference:
     logp: dict[str, np.ndarray] = field(default_factory=dict)
     """Fingerprint of a packed file -> (documents,) float64."""
 
-    def rows(self, store: PackedStore, rows: np.ndarray, segments: int) -> np.ndarray:
+    def rows(
+        self, store: PackedStore, rows: np.ndarray, segments: int, kind: str = ""
+    ) -> np.ndarray:
         """(B, segments + 1) float64 for some rows of `store`: column s is document s, column 0 the
-        padding; 0 where there is no document."""
+        padding; 0 where there is no document. `kind` is "", or MISMATCHED."""
         found = np.zeros((len(rows), segments + 1))
-        if store.fingerprint in self.logp:
+        if (name := store.fingerprint + kind) in self.logp:
             row, segment, number = store.documents_in(rows)
-            found[row, segment] = self.logp[store.fingerprint][number]
+            found[row, segment] = self.logp[name][number]
         return found
 
     def save(self, path: Path) -> None:
@@ -42,8 +50,11 @@ class Reference:
             safetensors.numpy.save_file(self.logp, aside, metadata={"model": self.model})
 
 
-def read_reference(path: Path, model: str, stores: dict[str, PackedStore]) -> Reference:
-    """Read a file that must hold the numbers of this model, for the stores (by flag) that it has.
+def read_reference(
+    path: Path, model: str, stores: dict[str, PackedStore], kinds: Sequence[str] = ("",)
+) -> Reference:
+    """Read a file that must hold the numbers of this model and of these kinds, for all stores (by
+    flag).
 
     Raises UserError if it is damaged, of another model, or lacks the numbers of a store.
     """
@@ -58,10 +69,10 @@ def read_reference(path: Path, model: str, stores: dict[str, PackedStore]) -> Re
             f"{path}: was computed by another model than --model, or in another precision; leave "
             "it out to compute it again"
         )
-    for flag, store in stores.items():
-        if logp.get(store.fingerprint, np.zeros(0)).shape != store.document_rows.shape:
+    for (flag, store), kind in product(stores.items(), kinds):
+        if logp.get(store.fingerprint + kind, np.zeros(0)).shape != store.document_rows.shape:
             raise UserError(
-                f"{path}: holds nothing of {flag} {store.path}, or of the file that it was before; "
-                "leave it out to compute it again"
+                f"{path}: holds no{kind} replies of {flag} {store.path}, or of the file that it "
+                "was before; leave it out to compute it again"
             )
     return Reference(made_by, logp)

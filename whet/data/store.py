@@ -170,9 +170,10 @@ class PackedStore:
     def scan(self) -> Scan:
         """What one pass over all rows finds; raises UserError for rows that cannot be trained."""
         stored = self._file["loss_tokens"][...] if "loss_tokens" in self._file else None
+        size = max(1, SCAN_PLACES // self.context_length)
         return scan_rows(
             str(self.path),
-            ((rows.start, self._stored(rows)) for rows in self._slices()),
+            ((i, self._stored(slice(i, i + size))) for i in range(0, len(self), size)),
             vocab_size=self.attrs.get("vocab_size"),
             weights=stored,
             documents=self.documents,
@@ -304,18 +305,18 @@ class PackedStore:
             raise UserError(f"{self.path}: {name} needs {documents} documents each, {left} is over")
         if name not in self._file:
             return np.full(n, np.nan, np.float32)
-        with self._undamaged():
-            found = np.asarray(self._file[name][...], np.float32)
-            if found.shape != (n,):
-                raise ValueError(f"{name} has {found.shape} numbers, expected {n}")
-            return found
+        return self._numbers(name, (n,))
 
     def of_places(self, name: str) -> np.ndarray:
         """A dataset (rows, T) float32 that has a number for each place, whole in memory."""
+        return self._numbers(name, self._tokens.shape)
+
+    def _numbers(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         with self._undamaged():
             found = np.asarray(self._file[name][...], np.float32)
-            if found.shape != self._tokens.shape:
-                raise ValueError(f"{name} has {found.shape} numbers, expected {self._tokens.shape}")
+            if found.shape != shape:
+                expected = " x ".join(map(str, shape))
+                raise ValueError(f"{name} has {found.shape} numbers, expected {expected}")
             return found
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> Rows:
@@ -331,16 +332,15 @@ class PackedStore:
         breaks = np.flatnonzero(np.diff(wanted[order]) != 1) + 1
         for run in np.split(order, breaks):
             if len(run):
-                part = self._read(slice(wanted[run[0]], wanted[run[-1]] + 1))
+                part = self._stored(slice(wanted[run[0]], wanted[run[-1]] + 1))
                 for target, values in zip(read, part, strict=True):
+                    if (
+                        not np.can_cast(values.dtype, target.dtype)
+                        and abs(values).max() > LARGEST_ID
+                    ):
+                        _ = self.scan  # says which number is too large
                     target[run] = values
         return read
-
-    def _slices(self) -> Iterator[slice]:
-        """The rows of the whole file in blocks."""
-        size = max(1, SCAN_PLACES // self.context_length)
-        for start in range(0, len(self), size):
-            yield slice(start, min(start + size, len(self)))
 
     def _stored(self, rows: slice) -> Rows:
         """Rows with the types of the file."""
@@ -349,15 +349,6 @@ class PackedStore:
             if self._segments is None:
                 return Rows(tokens, mask, np.ones(tokens.shape, np.uint8))
             return Rows(tokens, mask, self._segments[rows])
-
-    def _read(self, rows: slice) -> Rows:
-        stored = self._stored(rows)
-        for values in (stored.tokens, stored.segment_ids):
-            if not np.can_cast(values.dtype, np.int32) and abs(values).max() > LARGEST_ID:
-                _ = self.scan  # says which
-        tokens, mask, segments = stored
-        cast = (tokens.astype(np.int32, copy=False), mask.astype(np.float32, copy=False))
-        return Rows(*cast, segments.astype(np.int32, copy=False))
 
     @contextmanager
     def _undamaged(self) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from whet.chat.conversation import LARGEST_WEIGHT, Tokenised, shown
-from whet.data.record import UNUSED, Origin, Record, first_of, rest
+from whet.chat.conversation import LARGEST_WEIGHT, Origin, Tokenised, shown
+from whet.data.record import UNUSED, Record, first_of, rest
 
 IDS_KEYS = ("ids", "input_ids", "tokens")
 MASK_KEYS = ("mask", "loss_mask", "assistant_masks", "completion_mask", "labels")
@@ -33,7 +33,7 @@ def read_tokenised(record: Record, at: Origin) -> Tokenised:
     begin, end = _not_padding(record, ids, mask, at)
     _check_one_document(record, len(ids), begin, end, at)
     used = (ids_key, *MASK_KEYS, *OF_EACH, *LENGTHS_KEYS)
-    return Tokenised(ids[begin:end], mask[begin:end], at.source, at.line, rest(record, *used))
+    return Tokenised(ids[begin:end], mask[begin:end], at, rest(record, *used))
 
 
 def _mask(record: Record, key: str, ids: list[int], at: Origin) -> list[float]:

@@ -139,7 +139,7 @@ def write_packed(
     members: np.ndarray,
     config: Config,
     attrs: Mapping[str, Any],
-    refusals: Sequence[Mapping[str, Any]],
+    refusals: Sequence[Refusal],
     quiet: bool = False,
 ) -> int:
     """Pack the examples `members`, each as often as it has copies, and write them with the
@@ -170,7 +170,11 @@ def write_packed(
             writer.write_rows(*rows_of_block)
             progress.advance(n)
         writer.write_documents(documents)
-        writer.write_texts("refusals", [json.dumps(r, ensure_ascii=False) for r in refusals])
+        left_out = [
+            {"source": r.source, "line": r.line, "kind": r.kind, "reason": r.message}
+            for r in refusals
+        ]
+        writer.write_texts("refusals", [json.dumps(r, ensure_ascii=False) for r in left_out])
         for name, values in _values(tables, units[order]).items():
             writer.write_numbers(name, values)
     return n_rows

@@ -198,13 +198,13 @@ def _show_result(
     """The table, an answer of each model to the same question, and how to go on."""
     n = summary["n"]
     asked = [f"{100 * summary[key]:.1f} %" for key in ("base_accuracy", "sft_accuracy")]
-    told = f"{100 * summary['base_prose_accuracy']:.1f} %"
+    prose = f"{100 * summary['base_prose_accuracy']:.1f} %"
     losses = [f"{summary[key]:.3f}" for key in ("base_dev_loss", "sft_dev_loss")]
     title("Result", f"{summary['seconds']:.0f} seconds, written to {out}/summary.json.")
     rows = [
         ("", "base", "after SFT"),
         (f"{n} new problems, asked as questions: right", *asked),
-        ("the same, as stories to continue: right", told, "–"),
+        ("the same, as stories to continue: right", prose, "–"),
         ("loss on answers it was not trained on", *losses),
     ]
     for label, first, second in rows:
@@ -215,7 +215,8 @@ def _show_result(
     say(f"\nThe base, asked in its own way: {problem.story} …\n{wrapped(continued)}")
     say("\nSFT taught it to answer. Counting it had learnt before. Chat on:\n")
     chat = [whet(), "chat", str(out / "sft")]
-    for words in (chat, [*chat, "--prompt", problem.question]):
+    serve = [whet(), "serve", str(out / "base"), str(out / "sft")]  # side by side in the browser
+    for words in (chat, [*chat, "--prompt", problem.question], serve):
         say(textwrap.indent(folded(words), "  "))
 
 

@@ -29,8 +29,8 @@ from whet.stages import dpo, grpo, reward, sft
 
 SHOWN_KINDS = (KINDS[0], KINDS[4])
 """The kinds of events that SFT shows: one that adds and one that takes away."""
-OTHERS = 24
-"""Problems of the other kinds that SFT shows: enough for answers in form, too few for right ones."""
+OTHERS = 16
+"""Problems of the other kinds that SFT shows: enough for the form, too few for right answers."""
 FORM = re.compile(r"<(think|step)>\d+[+-]\d+=\d+</\1><answer>\d+</answer>")
 """What an answer looks like, in either style."""
 STYLE = "def tags(completions):\n    return [float(t.startswith('<think>')) for t in completions]\n"
@@ -51,26 +51,20 @@ def write(made: World, seed: int, folder: Path, size: Size) -> None:
     asked = list(islice(drawn, size.prompts))
     styled = list(islice(drawn, size.preferences))
     judged = list(islice((p for p in drawn if p.kind in SHOWN_KINDS), size.preferences))
-    world.write_lines(
-        folder / "two_styles.jsonl",
-        (
-            {
-                "instruction": p.question,
-                "response": in_style(p.answer, rng.choice(("think", "step"))),
-            }
+    styles = ("think", "step")
+    files = {
+        "two_styles": (
+            {"instruction": p.question, "response": in_style(p.answer, rng.choice(styles))}
             for p in shown
         ),
-    )
-    for name, problems in (("prompts", asked), ("styled", styled)):
-        asking = ({"question": p.question, "answer": p.answer} for p in problems)
-        world.write_lines(folder / f"{name}.jsonl", asking)
-    world.write_lines(
-        folder / "defects.jsonl",
-        (
+        "prompts": ({"question": p.question, "answer": p.answer} for p in asked),
+        "styled": ({"question": p.question, "answer": p.answer} for p in styled),
+        "defects": (
             {"prompt": p.question, "chosen": p.answer, "rejected": with_defect(p, rng)}
             for p in judged
         ),
-    )
+    }
+    world.write_files(folder, files)
     (folder / "style.py").write_text(STYLE, encoding="utf-8")
 
 
@@ -88,22 +82,24 @@ def write_pairs(folder: Path, replies: Path) -> None:
     shown = world.read_lines(folder / "two_styles.jsonl")
     answers = [(record["instruction"], record["response"]) for record in shown]
     answers += [(record["question"], record["reply"]) for record in world.read_lines(replies)]
-    pairs = (
+    pairs = [
         {"prompt": question, "chosen": in_style(text, "think"), "rejected": in_style(text, "step")}
         for question, text in answers
         if FORM.fullmatch(text)
-    )
-    world.write_lines(folder / "styles.jsonl", pairs)
+    ]
+    world.write_files(folder, {"styles": pairs})
+    say(f"{folder / 'styles.jsonl'}: {len(pairs):,} pairs, an answer in both styles each")
 
 
 def with_defect(problem: Problem, rng: random.Random) -> str:
-    """The answer with one of three defects: a number unlike its own thinking, no end, or two
-    answers."""
+    """The answer with one of four defects: a number unlike its own thinking, no thinking, no end,
+    or two answers."""
     other = problem.result + rng.choice((-3, -2, -1, 1, 2, 3))
     thought = f"<think>{problem.fact}</think>"
     return rng.choice(
         (
             f"{thought}<answer>{other}</answer>",
+            f"<answer>{problem.result}</answer>",
             f"{thought}<answer>{problem.result}",
             f"{thought}<answer>{problem.result}</answer><answer>{other}</answer>",
         )
@@ -137,7 +133,8 @@ def train_and_compare(out: Path, seed: int, size: Size) -> dict[str, Any]:
     run_command(
         "eval",
         evaluate,
-        "{out}/sft --gsm8k {out}/world/styled.jsonl --max_new_tokens 64 --samples {out}/replies.jsonl",
+        "{out}/sft --gsm8k {out}/world/styled.jsonl --max_new_tokens 64 "
+        "--samples {out}/replies.jsonl",
         out=out,
     )
     write_pairs(out / "world", out / "replies.jsonl")

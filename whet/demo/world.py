@@ -19,7 +19,7 @@ What is held out, and proven by `check` from the finished texts:
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -209,24 +209,21 @@ def _text(rng: random.Random, held_out: set[Identity]) -> str:
 
 def write(world: World, folder: Path) -> None:
     """Write prose.jsonl, pairs.jsonl and test.jsonl, in formats that `whet` reads."""
+    keys = ("question", "answer", "story", "ending")
+    files = {
+        "prose": ({"text": text} for text in world.prose),
+        "pairs": ({"instruction": p.question, "response": p.answer} for p in world.pairs),
+        "test": ({key: getattr(p, key) for key in keys} for p in world.test),
+    }
+    write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, Iterable[dict[str, str]]]) -> None:
+    """Write the records of each name as JSON lines into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_lines(folder / "prose.jsonl", ({"text": text} for text in world.prose))
-    write_lines(
-        folder / "pairs.jsonl",
-        ({"instruction": p.question, "response": p.answer} for p in world.pairs),
-    )
-    write_lines(
-        folder / "test.jsonl",
-        (
-            {"question": p.question, "answer": p.answer, "story": p.story, "ending": p.ending}
-            for p in world.test
-        ),
-    )
-
-
-def write_lines(path: Path, records: Iterable[dict[str, str]]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    for name, records in files.items():
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 def check(folder: Path) -> None:
@@ -258,7 +255,7 @@ def _facts_are_true(text: str) -> bool:
 
 
 def sums_of(texts: Iterable[str]) -> set[Sum]:
-    """The sums behind all facts that are stated in `texts`."""
+    """The sums that all facts stated in `texts` rest on."""
     found = set()
     for a, _, b, c in FACT.findall("\n".join(texts)):
         x, y, _ = sorted(map(int, (a, b, c)))

@@ -5,8 +5,7 @@ import time
 from whet.errors import UserError
 from whet.flags.report import Config
 from whet.progress import say
-from whet.report.run import read_run
-from whet.report.run_page import write_page
+from whet.report.run_page import read_run, write_page
 
 EVERY_S = 5
 

@@ -55,16 +55,14 @@ def encode_line(reference: str, chat: Chat) -> EncodedLine:
         raise UserError(f"{path}:{line}: {error}") from None
     datum = to_example(record, None, path, line)
     if isinstance(datum, Preference):
-        raise UserError(
-            f"{datum.where}: is preference data; inspect the file that `whet prepare` makes"
-        )
+        raise datum.at.error("is preference data; inspect the file that `whet prepare` makes")
     return EncodedLine(datum, encode_chat(datum, chat), chat)
 
 
 def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:
     """The rendering, the turns and the certificate, for the terminal."""
     examples = shown.encoded.examples
-    yield marked(shown.datum.where, ink.title)
+    yield marked(shown.datum.at.where, ink.title)
     yield ink.legend
     for number, example in enumerate(examples, 1):
         name = f"example {number} of {len(examples)}" if len(examples) > 1 else "rendering"
@@ -145,15 +143,15 @@ def encoded_sheet(shown: EncodedLine) -> Sheet:
         tokens[row, : len(example.ids)] = example.ids
         mask[row, : len(example.ids)] = example.loss_mask
         documents[row] = (
-            row, 0, len(example.ids), (example.loss_mask != 0).sum(), 0, shown.datum.line, row,
+            row, 0, len(example.ids), (example.loss_mask != 0).sum(), 0, shown.datum.at.line, row,
         )  # fmt: skip
     index, texts = token_texts(tokens, shown.chat.tokenizer)
     return Sheet(
-        title=f"{Path(shown.datum.source).name}:{shown.datum.line}",
+        title=f"{Path(shown.datum.at.source).name}:{shown.datum.at.line}",
         tokens=tokens,
         mask=mask,
         documents=documents,
-        sources=[shown.datum.source],
+        sources=[shown.datum.at.source],
         index=index,
         texts=texts,
         lengths=documents["length"],

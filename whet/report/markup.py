@@ -39,9 +39,17 @@ def embedded(value: Any) -> str:
 def table(
     title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "words"
 ) -> str:
-    """A section with a table; nothing without rows. `kind` is the cells' class: words are wide."""
+    """A section with a table; nothing without rows."""
     if not rows:
         return ""
+    return f"<section><h2>{escape(title)}</h2>{grid(title, head, rows, kind)}</section>"
+
+
+def grid(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "words"
+) -> str:
+    """The table alone, which scrolls where it is too wide. `kind` is the cells' class: words are
+    wide."""
     top = "".join(f'<th scope="col" class="{kind}">{escape(word)}</th>' for word in head)
     body = "".join(
         f'<tr><th scope="row" class="{kind}">{escape(row[0])}</th>'
@@ -50,7 +58,6 @@ def table(
         for row in rows
     )
     return (
-        f'<section><h2>{escape(title)}</h2><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{escape(title)}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody>'
-        "</table></div></section>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
+        f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -12,7 +12,7 @@ from whet.data.account import SourceAccount, totals
 from whet.data.rows import DOCUMENT
 from whet.files import short_names
 from whet.report.figures import fills_figure, lengths_figure
-from whet.report.markup import STYLE, embedded, fill
+from whet.report.markup import STYLE, embedded, fill, grid, table
 from whet.report.sheet import Sheet
 
 LEFT_OUT_SHOWN = 1000
@@ -30,7 +30,11 @@ def page(sheet: Sheet) -> str:
         numbers=_numbers(sheet),
         facts=_definitions("facts", sheet.facts),
         figures=lengths_figure(sheet.lengths) + fills_figure(sheet.fills, sheet.width),
-        turns=_turns(sheet),
+        turns=table(
+            "Turns",
+            ("turn", "role", "what is trained"),
+            [(str(number), role, what) for number, role, what in sheet.turns],
+        ),
         account=_account(sheet),
         left_out=_left_out(sheet),
         data=embedded(_payload(sheet)),
@@ -94,24 +98,6 @@ def _numbers(sheet: Sheet) -> str:
     return _definitions("numbers", numbers)
 
 
-def _turns(sheet: Sheet) -> str:
-    """What becomes of each message of the one conversation that is shown."""
-    if not sheet.turns:
-        return ""
-    body = "".join(
-        f"<tr><td>{number}</td><td class='words'>{escape(role)}</td>"
-        f"<td class='words'>{escape(what)}</td></tr>"
-        for number, role, what in sheet.turns
-    )
-    return (
-        '<section aria-labelledby="turns-title"><h2 id="turns-title">Turns</h2>'
-        '<table class="turns"><thead><tr><th scope="col">turn</th>'
-        '<th scope="col" class="words">role</th>'
-        '<th scope="col" class="words">what is trained</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></section>"
-    )
-
-
 ACCOUNT = ("lines", "examples", "tokens", "trained", "context", "truncated", "dropped")
 
 
@@ -168,18 +154,11 @@ def _left_out(sheet: Sheet) -> str:
     kinds = "".join(
         f"<li>{count:,}: {escape(kind)}</li>" for kind, count in sheet.left_out_counts.items()
     )
-    body = "".join(
-        f'<tr><td class="words">{escape(left.source)}</td><td>{left.line or ""}</td>'
-        f'<td class="words">{escape(left.reason)}</td></tr>'
-        for left in sheet.left_out[:LEFT_OUT_SHOWN]
-    )
-    shown = min(len(sheet.left_out), LEFT_OUT_SHOWN)
-    more = f'<p class="note">{shown:,} of {total:,}; the list scrolls.</p>'
+    first = sheet.left_out[:LEFT_OUT_SHOWN]
+    rows = [(left.source, str(left.line or ""), left.reason) for left in first]
+    more = f'<p class="note">{len(rows):,} of {total:,}; the list scrolls.</p>'
     return (
         f'<details id="left-out"><summary>{total:,} refused or left out</summary>'
         f"<ul>{kinds}</ul>{more}"
-        '<div class="scroll" tabindex="0" role="region" aria-label="Refused and left out">'
-        '<table><thead><tr><th scope="col" class="words">source</th><th scope="col">line</th>'
-        '<th scope="col" class="words">reason</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div></details>"
+        f"{grid('Refused and left out', ('source', 'line', 'reason'), rows)}</details>"
     )

@@ -75,11 +75,7 @@ def preference_loss(
     if kind == "kto":
         loss = kto_loss(chosen, True, beta, z) + kto_loss(rejected, False, beta, z)
     elif kind == "ipo":
-        lengths = (side.tokens.clamp(min=1) for side in (chosen, rejected))
-        better, worse = (
-            side.change / n for side, n in zip((chosen, rejected), lengths, strict=True)
-        )
-        loss = (better - worse - 1 / (2 * beta)).square()
+        loss = (chosen.mean_change - rejected.mean_change - 1 / (2 * beta)).square()
     elif kind == "orpo":
         loss = -chosen.mean - beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
     else:

@@ -140,6 +140,8 @@ class Server:
 
     async def tokenize(self, request: Request, served: Served, given: dict[str, Any]) -> Response:
         """POST /tokenize, as vLLM has it: the ids of a prompt, and here the text of each."""
+        if "prompt" in given and "messages" in given:
+            raise ApiError(400, "prompt: leave it out or leave out messages", "prompt")
         if "prompt" in given:
             ids = await run_in_threadpool(served.text_prompt, given["prompt"])
         else:

@@ -116,7 +116,11 @@ class Served:
         if key not in self.chats:
             if len(self.chats) >= CHATS:
                 self.chats.pop(next(iter(self.chats)))
-            self.chats[key] = self.chat.with_variables(variables)
+            try:
+                self.chats[key] = self.chat.with_variables(variables)
+            except UserError as error:
+                message = str(error).replace("--template_kwargs", "chat_template_kwargs")
+                raise ApiError(400, message, "chat_template_kwargs") from None
         return self.chats[key]
 
 

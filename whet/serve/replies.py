@@ -132,6 +132,11 @@ class Answer:
         self.loop = asyncio.get_running_loop()
         self.news: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         asked = [prompt for prompt in prompts for _ in range(settings.n)]
+        most = served.worker.queue + served.worker.batch_size
+        if len(asked) > most:
+            raise ApiError(
+                400, f"n: asks for {len(asked):,} replies; at most {most:,} fit at once", "n"
+            )
         self.choices = [self._choice(prompt, i) for i, prompt in enumerate(asked)]
         jobs = [Job(c.row, partial(self._deliver, i)) for i, c in enumerate(self.choices)]
         try:

@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 def _number(least: float, most: float, whole: bool = False) -> Callable[[Any], str]:
     kinds = (int,) if whole else (int, float)
-    what = f"a {'whole ' if whole else ''}number from {least:g} to {most:g}"
+    what = f"a {'whole ' if whole else ''}number from {least:,} to {most:,}"
     return lambda v: "" if type(v) in kinds and least <= v <= most else what
 
 
@@ -45,7 +45,9 @@ def _kind(kind: type, what: str) -> Callable[[Any], str]:
 
 def _only(*values: Any) -> Callable[[Any], str]:
     """For what Whet does not do: no other value than those that ask for nothing."""
-    return lambda v: "" if v in values else f"{' or '.join(map(repr, values))}: it is not supported"
+    return lambda v: (
+        "" if v in values else f"{' or '.join(map(repr, values))} (others are not supported)"
+    )
 
 
 def _anything(value: Any) -> str:
@@ -162,6 +164,8 @@ def settings(given: dict[str, Any]) -> Settings:
     if len(longest) > 1:
         raise ApiError(400, "max_tokens: differs from max_completion_tokens", "max_tokens")
     options = given.get("stream_options", {})
+    if options and not given.get("stream"):
+        raise ApiError(400, "stream_options: needs stream to be true", "stream_options")
     for name in options.keys() - {"include_usage", "include_obfuscation"}:
         raise ApiError(400, f"stream_options: there is no such field {name}", "stream_options")
     top_k, top_p = given.get("top_k", -1), given.get("top_p", 1)

@@ -10,9 +10,10 @@ loss leaves open is where the probability goes: both replies may become unlikely
 rejected one does so faster. So the chosen reply's own log-probability is logged, and said in words.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whet.data.batches import Batch, per_document
-from whet.data.reference import Reference, read_reference
+from whet.data.batches import Batch, make_batch, per_document
+from whet.data.reference import MISMATCHED, Reference, read_reference
+from whet.data.rows import Rows, mismatched
 from whet.data.store import PackedStore
 from whet.flags.dpo import Config, Loss
 from whet.generate.engine import evaluating
@@ -36,6 +38,7 @@ from whet.rl.preference_loss import (
     preference_loss,
 )
 from whet.stages.opening import open_for_training
+from whet.stages.packed import batches_of_step, order_of
 from whet.stages.pairs import (
     Judged,
     batch_of_rows,
@@ -49,7 +52,8 @@ from whet.train.distributed import Ranks, sum_over_ranks, unwrap
 from whet.train.proposal import with_proposal
 from whet.train.resume import weights_fingerprint
 from whet.train.session import run_stage
-from whet.train.stage import Documents, Stage
+from whet.train.signals import Stop
+from whet.train.stage import Documents, Evaluation, Stage
 
 ADAPTER_LR = 1e-5
 FORGOTTEN = 0.5
@@ -73,17 +77,19 @@ def build(config: Config, ranks: Ranks) -> Stage:
         label_smoothing=config.label_smoothing,
         sft_weight=config.sft_weight,
     )
+    z = Baseline() if config.loss == "kto" else None
+    judge = partial(judge, z=z)
     reference = Reference("")
     made = config.out / "reference.safetensors"
     if config.loss in NEEDS_REFERENCE:
         model = f"{model_fingerprint(opened.model)} {config.precision}"
         reference.model = model
         if config.reference is not None:
-            reference = read_reference(config.reference, model, stores)
+            reference = read_reference(config.reference, model, stores, kinds_of(z))
         elif made.exists() and (config.out / "config.toml").exists():
-            reference = read_reference(made, model, stores)
+            reference = read_reference(made, model, stores, kinds_of(z))
     complete = partial(with_reference, reference=reference)
-    words = partial(in_words, kind=config.loss)
+    words = partial(in_words, of_pairs=stores["--data"].kind == "preferences")
     stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo", words)
     if config.loss in NEEDS_REFERENCE and not reference.logp:
         assert config.micro_batch_size is not None, "resolved before"
@@ -92,23 +98,30 @@ def build(config: Config, ranks: Ranks) -> Stage:
             stores,
             reference,
             made,
+            kinds=kinds_of(z),
             micro_rows=config.micro_batch_size,
             quiet=config.quiet or not ranks.first,
         )
-        return replace(stage, at_start=start)
-    return stage
+        stage = replace(stage, at_start=start)
+    return stage if z is None else with_baseline(stage, config, stores, z, reference, ranks)
 
 
-def with_reference(store: PackedStore, batch: Batch, *, reference: Reference) -> Batch:
+def with_reference(
+    store: PackedStore, batch: Batch, *, reference: Reference, kind: str = ""
+) -> Batch:
     """The batch with `reference` (B, S + 1), and with `pairs` where it has single labelled
-    replies."""
+    replies; of the kind MISMATCHED with each reply after another prompt."""
     extra = dict(batch.extra)
+    if kind == MISMATCHED:
+        read = Rows(*(x.numpy() for x in (batch.tokens, batch.loss_mask, batch.segments)))
+        read = mismatched(read, 1 if store.kind == "labels" else 2)
+        batch = make_batch(read, batch.rows, total=batch.total, epoch=batch.epoch)
     if store.kind == "labels":
         extra["pairs"] = (extra["labels"][:, 1:] != 0).float()
         count = extra["pairs"].shape[1]
     else:
         count = 2 * extra["pairs"].shape[1]
-    extra["reference"] = torch.from_numpy(reference.rows(store, batch.rows, count))
+    extra["reference"] = torch.from_numpy(reference.rows(store, batch.rows, count, kind))
     return replace(batch, extra=extra)
 
 
@@ -131,11 +144,14 @@ def judge_replies(
     gamma: float,
     label_smoothing: float,
     sft_weight: float,
+    z: "Baseline | None" = None,
 ) -> Judged:
     """The loss of the pairs, or of the labelled replies, of a batch."""
     both, nll = replies_of(model, batch)
+    baseline = z.value if z is not None else 0.0
     if "labels" in batch.extra:
-        return _judge_labelled(both, nll, batch.extra["labels"][:, 1:], beta, sft_weight)
+        labels = batch.extra["labels"][:, 1:]
+        return _judge_labelled(both, nll, labels, beta, sft_weight, baseline)
     parts = [sides(x) for x in (both.logp, both.reference, both.tokens)]
     chosen, rejected = (Replies(*(part[i] for part in parts)) for i in (0, 1))
     loss = preference_loss(
@@ -146,24 +162,33 @@ def judge_replies(
         gamma=gamma,
         label_smoothing=label_smoothing,
         sft_weight=sft_weight,
+        z=baseline,
     )
     numbers = {"chosen_logp": chosen.logp.detach(), "rejected_logp": rejected.logp.detach()}
     if kind in NEEDS_REFERENCE:
-        numbers["chosen_less_likely"] = (chosen.change < 0).double()
-        numbers["chosen_change_a_token"] = chosen.mean_change.detach()
+        numbers |= _changes(chosen)
     better, worse = (implicit_reward(side, kind, beta) for side in (chosen, rejected))
     return Judged(loss, better, worse, nll, numbers)
 
 
 def _judge_labelled(
-    both: Replies, nll: Tensor, labels: Tensor, beta: float, sft_weight: float
+    both: Replies, nll: Tensor, labels: Tensor, beta: float, sft_weight: float, z: float
 ) -> Judged:
     """KTO of single replies: a good one, or the model against a bad one, stands as chosen."""
     replies = Replies(*(x[:, 1:] for x in (both.logp, both.reference, both.tokens)))
     good = labels > 0
-    loss = kto_loss(replies, good, beta, 0.0) - sft_weight * replies.mean * good
+    loss = kto_loss(replies, good, beta, z) - sft_weight * replies.mean * good
     reward = implicit_reward(replies, "kto", beta) * labels
-    return Judged(loss, reward, torch.zeros_like(reward), nll)
+    numbers = _changes(replies, torch.where(good, 0.0, torch.nan))
+    return Judged(loss, reward, torch.zeros_like(reward), nll, numbers)
+
+
+def _changes(replies: Replies, left_out: Tensor | float = 0.0) -> dict[str, Tensor]:
+    """How the chosen replies have changed; NaN, added to some, leaves these out."""
+    return {
+        "chosen_less_likely": (replies.change < 0).double() + left_out,
+        "chosen_change_a_token": replies.mean_change.detach() + left_out,
+    }
 
 
 def compute_reference(
@@ -173,6 +198,7 @@ def compute_reference(
     model: nn.Module,
     ranks: Ranks,
     *,
+    kinds: Sequence[str],
     micro_rows: int,
     quiet: bool,
 ) -> None:
@@ -181,10 +207,10 @@ def compute_reference(
     All ranks call it, each with its rows; all do the same number of forward passes.
     """
     inner: Any = unwrap(model)
-    empty = partial(with_reference, reference=Reference(""))
-    rows = sum(len(store) for store in stores.values()) // ranks.size
+    rows = len(kinds) * sum(len(store) for store in stores.values()) // ranks.size
     with track("Reference log-probabilities", rows, "rows", quiet) as progress:
-        for store in stores.values():
+        for store, kind in product(stores.values(), kinds):
+            empty = partial(with_reference, reference=Reference(""), kind=kind)
             logp = np.zeros(len(store.document_rows))
             for share in rows_of_file(store, ranks, micro_rows):
                 batch = batch_of_rows(store, share, micro_rows, empty, ranks.device)
@@ -193,9 +219,67 @@ def compute_reference(
                 row, segment, number = store.documents_in(share)
                 logp[number] = found[row, segment]
                 progress.advance(len(share))
-            reference.logp[store.fingerprint] = np.array(sum_over_ranks(logp.tolist(), ranks))
+            summed = sum_over_ranks(logp.tolist(), ranks)
+            reference.logp[store.fingerprint + kind] = np.array(summed)
     if ranks.first:
         reference.save(path)
+
+
+@dataclass
+class Baseline:
+    """KTO's z of the step or the dev file at hand: the divergence from the reference that any reply
+    has, by which a good one must be better and a bad one worse (arXiv:2402.01306, section 4.2)."""
+
+    value: float = 0.0
+
+    def measure(self, model: nn.Module, batches: Iterable[Batch], ranks: Ranks) -> None:
+        """max(0, mean of ln p - ln p_reference) over replies to other prompts, the documents of all
+        ranks' `batches`, which are equally many on each. No gradient."""
+        inner: Any = unwrap(model)
+        total, count = 0.0, 0.0
+        with torch.no_grad(), evaluating(inner):
+            for batch in batches:
+                replies = replies_of(inner, batch.to(ranks.device))[0]
+                there = replies.tokens > 0
+                total += float(replies.change[there].sum())
+                count += float(there.sum())
+        total, count = sum_over_ranks([total, count], ranks)
+        self.value = max(0.0, total / count) if count else 0.0
+
+
+def kinds_of(z: Baseline | None) -> tuple[str, ...]:
+    """Of which documents the reference is needed."""
+    return ("",) if z is None else ("", MISMATCHED)
+
+
+def with_baseline(
+    stage: Stage,
+    config: Config,
+    stores: Mapping[str, PackedStore],
+    z: Baseline,
+    reference: Reference,
+    ranks: Ranks,
+) -> Stage:
+    """The stage with `z` measured over the whole global batch before each step, and over the whole
+    dev file before it is evaluated: so it depends on neither micro-batches nor ranks."""
+    store, dev, micro_rows = stores["--data"], stores.get("--dev"), config.micro_batch_size
+    assert micro_rows is not None, "resolved before"
+    complete = partial(with_reference, reference=reference, kind=MISMATCHED)
+    order, of_data = order_of(config, store), partial(complete, store)
+
+    def before_step(step: int, model: nn.Module, ranks: Ranks, stop: Stop) -> dict[str, float]:
+        batches = batches_of_step(step, **order, store=store, ranks=ranks, complete=of_data)
+        z.measure(model, batches, ranks)
+        return {"kl": z.value}
+
+    def evaluate(model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
+        if dev is not None:
+            shares = rows_of_file(dev, ranks, micro_rows)
+            each = (batch_of_rows(dev, s, micro_rows, complete, ranks.device) for s in shares)
+            z.measure(model, each, ranks)
+        return stage.evaluate(model, ranks, stop)
+
+    return replace(stage, before_step=before_step, evaluate=evaluate)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -212,14 +296,15 @@ def model_fingerprint(model: nn.Module) -> str:
     )
 
 
-def in_words(metrics: dict[str, float], *, kind: Loss) -> str:
+def in_words(metrics: dict[str, float], *, of_pairs: bool) -> str:
     """An evaluation's numbers for people, and what they warn of."""
-    words = order_in_words(metrics)
+    words = order_in_words(metrics, of_pairs)
     change = metrics.get("dev_chosen_change_a_token")
     if change is None:
         return words
+    kind = "chosen" if of_pairs else "good"
     if (share := metrics.get("dev_chosen_less_likely")) is not None:
-        words += f"; {100 * share:.0f} % of the chosen replies have become less likely"
+        words += f"; {100 * share:.0f} % of the {kind} replies have become less likely"
     if change < -FORGOTTEN:
         words += (
             f", by {-change:.2g} nats a token: the model forgets how to write them, whatever the "

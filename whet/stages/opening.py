@@ -92,21 +92,18 @@ def open_for_training(
         if chat is not None:
             chat = rendered_as_data(chat, config.chat_template, data, found, header)
     with collected(found):
-        lora = choose_trained(
-            model,
-            train=config.train,
-            lora=lora_of(config) if adapter is None else None,
-            adapter=adapter,
-            new_rows=new_rows,
-            four_bits=config.lora_4bit,
-            device=ranks.device,
-            seed=config.seed,
-        )
+        if adapter is not None or config.lora_rank is not None:
+            lora = put_adapter(model, config, adapter, new_rows, ranks.device)
+        elif config.train == "all":
+            model.requires_grad_(True)
+        else:
+            select_trainable(model, config.train)
         if score and lora is not None:
             model.score.requires_grad_(True)
-        parse_lr_groups(
-            config.lr_groups, [n for n, p in model.named_parameters() if p.requires_grad]
-        )
+        if config.lr_groups:
+            parse_lr_groups(
+                config.lr_groups, [n for n, p in model.named_parameters() if p.requires_grad]
+            )
     for flag, store in data.items():
         found += misfits(model, chat, store, flag)
         switch = getattr(model, "switch", None)
@@ -180,39 +177,32 @@ def add_tokens(model: Transformer, chat: Chat, chat_template: str) -> tuple[Chat
     return chat, [i for i in ids if i is not None]
 
 
-def choose_trained(
+def put_adapter(
     model: Transformer,
-    *,
-    train: str,
-    lora: LoRA | None,
+    config: Any,
     adapter: Path | None,
     new_rows: list[int],
-    four_bits: bool,
     device: torch.device,
-    seed: int,
-) -> LoRA | None:
-    """Freeze what is not trained; with an adapter everything but it and the new rows.
-
-    `lora` are the settings of a new adapter, `adapter` the directory of one that is trained
-    further. Returns the adapter's settings, or None if the model itself is trained.
-    """
-    if lora is None and adapter is None:
-        if train == "all":
-            model.requires_grad_(True)
-        else:
-            select_trainable(model, train)
-        return None
+) -> LoRA:
+    """Freeze everything but an adapter and the new rows: a new one by the flags, or that in the
+    directory `adapter`, which is trained further. Returns its settings."""
     if adapter is not None and new_rows:
         raise UserError(
             f"{adapter}: an adapter can't be given tokens that it lacks; merge it first: "
             f"whet export {adapter} --merge --out DIR"
         )
-    if four_bits:
+    if config.lora_4bit:
         quantize_base(model, device)
     if adapter is not None:
         return continue_adapter(model, adapter)
-    assert lora is not None
-    apply_lora(model, lora, new_rows, seed)
+    lora = LoRA(
+        config.lora_rank,
+        config.lora_alpha,
+        config.lora_targets,
+        config.lora_dropout,
+        dora=config.lora_dora,
+    )
+    apply_lora(model, lora, new_rows, config.seed)
     if isinstance(model, Transformer):
         return lora
     kinds = dict.fromkeys(kind_of(name) for name, _ in adapters(model))
@@ -236,19 +226,6 @@ def select_trainable(model: nn.Module, pattern: str) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in set(chosen))
     return chosen
-
-
-def lora_of(config: Any) -> LoRA | None:
-    """The adapter's settings, or None if the model itself is trained."""
-    if config.lora_rank is None:
-        return None
-    return LoRA(
-        config.lora_rank,
-        config.lora_alpha,
-        config.lora_targets,
-        config.lora_dropout,
-        dora=config.lora_dora,
-    )
 
 
 def adapter_in_words(lora: LoRA, four_bits: bool) -> str:

@@ -48,7 +48,7 @@ class Judged:
     nll: Tensor
     """(B, T) detached: what the ledger sums over a document."""
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
-    """More numbers of each pair, for the log, detached."""
+    """More numbers of each pair, for the log, detached; NaN where they do not apply."""
 
     @property
     def first(self) -> Tensor:
@@ -73,8 +73,10 @@ Judge = Callable[[nn.Module, Batch], Judged]
 def sums(model: nn.Module, batch: Batch, *, judge: Judge) -> Sums:
     """The loss function of a stage of pairs: sums over the pairs that are there."""
     found, real = judge(model, batch), batch.extra["pairs"]
-    count = real.sum()
-    named = {name: ((x * real).sum(), count) for name, x in found.all_numbers().items()}
+    named = {}
+    for name, x in found.all_numbers().items():
+        there = real * ~x.isnan()
+        named[name] = ((x.nan_to_num() * there).sum(), there.sum())
     return Sums((found.loss * real).sum(), found.nll, named)
 
 
@@ -225,6 +227,7 @@ class PairEvaluator:
                 real = batch.extra["pairs"].cpu().numpy() != 0
                 for name, x in {"loss": judged.loss, **judged.all_numbers()}.items():
                     values = x.double().cpu().numpy()[real]
+                    values = values[~np.isnan(values)] if name in judged.numbers else values
                     found.setdefault(f"dev_{name}", np.zeros(2))
                     found[f"dev_{name}"] += values.sum(), len(values)
                 first = judged.first.double().cpu().numpy()
@@ -247,11 +250,14 @@ class PairEvaluator:
         return [labels[s] if 0 <= s < len(labels) else None for s in sources]
 
 
-def order_in_words(metrics: dict[str, float]) -> str:
-    """How often the chosen reply is put first, for people."""
+def order_in_words(metrics: dict[str, float], of_pairs: bool = True) -> str:
+    """How often the chosen reply is put first, or a labelled one on its side, for people."""
     low, high = (100 * metrics[f"dev_pair_accuracy_{end}"] for end in ("low", "high"))
+    share = f"{100 * metrics['dev_pair_accuracy']:.1f} %"
+    what, each = f"{share} of the replies are judged as they are labelled", "reply"
+    if of_pairs:
+        what, each = f"the chosen reply is put first in {share} of the pairs", "pair"
     return (
-        f"the chosen reply is put first in {100 * metrics['dev_pair_accuracy']:.1f} % of the pairs "
-        f"({low:.1f} to {high:.1f} %), loss {metrics['dev_loss']:.4f} a pair, margin "
+        f"{what} ({low:.1f} to {high:.1f} %), loss {metrics['dev_loss']:.4f} a {each}, margin "
         f"{metrics['dev_margin']:.3g}"
     )

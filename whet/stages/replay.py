@@ -122,7 +122,8 @@ def replay(stage: Stage, settings: TrainSettings, run: Path, step: int, ranks: R
     with track("Replaying", step - 1 - facts.step, "steps") as bar:
         while True:
             if stage.before_step is not None:
-                stage.before_step(facts.step, stage.model, ranks, stop)
+                with autocast(ranks.device, dtype):
+                    stage.before_step(facts.step, stage.model, ranks, stop)
             micros = to_device(stage.batches(facts.step), ranks.device)
             result = forward_backward(stage, facts.step, micros, settings, ranks, stop, dtype)
             if facts.step == step - 1:

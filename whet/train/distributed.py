@@ -59,7 +59,14 @@ def start_ranks(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Rank
     if size == 1:
         yield Ranks(device=place)
         return
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    with _process_group(place, timeout_s) as ranks:
+        yield ranks
+
+
+@contextmanager
+def _process_group(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
+    """Join the others; where the block fails on this rank, its process ends."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     # torchrun keeps its store over restarts. Without a name of their own, ranks that were started
     # again would read the addresses of dead ones there, and wait for them.
@@ -69,7 +76,7 @@ def start_ranks(device: str = "auto", timeout_s: float = 600.0) -> Iterator[Rank
     try:
         background = dist.new_group(backend="gloo", timeout=timeout)
         setup = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
-        yield Ranks(dist.get_rank(), size, place, background, setup)
+        yield Ranks(dist.get_rank(), size, device, background, setup)
     except BaseException as error:
         _leave(error)
     dist.destroy_process_group()
@@ -125,9 +132,7 @@ def ranks_on_machine() -> int:
 
 
 def spread(model: nn.Module, ranks: Ranks, *, shard: bool, bf16: bool) -> nn.Module:
-    """Wrap `model`, which lies on `ranks.device`, for its ranks; one rank needs no wrapping."""
-    if ranks.size == 1:
-        return model
+    """Wrap `model`, which lies on `ranks.device`, for its several ranks."""
     if not shard:
         from torch.nn.parallel import DistributedDataParallel
 

@@ -4,8 +4,8 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -22,7 +22,7 @@ from whet.train.distributed import Ranks
 from whet.train.profile import profiled
 from whet.train.run import RunFolder
 from whet.train.signals import Interrupted, Stop
-from whet.train.stage import Documents, Stage
+from whet.train.stage import BeforeStep, Documents, Stage
 from whet.train.state import tensors_of
 from whet.train.step import (
     IN_A_ROW,
@@ -96,19 +96,26 @@ def train(
         _write_ledger(seen, stage.documents, run, ranks)
         run.save(tensors_of(stage.model, optimizers), wait=wait)
 
-    left = stage.total_steps - facts.step
+    def make_batches(before_step: BeforeStep) -> Mapping[str, float]:
+        """Make what the next step trains on, by the weights of today; sets `asked` if a signal
+        has cut it short."""
+        nonlocal asked
+        read(left=0)
+        call = partial(before_step, facts.step, stage.model, ranks, stop)
+        try:
+            found = None if asked else _between_steps(call, stage, stop, ranks, dtype)
+        except UserError:  # on all ranks, say by a reward; the steps so far are kept
+            save(wait=True)
+            raise
+        if found is None:
+            asked = asked or stop.number or signal.SIGTERM
+        return found or {}
+
+    left, ahead = stage.total_steps - facts.step, stage.before_step is None
     profile = profiled(run, left) if settings.profile else nullcontext(lambda: None)
-    with (
-        batches_ahead(
-            stage.batches,
-            facts.step,
-            stage.total_steps,
-            ranks.device,
-            ahead=stage.before_step is None,
-        ) as batches,
-        _bar(stage, run) as bar,
-        profile as step_done,
-    ):
+    coming = batches_ahead(stage.batches, facts.step, stage.total_steps, ranks.device, ahead=ahead)
+    quiet = run.quiet or not ranks.first
+    with coming as batches, track("Training", left, "steps", quiet=quiet) as bar, profile as done:
         while True:
             at_end = facts.step == stage.total_steps
             to_evaluate = at_end or facts.step == 0 or _due(facts.step, settings.eval_every)
@@ -128,26 +135,17 @@ def train(
             if at_end:
                 _write_ledger(seen, stage.documents, run, ranks)
                 return 0
-            started, made = time.monotonic(), dict[str, float]()
-            if stage.before_step is not None:
-                read(left=0)
-                step = partial(stage.before_step, facts.step, stage.model, ranks, stop)
-                try:
-                    found = None if asked else _between_steps(step, stage, stop, ranks, dtype)
-                except UserError:  # on all ranks, say by a reward; the steps so far are kept
-                    save(wait=True)
-                    raise
-                if found is None:
-                    asked = asked or stop.number or signal.SIGTERM
-                    continue
-                made |= found
+            started = time.monotonic()
+            made = make_batches(stage.before_step) if stage.before_step is not None else {}
+            if asked:
+                continue
             result = forward_backward(
                 stage, facts.step, next(batches), settings, ranks, stop, dtype
             )
             verdict = apply_step(result, stage, settings, optimizers, recent)
             queued.append((started, result, verdict, made))
             facts.step += 1
-            step_done()
+            done()
             read(left=steps_behind(ranks.device))
             if facts.step % LEDGER_EVERY == 0:
                 _write_ledger(seen, stage.documents, run, ranks)
@@ -308,10 +306,3 @@ def _write_ledger(
     parts = distributed.gather(ledger.records_of(seen, documents), ranks)
     seen.clear()
     run.append("ledger.bin", ledger.in_order(np.concatenate(parts)).tobytes())
-
-
-@contextmanager
-def _bar(stage: Stage, run: RunFolder) -> Iterator[Progress]:
-    left = stage.total_steps - run.facts.step
-    with track("Training", left, "steps", quiet=run.quiet or not run.ranks.first) as bar:
-        yield bar

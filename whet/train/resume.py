@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -43,22 +43,25 @@ def find_start(config: TrainSettings, command: str) -> Path | None:
     marks = ("config.toml", "metrics.jsonl", "state", "model.safetensors", "config.json")
     holds = [mark for mark in marks if (config.out / mark).exists()]
     problems(unwritable_folder("--out", config.out))
+    if continues(config):
+        return _newest_state(config, command, holds)
+    if holds:
+        raise UserError(
+            f"--out {config.out}: already holds a run ({holds[0]}); --resume continues it, "
+            "or give another folder, or remove this one"
+        )
+    return None
+
+
+def _newest_state(config: TrainSettings, command: str, holds: Sequence[str]) -> Path | None:
+    """The newest undamaged state of the run in --out, a folder that `holds` these files."""
     model = [mark for mark in holds if mark in ("model.safetensors", "config.json")]
-    if continues(config) and model and not (config.out / "config.toml").exists():
+    if model and "config.toml" not in holds:
         raise UserError(
             f"--out {config.out}: holds a model that no run of Whet made ({model[0]}), which would "
             "be overwritten; give another folder"
         )
-    if not continues(config):
-        if holds:
-            raise UserError(
-                f"--out {config.out}: already holds a run ({holds[0]}); --resume continues it, "
-                "or give another folder, or remove this one"
-            )
-        return None
-    at_most = None
-    if (config.out / "config.toml").exists():
-        at_most = _check_same_run(config, command)
+    at_most = _check_same_run(config, command) if "config.toml" in holds else None
     start, passed_over = state.newest_valid(config.out / "state", at_most)
     for line in passed_over:
         print(f"warning: {line}", file=sys.stderr)

@@ -320,22 +320,26 @@ def open_curves(folder: Path, step: int, wandb_project: str | None, config: dict
             str(folder / "tensorboard"), purge_step=step + 1 if step else None
         )
     else:
-        curves.missing.append("tensorboard is not installed: no curves; pip install tensorboard")
+        curves.missing.append("tensorboard is not installed, so the report alone has the curves")
     if wandb_project:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb_project: wandb is not installed; pip install wandb") from None
-        curves.wandb = wandb.init(
-            project=wandb_project,
-            name=folder.name,
-            # The same folder is the same run, also when it is continued.
-            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-            resume="allow",
-            dir=str(folder),
-            config=config,
-        )
+        curves.wandb = _open_wandb(folder, wandb_project, config)
     return curves
+
+
+def _open_wandb(folder: Path, project: str, config: dict) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb_project: wandb is not installed; pip install wandb") from None
+    return wandb.init(
+        project=project,
+        name=folder.name,
+        # The same folder is the same run, also when it is continued.
+        id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+        resume="allow",
+        dir=str(folder),
+        config=config,
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -97,7 +97,9 @@ def _train(
             use_float8(model, ranks.device)
     if config.compile:
         compile_layers(model)
-    model = distributed.spread(model, ranks, shard=config.shard, bf16=config.precision == "bf16")
+    if ranks.size > 1:
+        bf16 = config.precision == "bf16"
+        model = distributed.spread(model, ranks, shard=config.shard, bf16=bf16)
     stage = dataclasses.replace(stage, model=model)
     with distributed.together(ranks):
         optimizers = make_optimizers(model, config)
@@ -156,9 +158,10 @@ def make_optimizers(model: nn.Module, config: TrainSettings) -> list[torch.optim
     """The optimizer(s) of the trained parameters, by the run's settings."""
     if config.optimizer == "adamw8bit" and distributed.is_sharded(model):
         raise UserError("--optimizer adamw8bit: its blocks can't be sharded; leave out --shard")
-    inner = distributed.unwrap(model)
-    names = [name for name, p in inner.named_parameters() if p.requires_grad]
-    lr_groups = optim.parse_lr_groups(config.lr_groups, names)
+    inner, lr_groups = distributed.unwrap(model), list[tuple[str, float]]()
+    if config.lr_groups:
+        names = [name for name, p in inner.named_parameters() if p.requires_grad]
+        lr_groups = optim.parse_lr_groups(config.lr_groups, names)
     return optim.make_optimizers(
         config.optimizer,
         optim.parameter_groups(inner, config.weight_decay, lr_groups),

@@ -57,6 +57,10 @@ class Evaluation:
     """The metrics for people, in one line."""
 
 
+BeforeStep = Callable[[int, nn.Module, Ranks, Stop], Mapping[str, float]]
+"""(step, model, ranks, stop) -> numbers for the step's log."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """What differs between pretraining, SFT and what comes after them."""
@@ -85,7 +89,7 @@ class Stage:
     at_start: Callable[[nn.Module, Ranks], None] | None = None
     """Called once by all ranks with the model as it was opened, on its device and spread, before a
     state is loaded: what is computed from the weights that training begins with."""
-    before_step: Callable[[int, nn.Module, Ranks, Stop], Mapping[str, float]] | None = None
+    before_step: BeforeStep | None = None
     """Make what `batches(step)` reads with the current weights, as a rollout does, and return
     numbers for the step's log, equal on all ranks. With it no batch is read ahead. All ranks call
     it, after the step before was applied; raises Interrupted as `evaluate` does."""

@@ -85,6 +85,10 @@ def open_directory(directory: Path) -> dict[str, Stored]:
             f"{directory}: expected {SINGLE} or {INDEX}, found {why}; "
             "download or convert the model in safetensors form"
         )
+    return _open_shards(directory, index)
+
+
+def _open_shards(directory: Path, index: Path) -> dict[str, Stored]:
     weight_map = _read_index(index)
     found: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
