@@ -29,8 +29,8 @@ from whet.stages import dpo, grpo, reward, sft
 
 SHOWN_KINDS = (KINDS[0], KINDS[4])
 """The kinds of events that SFT shows: one that adds and one that takes away."""
-OTHERS = 16
-"""Problems of the other kinds that SFT shows: enough for the form, too few for right answers."""
+OF_OTHERS = 3
+"""Problems of each other kind that SFT shows: enough for the form, too few for right answers."""
 FORM = re.compile(r"<(think|step)>\d+[+-]\d+=\d+</\1><answer>\d+</answer>")
 """What an answer looks like, in either style."""
 STYLE = "def tags(completions):\n    return [float(t.startswith('<think>')) for t in completions]\n"
@@ -44,8 +44,10 @@ def write(made: World, seed: int, folder: Path, size: Size) -> None:
     """
     rng = random.Random(f"stages {seed}")
     held_out = {problem.identity for problem in made.test}
-    others = [problem for problem in made.pairs if problem.kind not in SHOWN_KINDS]
-    shown = [problem for problem in made.pairs if problem.kind in SHOWN_KINDS] + others[:OTHERS]
+    shown = []
+    for kind in KINDS:
+        of_kind = [problem for problem in made.pairs if problem.kind == kind]
+        shown += of_kind if kind in SHOWN_KINDS else of_kind[:OF_OTHERS]
     rng.shuffle(shown)
     drawn = world.distinct(rng, held_out)
     asked = list(islice(drawn, size.prompts))
@@ -178,12 +180,17 @@ def _prepare(out: Path, name: str, *, tokenizer: str, dev: float = 0.0) -> None:
 
 
 def _summary(out: Path) -> dict[str, Any]:
-    """What the demo promises, from the comparison's own numbers."""
+    """What the demo promises, from the comparison's own numbers.
+
+    The share of the first style is that of sampled replies before DPO, where the two are about as
+    likely and the likelier one is a matter of chance, and of greedy replies after it.
+    """
     content = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     rows = {row["model"]: row for row in content["models"]}
     return {
         **{f"{name}_accuracy": rows[name]["accuracy"] for name in ("base", "sft", "dpo", "grpo")},
-        **{f"{name}_tags": rows[name]["reward/tags"] for name in ("sft", "dpo", "grpo")},
+        "sft_tags": rows["sft"]["sampled_reward/tags"],
+        "dpo_tags": rows["dpo"]["reward/tags"],
         "reward_pair_accuracy": rows["reward"]["pair_accuracy"],
         "n": rows["sft"]["problems"],
     }
