@@ -107,7 +107,9 @@ def batched(model: Transformer, prompts: list[list[int]], ends: list[int]) -> li
     ]
     replies: list[list[int]] = [[] for _ in prompts]
     while waiting or rows.live:
-        pieces = rows.begin(rows.take(waiting)) if waiting else rows.step(CHECK_EVERY["cpu"])
+        pieces = (
+            rows.begin(rows.take(waiting)) if waiting else rows.step(CHECK_EVERY[rows.device.type])
+        )
         for piece in pieces:
             replies[piece.index] += piece.tokens
     return replies

@@ -28,7 +28,7 @@ from whet.model.precision import multiplies_bf16
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 TRL = REPOSITORY / ".bench" / "trl" / "bin" / "python"  # made by bench_train
-NEEDS_DATA = {"train", "train_bf16", "prepare", "packing"}
+NEEDS_DATA = {"train", "train_bf16", "prepare", "packing", "generate_gsm8k"}
 
 
 def commands() -> dict[str, list[str]]:
@@ -42,19 +42,19 @@ def commands() -> dict[str, list[str]]:
     data = ["--data", gsm8k, "--tokenizer", tokenizer]
     bf16 = ["bench_products"]
     if multiplies_bf16(torch.device("cpu")):
-        bf16 = ["bench_train", "--precision", "bf16", "--rounds", "2"]
+        sides = ["whet", "plain", "trl_by_row", "whet_by_row"]
+        bf16 = ["bench_train", "--precision", "bf16", "--rounds", "1", "--sides", *sides]
+    against = ["--prompts", "64", "--peers", "transformers", "--rounds", "1"]
     return {
         "help": ["bench_help"],
-        "head": ["bench_head"],
+        "head": ["bench_head", "--rounds", "2"],
         "shared": ["bench_shared"],
         "generate": ["bench_generate", "--rounds", "1"],
-        "generate_64": [
-            *("bench_generate", "--new", "128", "--prompts", "64", "--rounds", "2"),
-            *("--peers", "transformers"),
-        ],
+        "generate_64": ["bench_generate", "--new", "128", *against],
+        "generate_gsm8k": ["bench_generate", "--replies", "gsm8k", *against],
         "train": ["bench_train", "--rounds", "2", "--steps", "3"],
         "train_bf16": bf16,
-        "open": ["bench_open"],
+        "open": ["bench_open", "--rounds", "2"],
         "packing": ["bench_packing", *data],
         "prepare": [
             "bench_prepare",

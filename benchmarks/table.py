@@ -89,7 +89,10 @@ def generating(lines: list[Line]) -> list[tuple[str, ...]]:
     cells = []
     for line in lines:
         if line["side"] in peers:
-            what = f"generation, {line['new_tokens']} new tokens, {line['prompts']} prompts"
+            replies = f"{line['new_tokens']} new tokens"
+            if line.get("replies") == "gsm8k":
+                replies = "replies as long as GSM8K's"
+            what = f"generation, {replies}, {line['prompts']} prompts"
             cells.append((what, *peers[line["side"]], ratio(line, "cache_is_times_faster")))
     return cells
 
@@ -150,6 +153,7 @@ CELLS = {
     "shared": sharing,
     "generate": generating,
     "generate_64": generating,
+    "generate_gsm8k": generating,
     "train": training,
     "train_bf16": training,
     "open": opening,

@@ -2,6 +2,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -49,6 +51,15 @@ def test_items_are_taken_as_they_are_needed():
     assert len(taken) < 50
     results.close()
     assert multiprocessing.active_children() == []
+
+
+def test_the_callers_script_is_not_run_again(tmp_path):
+    """Without `if __name__ == "__main__"` it would start processes without end."""
+    script = tmp_path / "script.py"
+    mapped = "print(list(ordered_map(len, ['ab', 'c'], 2)))"
+    script.write_text(f"print('once')\nfrom whet.data.parallel import ordered_map\n{mapped}\n")
+    found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert found.stdout == "once\n[2, 1]\n"
 
 
 def test_errors_come_out_and_processes_end():

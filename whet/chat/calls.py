@@ -13,17 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from whet.chat.conversation import Message
-from whet.chat.dialect import (
-    ASKED,
-    CALL_ID,
-    FUNCTION,
-    SAID,
-    TOOLS,
-    VALUE,
-    Dialect,
-    beginning_of,
-    call,
-)
+from whet.chat.dialect import Dialect, beginning_of
+from whet.chat.form import ASKED, CALL_ID, FUNCTION, SAID, TOOLS, VALUE, call
 from whet.chat.template import TemplateError
 
 HOLES = {"name": r"[\w.:/-]+", "id": r"[\w.:/-]+"}

@@ -193,14 +193,16 @@ def _sharegpt(record: Record, at: Origin) -> Conversation:
     turns = from_json(record[key], key, at.where)
     if not isinstance(turns, list) or not turns:
         raise at.error(f"{key} must be a non-empty list of turns, got {shown(turns)}")
-    messages = [_sharegpt_turn(turn, f"turn {n}", at) for n, turn in enumerate(turns, 1)]
+    messages = [_turn(turn, f"turn {n}", at) for n, turn in enumerate(turns, 1)]
     return _conversation(messages, record, at, key)
 
 
-def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
+def _turn(turn: Any, where: str, at: Origin) -> Message:
+    """A message in either spelling: role and content, or ShareGPT's from and value."""
     if not isinstance(turn, Mapping):
-        raise at.error(f"{where}: expected an object with from and value, got {shown(turn)}")
-    if "role" in turn and "content" in turn and "from" not in turn:
+        expected = "expected an object with role and content, or with from and value"
+        raise at.error(f"{where}: {expected}, got {shown(turn)}")
+    if "role" in turn and "from" not in turn:
         return dict(turn)
     speaker, value = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
@@ -218,15 +220,6 @@ def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
 def _calls_in_text(value: str, where: str, at: Origin) -> list[Any]:
     calls = from_json(value, f"{where}: the call", at.where)
     return calls if isinstance(calls, list) else [calls]
-
-
-def _speak(message: Any, where: str, at: Origin) -> Message:
-    """A message of either spelling."""
-    if isinstance(message, Mapping) and "from" in message:
-        return _sharegpt_turn(message, where, at)
-    if not isinstance(message, Mapping):
-        raise at.error(f"{where}: expected an object with role and content, got {shown(message)}")
-    return dict(message)
 
 
 def _instruction(record: Record, at: Origin, context_key: str, answer_key: str) -> Conversation:
@@ -317,7 +310,7 @@ READERS: dict[str, Callable[[Record, Origin], Datum]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "tokenised": read_tokenised,
-    "preferences": partial(read_pair, speak=_speak),
+    "preferences": partial(read_pair, speak=_turn),
     "labels": _labelled,
     "alpaca": partial(_instruction, context_key="input", answer_key="output"),
     "dolly": partial(_instruction, context_key="context", answer_key="response"),

@@ -4,11 +4,13 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any, TypeVar
 
 from whet.errors import UserError
@@ -70,7 +72,7 @@ def _results(function: Callable[[Any], Any], items: Iterable[Any], workers: int)
     ours, theirs = zip(*(context.Pipe() for _ in range(workers)), strict=True)
     process = context.Process(target=_fork_workers, args=(function, theirs), daemon=True)
     try:
-        with _without_interrupts():
+        with _without_interrupts(), _without_main():
             process.start()
         for connection in theirs:
             connection.close()  # so that a worker's death is seen as the end of its pipe
@@ -146,6 +148,21 @@ def _without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that are started here do not import the caller's script, as multiprocessing has it.
+
+    They need nothing of it; it may take seconds (torch), and would start them again where it lacks
+    `if __name__ == "__main__"`.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 @contextmanager

@@ -170,13 +170,9 @@ def identity_of(text: str, stated: str) -> Identity:
     return frozenset(re.findall(r"\w+", text)) & {*NAMES, *ITEMS}, found.group()
 
 
-def all_sums() -> list[Sum]:
-    """Every pair of numbers whose sum is within the world's."""
-    numbers = range(SMALLEST, LARGEST + 1)
-    return [(x, y) for x in numbers for y in numbers if x <= y and x + y <= LARGEST]
-
-
-SUMS = all_sums()
+NUMBERS = range(SMALLEST, LARGEST + 1)
+SUMS = [(x, y) for x in NUMBERS for y in NUMBERS if x <= y and x + y <= LARGEST]
+"""Every pair of numbers whose sum is within the world's."""
 
 
 def _draw(rng: random.Random) -> Problem:
