@@ -6,11 +6,13 @@ import io
 import json
 import re
 import shlex
+import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.conftest import REPOSITORY
 from whet.cli import COMMANDS, config_class, main
 from whet.command_line import _take_config_flag, read_flags
@@ -38,9 +40,13 @@ def test_links_lead_somewhere(page) -> None:
 
 def blocks(text: str) -> list[tuple[str, str]]:
     """The code blocks of a page, fenced or indented, each with what `<!-- needs … -->` says."""
-    block = r"```(?:bash)?\n(.*?)^```|((?:^    [^\n]*\n|^\n(?=    ))+)"
+    block = r"```(\w*)\n(.*?)^```|((?:^    [^\n]*\n|^\n(?=    ))+)"
     found = re.findall(rf"(?:^<!-- needs (.*?) -->\n\n?)?^(?:{block})", text, flags=re.S | re.M)
-    return [(needs, textwrap.dedent(fenced or indented)) for needs, fenced, indented in found]
+    return [
+        (needs, textwrap.dedent(fenced or indented))
+        for needs, language, fenced, indented in found
+        if language in ("", "bash")
+    ]
 
 
 def lines(block: str) -> list[str]:
@@ -133,6 +139,48 @@ def test_the_commands_by_hand_run_in_their_order(tmp_path, monkeypatch, capsys) 
         assert main(words[1:]) == 0, f"{' '.join(words)}: {capsys.readouterr().err}"
     report = (tmp_path / "runs/sft/report.html").read_text(encoding="utf-8")
     assert "2 steps" in report.partition("The plan against what happened")[2]
+
+
+GUIDES = ("data", "sft", "inspect", "doctor", "numbers", "performance", "models", "reward", "dpo")
+GUIDES += ("grpo", "ppo", "evaluation", "reliability")
+ELSEWHERE = {"serve": "tests/serve", "push": "tests/test_push.py", "demo": "tests/demo"}
+TINY = SMALL | {
+    **dict.fromkeys(("reward", "dpo", "sft"), "--max_steps 2 --batch_size 2"),
+    **dict.fromkeys(("grpo", "ppo"), "--max_steps 2 --batch_size 4 --max_new_tokens 4"),
+    "compare": "--samples 2 --max_new_tokens 2",
+}
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_guides_run_in_their_order(tmp_path, monkeypatch, capsys) -> None:
+    """In one folder, with small sizes; what a block needs besides Whet is not there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/exit\n" * 9))
+    for folder in ("runs", "models", "gsm8k", "data"):
+        (tmp_path / folder).mkdir()
+    for folder in ("runs/base", "models/base"):
+        tiny.model_directory(tmp_path / folder, max_positions=1024)
+    tiny.packed_file(tmp_path / "sft_packed.h5", n_rows=1100)
+    talks = [{"question": f"{i} and three?", "answer": f"#### {i + 3}"} for i in range(99)]
+    pairs = [{"prompt": f"{i}?", "chosen": "one", "rejected": "two"} for i in range(99)]
+    for name in ("train", "chats", "test", "gsm8k/train", "gsm8k/test", "prefs"):
+        records = pairs if name == "prefs" else talks
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    count = 0
+    for guide in GUIDES:
+        for words in commands((REPOSITORY / f"docs/{guide}.md").read_text(encoding="utf-8")):
+            if words[1] in ELSEWHERE:
+                continue
+            if "--out" in words and words[1] in ("sft", "reward", "dpo", "grpo", "ppo"):
+                shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)  # a run before
+            if words[1] == "sft" and "--resume" in words:
+                words += ["--samples", "3"]  # as it was begun, but for its length
+            else:
+                words = ["2" if word == "1234" else word for word in words]  # a step
+                words += TINY.get(words[1], "").split()
+            assert main(words[1:]) == 0, f"{guide}: {words}: {capsys.readouterr().err}"
+            count += 1
+    assert count >= 38
 
 
 def test_the_lines_of_the_foundations_do_what_the_formulas_say() -> None:

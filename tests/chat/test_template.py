@@ -21,8 +21,8 @@ from tests.chat import suite
 from whet.chat import template as rendering
 from whet.chat.chat import find_template
 from whet.chat.conversation import read_conversation
-from whet.chat.dialect import Form
 from whet.chat.encode import EncodeOptions, encode_chat, encode_many
+from whet.chat.form import Form
 from whet.chat.template import BoundsError, ChatTemplate, TemplateError, read_variables
 from whet.errors import UserError
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from whet.doctor.finding import judge, worse
 from whet.generate.cache import Cache
 from whet.model import decoder, kernels
 from whet.model.hf.families import OWN_LAYOUT
+from whet.rl import rollout_file
+from whet.stages.reward import last_tokens
 
 PACKED = {"packed equals separate: loss", "packed equals separate: gradient"}
 LEAK = "changing a document moves no logit of another"
@@ -27,12 +30,18 @@ SAVED = "saved and loaded: the same logits"
 EXPORT = {"transformers computes the same logits", "transformers tokenises the same"}
 CACHE = "the cache chooses the tokens that no cache would"
 NLL = {"token losses equal full logits: loss", "token losses equal full logits: gradient"}
-START = "DPO begins at ln 2"
+START = "DPO begins at ln 2, IPO at 1/(4 beta^2)"
+CACHED = "cached reference log-probs are those on the fly"
+REWARD = "a reward is the same packed, padded and alone"
+EQUAL = "replies of equal reward have no gradient"
 SAMPLER = "the sampler's log-probs are the trainer's"
 POLICY = "the first policy step: ratio 1, SFT's gradient"
 ALL = {
     *NLL,
     START,
+    CACHED,
+    REWARD,
+    EQUAL,
     SAMPLER,
     POLICY,
     *PACKED,
@@ -169,14 +178,38 @@ def test_token_losses_whose_gradient_is_half(subject, monkeypatch):
 
 def test_dropout_in_the_reference_only(subject, monkeypatch):
     """A reference by another way than the policy: DPO does not begin at ln 2."""
-    loss = stages.packed.token_loss
+    compute = stages.compute_reference
 
-    def other(model, batch):
-        found = loss(model, batch)
-        return replace(found, nll=found.nll * (1 + 0.01 * (batch.segments == 1)))
+    def other(stores, reference, path, *arguments, **options):
+        compute(stores, reference, path, *arguments, **options)
+        for logp in reference.logp.values():
+            logp *= np.where(np.arange(len(logp)) % 2, 1.01, 1)
+        reference.save(path)
 
-    monkeypatch.setattr(stages.packed, "token_loss", other)
-    assert failing(subject, stages.losses_and_samples) == {START}
+    monkeypatch.setattr(stages, "compute_reference", other)
+    assert failing(subject, stages.losses_and_samples) == {START, CACHED}
+
+
+def test_a_reward_that_is_read_one_token_too_early(subject, monkeypatch):
+    """Where padding follows, as those do who look for it."""
+
+    def early(segments):
+        found = last_tokens(segments)
+        padded = (segments == 0).any(1, keepdim=True)
+        return torch.where(padded, found.roll(-1, 1), found)
+
+    monkeypatch.setattr(stages, "last_tokens", early)
+    assert failing(subject, stages.losses_and_samples) == {REWARD}
+
+
+def test_equal_rewards_that_are_divided_by_a_rounding(subject, monkeypatch):
+    given = rollout_file.group_advantages
+
+    def rounded(rewards, kind):
+        return given(rewards, kind) + (rewards.amax(1) == rewards.amin(1))[:, None] * 1e-9
+
+    monkeypatch.setattr(rollout_file, "group_advantages", rounded)
+    assert failing(subject, stages.losses_and_samples) == {EQUAL}
 
 
 def test_a_sampler_of_another_temperature(subject, monkeypatch):

@@ -115,4 +115,4 @@ def test_a_check_that_breaks_has_failed_and_the_others_go_on(subject, monkeypatc
     (bad,) = [row for row in rows if row["verdict"] == "fail"]
     assert bad["note"] == "ZeroDivisionError: as an example"
     assert "Traceback" in bad["traceback"]
-    assert rows[-1]["claim"].startswith("the first policy step")
+    assert rows[-1]["claim"].startswith("replies of equal reward")

@@ -1,6 +1,8 @@
 """The check that runs processes: on a healthy Whet, and on one that is broken on purpose."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from whet.doctor.command import examine
 from whet.doctor.runs import metric_difference
 
 LOSSES = "two ranks give the losses of one"
+KILLED = "a killed and resumed run ends as an untouched one"
 
 BREAK = """
 import contextlib
@@ -33,14 +36,34 @@ def run(words, ranks: int = 1) -> None:
     assert processes.run_ranks([words], size=ranks, folder=out.parent) == [0] * ranks
 
 
+def kill(words, when) -> bool:
+    process = processes.start([words], log=Path(words[words.index("--out") + 1]).parent / "log")
+    while process.is_alive() and not when():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
 def test_healthy(subject, monkeypatch):
     monkeypatch.setattr(runs, "run", run)
-    assert verdicts(subject) == {LOSSES: "pass"}
+    monkeypatch.setattr(runs, "kill", kill)
+    assert verdicts(subject) == {LOSSES: "pass", KILLED: "pass"}
+
+
+def test_a_resumed_run_that_differs(subject, monkeypatch):
+    def reseeded(words, ranks=1) -> None:
+        is_killed = words[words.index("--out") + 1].endswith("killed")
+        run([*words, *(["--seed", "1"] if is_killed else [])], ranks)
+
+    monkeypatch.setattr(runs, "run", reseeded)
+    monkeypatch.setattr(runs, "kill", lambda words, when: True)
+    assert verdicts(subject) == {LOSSES: "pass", KILLED: "fail"}
 
 
 @pytest.mark.slow
 def test_healthy_under_torchrun(subject):
-    assert verdicts(subject) == {LOSSES: "pass"}
+    assert verdicts(subject) == {LOSSES: "pass", KILLED: "pass"}
 
 
 @pytest.mark.slow
@@ -48,7 +71,7 @@ def test_gradients_that_stay_at_home(subject, tmp_path, monkeypatch):
     """Python imports `sitecustomize` in every process: each of them is broken."""
     (tmp_path / "sitecustomize.py").write_text(BREAK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert verdicts(subject) == {LOSSES: "fail"}
+    assert verdicts(subject) == {LOSSES: "fail", KILLED: "pass"}
 
 
 def test_a_process_that_fails_is_told_with_its_words(subject, tmp_path):

@@ -13,17 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from whet.chat.conversation import Message
-from whet.chat.dialect import (
-    ASKED,
-    CALL_ID,
-    FUNCTION,
-    SAID,
-    TOOLS,
-    VALUE,
-    Dialect,
-    beginning_of,
-    call,
-)
+from whet.chat.dialect import Dialect, beginning_of
+from whet.chat.form import ASKED, CALL_ID, FUNCTION, SAID, TOOLS, VALUE, call
 from whet.chat.template import TemplateError
 
 HOLES = {"name": r"[\w.:/-]+", "id": r"[\w.:/-]+"}
@@ -97,6 +88,7 @@ def _hole(hole: str, text: str, at: int) -> tuple[Any, int]:
     if hole == "arguments":
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
+            json.dumps(value, allow_nan=False)  # Python reads NaN, which is no JSON
         except (ValueError, RecursionError):
             return None, -1
         return value, end if isinstance(value, dict) else -1

@@ -172,7 +172,11 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
     if role == "assistant":
         if "tool_calls" in read:
             calls = from_json(read["tool_calls"], "tool_calls", at)
-            read["tool_calls"] = _read_tool_calls(calls, at)
+            if not isinstance(calls, list):
+                raise UserError(f"{at}: tool_calls must be a list, got {shown(calls)}")
+            read["tool_calls"] = [
+                _read_tool_call(call, f"{at}: tool call {n}") for n, call in enumerate(calls, 1)
+            ]
         if not read.get("tool_calls"):
             read.pop("tool_calls", None)
             if "content" not in read and "reasoning_content" not in read:
@@ -257,12 +261,6 @@ def _read_reasoning(read: Message, at: str) -> None:
     if read["role"] != "assistant":
         raise UserError(f"{at} ({read['role']}): only an assistant message can hold reasoning")
     read["reasoning_content"] = next(iter(found.values()))
-
-
-def _read_tool_calls(calls: Any, at: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise UserError(f"{at}: tool_calls must be a list, got {shown(calls)}")
-    return [_read_tool_call(call, f"{at}: tool call {n}") for n, call in enumerate(calls, 1)]
 
 
 def _read_tool_call(call: Any, at: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -167,17 +167,17 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     further = _eos_ids(folder)
     backend = open_backend(text, file)
     before = repr(backend.get_added_tokens_decoder())
-    declared = _declared(folder, config, backend.get_added_tokens_decoder())
+    tokens, extra, numbered = _declared(folder, config, backend.get_added_tokens_decoder())
     given = made.named if made else {}
-    named = {**given, **{name: token.content for name, token in declared.named.items()}}
+    named = {**given, **{name: token.content for name, token in tokens.items()}}
     check_names(named, f"{folder}: special tokens")
     if "eos_token" not in named and (eos := _likely_eos(backend, further)):
         named["eos_token"] = eos
-    if declared.extra:
-        config = {**config, "extra_special_tokens": [token.content for token in declared.extra]}
+    if extra:
+        config = {**config, "extra_special_tokens": [token.content for token in extra]}
     for name, content in named.items():
-        declared.named.setdefault(name, AddedToken(content, special=True))
-    _add_declared(backend, declared)
+        tokens.setdefault(name, AddedToken(content, special=True))
+    _add_declared(backend, tokens, extra, numbered)
     if made:
         add_ends(backend, named, config)
         text = backend.to_str()
@@ -188,25 +188,16 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(backend, text, named, config, further)
 
 
-class Declared(NamedTuple):
-    """Tokens that a directory declares outside its tokenizer.json, read as transformers reads them.
+def _declared(
+    folder: Path, config: dict[str, Any], own: dict[int, AddedToken]
+) -> tuple[dict[str, AddedToken], list[AddedToken], dict[int, AddedToken]]:
+    """What `folder` declares outside its tokenizer.json, read as transformers reads it: tokens that
+    have a name, such as eos_token; special ones without a name; all that stand under an id, by it.
 
-    `named` are the tokens that have a name, such as eos_token, `extra` special ones without a name,
-    `numbered` all of those that stand under an id, by that id.
-    """
-
-    named: dict[str, AddedToken]
-    extra: list[AddedToken]
-    numbered: dict[int, AddedToken]
-
-
-def _declared(folder: Path, config: dict[str, Any], own: dict[int, AddedToken]) -> Declared:
-    """What the files of `folder` declare; `config` is its tokenizer_config.json, `own` the added
-    tokens of its tokenizer.json by id. Raises UserError if a declaration is none.
-
-    They stand in tokenizer_config.json (`added_tokens_decoder`, `extra_special_tokens`, its older
-    name `additional_special_tokens`, and each key that ends with `_token`) and, in older
-    directories, in special_tokens_map.json and added_tokens.json.
+    `config` is its tokenizer_config.json, `own` the added tokens of its tokenizer.json by id. They
+    stand in tokenizer_config.json (`added_tokens_decoder`, `extra_special_tokens`, its older name
+    `additional_special_tokens`, and each key that ends with `_token`) and, in older directories, in
+    special_tokens_map.json and added_tokens.json. Raises UserError if a declaration is none.
     """
     where = folder / "tokenizer_config.json"
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -216,7 +207,7 @@ def _declared(folder: Path, config: dict[str, Any], own: dict[int, AddedToken]) 
     extra = _listed(extra, where)
     numbered = config.get("added_tokens_decoder")
     if numbered is not None:
-        return Declared(_present(named), extra, _numbered(numbered, where))
+        return _present(named), extra, _numbered(numbered, where)
     file = folder / "special_tokens_map.json"
     older = _optional_json(file)
     named |= _named(older, file)  # the older file has the last word, even if it says null
@@ -235,10 +226,15 @@ def _declared(folder: Path, config: dict[str, Any], own: dict[int, AddedToken]) 
         flag = content in special
         fields = {"content": content, "normalized": not flag, "special": flag}
         legacy[number] = _token(fields, file)
-    return Declared(_present(named), extra, {**legacy, **own})
+    return _present(named), extra, {**legacy, **own}
 
 
-def _add_declared(backend: tokenizers.Tokenizer, declared: Declared) -> None:
+def _add_declared(
+    backend: tokenizers.Tokenizer,
+    named: dict[str, AddedToken],
+    extra: list[AddedToken],
+    numbered: dict[int, AddedToken],
+) -> None:
     """Let `backend` know what is declared, in the order that gives transformers' ids.
 
     A token that the vocabulary has keeps its id and is cut out of texts from then on; any other
@@ -246,14 +242,14 @@ def _add_declared(backend: tokenizers.Tokenizer, declared: Declared) -> None:
     `PreTrainedTokenizerBase._from_pretrained` of transformers 5.23.
     """
     own = backend.get_added_tokens_decoder()
-    names = {token.content for token in declared.named.values()}
-    tokens = [token for _, token in sorted(declared.numbered.items())]
+    names = {token.content for token in named.values()}
+    tokens = [token for _, token in sorted(numbered.items())]
     known = {token.content for token in (*own.values(), *tokens)}
     for token in tokens:
         token.special = token.special or token.content in names
-    order = [name for name in STANDARD if name in declared.named]
-    order += [name for name in declared.named if name not in STANDARD]
-    for token in (*(declared.named[name] for name in order), *declared.extra):
+    order = [name for name in STANDARD if name in named]
+    order += [name for name in named if name not in STANDARD]
+    for token in (*(named[name] for name in order), *extra):
         if token.content not in known:
             known.add(token.content)
             tokens.append(token)

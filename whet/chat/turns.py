@@ -22,7 +22,8 @@ from whet.chat.beginnings import Beginnings
 from whet.chat.certificate import Refusal, Refused
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation, Message, half_character
-from whet.chat.dialect import THOUGHT, Ending, beginning_of
+from whet.chat.dialect import Ending, beginning_of
+from whet.chat.form import THOUGHT
 from whet.chat.hidden import BORDER, Content, Escapes, Exposed, any_text_holds, check_joints
 from whet.chat.said import marked, stands_in, written
 from whet.chat.template import TemplateError

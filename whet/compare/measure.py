@@ -56,17 +56,16 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
     if config.gsm8k is None:
         return Measured(name, numbers)
     prompts = _prompts(opened, config)
-    answers = _answers(opened, prompts, config, greedy=True)
-    right = [value == 1.0 for value in correct([answer for answer, _ in answers])]
-    numbers |= _accuracy(right, [reply for _, reply in answers])
-    numbers |= _rewards([answer for answer, _ in answers], opened, config)
+    answers, replies = _answers(opened, prompts, config, greedy=True)
+    right = [value == 1.0 for value in correct(answers)]
+    numbers |= _accuracy(right, replies) | _rewards(answers, opened, config)
     if config.samples:
         numbers |= _sampled(opened, first, prompts, config)
     return Measured(
         name,
         numbers,
         right,
-        [answer.text for answer, _ in answers],
+        [answer.text for answer in answers],
         [prompt.messages[-1]["content"] for prompt in prompts.prompts],
     )
 
@@ -88,7 +87,7 @@ def _prompts(opened: Opened, config: Config) -> Prompts:
 
 def _answers(
     opened: Opened, prompts: Prompts, config: Config, *, greedy: bool
-) -> list[tuple[Answer, Reply]]:
+) -> tuple[list[Answer], list[Reply]]:
     """The greedy reply to each prompt, or `config.samples` sampled ones."""
     each = [(i, k) for i in range(len(prompts)) for k in range(1 if greedy else config.samples)]
     title = "Answering" if greedy else "Sampling"
@@ -103,10 +102,8 @@ def _answers(
             batch_size=config.batch_size,
             progress=progress,
         )
-    return [
-        (answer_of(prompts, i, reply, opened.chat), reply)
-        for (i, _), reply in zip(each, replies, strict=True)
-    ]
+    pairs = zip(each, replies, strict=True)
+    return [answer_of(prompts, i, reply, opened.chat) for (i, _), reply in pairs], replies
 
 
 def _accuracy(right: Sequence[bool], replies: Sequence[Reply]) -> dict[str, float]:
@@ -144,29 +141,29 @@ def _sampled(
     opened: Opened, first: Opened | None, prompts: Prompts, config: Config
 ) -> dict[str, float]:
     """pass@k of the samples, and how far they are from the first model."""
-    answers = _answers(opened, prompts, config, greedy=False)
+    answers, replies = _answers(opened, prompts, config, greedy=False)
     n = config.samples
-    right = np.reshape(correct([answer for answer, _ in answers]), (-1, n)).sum(1).astype(int)
+    right = np.reshape(correct(answers), (-1, n)).sum(1).astype(int)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]
     found = {f"pass@{k}": float(np.mean([pass_at_k(n, int(c), k) for c in right])) for k in ks}
-    rewards = _rewards([answer for answer, _ in answers], opened, config)
+    rewards = _rewards(answers, opened, config)
     found |= {f"sampled_{name}": value for name, value in rewards.items()}
     if first is None:
         return {**found, "kl_to_first": 0.0}
     if first.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
-        found["kl_to_first"] = _divergence(answers, first, config.temperature)
+        found["kl_to_first"] = _divergence(answers, replies, first, config.temperature)
     return found
 
 
 def _divergence(
-    answers: Sequence[tuple[Answer, Reply]], first: Opened, temperature: float
+    answers: Sequence[Answer], replies: Sequence[Reply], first: Opened, temperature: float
 ) -> float:
     """Nats a reply: the mean of ln p - ln p_first over the model's own samples, which is an
     estimate of KL(model || first)."""
     device = next(first.model.parameters()).device
     sums = list[float]()
     with torch.no_grad(), evaluating(first.model):
-        for answer, reply in answers:
+        for answer, reply in zip(answers, replies, strict=True):
             tokens = torch.tensor([[*answer.prompt.ids, *reply.ids]], device=device)
             weight = torch.zeros(tokens.shape, device=device)
             weight[0, len(answer.prompt.ids) - 1 : -1] = 1.0

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from whet.compare.measure import Measured
-from whet.compare.table import cell, columns_of
-from whet.report.markup import embedded, fill
+from whet.compare.table import grid
+from whet.report.markup import embedded, fill, table
 
 SHOWN = 200  # problems on the page; the JSON file has them all
 WIDTH, HEIGHT, LEFT, BOTTOM = 480, 200, 40, 30  # of the curve, in its own units
@@ -16,27 +16,16 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 480, 200, 40, 30  # of the curve, in its own units
 def page(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> str:
     """The whole page as text."""
     here = Path(__file__)
+    head, *body = grid(rows)
     return fill(
         here.with_name("page.html"),
         [here.with_name("page.css")],
         here.with_name("page.js"),
         title=escape(" → ".join(row["model"] for row in rows)),
         curve=_curve(rows),
-        table=_table(rows),
+        numbers=table("Numbers", head, body),
         data=_replies(measured),
     )
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> str:
-    columns = columns_of(rows)
-    head = "".join(f"<th scope='col'>{escape(heading)}</th>" for _, heading, _ in columns)
-    body = "".join(
-        f"<tr><th scope='row'>{escape(row['model'])}</th>"
-        + "".join(f"<td>{escape(cell(row, column))}</td>" for column in columns)
-        + "</tr>"
-        for row in rows
-    )
-    return f"<thead><tr><th scope='col'>model</th>{head}</tr></thead><tbody>{body}</tbody>"
 
 
 def _curve(rows: Sequence[dict[str, Any]]) -> str:

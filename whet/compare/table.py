@@ -58,11 +58,16 @@ def cell(row: dict[str, Any], column: tuple[str, str, str]) -> str:
     return text
 
 
+def grid(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The cells of the table as texts, headings first."""
+    columns = columns_of(rows)
+    head = ["model", *(heading for _, heading, _ in columns)]
+    return [head, *([row["model"], *(cell(row, column) for column in columns)] for row in rows)]
+
+
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table for a terminal: as it is, a table in Markdown."""
-    columns = columns_of(rows)
-    lines = [["model", *(heading for _, heading, _ in columns)]]
-    lines += [[row["model"], *(cell(row, column) for column in columns)] for row in rows]
+    lines = grid(rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     form = f"| {' | '.join(f'{{:<{width}}}' for width in widths)} |"
     rule = f"|{'|'.join('-' * (width + 2) for width in widths)}|"

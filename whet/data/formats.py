@@ -19,7 +19,7 @@ from whet.chat.conversation import (
     read_conversation,
     shown,
 )
-from whet.data.preferences import LABEL_KEYS, Preference, read_labelled, read_pair
+from whet.data.preferences import LABEL_KEYS, LABELS, Preference, read_labelled, read_pair
 from whet.data.record import (
     LISTS_OF_MESSAGES,
     SYSTEM_KEYS,
@@ -115,12 +115,14 @@ def detect_format(record: Record, source: str = "", line: int = 0) -> str:
 
 
 def _is_labelled(record: Record) -> bool:
-    """Whether it is what KTO learns from, not a record with some label: a prompt, a completion and
-    true or false. `kto_tag` says so itself."""
-    if record.get("kto_tag") is not None:
+    """Whether it is what KTO learns from, not a record with some label: true or false, or, beside a
+    prompt and a completion, what stands for them. `kto_tag` says so itself."""
+    label = record.get("label")
+    if record.get("kto_tag") is not None or isinstance(label, bool):
         return True
     pair = SIGNATURES["prompt_completion"]
-    return isinstance(record.get("label"), bool) and all(first_of(record, g) for g in pair)
+    is_one = isinstance(label, str | int | float) and label in LABELS
+    return is_one and all(first_of(record, group) for group in pair)
 
 
 def _require(record: Record, name: str, at: Origin) -> None:
@@ -193,14 +195,16 @@ def _sharegpt(record: Record, at: Origin) -> Conversation:
     turns = from_json(record[key], key, at.where)
     if not isinstance(turns, list) or not turns:
         raise at.error(f"{key} must be a non-empty list of turns, got {shown(turns)}")
-    messages = [_sharegpt_turn(turn, f"turn {n}", at) for n, turn in enumerate(turns, 1)]
+    messages = [_turn(turn, f"turn {n}", at) for n, turn in enumerate(turns, 1)]
     return _conversation(messages, record, at, key)
 
 
-def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
+def _turn(turn: Any, where: str, at: Origin) -> Message:
+    """A message in either spelling: role and content, or ShareGPT's from and value."""
     if not isinstance(turn, Mapping):
-        raise at.error(f"{where}: expected an object with from and value, got {shown(turn)}")
-    if "role" in turn and "content" in turn and "from" not in turn:
+        expected = "expected an object with role and content, or with from and value"
+        raise at.error(f"{where}: {expected}, got {shown(turn)}")
+    if "role" in turn and "from" not in turn:
         return dict(turn)
     speaker, value = turn.get("from"), turn.get("value")
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
@@ -218,15 +222,6 @@ def _sharegpt_turn(turn: Any, where: str, at: Origin) -> dict[str, Any]:
 def _calls_in_text(value: str, where: str, at: Origin) -> list[Any]:
     calls = from_json(value, f"{where}: the call", at.where)
     return calls if isinstance(calls, list) else [calls]
-
-
-def _speak(message: Any, where: str, at: Origin) -> Message:
-    """A message of either spelling."""
-    if isinstance(message, Mapping) and "from" in message:
-        return _sharegpt_turn(message, where, at)
-    if not isinstance(message, Mapping):
-        raise at.error(f"{where}: expected an object with role and content, got {shown(message)}")
-    return dict(message)
 
 
 def _instruction(record: Record, at: Origin, context_key: str, answer_key: str) -> Conversation:
@@ -317,7 +312,7 @@ READERS: dict[str, Callable[[Record, Origin], Datum]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "tokenised": read_tokenised,
-    "preferences": partial(read_pair, speak=_speak),
+    "preferences": partial(read_pair, speak=_turn, converse=_conversation),
     "labels": _labelled,
     "alpaca": partial(_instruction, context_key="input", answer_key="output"),
     "dolly": partial(_instruction, context_key="context", answer_key="response"),

@@ -16,15 +16,18 @@ from whet.chat.conversation import (
     Message,
     Origin,
     from_json,
-    read_conversation,
     shown,
 )
-from whet.data.record import SYSTEM_KEYS, Record, first_of, one_of, rest, text_of
+from whet.data.record import Record, first_of, rest, text_of
 
 PROMPT_KEYS = ("prompt", "messages", "conversations", "question", "instruction")
 LABEL_KEYS = ("label", "kto_tag")
+LABELS = {1: 1.0, 0: 0.0, "true": 1.0, "false": 0.0, "True": 1.0, "False": 0.0}
+"""Good and bad; True and 1 are one key. Tables without truth values hold numbers or texts."""
 SCORES = (("chosen_score", "score_chosen", "chosen_rating"),
           ("rejected_score", "score_rejected", "rejected_rating"))  # fmt: skip
+IN_JSON = re.compile(r'\[\s*\{\s*"(role|content|from|value)"\s*:')
+"""How messages begin that a table without nested types holds as a text."""
 SPEAKERS = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
 
@@ -59,9 +62,11 @@ class Preference:
 Messages = list[Message]
 Speak = Callable[[Any, str, Origin], Message]
 """Reads one message: (message, where it stands, its record)."""
+Converse = Callable[..., Conversation]
+"""(messages, record, at, *fields that are used up) -> the conversation with system and tools."""
 
 
-def read_pair(record: Record, at: Origin, speak: Speak) -> Preference:
+def read_pair(record: Record, at: Origin, speak: Speak, converse: Converse) -> Preference:
     """A chosen and a rejected reply to one prompt."""
     key = first_of(record, PROMPT_KEYS)
     prompt = _messages(record[key], key, "user", at, speak) if key else []
@@ -73,23 +78,10 @@ def read_pair(record: Record, at: Origin, speak: Speak) -> Preference:
         prompt, chosen, rejected = _without_common(key, prompt, chosen, rejected, at)
     elif not prompt:
         raise at.error("has no prompt; name the field of the question with --fields prompt=NAME")
-    system = one_of(record, SYSTEM_KEYS, at)
-    if system and prompt[0].get("role") != "system":
-        prompt = [{"role": "system", "content": system}, *prompt]
     given = [{**m, "weight": 0} if m.get("role") == "assistant" else m for m in prompt]
-    used = ["chosen", "rejected", "input", "tools", "documents", "margin", *SYSTEM_KEYS]
-    used += [*SCORES[0], *SCORES[1], key or "prompt"]
+    used = ["chosen", "rejected", "input", "margin", *SCORES[0], *SCORES[1], key or "prompt"]
     used += ["messages"] if key == "prompt" else []  # UltraFeedback repeats the chosen side there
-    sides = tuple(
-        read_conversation(
-            given + reply,
-            tools=record.get("tools"),
-            documents=record.get("documents"),
-            at=at,
-            extra=rest(record, *used),
-        )
-        for reply in (chosen, rejected)
-    )
+    sides = tuple(converse(given + reply, record, at, *used) for reply in (chosen, rejected))
     scores = tuple(_number(record, names, at) for names in SCORES)
     margin = _number(record, ("margin",), at)
     return Preference(sides, scores, scores[0] - scores[1] if math.isnan(margin) else margin)
@@ -120,8 +112,10 @@ def _messages(value: Any, key: str, role: str, at: Origin, speak: Speak) -> Mess
     if isinstance(value, str):
         if SPEAKERS.match(value):
             return _transcript(value, is_prompt=role == "user")
-        return [{"role": role, "content": value}]
-    if key in ("messages", "conversations"):
+        if key not in ("messages", "conversations") and not IN_JSON.match(value):
+            if role == "user" and not value.strip():
+                raise at.error(f"{key} is empty")
+            return [{"role": role, "content": value}]
         value = from_json(value, key, at.where)
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
@@ -144,9 +138,9 @@ def _transcript(text: str, is_prompt: bool) -> Messages:
 def read_labelled(record: Record, at: Origin, read: Callable[[Record, Origin], Any]) -> Preference:
     """A conversation of another format and whether its last reply is good; only that is trained."""
     key = first_of(record, LABEL_KEYS) or ""
-    good = record[key]
-    if good not in (0, 1):
-        raise at.error(f"{key} must be true or false, got {shown(good)}")
+    good = LABELS.get(record[key]) if isinstance(record[key], str | int | float) else None
+    if good is None:
+        raise at.error(f"{key} must be true or false, got {shown(record[key])}")
     datum = read(rest(record, key), at)
     if not isinstance(datum, Conversation):
         raise at.error(f"{key} needs a conversation whose last reply it judges")
@@ -156,7 +150,7 @@ def read_labelled(record: Record, at: Origin, read: Callable[[Record, Origin], A
         for i, m in enumerate(datum.messages)
     ]
     reply = Conversation(datum.messages, datum.tools, datum.documents, weights, at, datum.extra)
-    return Preference((reply,), (float(good),))
+    return Preference((reply,), (good,))
 
 
 def _number(record: Record, names: tuple[str, ...], at: Origin) -> float:

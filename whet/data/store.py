@@ -80,8 +80,8 @@ class StoreWriter:
     ) -> None:
         """Append rows, each array (B, T); their `loss_tokens` are computed here."""
         rows = slice(self.written, self.written + len(tokens))
-        values = {**Rows(tokens, loss_mask, segment_ids)._asdict()}
-        values["loss_tokens"] = row_weights(loss_mask, segment_ids)
+        weights = {"loss_tokens": row_weights(loss_mask, segment_ids)}
+        values = Rows(tokens, loss_mask, segment_ids)._asdict() | weights
         for name, new in values.items():
             data = self.file[name]
             if rows.stop > len(data):

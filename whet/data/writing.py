@@ -29,9 +29,8 @@ from whet.progress import track
 ROWS_AT_ONCE = 256
 KEPT_REFUSALS = 10_000
 """Refusals that are kept with their texts; all of them are counted."""
-
-
 TABLES = {"conversations": CONVERSATION, "examples": EXAMPLE, "runs": RUN}
+"""The arrays of a block that are joined, and the types of their entries."""
 
 
 class Spool:

@@ -20,6 +20,7 @@ from whet.chat.chat import load_tokenizer
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import problems
+from whet.data.check import KINDS
 from whet.data.store import PackedStore
 from whet.doctor import generating, numbers, runs, saving, stages, templates
 from whet.doctor.finding import Finding, failed
@@ -87,7 +88,7 @@ def check(config: Config) -> None:
 def admit(config: Config, scratch: Path) -> Subject:
     """Open model, tokenizer and data, and make the rows that the checks use."""
     path = find_model(config.model)
-    store = PackedStore(config.data) if config.data else None
+    store = PackedStore(config.data, KINDS) if config.data else None
     chat = None
     if config.tokenizer or (path / "tokenizer.json").is_file():
         variables = read_variables(config.template_kwargs)

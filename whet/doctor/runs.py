@@ -1,4 +1,4 @@
-"""Real processes: two ranks on this machine give the losses that one gives."""
+"""Real processes: two ranks give the losses that one gives, and a killed run loses nothing."""
 
 import contextlib
 import json
@@ -6,24 +6,26 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 import whet
-from whet.doctor.finding import BOUNDS, Finding, judge, worse
+from whet.doctor.finding import BOUNDS, Finding, judge, skipped, worse
 from whet.doctor.subject import Subject
 
-STEPS = 4
+STEPS = 8
+KILLED_AT = 2
 BATCH = 4
 PROCESS_S = 900.0
 """Longest time for one process of a few steps; then it is a hang."""
 
 
 def processes_agree(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
-    """The same steps by `whet sft` in one process and in two; CPU, float32."""
-    one, two = subject.scratch / "one", subject.scratch / "two"
+    """The same steps by `whet sft` in one process, in two, and killed on the way; CPU, float32."""
+    one, two, killed = (subject.scratch / name for name in ("one", "two", "killed"))
     tell(f"{STEPS} steps, one process")
     run(command(subject, one))
     tell(f"{STEPS} steps, two processes")
@@ -31,6 +33,17 @@ def processes_agree(subject: Subject, tell: Callable[[str], None]) -> Iterator[F
     note = f"{STEPS} steps of {BATCH} rows, gloo on CPU. {subject.small_model()[1]}".rstrip(". ")
     bound = BOUNDS[torch.float32].gradient
     yield judge("two ranks give the losses of one", metric_difference(one, two), bound, note)
+    tell("a run that is killed")
+    words = [*command(subject, killed), "--save_every", "1", "--resume"]
+    claim = "a killed and resumed run ends as an untouched one"
+    if not kill(words, lambda: (killed / "state" / f"step_{KILLED_AT:08d}").exists()):
+        yield skipped(claim, "the run ended before it could be killed")
+        return
+    run(words)
+    same = ("metrics.jsonl", "ledger.bin", "model.safetensors")
+    different = [n for n in same if (one / n).read_bytes() != (killed / n).read_bytes()]
+    note = f"by SIGKILL after step {KILLED_AT}; {', '.join(different or same)}"
+    yield judge(claim, len(different), 0, note)
 
 
 def command(subject: Subject, out: Path) -> list[str]:
@@ -60,6 +73,32 @@ def run(words: list[str], ranks: int = 1) -> None:
 
     Raises ChildProcessError with the last words of a process that fails or hangs.
     """
+    process, log = start(words, ranks)
+    try:
+        code: int | None = process.wait(PROCESS_S)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        end(process)
+    if code != 0:
+        ended = f"did not end in {PROCESS_S:.0f} s" if code is None else f"ended with code {code}"
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = [line for line in lines if "error" in line.lower()] or lines or ["nothing"]
+        raise ChildProcessError(f"{ranks} process(es) {ended}: {said[-1].strip()[:300]}")
+
+
+def kill(words: list[str], when: Callable[[], bool]) -> bool:
+    """Start `whet`, and kill it as soon as `when` is true; whether it was killed."""
+    process, _ = start(words)
+    until = time.monotonic() + PROCESS_S
+    while process.poll() is None and not when() and time.monotonic() < until:
+        time.sleep(0.002)
+    end(process)
+    return process.returncode == -signal.SIGKILL
+
+
+def start(words: list[str], ranks: int = 1) -> tuple[subprocess.Popen, Path]:
+    """`whet` in a process of its own, and the file that it prints to."""
     log = Path(words[words.index("--out") + 1]).with_suffix(".log")
     package = str(Path(whet.__file__).parent.parent)
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
@@ -73,19 +112,14 @@ def run(words: list[str], ranks: int = 1) -> None:
             env={**inherited, "PYTHONPATH": path},
             start_new_session=True,
         )
-    try:
-        code: int | None = process.wait(PROCESS_S)
-    except subprocess.TimeoutExpired:
-        code = None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if code != 0:
-        ended = f"did not end in {PROCESS_S:.0f} s" if code is None else f"ended with code {code}"
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said = [line for line in lines if "error" in line.lower()] or lines or ["nothing"]
-        raise ChildProcessError(f"{ranks} process(es) {ended}: {said[-1].strip()[:300]}")
+    return process, log
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill the process and its ranks, if they still run."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def metric_difference(one: Path, other: Path) -> float:

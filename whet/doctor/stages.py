@@ -6,30 +6,47 @@ the one that sampled before a single step is taken.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from whet.data.batches import Batch, make_batch, per_document
-from whet.data.rows import Rows
+from whet.data.batches import Batch
+from whet.data.reference import Reference, read_reference
+from whet.data.store import PackedStore, new_store
 from whet.doctor.finding import BOUNDS, Finding, judge
 from whet.doctor.numbers import compare
-from whet.doctor.subject import Document, Setting, Subject, alone, prompt_of
-from whet.generate.engine import Reply, evaluating, sample
+from whet.doctor.subject import Document, Setting, Subject, alone, first_layers, prompt_of
+from whet.flags import grpo as flags
+from whet.flags.choices import PolicyLoss
+from whet.flags.dpo import Loss
+from whet.generate.engine import Reply, sample
 from whet.model.decoder import Transformer, run_batch
-from whet.rl.policy_loss import policy_term
-from whet.rl.preference_loss import Replies, preference_loss
-from whet.stages import packed
+from whet.model.embedding import add_score
+from whet.rl.prompts import Prompt, Prompts
+from whet.rl.rollout_file import Rollout, lay_out, write_rollout
+from whet.rl.sampling import Sample
+from whet.stages.dpo import compute_reference, judge_replies, replies_of, with_reference
+from whet.stages.grpo import grpo_loss
+from whet.stages.pairs import batch_of_rows
+from whet.stages.reward import last_tokens
+from whet.train.distributed import Ranks, gradient_norm
 from whet.train.step import autocast
 
 NEW_TOKENS = 16
 PROMPTS = 4
+GROUP = 2
+PADDING = 37
+BETA = 0.1
+STARTS: tuple[tuple[Loss, float], ...] = (("dpo", math.log(2)), ("ipo", 1 / (4 * BETA**2)))
+"""The loss of a pair where the model is its own reference."""
 MISMATCH = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Mean difference of ln p of a sampled token: rounding, in the precision of the products."""
 START = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""By how much DPO's first loss may differ from ln 2."""
+"""By how much, of their size, first losses and cached log-probabilities may differ."""
 
 
 def losses_and_samples(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
@@ -37,9 +54,10 @@ def losses_and_samples(subject: Subject, tell: Callable[[str], None]) -> Iterato
     for setting in subject.settings:
         model = subject.model.to(setting.device)
         yield from _token_losses(model, subject.trained[0], setting)
-        yield _start_of_dpo(model, subject.batch().to(setting.device), setting)
+        yield _rewards(model, subject, setting)
+        yield from _pairs(model, subject, setting)
         tell(f"sampling, {setting.name}")
-        yield from _sampler(model, subject.trained[:PROMPTS], setting)
+        yield from _policy(model, subject, setting)
 
 
 def _token_losses(model: Transformer, document: Document, setting: Setting) -> Iterator[Finding]:
@@ -68,72 +86,117 @@ def _token_losses(model: Transformer, document: Document, setting: Setting) -> I
 
 
 @torch.no_grad()
-def _start_of_dpo(model: Transformer, batch: Batch, setting: Setting) -> Finding:
-    """The first two documents of each row are a pair, the model is its own reference."""
+def _rewards(model: Transformer, subject: Subject, setting: Setting) -> Finding:
+    """Scores of random weights in the place of the head, read at the end of each document: packed
+    with others, followed by padding, and alone."""
+    scored = first_layers(model, model.config.n_layers)
+    add_score(scored)
+    torch.nn.init.normal_(scored.score.weight, generator=torch.Generator().manual_seed(0))
+    scored.to(setting.device)
+    batch = subject.batch().to(setting.device)
+    ends = last_tokens(batch.segments)
+    worst, largest = 0.0, 0.0
     with autocast(setting.device, setting.dtype):
-        with evaluating(model):
-            nll = packed.token_loss(model, batch).nll
-            reference = per_document(-nll.double() * batch.weight, batch.segments)
-        found = run_batch(model, batch, per_token=True)
-    logp = per_document(-found.nll.double() * batch.weight, batch.segments)
-    tokens = per_document(batch.weight, batch.segments)
-    chosen, rejected = (Replies(logp[:, s], reference[:, s], tokens[:, s]) for s in (1, 2))
-    loss = preference_loss(chosen, rejected, "dpo", beta=0.1)
-    worst = float((loss - math.log(2)).abs().max())
-    note = f"{len(loss)} pairs, {setting.name}"
-    return judge("DPO begins at ln 2", worst, START[setting.precision], note)
+        packed = run_batch(scored, replace(batch, weight=ends.float(), plan=None))[ends]
+        for found, document in zip(packed.tolist(), subject.documents, strict=True):
+            ids = torch.from_numpy(document.ids).to(setting.device)[None]
+            for padding in (0, PADDING):
+                tokens = torch.nn.functional.pad(ids, (0, padding))
+                segments = (torch.arange(tokens.shape[1], device=ids.device) < ids.shape[1]).long()
+                weight = last_tokens(segments[None]).float()
+                reward = float(scored(tokens, None, segments[None], weight=weight).sum())
+                worst = max(worst, abs(found - reward))
+                largest = max(largest, abs(reward))
+    note = f"{len(subject.documents)} documents, {setting.name}"
+    claim = "a reward is the same packed, padded and alone"
+    return judge(claim, worst / (largest or 1.0), START[setting.precision], note)
 
 
-def _sampler(model: Transformer, documents: list[Document], setting: Setting) -> Iterator[Finding]:
-    """Replies of the batched engine, and what the loss makes of them before the first step."""
+@torch.no_grad()
+def _pairs(model: Transformer, subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """The first two documents of each row are a pair, the model is its own reference: from a file
+    as a run has it, which is made row by row."""
+    store, path = _pairs_file(subject), subject.scratch / "reference.safetensors"
+    ranks, stores = Ranks(device=setting.device), {"--data": store}
+    with autocast(setting.device, setting.dtype):
+        compute_reference(
+            stores, Reference("it"), path, model, ranks, kinds=("",), micro_rows=1, quiet=True
+        )
+        complete = partial(with_reference, reference=read_reference(path, "it", stores))
+        rows = np.arange(len(store))
+        batch = batch_of_rows(store, rows, len(rows), complete, setting.device)
+        now = replies_of(model, batch)[0]
+        losses = {
+            kind: judge_replies(
+                model, batch, kind=kind, beta=BETA, gamma=0, label_smoothing=0, sft_weight=0
+            ).loss
+            for kind, _ in STARTS
+        }
+    bound, note = START[setting.precision], f"{len(store)} pairs, {setting.name}"
+    gap = float(now.change.abs().max() / now.logp.abs().max())
+    yield judge("cached reference log-probs are those on the fly", gap, bound, note)
+    worst = max(float((losses[kind] / start - 1).abs().max()) for kind, start in STARTS)
+    yield judge("DPO begins at ln 2, IPO at 1/(4 beta^2)", worst, bound, note)
+
+
+def _pairs_file(subject: Subject) -> PackedStore:
+    """The rows that are trained, with their first two documents each."""
+    path = subject.scratch / "pairs.h5"
+    if not path.exists():
+        read = subject.arrays()
+        segments = np.where(read.segment_ids > 2, 0, read.segment_ids)[:-1]
+        mask, shape = read.loss_mask[:-1] * (segments > 0), segments.shape
+        attrs = {"kind": "preferences"}
+        with new_store(path, *shape, weighted=True, attrs=attrs) as writer:
+            writer.write_rows(read.tokens[:-1], mask, segments)
+    return PackedStore(path, ("preferences",))
+
+
+def _policy(model: Transformer, subject: Subject, setting: Setting) -> Iterator[Finding]:
+    """Replies of the batched engine as a rollout's file, and what the loss makes of them before the
+    first step."""
     room = max(1, model.config.max_positions - NEW_TOKENS)
-    prompts = [prompt_of(document)[:room] for document in documents]
+    asked = [prompt_of(document)[:room] for document in subject.trained[:PROMPTS]]
+    each = [(i, k) for i in range(len(asked)) for k in range(GROUP)]
     with autocast(setting.device, setting.dtype):
-        keys = [(0, i) for i in range(len(prompts))]
-        replies = sample(model, prompts, keys=keys, max_new_tokens=NEW_TOKENS, stop_ids=())
-    batch, sampled = _rollout(prompts, replies, setting.device)
-    inside = batch.weight != 0
-    sign = 1 - 2 * (torch.arange(len(prompts), device=setting.device) % 2)
-    advantage = sign[:, None] * inside.float()
-    gaps = list[Tensor]()
+        prompts = [asked[i] for i, _ in each]
+        replies = sample(model, prompts, keys=each, max_new_tokens=NEW_TOKENS, stop_ids=())
+    batch = _rollout(asked, replies, lambda k: float(k), subject.scratch).to(setting.device)
+    gaps = list[tuple[Tensor, Tensor]]()
 
-    def policy() -> float:
+    def loss(kind: PolicyLoss | None, batch: Batch) -> float:
         with autocast(setting.device, setting.dtype):
-            nll = run_batch(model, batch, per_token=True).nll
-        gaps.append((nll.detach() - sampled).abs()[inside])
-        part = policy_term(nll, sampled, advantage, "clip", low=0.2, high=0.28)
-        loss = (part.term * batch.weight).sum() / batch.total
-        loss.backward()
-        return float(loss.detach())
+            sums = grpo_loss(model, batch, kind=kind, low=0.2, high=0.28, temperature=1.0)
+        gaps.append(sums.named["mismatch"])
+        sums.loss.backward()
+        return float(sums.loss.detach())
 
-    def weighted() -> float:
-        with autocast(setting.device, setting.dtype):
-            loss = run_batch(model, batch, weight=batch.weight * advantage).loss / batch.total
-        loss.backward()
-        return float(loss.detach())
-
-    found, gap = compare(model, policy, weighted), gaps[0]
-    note = f"{len(gap)} tokens, at most {float(gap.max()):.2g}, {setting.name}"
-    bound = MISMATCH[setting.precision]
-    yield judge("the sampler's log-probs are the trainer's", float(gap.mean()), bound, note)
+    found = compare(model, partial(loss, "clip", batch), partial(loss, None, batch))
+    total, count = gaps[0]
+    bound, note = MISMATCH[setting.precision], f"{int(count)} tokens, {setting.name}"
+    yield judge("the sampler's log-probs are the trainer's", float(total / count), bound, note)
     bound = BOUNDS[setting.precision].gradient
     yield judge(
         "the first policy step: ratio 1, SFT's gradient", found.gradient, bound, setting.name
     )
+    model.zero_grad(set_to_none=True)
+    loss(None, _rollout(asked, replies, lambda k: 0.3, subject.scratch).to(setting.device))
+    norm = float(gradient_norm(list(model.parameters())))
+    model.zero_grad(set_to_none=True)
+    yield judge("replies of equal reward have no gradient", norm, 0.0, setting.name)
 
 
 def _rollout(
-    prompts: list[list[int]], replies: list[Reply], device: torch.device
-) -> tuple[Batch, Tensor]:
-    """The replies after their prompts as a batch, a row each; and the sampler's -ln p (B, T) of
-    each target."""
-    texts = [prompt + reply.ids for prompt, reply in zip(prompts, replies, strict=True)]
-    shape = (len(texts), max(map(len, texts)))
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    mask, logp = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for i, (text, reply) in enumerate(zip(texts, replies, strict=True)):
-        there = slice(len(text) - len(reply.ids), len(text))
-        tokens[i, : len(text)], segments[i, : len(text)] = text, 1
-        mask[i, there], logp[i, there] = 1, reply.logp
-    batch = make_batch(Rows(tokens, mask, segments), np.arange(len(texts)), total=mask.sum())
-    return batch.to(device), -torch.from_numpy(logp).roll(-1, 1).to(device)
+    asked: list[list[int]], replies: list[Reply], reward: Callable[[int], float], folder: Path
+) -> Batch:
+    """GROUP replies to each prompt, the k-th worth `reward(k)`, as the batch of a step."""
+    lines = [Prompt(ids, [], None, {}, line) for line, ids in enumerate(asked, 1)]
+    prompts, path = Prompts(folder, lines), folder / "rollout.h5"
+    groups = [
+        [Sample(i, replies[GROUP * i + k], reward(k), {}) for k in range(GROUP)]
+        for i in range(len(asked))
+    ]
+    config = flags.Config(model="", prompts=path, out=folder, max_new_tokens=NEW_TOKENS)
+    write_rollout(path, lay_out(groups, prompts, config, "plain", 0), prompts, {}, {})
+    (batch,) = Rollout(path, 0).batches(0, Ranks(), len(replies), 0)
+    return batch
