@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.lines import emit, installed, origin, spread
-from whet.model.loss import chunk_tokens, linear_cross_entropy
+from whet.model.loss import Head, chunk_tokens, linear_cross_entropy
 
-Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Way = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 IGNORED = -100
 
 
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def whet(hidden: Tensor, weight: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
     rows = trained.nonzero().flatten()
     ones = torch.ones(len(rows), device=hidden.device)
-    return linear_cross_entropy(hidden[rows], weight, targets[rows], ones)[0]
+    return linear_cross_entropy(hidden[rows], Head(weight), targets[rows], ones)[0]
 
 
 def full(hidden: Tensor, weight: Tensor, targets: Tensor, trained: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor, trained: Tensor) -> T
     return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels)
 
 
-HEADS: dict[str, Head] = {
+HEADS: dict[str, Way] = {
     "whet": whet,
     "full": full,
     "torch": torchs,

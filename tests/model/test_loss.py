@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from whet.model.loss import (
+    Head,
     chunk_tokens,
     linear_cross_entropy,
     linear_nll,
@@ -110,14 +111,7 @@ def test_fused_equals_full_logits(chunk, bias, softcap, logit_scale):
     expected, expected_nll = reference(*inputs, softcap, logit_scale)
     hidden, weight, offsets, targets, token_weight = inputs
     loss, nll = linear_cross_entropy(
-        hidden,
-        weight,
-        targets,
-        token_weight,
-        bias=offsets,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk=chunk,
+        hidden, Head(weight, offsets, softcap, logit_scale), targets, token_weight, chunk=chunk
     )
     assert torch.allclose(loss, expected, rtol=1e-5)
     assert torch.allclose(nll, expected_nll, atol=1e-5)
@@ -131,7 +125,7 @@ def test_fused_gradient_agrees_with_finite_differences():
     hidden, weight, bias, targets, token_weight = head(tokens=4, dtype=torch.float64)
 
     def loss(h, w, b):
-        return linear_cross_entropy(h, w, targets, token_weight, bias=b, chunk=3)[0]
+        return linear_cross_entropy(h, Head(w, b), targets, token_weight, chunk=3)[0]
 
     # The sum is float32 by contract, hence the wide step and tolerance.
     assert torch.autograd.gradcheck(
@@ -142,14 +136,14 @@ def test_fused_gradient_agrees_with_finite_differences():
 def test_fused_gives_gradients_only_where_asked():
     hidden, weight, _, targets, token_weight = head()
     weight.requires_grad_(False)  # LoRA: the head is frozen
-    linear_cross_entropy(hidden, weight, targets, token_weight)[0].backward()
+    linear_cross_entropy(hidden, Head(weight), targets, token_weight)[0].backward()
     assert hidden.grad is not None
     assert weight.grad is None
 
 
 def test_fused_backward_can_be_asked_twice():
     hidden, weight, _, targets, token_weight = head()
-    loss, _ = linear_cross_entropy(hidden, weight, targets, token_weight)
+    loss, _ = linear_cross_entropy(hidden, Head(weight), targets, token_weight)
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (hidden, weight))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -159,7 +153,7 @@ def test_fused_over_nothing_is_zero_with_a_gradient_of_zero():
     hidden, weight, bias, targets, token_weight = head()
     none = torch.zeros(0, dtype=torch.long)
     loss, nll = linear_cross_entropy(
-        hidden[none], weight, targets[none], token_weight[none], bias=bias
+        hidden[none], Head(weight, bias), targets[none], token_weight[none]
     )
     loss.backward()
     assert float(loss) == 0.0
@@ -170,16 +164,16 @@ def test_fused_over_nothing_is_zero_with_a_gradient_of_zero():
 def test_an_improbable_target_has_a_finite_loss():
     """exp(-200) is 0 in float32; -ln of it must still be 200."""
     hidden, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [0.0]])
-    loss, _ = linear_cross_entropy(hidden, weight, torch.tensor([1]), torch.ones(1))
+    loss, _ = linear_cross_entropy(hidden, Head(weight), torch.tensor([1]), torch.ones(1))
     assert float(loss) == pytest.approx(200.0)
 
 
 def test_fused_under_autocast_is_near_float32():
     hidden, weight, bias, targets, token_weight = head(tokens=64, width=32, vocab=50)
     leaves = (hidden, weight, bias)
-    exact, _ = linear_cross_entropy(hidden, weight, targets, token_weight, bias=bias)
+    exact, _ = linear_cross_entropy(hidden, Head(weight, bias), targets, token_weight)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, nll = linear_cross_entropy(hidden, weight, targets, token_weight, bias=bias, chunk=9)
+        loss, nll = linear_cross_entropy(hidden, Head(weight, bias), targets, token_weight, chunk=9)
     assert loss.dtype == nll.dtype == torch.float32
     assert float(loss) == pytest.approx(float(exact), rel=1e-2)
     wanted = torch.autograd.grad(exact, leaves)
@@ -200,7 +194,7 @@ def test_no_more_logits_than_a_chunk_exist(monkeypatch):
 
     monkeypatch.setattr(torch, "softmax", watch)
     hidden, weight, _, targets, token_weight = head(tokens=40)
-    linear_cross_entropy(hidden, weight, targets, token_weight, chunk=6)
+    linear_cross_entropy(hidden, Head(weight), targets, token_weight, chunk=6)
     assert largest == 6 * 17
 
 
@@ -224,21 +218,13 @@ def test_any_function_of_token_losses_has_the_gradient_of_full_logits(chunk, sof
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     expected = F.cross_entropy(logits, targets, reduction="none")
-    nll = linear_nll(
-        hidden,
-        weight,
-        targets,
-        bias=offsets,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        chunk=chunk,
-    )
+    nll = linear_nll(hidden, Head(weight, offsets, softcap, logit_scale), targets, chunk=chunk)
     assert torch.allclose(nll, expected, atol=1e-5)
     wanted = torch.autograd.grad(any_function(expected), leaves)
     for mine, other in zip(torch.autograd.grad(any_function(nll), leaves), wanted, strict=True):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5)
     summed, _ = linear_cross_entropy(
-        hidden, weight, targets, ones, bias=offsets, softcap=softcap, logit_scale=logit_scale
+        hidden, Head(weight, offsets, softcap, logit_scale), targets, ones
     )
     assert torch.allclose(nll.sum(), summed, rtol=1e-6)
 
@@ -247,7 +233,7 @@ def test_token_losses_agree_with_finite_differences():
     hidden, weight, bias, targets, _ = head(tokens=4, dtype=torch.float64)
 
     def losses(h, w, b):
-        return linear_nll(h, w, targets, bias=b, chunk=3)
+        return linear_nll(h, Head(w, b), targets, chunk=3)
 
     # float32 by contract, hence the wide step and tolerance.
     assert torch.autograd.gradcheck(
@@ -258,21 +244,21 @@ def test_token_losses_agree_with_finite_differences():
 def test_token_losses_of_a_frozen_head_and_of_nothing():
     hidden, weight, _, targets, _ = head()
     weight.requires_grad_(False)
-    linear_nll(hidden, weight, targets).sum().backward()
+    linear_nll(hidden, Head(weight), targets).sum().backward()
     assert weight.grad is None
     assert hidden.grad.abs().sum() > 0
     none = torch.zeros(0, dtype=torch.long)
     hidden, weight, bias, targets, _ = head()
-    linear_nll(hidden[none], weight, targets[none], bias=bias).sum().backward()
+    linear_nll(hidden[none], Head(weight, bias), targets[none]).sum().backward()
     assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in (hidden, weight, bias))
 
 
 def test_token_losses_under_autocast_are_near_float32():
     hidden, weight, bias, targets, _ = head(tokens=64, width=32, vocab=50)
     leaves = (hidden, weight, bias)
-    exact = linear_nll(hidden, weight, targets, bias=bias)
+    exact = linear_nll(hidden, Head(weight, bias), targets)
     with torch.autocast("cpu", torch.bfloat16):
-        nll = linear_nll(hidden, weight, targets, bias=bias, chunk=9)
+        nll = linear_nll(hidden, Head(weight, bias), targets, chunk=9)
     assert nll.dtype == torch.float32
     assert float((nll - exact).abs().max()) <= 0.1
     wanted = torch.autograd.grad(exact.square().sum(), leaves)
@@ -288,8 +274,8 @@ def test_a_watched_token_has_the_probability_of_full_logits(softcap):
     bias, targets = torch.randn(13, generator=generator), torch.arange(9)
     z = 0.7 * (hidden.double() @ matrix.double().t() + bias.double())
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    shape = {"bias": bias, "softcap": softcap, "logit_scale": 0.7, "chunk": 4}
-    nll, watched = linear_probability(hidden, matrix, targets, 5, **shape)
+    curved = Head(matrix, bias, softcap, 0.7)
+    nll, watched = linear_probability(hidden, curved, targets, 5, chunk=4)
     torch.testing.assert_close(watched.double(), z.softmax(-1)[:, 5])
-    expected = linear_nll(hidden, matrix, targets, **shape)
+    expected = linear_nll(hidden, curved, targets, chunk=4)
     torch.testing.assert_close(nll, expected)

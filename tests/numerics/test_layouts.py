@@ -224,3 +224,37 @@ def test_a_step_without_trained_tokens_changes_nothing(world, tmp_path, precisio
         around[end] = numbers(out)[1]
     for name, value in around[last].items():
         np.testing.assert_array_equal(value, around[last - 1][name])
+
+
+@pytest.mark.slow
+def test_parts_that_no_text_reaches_on_two_ranks(tmp_path):
+    """Gemma 3's tower for images gets no gradient, trained whole or with adapters."""
+    transformers = pytest.importorskip("transformers")
+    text = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    image = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    image |= {"intermediate_size": 32, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config={**text, "max_position_embeddings": 64},
+        vision_config=image,
+        mm_tokens_per_image=1,
+        image_token_index=299,
+        boi_token_index=298,
+        eoi_token_index=297,
+    )
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    tiny.chat().save(tmp_path / "base")
+    tiny.packed_file(tmp_path / "train.h5", n_rows=8)
+    tiny.packed_file(tmp_path / "dev.h5", n_rows=3, seed=1)
+    kinds = {"whole": {}, "adapter": {"lora_rank": 2}}
+    flags = {"max_steps": 2, "precision": "float32", "device": "cpu"}
+    commands = []
+    for name, more in kinds.items():
+        assert main(command(tmp_path, tmp_path / name, **flags, **more)) == 0
+        commands.append(command(tmp_path, tmp_path / f"{name}_2", **flags, **more))
+    assert run_ranks(commands, size=2, folder=tmp_path, timeout_s=400) == [0, 0]
+    for name in kinds:
+        (file,) = (tmp_path / name).glob("*model.safetensors")
+        two = load_file(tmp_path / f"{name}_2" / file.name)
+        for key, value in load_file(file).items():
+            np.testing.assert_allclose(two[key], value, atol=1e-6, err_msg=key)

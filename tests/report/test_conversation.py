@@ -57,7 +57,7 @@ def test_a_page_of_one_conversation(data, tokenizer, tmp_path, capsys):
     text = page.read_text()
     assert "talk.jsonl:1" in text
     assert "<dt>template</dt><dd>plain</dd>" in text
-    turns = re.findall(r"<td class='words'>(\w+)</td><td class='words'>(.*?)</td>", text)
+    turns = re.findall(r'<td class="words">(\w+)</td><td class="words">(.*?)</td>', text)
     assert [role for role, _ in turns] == ["user", "assistant", "user", "assistant"]
     assert [what == "context" for _, what in turns] == [True, False, True, False]
     assert "1 rows" in capsys.readouterr().out

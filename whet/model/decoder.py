@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from whet.model.attention import AttentionPlan, CachedPlan, KVCache, plan_documents, share_prefixes
 from whet.model.config import ModelConfig
-from whet.model.loss import TokenLoss, compiles_each_shape, product_type, spread, token_loss
+from whet.model.loss import Head, TokenLoss, compiles_each_shape, product_type, spread, token_loss
 from whet.model.recompute import Recompute, run_layer
 from whet.model.rope import cos_sin, rotate
 
@@ -248,16 +248,12 @@ class Transformer(nn.Module):
         assert targets is not None
         return token_loss(
             x,
-            self.head_weight,
+            self.output_head.at(temperature),
             targets,
             weight,
             plan.trained_index,
             per_token=per_token,
             watch=watch,
-            temperature=temperature,
-            bias=self.head_bias,
-            softcap=self.config.logit_softcap,
-            logit_scale=self.config.logit_scale,
         )
 
     def _layers(self, tokens: Tensor, plan: Plan, keep: Tensor | None = None) -> Tensor:
@@ -283,10 +279,8 @@ class Transformer(nn.Module):
         """x (B, T, D) -> logits (B, T, V), or (B, J, V) at `logits_at` (B, J)."""
         if logits_at is not None:
             x = x.gather(1, logits_at[:, :, None].expand(-1, -1, x.shape[-1]))
-        logits = F.linear(x, self.head_weight, self.head_bias)
-        scale, cap = self.config.logit_scale, self.config.logit_softcap
-        logits = logits if scale == 1.0 else logits * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        head = self.output_head
+        return head.curved(F.linear(x, head.matrix, head.bias))
 
     @property
     def prefixes_are_equal(self) -> bool:
@@ -295,14 +289,12 @@ class Transformer(nn.Module):
         return all(rope.kind not in ("dynamic", "longrope") for rope in ropes)
 
     @property
-    def head_weight(self) -> Tensor:
-        """The head's matrix (V, D): its own, or the embedding's."""
-        return self.embed.weight if self.config.tied else self.head.weight
-
-    @property
-    def head_bias(self) -> Tensor | None:
-        """The head's bias (V,), if it has one."""
-        return None if self.config.tied else self.head.bias
+    def output_head(self) -> Head:
+        """How hidden states become logits: the head's own matrix (V, D), or the embedding's."""
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        if self.config.tied:
+            return Head(self.embed.weight, None, cap, scale)
+        return Head(self.head.weight, self.head.bias, cap, scale)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from whet.errors import UserError
 from whet.model.attention import KVCache, repeated_size
-from whet.model.loss import TokenLoss, compiles_each_shape, token_loss
+from whet.model.loss import Head, TokenLoss, compiles_each_shape, token_loss
 from whet.model.recompute import Recompute, run_layer
 
 Way = Literal["positions", "mask", "alone"]
@@ -167,21 +167,18 @@ class ForeignModel(nn.Module):
         assert weight is not None, "targets need weights"
         where = weight.flatten().nonzero()[:, 0]
         head = self.inner.get_output_embeddings()
+        bias = getattr(head, "bias", None)
         trained = hidden.flatten(0, 1)[where]
         if compiles_each_shape(head.weight):
             trained = F.pad(trained, (0, 0, 0, repeated_size(len(where)) - len(where)))
         return token_loss(
             trained,
-            head.weight,
+            Head(head.weight, bias, self.softcap, self.logit_scale).at(temperature),
             targets,
             weight,
             where,
             per_token=per_token,
             watch=watch,
-            temperature=temperature,
-            bias=getattr(head, "bias", None),
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
         )
 
     def _hidden(self, tokens: Tensor, segments: Tensor) -> Tensor:

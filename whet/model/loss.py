@@ -10,7 +10,7 @@ Shape letters: B batch, T tokens, D width, V vocabulary, M trained tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -53,38 +53,28 @@ class TokenLoss(NamedTuple):
 
 def token_loss(
     hidden: Tensor,
-    matrix: Tensor,
+    head: "Head",
     targets: Tensor,
     weight: Tensor,
     where: Tensor,
     *,
     per_token: bool,
     watch: int | None,
-    temperature: float,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
 ) -> TokenLoss:
     """The loss of targets (B, T) with a weight (B, T) != 0, which stand at `where` (S,) of (B * T).
 
     hidden (S', D): the first S rows are theirs, any others are there for the sake of the size.
-    `per_token`, `watch` and `temperature` as in `Transformer.forward`, the rest as in
-    `linear_cross_entropy`.
+    `per_token` and `watch` as in `Transformer.forward`.
     """
-    shape: dict[str, Any] = {
-        "bias": bias,  # z / T = (c / T) tanh((scale / T) x product / (c / T))
-        "softcap": None if softcap is None else softcap / temperature,
-        "logit_scale": logit_scale / temperature,
-    }
     wanted, factor = (_gathered(x, where, len(hidden)) for x in (targets, weight))
     if watch is not None:
-        nll, watched = linear_probability(hidden, matrix, wanted, watch, **shape)
+        nll, watched = linear_probability(hidden, head, wanted, watch)
         each = spread(nll, where, weight)
         return TokenLoss((weight * each).sum(), each, spread(watched, where, weight))
     if per_token:
-        each = spread(linear_nll(hidden, matrix, wanted, **shape), where, weight)
+        each = spread(linear_nll(hidden, head, wanted), where, weight)
         return TokenLoss((weight * each).sum(), each)
-    loss, nll = linear_cross_entropy(hidden, matrix, wanted, factor, **shape)
+    loss, nll = linear_cross_entropy(hidden, head, wanted, factor)
     return TokenLoss(loss, spread(nll, where, weight))
 
 
@@ -102,86 +92,65 @@ def spread(values: Tensor, where: Tensor, like: Tensor) -> Tensor:
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: "Head",
     targets: Tensor,
     token_weight: Tensor,
     *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of softmax(scale * (hidden @ weight.T + bias)) without ever holding all logits.
+    """Cross-entropy of the softmax of `head`'s logits without ever holding all of them.
 
-    hidden (M, D), weight (V, D), targets (M,) int64, token_weight (M,), bias (V,). With `softcap`
-    the logits z become cap * tanh(z / cap). `chunk` is the number of tokens whose logits exist at a
-    time.
+    hidden (M, D), targets (M,) int64, token_weight (M,). `chunk` is the number of tokens whose
+    logits exist at a time.
 
-    Returns the sum of token_weight * nll (float32, with gradients to hidden, weight and bias) and
+    Returns the sum of token_weight * nll (float32, with gradients to hidden, matrix and bias) and
     nll (M,) float32, detached, 0 where token_weight is 0. Under autocast the products are done in
-    its type; softmax, sums and the accumulated gradient of `weight` stay float32. M may be 0: the
+    its type; softmax, sums and the accumulated gradient of the matrix stay float32. M may be 0: the
     sum is 0 with a gradient of 0.
     """
-    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
+    chunk = chunk or chunk_tokens(len(head.matrix), hidden.device, product_type(hidden))
     if not torch.is_grad_enabled():
         # To a Function a parameter needs its gradient even where none will be asked for; forming it
         # would make evaluation three times as slow.
-        hidden, weight = hidden.detach(), weight.detach()
-        bias = None if bias is None else bias.detach()
+        hidden, head = hidden.detach(), head.detached()
     loss, nll = _LinearCrossEntropy.apply(
-        hidden, weight, bias, targets, token_weight, softcap, logit_scale, chunk
+        hidden, head.matrix, head.bias, targets, token_weight, head.softcap, head.scale, chunk
     )
     return loss, nll
 
 
 def linear_nll(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk: int | None = None,
+    hidden: Tensor, head: "Head", targets: Tensor, *, chunk: int | None = None
 ) -> Tensor:
-    """-ln p(target) of each token (M,), float32, with gradients to hidden, weight and bias.
+    """-ln p(target) of each token (M,), float32, with gradients to hidden, matrix and bias.
 
     Arguments as in `linear_cross_entropy`. Any function of the result may be differentiated. The
     backward pass makes the logits a second time, a chunk at a time: four products with the head
-    instead of three, and still never all logits. A frozen head (`weight` without a gradient) saves
-    one of them.
+    instead of three, and still never all logits. A frozen head (a matrix without a gradient)
+    saves one of them.
     """
-    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
-    nll: Tensor = _LinearNll.apply(hidden, weight, bias, targets, softcap, logit_scale, chunk)
+    chunk = chunk or chunk_tokens(len(head.matrix), hidden.device, product_type(hidden))
+    nll: Tensor = _LinearNll.apply(
+        hidden, head.matrix, head.bias, targets, head.softcap, head.scale, chunk
+    )
     return nll
 
 
 @torch.no_grad()
 def linear_probability(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    watch: int,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk: int | None = None,
+    hidden: Tensor, head: "Head", targets: Tensor, watch: int, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """-ln p(target) and p(`watch`), a token id, of each token: (M,) float32 each, no gradients.
 
     Arguments as in `linear_cross_entropy`. Both come from one product with the head.
     """
     dtype = product_type(hidden)
-    chunk = chunk or chunk_tokens(weight.shape[0], hidden.device, product_type(hidden))
+    chunk = chunk or chunk_tokens(len(head.matrix), hidden.device, dtype)
     nll, watched = hidden.new_empty(2, len(hidden), dtype=torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(weight.to(dtype), bias, softcap, logit_scale, chunk)
-        for part, _, products in head.products(hidden):
+        for part, _, products in head.to(dtype).products(hidden, chunk):
             for rows, logits in head.few(products, part.start):
-                logits = logits * logit_scale
-                logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-                log_p = torch.log_softmax(logits, -1)
+                log_p = torch.log_softmax(head.curved(logits), -1)
                 nll[rows] = -log_p.gather(-1, targets[rows, None])[:, 0]
                 watched[rows] = log_p[:, watch].exp()
     return nll, watched
@@ -232,16 +201,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         token_weight: Tensor,
         softcap: float | None,
-        logit_scale: float,
+        scale: float,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = product_type(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight.to(dtype), bias, softcap, logit_scale, chunk)
+            head = Head(weight.to(dtype), bias, softcap, scale)
             token_weight = token_weight.float()
             nll = hidden.new_empty(len(hidden), dtype=torch.float32)
             gradients = _Gradients.of(ctx.needs_input_grad, hidden, weight, bias)
-            for part, x, found, slope in head.passes(hidden, targets):
+            for part, x, found, slope in head.passes(hidden, targets, chunk):
                 nll[part] = found
                 gradients.add(part, x, slope, token_weight[part], head)
         ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
@@ -271,15 +240,15 @@ class _LinearNll(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         softcap: float | None,
-        logit_scale: float,
+        scale: float,
         chunk: int,
     ) -> Tensor:
-        ctx.dtype, ctx.options = product_type(hidden), (softcap, logit_scale, chunk)
+        ctx.dtype, ctx.options, ctx.chunk = product_type(hidden), (softcap, scale), chunk
         ctx.save_for_backward(hidden, weight, bias, targets)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight.to(ctx.dtype), bias, *ctx.options)
+            head = Head(weight.to(ctx.dtype), bias, *ctx.options)
             nll = hidden.new_empty(len(hidden), dtype=torch.float32)
-            for part, _, found, _ in head.passes(hidden, targets):
+            for part, _, found, _ in head.passes(hidden, targets, chunk):
                 nll[part] = found
         return nll
 
@@ -287,33 +256,52 @@ class _LinearNll(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Head(weight.to(ctx.dtype), bias, *ctx.options)
+            head = Head(weight.to(ctx.dtype), bias, *ctx.options)
             gradients = _Gradients.of(ctx.needs_input_grad, hidden, weight, bias)
-            for part, x, _, slope in head.passes(hidden, targets):
+            for part, x, _, slope in head.passes(hidden, targets, ctx.chunk):
                 gradients.add(part, x, slope, grad_nll[part].float(), head)
         found = gradients.weight
         found = found if found is None else found.to(weight.dtype)
         return gradients.hidden, found, gradients.bias, None, None, None, None
 
 
-@dataclass
-class _Head:
-    """The head as it multiplies: its matrix (V, D) in the type of products."""
+@dataclass(frozen=True)
+class Head:
+    """How hidden states (M, D) become logits (M, V): z = scale x (hidden @ matrix.T + bias), and
+    with a `softcap` c these become c tanh(z / c)."""
 
     matrix: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
-    chunk: int
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
 
-    def products(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def at(self, temperature: float) -> "Head":
+        """The head whose logits are divided by `temperature`."""
+        cap = None if self.softcap is None else self.softcap / temperature
+        return replace(self, softcap=cap, scale=self.scale / temperature)
+
+    def to(self, dtype: torch.dtype) -> "Head":
+        """Its matrix in `dtype`, the type of products."""
+        return replace(self, matrix=self.matrix.to(dtype))
+
+    def detached(self) -> "Head":
+        """The same without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, matrix=self.matrix.detach(), bias=bias)
+
+    def curved(self, z: Tensor) -> Tensor:
+        """Scale and softcap of products that have their bias."""
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def products(self, hidden: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For each chunk of m tokens: where it lies, its hidden states (m, D) and their products
-        with the matrix (m, V), both in the type of products."""
+        with the matrix (m, V), both in the matrix's type."""
         # One buffer for all chunks: fresh pages cost the CPU more than the softmax.
-        size = min(self.chunk, len(hidden))
+        size = min(chunk, len(hidden))
         buffer = hidden.new_empty(size, len(self.matrix), dtype=self.matrix.dtype)
-        for start in range(0, len(hidden), self.chunk):
-            x = hidden[start : start + self.chunk].to(self.matrix.dtype)
+        for start in range(0, len(hidden), chunk):
+            x = hidden[start : start + chunk].to(self.matrix.dtype)
             part = slice(start, start + len(x))
             yield part, x, torch.mm(x, self.matrix.t(), out=buffer[: len(x)])
 
@@ -332,17 +320,15 @@ class _Head:
             yield slice(start + first, start + first + len(logits)), logits
 
     def passes(
-        self, hidden: Tensor, targets: Tensor
+        self, hidden: Tensor, targets: Tensor, chunk: int
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """For each chunk: where it lies, its hidden states, nll (m,), and d nll / d logits up to
-        `logit_scale` (m, V) in the type of products, in the place of these."""
-        for part, x, products in self.products(hidden):
+        `scale` (m, V) in the type of products, in the place of these."""
+        for part, x, products in self.products(hidden, chunk):
             nll = hidden.new_empty(len(x), dtype=torch.float32)
             for rows, logits in self.few(products):
                 wanted = targets[part][rows]
-                nll[rows], slope = _softmax_minus_target(
-                    logits, wanted, self.softcap, self.logit_scale
-                )
+                nll[rows], slope = _softmax_minus_target(logits, wanted, self.softcap, self.scale)
                 if slope.data_ptr() != products[rows].data_ptr():
                     products[rows] = slope
             yield part, x, nll, products
@@ -372,9 +358,9 @@ class _Gradients:
             torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
         )
 
-    def add(self, part: slice, x: Tensor, slope: Tensor, factor: Tensor, head: _Head) -> None:
+    def add(self, part: slice, x: Tensor, slope: Tensor, factor: Tensor, head: Head) -> None:
         """Add a chunk of m tokens: x (m, D), slope (m, V) of `passes`, factor (m,)."""
-        dtype, factor = head.matrix.dtype, (factor * head.logit_scale)[:, None]
+        dtype, factor = head.matrix.dtype, (factor * head.scale)[:, None]
         if self.hidden is not None:
             self.hidden[part] = (slope @ head.matrix) * factor
         if self.weight is not None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from whet.errors import UserError, tell
+from whet.model.decoder import Transformer
 
 SETUP_TIMEOUT = timedelta(days=7)
 
@@ -136,7 +137,11 @@ def spread(model: nn.Module, ranks: Ranks, *, shard: bool, bf16: bool) -> nn.Mod
     if not shard:
         from torch.nn.parallel import DistributedDataParallel
 
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # Other architectures may have parts that no text reaches, such as a tower for images.
+        unused = not isinstance(model, Transformer)
+        return DistributedDataParallel(
+            model, gradient_as_bucket_view=True, find_unused_parameters=unused
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
