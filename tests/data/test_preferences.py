@@ -16,6 +16,7 @@ from whet.data.prepare import Config, prepare
 from whet.data.store import PackedStore
 from whet.errors import UserError
 
+SYSTEM = {"role": "system", "content": "be kind"}
 USER = {"role": "user", "content": "one plus two"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("three", "seven eight"))
 HH = "\n\nHuman: one plus two\n\nAssistant: ok\n\nHuman: and\n\nAssistant:"
@@ -40,6 +41,9 @@ SHAPES = {
         "rejected": {"from": "gpt", "value": "seven eight"},
     },
     "messages and one message": {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+    "messages as JSON texts": {
+        "chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD]),
+    },
     "HH": {
         "chosen": "\n\nHuman: one plus two\n\nAssistant: three",
         "rejected": "\n\nHuman: one plus two\n\nAssistant: seven eight",
@@ -90,6 +94,8 @@ def test_what_was_said_before_is_not_trained():
     assert pair.sides[0].messages[0] == {"role": "system", "content": "S"}
     assert (pair.margin, pair.scores) == (1.5, (8, 6.5))
     assert to_example({**record, "margin": 0.25}).margin == 0.25
+    functions = to_example({**PAIR, "functions": [{"name": "f", "parameters": {}}]})
+    assert [side.tools[0]["function"]["name"] for side in functions.sides] == ["f", "f"]
 
 
 def test_what_stands_beside_a_pair_is_read_as_beside_messages():
@@ -113,6 +119,8 @@ def test_what_stands_beside_a_pair_is_read_as_beside_messages():
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "x"}, BAD]}, "in message 1, wh"),
         ({"chosen": [USER, GOOD], "rejected": [USER]}, "differ in message 2, which is no reply"),
         ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "do not begin with"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": [SYSTEM, USER], "system": "other"}, "has a field system and a system turn"),
         ({"margin": "much"}, "margin must be a finite number"),
         ({"chosen": 7}, "chosen must be a text or a list of messages"),
         ({"chosen": [7]}, "chosen 1: expected an object with role and content"),
@@ -218,7 +226,12 @@ def test_labels(folder, tmp_path):
         mask = store.rows([entry["row"]]).loss_mask[0]
         mask = mask[entry["start"] : entry["start"] + entry["length"]]
         assert np.count_nonzero(np.diff(mask) > 0) == 1
-    assert detect_format({"prompt": "a", "completion": "b", "label": "x"}) == "prompt_completion"
+    for label, format in ((1, "labels"), ("false", "labels"), ("x", None), (2, None)):
+        record = {"prompt": "a", "completion": "b", "label": label}
+        assert detect_format(record) == (format or "prompt_completion")
+    messages = [USER, BAD]
+    assert to_example({"messages": messages, "label": False}).scores == (0.0,)
+    assert to_example({"messages": messages, "kto_tag": "true"}).scores == (1.0,)
 
 
 def test_kinds_do_not_mix_and_sft_refuses_them(folder, tmp_path, capsys):

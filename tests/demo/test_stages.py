@@ -10,7 +10,6 @@ from whet.demo import stages, world
 from whet.demo.run import Config as DemoConfig
 from whet.demo.run import main, run_all
 from whet.demo.world import Size, identity_of
-from whet.evaluate.answers import extract_answer, same_number
 
 SMALL = Size(
     texts=300, pairs=60, test=4, width=16, layers=1, prompts=16, preferences=24,
@@ -30,12 +29,22 @@ def test_what_the_stages_read(tmp_path: Path) -> None:
     shown = read(tmp_path / "two_styles.jsonl")
     tags = sum(record["response"].startswith("<think>") for record in shown)
     assert 0.3 < tags / len(shown) < 0.7
-    for record in read(tmp_path / "styles.jsonl"):
-        assert same_number(extract_answer(record["chosen"]), extract_answer(record["rejected"]))
-        assert identity_of(record["prompt"], record["chosen"]) not in tested
-    for record in read(tmp_path / "prompts.jsonl"):
-        assert identity_of(record["question"], record["answer"]) not in tested
+    for name in ("prompts", "styled"):
+        for record in read(tmp_path / f"{name}.jsonl"):
+            assert identity_of(record["question"], record["answer"]) not in tested
     assert len(read(tmp_path / "defects.jsonl")) == SMALL.preferences
+
+
+def test_pairs_are_one_answer_in_both_styles(tmp_path: Path) -> None:
+    shown = {"instruction": "a", "response": "<step>1+2=3</step><answer>3</answer>"}
+    own = ("<think>2+2=5</think><answer>5</answer>", "<think>2+2=4<answer>4", "4")
+    replies = [{"question": "b", "reply": text} for text in own]
+    world.write_files(tmp_path, {"two_styles": [shown], "replies": replies})
+    stages.write_pairs(tmp_path, tmp_path / "replies.jsonl")
+    assert [tuple(record.values()) for record in read(tmp_path / "styles.jsonl")] == [
+        ("a", "<think>1+2=3</think><answer>3</answer>", "<step>1+2=3</step><answer>3</answer>"),
+        ("b", "<think>2+2=5</think><answer>5</answer>", "<step>2+2=5</step><answer>5</answer>"),
+    ]
 
 
 def test_each_defect_differs_from_the_answer() -> None:

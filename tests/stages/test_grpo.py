@@ -79,7 +79,7 @@ def test_it_learns_what_is_rewarded(world, tmp_path):
     assert lineage["stage"] == "grpo"
 
 
-def test_a_rollout_holds_what_was_sampled(world, tmp_path):
+def test_a_rollout_holds_what_was_sampled(world, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(command(world, out, max_steps=1, keep_rollouts=9)) == 0
     rollout = Rollout(out / "rollouts" / "rollout_00000000.h5", 0)
@@ -92,6 +92,8 @@ def test_a_rollout_holds_what_was_sampled(world, tmp_path):
     for number in set(store.documents["line"]):
         assert advantages[store.documents["line"] == number].sum() == pytest.approx(0, abs=1e-5)
     assert rollout.totals == [store.documents["trained"].sum()]
+    assert main(["inspect", str(rollout.store.path)]) == 0
+    assert f"tokenizer {world / 'base'}" in " ".join(capsys.readouterr().out.split())
     assert main(["ledger", str(out), "--step", "1"]) == 0
     assert (
         main(["ledger", str(out), "--document", f"prompts.jsonl:{store.documents['line'][0]}"]) == 0

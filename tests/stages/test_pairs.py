@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from tests.pairs import pairs_file
-from tests.processes import run_ranks
+from tests.processes import run_ranks, start, wait
 from whet.cli import main
 from whet.data.store import PackedStore
 from whet.model.open import load_backbone_from_ckpt
@@ -176,6 +178,24 @@ def test_a_run_that_goes_on_ends_as_an_untouched_one(world, tmp_path, stage, fla
     assert len(names) == 3
     for name in names:
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_a_killed_process_that_is_resumed_ends_as_an_untouched_one(world, tmp_path, stage):
+    """SIGKILL after a step's state is there; DPO then reads the reference that it had computed."""
+    flags = {"save_every": 1, "max_steps": 30}
+    alone, killed, log = tmp_path / "alone", tmp_path / "killed", tmp_path / "log"
+    assert main(command(world, stage, alone, **flags)) == 0
+    process = start([command(world, stage, killed, **flags)], log=log)
+    while not (killed / "state" / "step_00000004").exists() and process.is_alive():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
+    words = command(world, stage, killed, resume=True, **flags)
+    assert wait([start([words], log=log)], [log], 120) == [0]
+    for name in ("model.safetensors", "metrics.jsonl", "ledger.bin"):
+        assert (alone / name).read_bytes() == (killed / name).read_bytes(), name
 
 
 def test_the_reference_file_holds_what_the_model_gives(world, tmp_path):

@@ -121,6 +121,10 @@ class BlockEncoder:
             kept += self._entries(datum, [e for result in encoded for e in result.examples])
             for result in encoded:
                 _count(notes, result)
+            if isinstance(datum, Preference):
+                notes["pairs whose chosen reply has the lower score; are they swapped?"] += (
+                    datum.margin < 0
+                )
         conversations = self._describe(block.source, kept)
         examples, runs, tokens = _flatten(kept)
         refusals.sort(key=lambda refusal: refusal.line)

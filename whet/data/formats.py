@@ -17,7 +17,7 @@ from whet.chat.conversation import (
     from_json,
     shown,
 )
-from whet.data.preferences import LABEL_KEYS, Preference, read_labelled, read_pair
+from whet.data.preferences import LABEL_KEYS, LABELS, Preference, read_labelled, read_pair
 from whet.data.record import (
     LISTS_OF_MESSAGES,
     SYSTEM_KEYS,
@@ -108,12 +108,14 @@ def detect_format(record: Record, source: str = "", line: int = 0) -> str:
 
 
 def _is_labelled(record: Record) -> bool:
-    """Whether it is what KTO learns from, not a record with some label: a prompt, a completion and
-    true or false. `kto_tag` says so itself."""
-    if record.get("kto_tag") is not None:
+    """Whether it is what KTO learns from, not a record with some label: true or false, or, beside a
+    prompt and a completion, what stands for them. `kto_tag` says so itself."""
+    label = record.get("label")
+    if record.get("kto_tag") is not None or isinstance(label, bool):
         return True
     pair = SIGNATURES["prompt_completion"]
-    return isinstance(record.get("label"), bool) and all(first_of(record, g) for g in pair)
+    is_one = isinstance(label, str | int | float) and label in LABELS
+    return is_one and all(first_of(record, group) for group in pair)
 
 
 def _require(record: Record, name: str, at: Origin) -> None:

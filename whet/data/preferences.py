@@ -22,8 +22,12 @@ from whet.data.record import Record, conversation_of, first_of, rest, text_of, t
 
 PROMPT_KEYS = ("prompt", "messages", "conversations", "question", "instruction")
 LABEL_KEYS = ("label", "kto_tag")
+LABELS = {1: 1.0, 0: 0.0, "true": 1.0, "false": 0.0, "True": 1.0, "False": 0.0}
+"""Good and bad; True and 1 are one key. Tables without truth values hold numbers or texts."""
 SCORES = (("chosen_score", "score_chosen", "chosen_rating"),
           ("rejected_score", "score_rejected", "rejected_rating"))  # fmt: skip
+IN_JSON = re.compile(r'\[\s*\{\s*"(role|content|from|value)"\s*:')
+"""How messages begin that a table without nested types holds as a text."""
 SPEAKERS = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
 
@@ -104,8 +108,10 @@ def _messages(value: Any, key: str, role: str, at: Origin) -> Messages:
     if isinstance(value, str):
         if SPEAKERS.match(value):
             return _transcript(value, is_prompt=role == "user")
-        return [{"role": role, "content": value}]
-    if key in ("messages", "conversations"):
+        if key not in ("messages", "conversations") and not IN_JSON.match(value):
+            if role == "user" and not value.strip():
+                raise at.error(f"{key} is empty")
+            return [{"role": role, "content": value}]
         value = from_json(value, key, at.where)
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
@@ -128,9 +134,9 @@ def _transcript(text: str, is_prompt: bool) -> Messages:
 def read_labelled(record: Record, at: Origin, read: Callable[[Record, Origin], Any]) -> Preference:
     """A conversation of another format and whether its last reply is good; only that is trained."""
     key = first_of(record, LABEL_KEYS) or ""
-    good = record[key]
-    if good not in (0, 1):
-        raise at.error(f"{key} must be true or false, got {shown(good)}")
+    good = LABELS.get(record[key]) if isinstance(record[key], str | int | float) else None
+    if good is None:
+        raise at.error(f"{key} must be true or false, got {shown(record[key])}")
     datum = read(rest(record, key), at)
     if not isinstance(datum, Conversation):
         raise at.error(f"{key} needs a conversation whose last reply it judges")
@@ -140,7 +146,7 @@ def read_labelled(record: Record, at: Origin, read: Callable[[Record, Origin], A
         for i, m in enumerate(datum.messages)
     ]
     reply = Conversation(datum.messages, datum.tools, datum.documents, weights, at, datum.extra)
-    return Preference((reply,), (float(good),))
+    return Preference((reply,), (good,))
 
 
 def _number(record: Record, names: tuple[str, ...], at: Origin) -> float:

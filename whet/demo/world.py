@@ -50,7 +50,7 @@ class Size:
     prompts: int = 2000  # from here on what the stages after SFT take
     preferences: int = 1200
     reward_steps: int = 100
-    dpo_steps: int = 40
+    dpo_steps: int = 160
     grpo_steps: int = 120
 
 
@@ -224,9 +224,9 @@ def write_files(folder: Path, files: Mapping[str, Iterable[dict[str, str]]]) -> 
 
 def check(folder: Path) -> None:
     """Prove from the files alone what this module promises; AssertionError if it is not so."""
-    prose = [record["text"] for record in _read_lines(folder / "prose.jsonl")]
-    pairs = list(_read_lines(folder / "pairs.jsonl"))
-    test = list(_read_lines(folder / "test.jsonl"))
+    prose = [record["text"] for record in read_lines(folder / "prose.jsonl")]
+    pairs = list(read_lines(folder / "pairs.jsonl"))
+    test = list(read_lines(folder / "test.jsonl"))
     asked, answered = [p["instruction"] for p in pairs], [p["response"] for p in pairs]
     for text in (*prose, *answered, *(t["answer"] for t in test)):
         assert _facts_are_true(text), f"a wrong or missing fact: {text}"
@@ -237,7 +237,8 @@ def check(folder: Path) -> None:
     assert sums_of(t["answer"] for t in test) <= sums_of(prose), "the prose lacks facts of the test"
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, str]]:
+def read_lines(path: Path) -> Iterator[dict[str, str]]:
+    """The records of a JSON Lines file."""
     with open(path, encoding="utf-8") as file:
         yield from map(json.loads, file)
 

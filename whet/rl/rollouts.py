@@ -203,8 +203,14 @@ class Rollouts:
         """Write rollout `number`, and remove those that are neither among the newest so many up to
         it nor needed by a saved state."""
         tokenizer = self.chat.tokenizer
-        attrs = {"tokenizer_hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size}
-        write_rollout(path, layout, self.prompts, places, {**attrs, "pad_id": self._pad_id})
+        attrs = {
+            "tokenizer_hash": tokenizer.hash,
+            "vocab_size": tokenizer.vocab_size,
+            "pad_id": self._pad_id,
+            # where `whet inspect` finds the tokens' texts
+            "settings": {"tokenizer": str(self.config.tokenizer or self.config.model)},
+        }
+        write_rollout(path, layout, self.prompts, places, attrs)
         steps = [int(state.name[5:]) for state in saved_states(self.folder.parent / "state")]
         needed = {step // self.per_rollout for step in steps if step % self.per_rollout}
         for old, file in rollout_files(self.folder):
