@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from whet.data.batches import Batch
 from whet.errors import UserError
-from whet.flags.training import TrainSettings
 from whet.model.attention import attention_flops
 from whet.model.decoder import Transformer
 from whet.model.loss import head_bytes
@@ -55,7 +54,8 @@ allocator could distinguish the third from the second."""
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step costs on one rank. Memory in bytes, time in seconds."""
+    """What a step of a setting costs on one rank, and what else `whet plan` says of the run. Memory
+    in bytes, time in seconds."""
 
     rows: int
     """Of a micro-batch."""
@@ -75,6 +75,14 @@ class Cost:
     """Of the matrix products of a micro-batch, forward and backward: 2 for a multiply-add."""
     tokens: float
     """Of a micro-batch, without padding."""
+    head: int
+    """Bytes of the head's buffers, counted."""
+    parameters: int
+    trained: int
+    steps: int
+    """Of the whole run."""
+    micros: int
+    """Micro-batches of a step, on a rank."""
 
     @property
     def state(self) -> int:
@@ -85,21 +93,6 @@ class Cost:
     def transient(self) -> int:
         """The rest: activations, the head's buffers, what the allocator could not give back."""
         return max(0, self.peak - self.process - self.state)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A setting's cost on one rank, with what the command needs to know of the model."""
-
-    cost: Cost
-    head: int
-    """Bytes of the head's buffers, counted."""
-    parameters: int
-    trained: int
-    steps: int
-    """Of the whole run."""
-    micros: int
-    """Micro-batches of a step, on a rank."""
 
 
 def measure(target: Callable[..., R], *arguments: Any) -> R | None:
@@ -138,50 +131,6 @@ def process_bytes(device: torch.device) -> int:
     return memory.peak_bytes(device)
 
 
-def dry_run(
-    stage: Stage,
-    settings: TrainSettings,
-    optimizers: Sequence[torch.optim.Optimizer],
-    batches: Sequence[Sequence[Batch]],
-    recompute: str,
-    process: int,
-    device: torch.device,
-) -> Cost:
-    """Take `STEPS` steps with the stage's model, which is on `device`; `batches` are micro-batches
-    of some steps, on the CPU."""
-    ranks, stop = Ranks(device=device), Stop(grace_s=0.0)
-    recent, dtype = recent_norms([], device), dtype_of(settings)
-    times: list[tuple[float, float]] = []
-    first: list[Micro] = []
-    flops, gradients = 0, 0
-    for step in range(STEPS):
-        moved = to_device(batches[step % len(batches)][:MICROS], device)
-        counter = FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext()
-        begin = _now(device)
-        with counter:
-            result = forward_backward(stage, 0, moved, settings, ranks, stop, dtype)
-        middle = _now(device)
-        if step == 0:
-            first, flops = moved, counter.get_total_flops()  # type: ignore[union-attr]
-            gradients = size_of([p.grad for p in stage.model.parameters() if p.grad is not None])
-        apply_step(result, stage, settings, optimizers, recent)
-        times.append(((middle - begin) / len(moved), _now(device) - middle))
-    states = [v for o in optimizers for s in o.state.values() for v in s.values()]
-    return Cost(
-        rows=len(first[0].batch.tokens),
-        recompute=recompute,
-        peak=memory.peak_bytes(device),
-        process=process,
-        weights=size_of([*stage.model.parameters(), *stage.model.buffers()]),
-        gradients=gradients,
-        optimizer=size_of([v for v in states if isinstance(v, torch.Tensor)]),
-        micro_seconds=min(forward for forward, _ in times[1:]),
-        update_seconds=min(update for _, update in times[1:]),
-        micro_flops=flops / len(first),
-        tokens=sum(micro.tokens for micro in first) / len(first),
-    )
-
-
 def size_of(tensors: Sequence[torch.Tensor | nn.Parameter]) -> int:
     """Bytes of the storages of `tensors`, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -201,7 +150,7 @@ def cost_of(
     ranks: int,
     rows: int,
     recompute: str,
-) -> Measured:
+) -> Cost:
     """Measure one setting; runs in a process of its own."""
     process = process_bytes(device)
     config = dataclasses.replace(config, micro_batch_size=rows, recompute=recompute, quiet=True)
@@ -209,25 +158,59 @@ def cost_of(
     model = stage.model.to(device)
     if config.float8:
         use_float8(model, device)
-    optimizers = make_optimizers(model, config)
-    batches = dry_batches(stage)
-    micros = batches[0]
-    cost = dry_run(stage, config, optimizers, batches, recompute, process, device)
-    flops, head = 0.0, 0
+    return dry_run(stage, config, make_optimizers(model, config), process, device)
+
+
+def dry_run(
+    stage: Stage,
+    config: Any,
+    optimizers: Sequence[torch.optim.Optimizer],
+    process: int,
+    device: torch.device,
+) -> Cost:
+    """Take `STEPS` steps with the stage's model, which is on `device`; `process` is what was held
+    before it."""
+    ranks, stop = Ranks(device=device), Stop(grace_s=0.0)
+    recent, dtype = recent_norms([], device), dtype_of(config)
+    batches, parameters = dry_batches(stage), list(stage.model.parameters())
+    times: list[tuple[float, float]] = []
+    first: list[Micro] = []
+    flops, gradients = 0.0, 0
+    for step in range(STEPS):
+        moved = to_device(batches[step % len(batches)][:MICROS], device)
+        counter = FlopCounterMode(display=False) if step == 0 else contextlib.nullcontext()
+        begin = _now(device)
+        with counter:
+            result = forward_backward(stage, 0, moved, config, ranks, stop, dtype)
+        middle = _now(device)
+        if step == 0:
+            first, flops = moved, counter.get_total_flops() / len(moved)  # type: ignore[union-attr]
+            gradients = size_of([p.grad for p in parameters if p.grad is not None])
+        apply_step(result, stage, config, optimizers, recent)
+        times.append(((middle - begin) / len(moved), _now(device) - middle))
+    states = [v for o in optimizers for s in o.state.values() for v in s.values()]
+    model, head = stage.model, 0
     if isinstance(model, Transformer):
-        plan = micros[0].plan
-        flops = attention_flops(model.config, plan.sizes, again=recompute == "full")
-        head = head_bytes(
-            model.config.vocab_size, len(plan.trained), device, config.precision == "bf16"
-        )
-    parameters = list(model.parameters())
-    return Measured(
-        cost=dataclasses.replace(cost, micro_flops=cost.micro_flops + flops),
+        plan, vocabulary = batches[0][0].plan, model.config.vocab_size
+        flops += attention_flops(model.config, plan.sizes, again=config.recompute == "full")
+        head = head_bytes(vocabulary, len(plan.trained), device, config.precision == "bf16")
+    return Cost(
+        rows=len(first[0].batch.tokens),
+        recompute=config.recompute,
+        peak=memory.peak_bytes(device),
+        process=process,
+        weights=size_of([*parameters, *model.buffers()]),
+        gradients=gradients,
+        optimizer=size_of([v for v in states if isinstance(v, torch.Tensor)]),
+        micro_seconds=min(forward for forward, _ in times[1:]),
+        update_seconds=min(update for _, update in times[1:]),
+        micro_flops=flops,
+        tokens=sum(micro.tokens for micro in first) / len(first),
         head=head,
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         steps=stage.total_steps,
-        micros=len(micros),
+        micros=len(batches[0]),
     )
 
 

@@ -18,7 +18,7 @@ from whet.files import replaced, write_json
 from whet.progress import Progress, say, track
 from whet.train import distributed, memory
 from whet.train.distributed import Ranks
-from whet.train.measure import Measured, cost_of, measure
+from whet.train.measure import Cost, cost_of, measure
 from whet.train.run import priced
 from whet.train.session import DEFAULT_MICRO_BATCH
 from whet.train.stage import Stage
@@ -36,9 +36,9 @@ RECOMPUTE = ("none", "selective", "full")
 class Plan:
     """What was found. Memory in bytes."""
 
-    flagged: Measured | None
+    flagged: Cost | None
     """The cost of the flags' own setting; None if there is no memory for it."""
-    proposed: Measured | None
+    proposed: Cost | None
     limit: float
 
 
@@ -50,9 +50,9 @@ def make_plan(
     share = -(-config.batch_size // ranks)
     cap = min(share, LARGEST[device.type])
     wanted = (min(config.micro_batch_size or DEFAULT_MICRO_BATCH, share), config.recompute)
-    found: dict[tuple[int, str], Measured | None] = {}
+    found: dict[tuple[int, str], Cost | None] = {}
 
-    def at(rows: int, recompute: str, bar: Progress) -> Measured | None:
+    def at(rows: int, recompute: str, bar: Progress) -> Cost | None:
         if (rows, recompute) not in found:
             bar.advance(0, f"{rows} rows a micro-batch, recompute {recompute}")
             found[rows, recompute] = measure(cost_of, build, config, device, ranks, rows, recompute)
@@ -66,7 +66,7 @@ def make_plan(
             if one is None or needed(one, config, ranks) > FITS * limit:
                 continue
             rows, room = 1, FITS * limit - needed(one, config, ranks)
-            while 2 * rows <= cap and (2 * rows - 1) * one.cost.transient <= room:
+            while 2 * rows <= cap and (2 * rows - 1) * one.transient <= room:
                 rows *= 2
             proposed = at(rows, recompute, bar)
             while rows > 1 and (proposed is None or needed(proposed, config, ranks) > FITS * limit):
@@ -84,52 +84,50 @@ def memory_limit(config: Any, device: torch.device) -> float:
     return memory.limit_bytes(device) / sharing
 
 
-def needed(found: Measured, config: Any, ranks: int) -> float:
+def needed(found: Cost, config: Any, ranks: int) -> float:
     """The peak of a run on one rank: what was measured, and what saving states takes beside it.
 
     Sharded ranks hold their share of what is held all the time; that part is not measured.
     """
-    cost = found.cost
-    spared = cost.state * (1 - 1 / ranks) if config.shard else 0.0
-    return cost.peak + saving(found, config, ranks) - spared
+    spared = found.state * (1 - 1 / ranks) if config.shard else 0.0
+    return found.peak + saving(found, config, ranks) - spared
 
 
-def saving(found: Measured, config: Any, ranks: int) -> float:
+def saving(found: Cost, config: Any, ranks: int) -> float:
     """Bytes that a save takes, where a state is saved before the last step."""
     if not config.save_async or not 0 < config.save_every < found.steps:
         return 0.0
-    trained = found.cost.weights * found.trained / found.parameters
-    return saving_bytes((trained + found.cost.optimizer) / (ranks if config.shard else 1))
+    trained = found.weights * found.trained / found.parameters
+    return saving_bytes((trained + found.optimizer) / (ranks if config.shard else 1))
 
 
-def step_seconds(found: Measured) -> float:
+def step_seconds(found: Cost) -> float:
     """Seconds of an optimizer step: its micro-batches and the update."""
-    return found.micros * found.cost.micro_seconds + found.cost.update_seconds
+    return found.micros * found.micro_seconds + found.update_seconds
 
 
-def as_json(found: Measured, config: Any, ranks: int) -> dict:
+def as_json(found: Cost, config: Any, ranks: int) -> dict:
     """A setting with its cost; memory in GB (1e9 bytes)."""
-    cost = found.cost
     parts = {
-        "weights": cost.weights,
-        "gradients": cost.gradients,
-        "optimizer": cost.optimizer,
-        "activations": max(0, cost.transient - found.head),
-        "head": min(found.head, cost.transient),
+        "weights": found.weights,
+        "gradients": found.gradients,
+        "optimizer": found.optimizer,
+        "activations": max(0, found.transient - found.head),
+        "head": min(found.head, found.transient),
         "saving": saving(found, config, ranks),
-        "process": cost.process,
+        "process": found.process,
     }
     seconds = step_seconds(found)
     return {
-        "micro_batch_size": cost.rows,
-        "recompute": cost.recompute,
+        "micro_batch_size": found.rows,
+        "recompute": found.recompute,
         "memory_gb": needed(found, config, ranks) / 1e9,
         "memory_parts_gb": {name: size / 1e9 for name, size in parts.items()},
         "parameters": found.parameters,
         "trained_parameters": found.trained,
-        "flops_per_step": found.micros * cost.micro_flops * ranks,
+        "flops_per_step": found.micros * found.micro_flops * ranks,
         "seconds_per_step": seconds,
-        "tokens_per_s": found.micros * cost.tokens * ranks / seconds,
+        "tokens_per_s": found.micros * found.tokens * ranks / seconds,
         "steps": found.steps,
         "seconds": found.steps * seconds,
     }
@@ -149,9 +147,9 @@ def record(plan: Plan, config: Any, ranks: int) -> None:
         raise UserError(f"--out {config.out}: cannot be written: {error.strerror}") from None
 
 
-def flags_of(found: Measured) -> str:
+def flags_of(found: Cost) -> str:
     """The flags that make `whet sft` take this setting."""
-    return f"--micro_batch_size {found.cost.rows} --recompute {found.cost.recompute}"
+    return f"--micro_batch_size {found.rows} --recompute {found.recompute}"
 
 
 def no_room(plan: Plan) -> str:
@@ -181,9 +179,5 @@ def with_proposal(config: C, ranks: Ranks, *, build: Callable[[Any, Ranks], Stag
     if not config.quiet:
         gb, limit = row["memory_gb"], plan.limit / 1e9
         say(f"--auto chose {flags_of(plan.proposed)}: {gb:.2f} of {limit:.2f} GB")
-    cost = plan.proposed.cost
-    return dataclasses.replace(
-        config,
-        micro_batch_size=cost.rows,
-        recompute=cost.recompute,
-    )
+    chosen = {"micro_batch_size": plan.proposed.rows, "recompute": plan.proposed.recompute}
+    return dataclasses.replace(config, **chosen)
