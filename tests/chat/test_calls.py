@@ -66,6 +66,7 @@ def test_what_is_no_call_stays_text() -> None:
         good[:-1],
         good.replace("{}", "3"),
         good.replace("{}", "{"),
+        good.replace("{}", '{"x": NaN}'),
         "",
     ):
         assert form.read(bad, ["f"]) is None

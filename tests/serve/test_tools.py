@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +53,9 @@ def answer(model: Served, **body: Any) -> httpx.Response:
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             return await client.post("/v1/chat/completions", json=body)
 
-    return asyncio.run(ask())
+    # In a thread of its own: a browser test of this process may have left a loop running here.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, ask()).result()
 
 
 def chunks(model: Served, **body: Any) -> list[dict[str, Any]]:

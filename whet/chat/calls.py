@@ -88,6 +88,7 @@ def _hole(hole: str, text: str, at: int) -> tuple[Any, int]:
     if hole == "arguments":
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
+            json.dumps(value, allow_nan=False)  # Python reads NaN, which is no JSON
         except (ValueError, RecursionError):
             return None, -1
         return value, end if isinstance(value, dict) else -1

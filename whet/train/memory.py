@@ -13,20 +13,21 @@ import torch
 CGROUPS = Path("/sys/fs/cgroup")
 
 # mallopt(3): https://man7.org/linux/man-pages/man3/mallopt.3.html
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed(device: torch.device) -> None:
     """Let the C library keep freed memory for what comes next, where tensors live in it.
 
     By default glibc returns each large block to the kernel and gets it back page by page, zeroed,
-    at every step. docs/performance.md has the measurement.
+    at every step. Only blocks of 32 MiB and more go back: kept, these few, such as the embedding's
+    gradient, would leave holes that nothing else fills. docs/performance.md has the measurement.
     """
     if device.type != "cpu":
         return
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc takes
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 2**26)
 
