@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from whet.chat.chat import Chat
-from whet.chat.conversation import Message
+from whet.chat.conversation import Message, shown
 from whet.chat.encode import encode_prompt
 from whet.data.reader import Unit, parse, read_units
+from whet.data.record import SYSTEM_KEYS, first_of
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer
 from whet.evaluate.gsm8k import svamp_question
@@ -137,23 +137,34 @@ def _prompt(unit: Unit, path: Path, chat: Chat) -> Prompt:
 
 
 def _messages(record: dict[str, Any]) -> list[Message]:
-    asked = record.get("prompt", record.get("messages", record.get("question")))
-    if asked is None and {"Body", "Question"} <= record.keys():
-        asked = svamp_question(record)
+    name = first_of(record, ("prompt", "messages", "question"))
+    asked = record[name] if name else None
+    if name is None and {"Body", "Question"} <= record.keys():
+        name, asked = "Question", svamp_question(record)
+    if name is None:
+        names = ", ".join(map(str, record)) or "none"
+        raise UserError(f"expected the field prompt, messages or question, got {names}")
     if isinstance(asked, str) and asked.strip():
-        return [{"role": "user", "content": asked}]
-    if isinstance(asked, list) and asked:
-        if isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
-            raise UserError(
-                "the messages end with the assistant's; expected them to end with what it is asked"
-            )
+        asked = [{"role": "user", "content": asked}]
+    if not isinstance(asked, list) or not asked:
+        raise UserError(f"{name} must be a text or a list of messages, got {shown(asked)}")
+    if isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
+        raise UserError(
+            "the messages end with the assistant's; expected them to end with what it is asked"
+        )
+    system = first_of(record, SYSTEM_KEYS)
+    said = record[system] if system else ""
+    if not said:
         return asked
-    names = ", ".join(map(str, record)) or "none"
-    raise UserError(f"expected the field prompt, messages or question, got {names}")
+    if not isinstance(said, str):
+        raise UserError(f"{system} must be a text, got {shown(said)}")
+    if isinstance(asked[0], dict) and asked[0].get("role") == "system":
+        raise UserError(f"has a field {system} and a system turn; keep one of them")
+    return [{"role": "system", "content": said}, *asked]
 
 
 def _gold(record: dict[str, Any]) -> str | None:
-    values: Iterator[Any] = (record[name] for name in (*GOLD_FIELDS, "Answer") if name in record)
-    value = next(values, None)
+    name = first_of(record, (*GOLD_FIELDS, "Answer"))
+    value = record[name] if name else None
     usable = isinstance(value, str | int | float) and not isinstance(value, bool)
     return extract_answer(str(value)) if usable else None
