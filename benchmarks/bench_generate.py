@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     args = parser.parse_args()
     peers = args.peers or ["no_cache"]
+    if args.replies == "gsm8k" and "no_cache" in peers:
+        parser.error("--replies gsm8k: without a cache all replies are alike in length")
 
     model = Transformer(from_hf(MODEL))
     init_weights(model, seed=0)

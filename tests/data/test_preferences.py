@@ -98,6 +98,20 @@ def test_what_was_said_before_is_not_trained():
     assert [side.tools[0]["function"]["name"] for side in functions.sides] == ["f", "f"]
 
 
+def test_what_stands_beside_a_pair_is_read_as_beside_messages():
+    tool = {"name": "f", "parameters": {}}
+    called = {"type": "function", "function": tool}
+    for key in ("tools", "functions", "tool_defs"):
+        pair = to_example({**PAIR, key: [tool if key == "functions" else called]})
+        assert [side.tools for side in pair.sides] == [[called], [called]]
+        assert pair.extra == {}
+    system = {"role": "system", "content": "S"}
+    with_system = {"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}
+    assert to_example({**with_system, "system": "S"}).sides[0].messages == [system, USER, GOOD]
+    with pytest.raises(UserError, match="has a field system and a system turn"):
+        to_example({**with_system, "system": "T"})
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -54,7 +54,9 @@ def test_each_defect_differs_from_the_answer() -> None:
     assert len(made) > 5
 
 
-def test_all_stages_of_a_minimal_demo(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_all_stages_of_a_minimal_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("whet.demo.world.LARGEST", 12)
     monkeypatch.setattr("whet.demo.world.SUMS", [(2, 3), (4, 5)])
     summary = run_all(tmp_path / "demo", 0, SMALL)

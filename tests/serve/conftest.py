@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.report.conftest import browser  # noqa: F401  (the same Chromium)
 from tests.tiny import model_directory
 
 pytest.importorskip("starlette", reason="whet[serve] is not installed")

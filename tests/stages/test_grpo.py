@@ -26,6 +26,9 @@ def vowels(completions):
 def seldom(completions):
     return [float(text.count("e") > 1) for text in completions]
 
+def distinct(completions):
+    return [float(i) for i, _ in enumerate(completions)]
+
 def equal(completions):
     return [0.3 for _ in completions]
 
@@ -175,7 +178,7 @@ def test_an_older_state_makes_its_rollouts_again(world, tmp_path, capsys):
 @pytest.mark.parametrize("module", [grpo, ppo])
 def test_a_short_rollout_has_updates_that_train_nothing(world, tmp_path, module):
     """12 prompts in rollouts of 5: the last one has 2 for its 4 updates."""
-    words = command(world, tmp_path / "run", updates=4)
+    words = command(world, tmp_path / "run", "distinct", updates=4)
     assert main([module.__name__.rpartition(".")[2], *words[1:]]) == 0
     steps = [line["trained_tokens"] > 0 for line in lines_of(tmp_path / "run")]
     assert steps == [True] * 10 + [False] * 2

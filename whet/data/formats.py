@@ -11,24 +11,25 @@ from typing import Any
 
 from whet.chat.conversation import (
     Conversation,
-    Message,
     Origin,
     RawText,
     Tokenised,
     from_json,
-    read_conversation,
     shown,
 )
 from whet.data.preferences import LABEL_KEYS, LABELS, Preference, read_labelled, read_pair
 from whet.data.record import (
     LISTS_OF_MESSAGES,
     SYSTEM_KEYS,
+    TOOLS_KEYS,
     Record,
+    calls_in_text,
     check_meaning,
+    conversation_of,
     first_of,
-    one_of,
     rest,
     text_of,
+    turn_of,
 )
 from whet.data.tokenised import IDS_KEYS, MASK_KEYS, read_tokenised
 from whet.errors import UserError
@@ -49,7 +50,6 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
 }
 FORMATS = tuple(SIGNATURES)
-TOOLS_KEYS = ("tools", "functions", "tool_defs", "available_tools")
 FIELDS = tuple(
     dict.fromkeys([
         *(field for groups in SIGNATURES.values() for group in groups for field in group),
@@ -59,13 +59,6 @@ FIELDS = tuple(
 )  # fmt: skip
 """The names that `--fields` can give to a file's own."""
 
-CALLING = ("function_call", "tool_call")
-SHAREGPT_ROLES = {
-    "system": "system",
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", *CALLING), "assistant"),
-    **dict.fromkeys(("observation", "function_response", "tool_response", "tool"), "tool"),
-}
 HINTS = (
     # what a record of another kind has: what to do with it
     ({"chosen"}, "a pair needs `rejected`, too; for SFT rename it: --fields completion=chosen"),
@@ -132,43 +125,11 @@ def _require(record: Record, name: str, at: Origin) -> None:
         raise at.error(f"format {name} needs the field {wanted}; got {shown(list(record), 100)}")
 
 
-def _conversation(
-    messages: Any, record: Record, at: Origin, *used: str | None, system: bool = True
-) -> Conversation:
-    """Messages with the record's tools, documents and system prompt."""
-    said = one_of(record, SYSTEM_KEYS, at) if system else None
-    if said is not None:
-        if not isinstance(said, str):
-            raise at.error(f"system must be a text, got {shown(said)}")
-        if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
-            first = messages[0]
-            if first.get("role") != "system":
-                messages = [{"role": "system", "content": said}, *messages]
-            elif first.get("content") != said:
-                raise at.error("has a field system and a system turn; keep one of them")
-    tools = one_of(record, TOOLS_KEYS, at)
-    if tools is not None and record.get("functions"):
-        functions = from_json(tools, "functions", at.where)
-        if isinstance(functions, list):  # OpenAI's older name: the functions without their shell
-            tools = [{"type": "function", "function": f} if _is_bare(f) else f for f in functions]
-    return read_conversation(
-        messages,
-        tools=tools,
-        documents=record.get("documents"),
-        at=at,
-        extra=rest(record, *used, *TOOLS_KEYS, *SYSTEM_KEYS, "documents"),
-    )
-
-
-def _is_bare(function: Any) -> bool:
-    return isinstance(function, Mapping) and "name" in function and "function" not in function
-
-
 def _messages(record: Record, at: Origin) -> Conversation:
     messages = from_json(record["messages"], "messages", at.where)
     if isinstance(messages, list):
         messages = [_lift_calls(message, n, at) for n, message in enumerate(messages, 1)]
-    return _conversation(messages, record, at, "messages")
+    return conversation_of(messages, record, at, "messages")
 
 
 def _lift_calls(message: Any, number: int, at: Origin) -> Any:
@@ -183,7 +144,7 @@ def _lift_calls(message: Any, number: int, at: Origin) -> Any:
     for part, lifted in zip(content, is_call, strict=True):
         value = part.get("value", part.get("tool_call")) if lifted else None
         if isinstance(value, str):
-            calls += _calls_in_text(value, f"message {number}: part tool_call", at)
+            calls += calls_in_text(value, f"message {number}: part tool_call", at)
         elif lifted:
             calls.append(value)
     parts = [part for part, lifted in zip(content, is_call, strict=True) if not lifted]
@@ -195,33 +156,8 @@ def _sharegpt(record: Record, at: Origin) -> Conversation:
     turns = from_json(record[key], key, at.where)
     if not isinstance(turns, list) or not turns:
         raise at.error(f"{key} must be a non-empty list of turns, got {shown(turns)}")
-    messages = [_turn(turn, f"turn {n}", at) for n, turn in enumerate(turns, 1)]
-    return _conversation(messages, record, at, key)
-
-
-def _turn(turn: Any, where: str, at: Origin) -> Message:
-    """A message in either spelling: role and content, or ShareGPT's from and value."""
-    if not isinstance(turn, Mapping):
-        expected = "expected an object with role and content, or with from and value"
-        raise at.error(f"{where}: {expected}, got {shown(turn)}")
-    if "role" in turn and "from" not in turn:
-        return dict(turn)
-    speaker, value = turn.get("from"), turn.get("value")
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        known = ", ".join(SHAREGPT_ROLES)
-        raise at.error(f"{where}: `from` is {shown(speaker)}; speakers are {known}")
-    if not isinstance(value, str):
-        raise at.error(f"{where} ({speaker}): value must be a text, got {shown(value)}")
-    message = {**rest(turn, "from", "value"), "role": SHAREGPT_ROLES[speaker], "content": value}
-    if speaker in CALLING:
-        message["content"] = ""
-        message["tool_calls"] = _calls_in_text(value, f"{where} ({speaker})", at)
-    return message
-
-
-def _calls_in_text(value: str, where: str, at: Origin) -> list[Any]:
-    calls = from_json(value, f"{where}: the call", at.where)
-    return calls if isinstance(calls, list) else [calls]
+    messages = [turn_of(turn, f"turn {n}", at) for n, turn in enumerate(turns, 1)]
+    return conversation_of(messages, record, at, key)
 
 
 def _instruction(record: Record, at: Origin, context_key: str, answer_key: str) -> Conversation:
@@ -232,7 +168,7 @@ def _instruction(record: Record, at: Origin, context_key: str, answer_key: str) 
         question = f"{question}\n\n{context}"
     messages = _history(record, at)
     messages += _exchange(question, text_of(record, answer_key, at, empty=False))
-    return _conversation(messages, record, at, "instruction", context_key, answer_key, "history")
+    return conversation_of(messages, record, at, "instruction", context_key, answer_key, "history")
 
 
 def _history(record: Record, at: Origin) -> list[dict[str, Any]]:
@@ -265,7 +201,7 @@ def _prompt_completion(record: Record, at: Origin) -> Conversation:
             message["weight"] = 0  # null, too: tables with one schema for all rows write it
     if completion[0].get("role") != "assistant":
         raise at.error(f"{key} must begin with a message of the assistant")
-    return _conversation(prompt + completion, record, at, "prompt", key, "history")
+    return conversation_of(prompt + completion, record, at, "prompt", key, "history")
 
 
 def _side(value: Any, key: str, role: str, at: Origin) -> list[dict[str, Any]]:
@@ -293,7 +229,7 @@ def _gsm8k(record: Record, at: Origin) -> Conversation:
         )
     reasoning = CALCULATOR_MARK.sub("", reasoning).strip()
     answer = f"<think>{reasoning}</think><answer>{number}</answer>"
-    return _conversation(_exchange(question, answer), record, at, "question", "answer")
+    return conversation_of(_exchange(question, answer), record, at, "question", "answer")
 
 
 def _raw_text(record: Record, at: Origin) -> RawText:
@@ -312,7 +248,7 @@ READERS: dict[str, Callable[[Record, Origin], Datum]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "tokenised": read_tokenised,
-    "preferences": partial(read_pair, speak=_turn, converse=_conversation),
+    "preferences": read_pair,
     "labels": _labelled,
     "alpaca": partial(_instruction, context_key="input", answer_key="output"),
     "dolly": partial(_instruction, context_key="context", answer_key="response"),

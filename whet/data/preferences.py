@@ -18,7 +18,7 @@ from whet.chat.conversation import (
     from_json,
     shown,
 )
-from whet.data.record import Record, first_of, rest, text_of
+from whet.data.record import Record, conversation_of, first_of, rest, text_of, turn_of
 
 PROMPT_KEYS = ("prompt", "messages", "conversations", "question", "instruction")
 LABEL_KEYS = ("label", "kto_tag")
@@ -60,20 +60,16 @@ class Preference:
 
 
 Messages = list[Message]
-Speak = Callable[[Any, str, Origin], Message]
-"""Reads one message: (message, where it stands, its record)."""
-Converse = Callable[..., Conversation]
-"""(messages, record, at, *fields that are used up) -> the conversation with system and tools."""
 
 
-def read_pair(record: Record, at: Origin, speak: Speak, converse: Converse) -> Preference:
+def read_pair(record: Record, at: Origin) -> Preference:
     """A chosen and a rejected reply to one prompt."""
     key = first_of(record, PROMPT_KEYS)
-    prompt = _messages(record[key], key, "user", at, speak) if key else []
+    prompt = _messages(record[key], key, "user", at) if key else []
     if key == "instruction" and (context := text_of(record, "input", at)).strip():
         prompt[0]["content"] += f"\n\n{context}"
-    chosen = _messages(record["chosen"], "chosen", "assistant", at, speak)
-    rejected = _messages(record["rejected"], "rejected", "assistant", at, speak)
+    chosen = _messages(record["chosen"], "chosen", "assistant", at)
+    rejected = _messages(record["rejected"], "rejected", "assistant", at)
     if not all(side[0].get("role") == "assistant" for side in (chosen, rejected)):
         prompt, chosen, rejected = _without_common(key, prompt, chosen, rejected, at)
     elif not prompt:
@@ -81,7 +77,7 @@ def read_pair(record: Record, at: Origin, speak: Speak, converse: Converse) -> P
     given = [{**m, "weight": 0} if m.get("role") == "assistant" else m for m in prompt]
     used = ["chosen", "rejected", "input", "margin", *SCORES[0], *SCORES[1], key or "prompt"]
     used += ["messages"] if key == "prompt" else []  # UltraFeedback repeats the chosen side there
-    sides = tuple(converse(given + reply, record, at, *used) for reply in (chosen, rejected))
+    sides = tuple(conversation_of(given + reply, record, at, *used) for reply in (chosen, rejected))
     scores = tuple(_number(record, names, at) for names in SCORES)
     margin = _number(record, ("margin",), at)
     return Preference(sides, scores, scores[0] - scores[1] if math.isnan(margin) else margin)
@@ -107,7 +103,7 @@ def _without_common(
     return chosen[:same], *replies
 
 
-def _messages(value: Any, key: str, role: str, at: Origin, speak: Speak) -> Messages:
+def _messages(value: Any, key: str, role: str, at: Origin) -> Messages:
     """A text, one message or several -> messages; a text without a speaker is `role`'s."""
     if isinstance(value, str):
         if SPEAKERS.match(value):
@@ -120,7 +116,7 @@ def _messages(value: Any, key: str, role: str, at: Origin, speak: Speak) -> Mess
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
         raise at.error(f"{key} must be a text or a list of messages, got {shown(value)}")
-    return [speak(message, f"{key} {n}", at) for n, message in enumerate(value, 1)]
+    return [turn_of(message, f"{key} {n}", at) for n, message in enumerate(value, 1)]
 
 
 def _transcript(text: str, is_prompt: bool) -> Messages:

@@ -1,10 +1,17 @@
-"""A record of a data file: where it stands, and its fields under Whet's names."""
+"""A record of a data file: its fields under Whet's names, and the messages that they hold."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from whet.chat.conversation import Origin, shown
+from whet.chat.conversation import (
+    Conversation,
+    Message,
+    Origin,
+    from_json,
+    read_conversation,
+    shown,
+)
 from whet.errors import UserError
 
 Record = Mapping[str, Any]
@@ -13,6 +20,14 @@ IN_MESSAGES = ("role", "content", "from", "value")
 """Names for `--fields` that are those of messages, not of records."""
 LISTS_OF_MESSAGES = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 SYSTEM_KEYS = ("system", "system_prompt")
+TOOLS_KEYS = ("tools", "functions", "tool_defs", "available_tools")
+CALLING = ("function_call", "tool_call")
+SHAREGPT_ROLES = {
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", *CALLING), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "tool"), "tool"),
+}
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "trainable", "training")
 
@@ -51,6 +66,62 @@ def one_of(record: Record, names: Sequence[str], at: Origin) -> Any:
     if any(value != values[0] for value in values):
         raise at.error(f"{' and '.join(found)} differ; keep one of them")
     return values[0] if values else None
+
+
+def conversation_of(messages: Any, record: Record, at: Origin, *used: str | None) -> Conversation:
+    """Messages with the record's tools, documents and system prompt."""
+    said = one_of(record, SYSTEM_KEYS, at)
+    if said is not None:
+        if not isinstance(said, str):
+            raise at.error(f"system must be a text, got {shown(said)}")
+        if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
+            first = messages[0]
+            if first.get("role") != "system":
+                messages = [{"role": "system", "content": said}, *messages]
+            elif first.get("content") != said:
+                raise at.error("has a field system and a system turn; keep one of them")
+    tools = one_of(record, TOOLS_KEYS, at)
+    if tools is not None and record.get("functions"):
+        functions = from_json(tools, "functions", at.where)
+        if isinstance(functions, list):  # OpenAI's older name: the functions without their shell
+            tools = [{"type": "function", "function": f} if _is_bare(f) else f for f in functions]
+    return read_conversation(
+        messages,
+        tools=tools,
+        documents=record.get("documents"),
+        at=at,
+        extra=rest(record, *used, *TOOLS_KEYS, *SYSTEM_KEYS, "documents"),
+    )
+
+
+def _is_bare(function: Any) -> bool:
+    return isinstance(function, Mapping) and "name" in function and "function" not in function
+
+
+def turn_of(turn: Any, where: str, at: Origin) -> Message:
+    """A message in either spelling: role and content, or ShareGPT's from and value."""
+    if not isinstance(turn, Mapping):
+        expected = "expected an object with role and content, or with from and value"
+        raise at.error(f"{where}: {expected}, got {shown(turn)}")
+    if "role" in turn and "from" not in turn:
+        return dict(turn)
+    speaker, value = turn.get("from"), turn.get("value")
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        known = ", ".join(SHAREGPT_ROLES)
+        raise at.error(f"{where}: `from` is {shown(speaker)}; speakers are {known}")
+    if not isinstance(value, str):
+        raise at.error(f"{where} ({speaker}): value must be a text, got {shown(value)}")
+    message = {**rest(turn, "from", "value"), "role": SHAREGPT_ROLES[speaker], "content": value}
+    if speaker in CALLING:
+        message["content"] = ""
+        message["tool_calls"] = calls_in_text(value, f"{where} ({speaker})", at)
+    return message
+
+
+def calls_in_text(value: str, where: str, at: Origin) -> list[Any]:
+    """The tool calls of a text that is JSON: one or a list of them."""
+    calls = from_json(value, f"{where}: the call", at.where)
+    return calls if isinstance(calls, list) else [calls]
 
 
 def read_fields(argument: str | None, known: Iterable[str]) -> dict[str, str]:

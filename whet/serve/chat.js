@@ -188,7 +188,7 @@ function flow(label, tokens, tell) {
 }
 let made = 0;
 
-const percent = (p) => `${(100 * p).toFixed(p > 0.0995 ? 1 : 3)} %`;
+const percent = (p) => `${(100 * p).toPrecision(3)} %`;
 
 /** What is in a token, with whitespace and broken characters made visible. */
 function visible(entry) {
