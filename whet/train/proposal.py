@@ -6,6 +6,7 @@ micro-batch, and the one chosen so is measured, too.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -138,13 +139,11 @@ def record(plan: Plan, config: Any, ranks: int) -> None:
     if (config.out / "config.toml").exists():
         return
     costs = [as_json(found, config, ranks) for found in (plan.flagged, plan.proposed) if found]
-    path = config.out / "plan.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as aside:
+        with replaced(config.out / "plan.json") as aside:
             write_json(aside, {"settings": priced(config, ranks), "costs": costs})
-    except OSError as error:
-        raise UserError(f"--out {config.out}: cannot be written: {error.strerror}") from None
+    except UserError as error:  # the plan itself is shown all the same
+        print(f"note: {error}; the report will lack the plan", file=sys.stderr)
 
 
 def flags_of(found: Cost) -> str:
