@@ -11,6 +11,7 @@ from torch import Tensor
 from whet.doctor.finding import Finding, judge, skipped, worse
 from whet.doctor.subject import Subject
 from whet.model.decoder import Transformer
+from whet.model.foreign_files import quiet_transformers
 from whet.model.hf.families import OWN_LAYOUT
 from whet.model.open import load_backbone_from_ckpt
 
@@ -51,10 +52,7 @@ def export_agrees(subject: Subject, tell: Callable[[str], None]) -> Iterator[Fin
         yield skipped(opens, why)
         yield skipped(same_ids, why)
         return
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers = quiet_transformers()
     directory, version = str(subject.saved_model()), f"transformers {transformers.__version__}"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
     found = logits(theirs.float().eval(), subject)
@@ -81,7 +79,7 @@ def _no_transformers(subject: Subject) -> str:
     if subject.model.config.family == OWN_LAYOUT:
         return "no family of transformers computes this model"
     try:
-        import transformers  # noqa: F401
+        quiet_transformers()
     except ImportError:
         return "transformers is not installed; Whet's own reader is compared above"
     return ""

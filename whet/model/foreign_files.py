@@ -3,6 +3,7 @@
 Neither pickles nor code that comes with a model are run.
 """
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -55,17 +56,29 @@ def load_foreign(
     return model
 
 
+def quiet_transformers() -> Any:
+    """The module transformers, which prints nothing of its own, nor of torchao, which it imports.
+
+    Raises ImportError where it is not installed.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 def _open(directory: Path, dtype: torch.dtype) -> Any:
     """The model of transformers with every weight of the files. Nothing is computed."""
     try:
-        import transformers
+        transformers = quiet_transformers()
     except ImportError:
         raise UserError(
             f"{directory}: this architecture is not Whet's own; pip install whet[transformers] "
             "opens it through transformers"
         ) from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(directory, **safe)
