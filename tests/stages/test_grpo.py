@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -173,6 +174,18 @@ def test_an_older_state_makes_its_rollouts_again(world, tmp_path, capsys):
         next(state.glob("*.safetensors")).write_bytes(b"damaged")
     assert main(command(world, out, resume=True, **flags)) == 0
     assert (out / "metrics.jsonl").read_bytes() == whole
+
+
+def test_a_damaged_rollout_says_how_to_go_on(world, tmp_path, capsys):
+    out, flags = tmp_path / "run", {"updates": 2, "epochs": 9}
+    assert main(command(world, out, max_steps=1, **flags)) == 0
+    (out / "rollouts" / "rollout_00000000.h5").write_bytes(b"damaged")
+    words = command(world, out, max_steps=2, resume=True, **flags)
+    assert main(words) == 2
+    assert "remove the states after step 0 from" in capsys.readouterr().err
+    for state in (out / "state").iterdir():
+        shutil.rmtree(state)
+    assert main(words) == 0
 
 
 @pytest.mark.parametrize("module", [grpo, ppo])

@@ -93,7 +93,14 @@ class Rollouts:
         if update == 0:
             made = self._make(number, path, model, ranks, stop)
         if self.current is None or self.current.number != number:
-            self.current = Rollout(path, number)
+            try:
+                self.current = Rollout(path, number)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; step {step + 1} trains it, and the weights that sampled it are "
+                    f"gone: remove the states after step {step - update} from "
+                    f"{self.folder.parent / 'state'}, and --resume makes it again"
+                ) from None
             self.known[number] = self._prompts_of(self.current)
         return made
 
