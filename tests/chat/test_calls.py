@@ -73,8 +73,8 @@ def test_what_is_no_call_stays_text() -> None:
     assert form.read(good.replace('": ', '":\n'), ["f"]), "other whitespace"
 
 
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_template_whose_calls_are_json(shared_data: Path, every: int) -> None:
+@pytest.mark.parametrize(("every", "least"), [(8, 4), pytest.param(1, 41, marks=pytest.mark.slow)])
+def test_every_template_whose_calls_are_json(shared_data: Path, every: int, least: int) -> None:
     """All that the template writes of a call and Whet trains is read back, or nothing ever is."""
     forms = 0
     for path in templates(shared_data)[::every]:
@@ -90,4 +90,4 @@ def test_every_template_whose_calls_are_json(shared_data: Path, every: int) -> N
             found = chat.call_form.read(words, ["get_weather"])
             assert found, (path.stem, words)
             assert found[1] == expected(reply), path.stem
-    assert forms > 40 / every
+    assert forms >= least
