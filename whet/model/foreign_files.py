@@ -3,7 +3,6 @@
 Neither pickles nor code that comes with a model are run.
 """
 
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from whet.errors import UserError
 from whet.files import read_json
 from whet.model.foreign import UNLIKE, ForeignModel
+from whet.model.precision import quiet_torchao
 
 WAYS = {
     "positions": "documents are packed; restarting positions keep them apart",
@@ -61,8 +61,7 @@ def quiet_transformers() -> Any:
 
     Raises ImportError where it is not installed.
     """
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet_torchao()
     import transformers
 
     transformers.logging.set_verbosity_error()

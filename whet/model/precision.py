@@ -5,7 +5,9 @@ floating point with one scale a tensor, found for each product; weights stay flo
 norms, attention and head are left alone. Faster only where matrices are large.
 """
 
+import logging
 import os
+import warnings
 
 import torch
 from torch import nn
@@ -31,6 +33,14 @@ def multiplies_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+def quiet_torchao() -> None:
+    """Keep torchao, when it is imported, from printing which of its kernels do not fit this machine
+    and what of torch it uses that is to change: nothing that a user could mend."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
+
+
 def use_float8(model: nn.Module, device: torch.device, *, emulate: bool = False) -> None:
     """Replace the trained linear modules of the layers. `emulate` computes on any device, slowly,
     the numbers that float8 would give.
@@ -42,6 +52,7 @@ def use_float8(model: nn.Module, device: torch.device, *, emulate: bool = False)
             f"--float8: needs a CUDA device of compute capability 9.0 (Hopper) or newer, not "
             f"{device.type}; --precision bf16 runs everywhere"
         )
+    quiet_torchao()
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from whet.errors import UserError
 from whet.flags.choices import Schedule
 from whet.model.embedding import TrainableRows
+from whet.model.precision import quiet_torchao
 
 BETA1 = 0.9  # of AdamW's gradient average; nobody sets another
 WSD_DECAY_SHARE = 0.2  # arXiv:2410.11840 finds 10-20 % of the steps enough for the decay
@@ -130,6 +131,7 @@ def make_optimizers(kind: str, groups: list[dict], *, beta2: float) -> list[torc
     """
     betas = (BETA1, beta2)
     if kind == "adamw8bit":
+        quiet_torchao()
         try:
             from torchao.optim import AdamW8bit
         except ImportError:

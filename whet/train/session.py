@@ -127,6 +127,8 @@ def _train(
             values = {key: str(value) for key, value in dataclasses.asdict(config).items()}
             run.curves = open_curves(run.path, run.facts.step, config.wandb_project, values)
     _print_header(config, command, stage, run, ranks)
+    if config.compile or config.optimizer == "adamw8bit":
+        run.say("the first step compiles code, too: it can take a minute or more")
     try:
         with stop_on_signals(config.grace_seconds) as stop:
             try:
