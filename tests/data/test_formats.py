@@ -116,6 +116,11 @@ def test_tool_call_parts_become_calls():
     message = datum.messages[1]
     assert message["reasoning_content"] == "hm"
     assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": 1}}
+    reply = {"role": "assistant", "content": parts}
+    datum = to_example({"messages": [HELLO[0], {**reply, "tool_calls": json.dumps(CALLS)}]})
+    assert len(datum.messages[1]["tool_calls"]) == len(CALLS) + 1
+    with pytest.raises(UserError, match="message 2: tool_calls must be a list, got 5"):
+        to_example({"messages": [HELLO[0], {**reply, "tool_calls": 5}]})
 
 
 def test_other_fields_are_kept_aside():

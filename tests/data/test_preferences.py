@@ -124,6 +124,11 @@ def test_what_stands_beside_a_pair_is_read_as_beside_messages():
         ({"margin": "much"}, "margin must be a finite number"),
         ({"chosen": 7}, "chosen must be a text or a list of messages"),
         ({"chosen": [7]}, "chosen 1: expected an object with role and content"),
+        ({"chosen": [{"content": "x"}]}, "chosen 1: expected an object with role and content"),
+        (
+            {"prompt": None, "instruction": [SYSTEM, USER], "input": "x"},
+            "instruction must be a text, got",
+        ),
     ],
 )
 def test_what_is_no_pair_is_refused(change, told):

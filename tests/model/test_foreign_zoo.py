@@ -188,6 +188,21 @@ def test_in_training_documents_have_the_logits_they_have_alone(
     assert torch.allclose(both[:1], alone(directory(case), parts), atol=2e-5)
 
 
+@pytest.mark.parametrize("case", ["longrope", "dynamic"])
+def test_in_bf16_all_documents_may_be_beyond_the_switch(case: str, directory: Directory) -> None:
+    """On a CPU there are rows without a document then, which are on neither side of it."""
+    model = opened(directory(case))
+    parts = documents(SWITCH + 4, SWITCH + 7)
+    row = torch.cat(parts, dim=1)
+    segments = torch.cat([torch.full_like(part, i) for i, part in enumerate(parts, 1)], dim=1)
+    expected = alone(directory(case), parts)[0].log_softmax(-1).gather(1, row.T)[:, 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(row, segments=segments, targets=row, weight=torch.ones(row.shape))
+    found.loss.backward()
+    assert torch.allclose(-found.nll[0], expected, atol=0.2)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("case", ["longrope", "phimoe_longrope"])
 def test_greedy_text_does_not_depend_on_its_neighbours(case: str, directory: Directory) -> None:
     model = opened(directory(case))

@@ -266,6 +266,12 @@ def test_what_is_no_request(server):
     headers = {"Content-Type": "application/json"}
     for content, status in ((b"{", 400), (b"[]", 400), (b"\xff", 400), (b"[" * 99999, 400)):
         assert httpx.post(chat, content=content, headers=headers).status_code == status
+    for content in (b'{"n": 1, "n": 2}', b'{"messages": [{"n": 1, "n": 1}]}'):
+        answer = httpx.post(chat, content=content, headers=headers)
+        assert (answer.status_code, "key 'n' occurs twice" in answer.text) == (400, True)
+    half = b'{"model": "one", "prompt": "\\ud800"}'
+    answer = httpx.post(f"{server.url}/v1/completions", content=half, headers=headers)
+    assert (answer.status_code, "surrogate" in answer.text) == (400, True)
     assert httpx.post(chat, content=b"x" * (9 << 20), headers=headers).status_code == 413
     assert httpx.post(chat, data={"a": "b"}).status_code == 415
     assert post(server, "/tokenize", prompt="a", messages=QUESTION).status_code == 400

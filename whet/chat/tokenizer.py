@@ -17,7 +17,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from whet.chat.backend import failures_named, open_backend
+from whet.chat.backend import TokenizerError, failures_named, open_backend
+from whet.chat.conversation import half_character
 from whet.chat.template import check_names
 from whet.errors import UserError
 from whet.files import read_json, read_text, write_text
@@ -50,7 +51,10 @@ class Tokenizer:
         """The ids of `text`; control tokens in it are recognised. With `ends` come those that the
         tokenizer puts around a whole text. Raises TokenizerError if it can't."""
         with failures_named("the tokenizer"):
-            return list(self.backend.encode(text, add_special_tokens=ends).ids)
+            try:
+                return list(self.backend.encode(text, add_special_tokens=ends).ids)
+            except TypeError:
+                raise TokenizerError(half_character(text)) from None
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of `ids`, without the control tokens unless `skip_special` is False."""

@@ -39,7 +39,7 @@ Datum = Conversation | RawText | Tokenised | Preference
 SIGNATURES: dict[str, tuple[tuple[str, ...], ...]] = {
     # format: its fields; one of each group must be there. The first format that fits is taken.
     "preferences": (("chosen",), ("rejected",)),
-    "labels": (LABEL_KEYS,),  # if it is true or false, and the rest is a prompt and a completion
+    "labels": (LABEL_KEYS,),  # if `_is_labelled`
     "messages": (("messages",),),
     "sharegpt": (("conversations", "conversation"),),
     "tokenised": (IDS_KEYS, MASK_KEYS),
@@ -140,7 +140,11 @@ def _lift_calls(message: Any, number: int, at: Origin) -> Any:
     is_call = [isinstance(part, Mapping) and part.get("type") == "tool_call" for part in content]
     if not any(is_call):
         return message
-    calls = list(message.get("tool_calls") or [])
+    own = f"message {number}: tool_calls"
+    calls = from_json(message.get("tool_calls") or [], own, at.where)
+    if not isinstance(calls, list):
+        raise at.error(f"{own} must be a list, got {shown(calls)}")
+    calls = [*calls]
     for part, lifted in zip(content, is_call, strict=True):
         value = part.get("value", part.get("tool_call")) if lifted else None
         if isinstance(value, str):

@@ -65,9 +65,10 @@ Messages = list[Message]
 def read_pair(record: Record, at: Origin) -> Preference:
     """A chosen and a rejected reply to one prompt."""
     key = first_of(record, PROMPT_KEYS)
-    prompt = _messages(record[key], key, "user", at) if key else []
+    asked = record[key] if key else None
     if key == "instruction" and (context := text_of(record, "input", at)).strip():
-        prompt[0]["content"] += f"\n\n{context}"
+        asked = f"{text_of(record, key, at, empty=False)}\n\n{context}"
+    prompt = _messages(asked, key, "user", at) if key else []
     chosen = _messages(record["chosen"], "chosen", "assistant", at)
     rejected = _messages(record["rejected"], "rejected", "assistant", at)
     if not all(side[0].get("role") == "assistant" for side in (chosen, rejected)):

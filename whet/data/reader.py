@@ -160,7 +160,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys differ: JSON lets the last of two win, and one text would be lost."""
     record = dict(pairs)
     if len(record) < len(pairs):
@@ -171,7 +171,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 # json.loads would make one for each line.
-DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_key_twice)
+DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=no_key_twice)
 
 
 def _size(content: Any) -> int:

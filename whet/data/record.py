@@ -100,7 +100,7 @@ def _is_bare(function: Any) -> bool:
 
 def turn_of(turn: Any, where: str, at: Origin) -> Message:
     """A message in either spelling: role and content, or ShareGPT's from and value."""
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, Mapping) or not turn.keys() & {"role", "from"}:
         expected = "expected an object with role and content, or with from and value"
         raise at.error(f"{where}: {expected}, got {shown(turn)}")
     if "role" in turn and "from" not in turn:

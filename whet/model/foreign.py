@@ -202,7 +202,8 @@ class ForeignModel(nn.Module):
     def _rows(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """tokens (B, T), a document of `lengths` (B,) in each row and padding -> (B, T, D).
 
-        Rows on either side of a switch of positions run apart, without each other's padding.
+        Rows on either side of a switch of positions run apart, without each other's padding. Rows
+        without a document (length 0) give anything.
         """
         switch = self.switch
         if switch is None or tokens.shape[1] <= switch.length:
@@ -210,7 +211,7 @@ class ForeignModel(nn.Module):
         beyond = lengths if switch.at_each_length else torch.ones_like(lengths)
         group = torch.where(lengths > switch.length, beyond, 0)
         hidden = None
-        for value in group.unique().tolist():
+        for value in group[lengths > 0].unique().tolist():
             rows = (group == value).nonzero()[:, 0]
             longest = int(lengths[rows].max())
             switch.reset()

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from whet.data.reader import no_key_twice
 from whet.errors import UserError
 from whet.report.markup import STYLE, fill
 from whet.serve.models import Served, model_of
@@ -209,7 +210,7 @@ async def _body(request: Request) -> Any:
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_S:g} s") from None
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=no_key_twice)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
 
