@@ -245,7 +245,7 @@ def test_a_rollout_whose_replies_are_all_masked_trains_nothing(world, tmp_path, 
     flags = {"max_steps": 2, "truncated": "mask", "max_new_tokens": 1, "updates": 2}
     assert main([stage, *command(world, tmp_path / "run", **flags)[1:]]) == 0
     for line in lines_of(tmp_path / "run"):
-        assert (line["truncated"] if "truncated" in line else 1) == 1
+        assert line.get("truncated", 1) == 1
         assert line["trained_tokens"] == line["train_loss"] == line["grad_norm"] == 0
         assert "NaN" not in json.dumps(line)
 
