@@ -59,6 +59,16 @@ def test_ppo_by_a_server(world, tmp_path):
     assert lines_of(tmp_path / "run")[0]["mismatch"] < 1e-4
 
 
+def test_a_replay_leaves_the_weights_of_the_run_alone(world, tmp_path):
+    out = tmp_path / "run"
+    with serving(world / "base") as stub:
+        assert main(command(world, out, max_steps=2, rollout_url=stub.url)) == 0
+        (weights,) = (out / "rollouts" / "weights").rglob("*.safetensors")
+        before = weights.read_bytes()
+        assert main(["replay", str(out), "--step", "1"]) == 0
+    assert weights.read_bytes() == before
+
+
 def test_two_ranks_share_one_server(world, tmp_path):
     with serving(world / "base") as stub:
         words = {"max_steps": 2, "keep_rollouts": 9, "rollout_url": stub.url}

@@ -240,6 +240,16 @@ def test_masked_replies_are_in_neither_sum(world, tmp_path):
     assert rollout.totals == [trained.sum()]
 
 
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_a_rollout_whose_replies_are_all_masked_trains_nothing(world, tmp_path, stage):
+    flags = {"max_steps": 2, "truncated": "mask", "max_new_tokens": 1, "updates": 2}
+    assert main([stage, *command(world, tmp_path / "run", **flags)[1:]]) == 0
+    for line in lines_of(tmp_path / "run"):
+        assert line.get("truncated", 1) == 1
+        assert line["trained_tokens"] == line["train_loss"] == line["grad_norm"] == 0
+        assert "NaN" not in json.dumps(line)
+
+
 def test_what_does_not_fit_is_told_at_once(world, tmp_path, capsys):
     flags = {"prompts": tmp_path / "none.jsonl", "group_size": 1, "temperature": 0, "kl": -1}
     assert main(command(world, tmp_path / "run", **flags)) == 2

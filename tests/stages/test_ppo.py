@@ -91,6 +91,7 @@ def test_micro_batches_and_ranks_change_nothing(world, tmp_path):
         runs[micro] = lines_of(out)
     words = command(world, tmp_path / "ranks", max_steps=4)
     assert run_ranks([words], size=2, folder=tmp_path) == [0, 0]
+    assert (tmp_path / "rank0.log").read_text() == "", "torch warns of nothing"
     runs["ranks"] = lines_of(tmp_path / "ranks")
     for other in (runs[3], runs["ranks"]):
         for a, b in zip(runs[1], other, strict=True):

@@ -78,7 +78,11 @@ def judged_places(
     mean 0 and variance 1 over the rollout's trained tokens. All ranks call it.
     """
     values, reference_nll = _read_places(layout, model, ranks, reference, micro_batch_size)
+    names = ("values", "returns", "token_advantages")
+    made = {name: np.zeros(layout.tokens.shape, np.float32) for name in names}
     kept = [d for d in layout.documents if d.weight]
+    if not kept:  # all replies were cut, and `--truncated mask` trains none of them
+        return made, {}
     lengths = torch.tensor([len(d.reply) for d in kept])
     shape = (len(kept), int(lengths.max()))
     rewards = torch.zeros(shape, dtype=torch.float64)
@@ -94,8 +98,6 @@ def judged_places(
         rewards[i, :n] = -kl * change[i, :n]
         rewards[i, n - 1] += document.sample.reward
     advantages, returns = gae(rewards, old, lengths, gamma=gamma, lam=lam)
-    names = ("values", "returns", "token_advantages")
-    made = {name: np.zeros(layout.tokens.shape, np.float32) for name in names}
     for i, document in enumerate(kept):
         n, here = len(document.reply), (document.row, document.reply)
         parts = (old, returns, whitened(advantages, weight))

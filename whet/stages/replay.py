@@ -78,7 +78,7 @@ def link(run: Path, beside: Path) -> None:
         if path.name == "rollouts":
             (beside / path.name).mkdir()
             link(path, beside / path.name)
-        else:
+        elif path.name != "weights":  # what a server was given
             (beside / path.name).symlink_to(path.resolve())
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from whet.errors import UserError, tell
-from whet.model.decoder import Transformer
+from whet.model.foreign import ForeignModel
 
 SETUP_TIMEOUT = timedelta(days=7)
 
@@ -138,7 +138,7 @@ def spread(model: nn.Module, ranks: Ranks, *, shard: bool, bf16: bool) -> nn.Mod
         from torch.nn.parallel import DistributedDataParallel
 
         # Other architectures may have parts that no text reaches, such as a tower for images.
-        unused = not isinstance(model, Transformer)
+        unused = any(isinstance(part, ForeignModel) for part in model.modules())
         return DistributedDataParallel(
             model, gradient_as_bucket_view=True, find_unused_parameters=unused
         )

@@ -35,6 +35,7 @@ from whet.train.stage import Stage
 from whet.train.step import (
     Micro,
     apply_step,
+    autocast,
     dtype_of,
     forward_backward,
     recent_norms,
@@ -172,7 +173,9 @@ def dry_run(
     before it."""
     ranks, stop = Ranks(device=device), Stop(grace_s=0.0)
     recent, dtype = recent_norms([], device), dtype_of(config)
-    batches, parameters = dry_batches(stage), list(stage.model.parameters())
+    parameters = list(stage.model.parameters())
+    with autocast(device, dtype):
+        batches = dry_batches(stage)
     times: list[tuple[float, float]] = []
     first: list[Micro] = []
     flops, gradients = 0.0, 0
