@@ -130,9 +130,9 @@ def _train(
     if config.compile or config.optimizer == "adamw8bit":
         run.say("the first step compiles code, too: it can take a minute or more")
     try:
-        with stop_on_signals(config.grace_seconds) as stop:
-            with memory_in_words(config, command, ranks):
-                ended_by = train(stage, config, optimizers, ranks, run, stop)
+        in_words = memory_in_words(config, command, ranks)
+        with stop_on_signals(config.grace_seconds) as stop, in_words:
+            ended_by = train(stage, config, optimizers, ranks, run, stop)
         run.finish_saving()
         if ended_by:
             run.say(f"stopped at step {run.facts.step}, saved; add --resume to go on")
