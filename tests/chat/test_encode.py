@@ -106,7 +106,8 @@ def test_nesting_without_end_is_a_refusal_of_one_conversation(chatml: Chat) -> N
     tools = [{"type": "function", "function": {"name": "f", "parameters": deep}}]
     nested = read_conversation(TALK, tools=tools, at=Origin("f", 2))
     good = read_conversation(TALK)
-    first, refusal, last = encode_many([good, nested, good], chatml, EncodeOptions(uncertain="drop"))
+    drop = EncodeOptions(uncertain="drop")
+    first, refusal, last = encode_many([good, nested, good], chatml, drop)
     assert isinstance(refusal, Refusal)
     assert refusal.message == "f:2: is nested too deeply to be a conversation"
     assert np.array_equal(first.ids, last.ids)
