@@ -148,7 +148,9 @@ def test_micro_batches_and_ranks_change_nothing(world, tmp_path, stage):
         assert main(command(world, stage, out, micro_batch_size=size, **flags)) == 0
         assert_same(out, tmp_path / "whole")
     words = command(world, stage, tmp_path / "ranks", micro_batch_size=2, **flags)
+    words += ["--shard"] if stage == "dpo" else []
     assert run_ranks([words], size=2, folder=tmp_path) == [0, 0]
+    assert (tmp_path / "rank0.log").read_text() == "", "torch warns of nothing"
     assert_same(tmp_path / "ranks", tmp_path / "whole")
     if stage == "dpo":
         assert max(line.get("kl", 0) for line in metrics(tmp_path / "whole")) > 0.01

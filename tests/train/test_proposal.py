@@ -28,7 +28,8 @@ def test_a_run_finds_the_cost_of_its_own_settings(tmp_path) -> None:
     assert planned(config(out, lr=2.0), 1)["seconds_per_step"] == 3.0
     proposed = planned(config(out, micro_batch_size=2, recompute="full"), 1)
     assert (proposed["micro_batch_size"], proposed["recompute"]) == (2, "full")
-    for other in ({"model": "n"}, {"micro_batch_size": 1}, {"batch_size": 8}, {"shard": True}):
+    others = {"model": "n", "micro_batch_size": 1, "batch_size": 8, "shard": True}
+    for other in [{name: value} for name, value in (others | {"max_new_tokens": 9}).items()]:
         assert planned(config(out, **other), 1) is None, other
     assert planned(config(out), 2) is None
     assert planned(config(tmp_path / "none"), 1) is None

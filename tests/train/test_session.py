@@ -1,6 +1,8 @@
 """A training command around its loop: flags of a continued run, changed data, no memory left."""
 
+import dataclasses
 import json
+import re
 import shutil
 import sys
 import tomllib
@@ -11,8 +13,10 @@ import torch
 
 from tests import tiny
 from tests.numerics.test_layouts import command
-from whet.cli import main
+from whet.cli import config_class, main
 from whet.stages import packed
+from whet.train.distributed import Ranks
+from whet.train.session import out_of_memory
 from whet.train.state import saved_states
 
 
@@ -116,6 +120,20 @@ def test_out_of_memory_says_what_to_change(world, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert "use --micro_batch_size 2 or --recompute selective (and --resume" in told
     assert "`whet plan` with the same flags measures what fits" in told
+
+
+@pytest.mark.parametrize("stage", ["dpo", "grpo", "ppo", "pretrain", "reward", "sft"])
+def test_out_of_memory_names_flags_that_the_stage_has(stage, tmp_path):
+    kind = config_class(stage)
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    for micro, shard in ((1, False), (4, False), (4, True)):
+        more = {"micro_batch_size": micro, "shard": shard and stage != "ppo", "out": tmp_path}
+        config = kind(**(dict.fromkeys(needed, "x") | more))
+        told = out_of_memory(config, stage, Ranks(size=2))
+        flags = set(re.findall(r"--(\w+)", told))
+        assert flags <= {f.name for f in dataclasses.fields(kind)}, told
+        assert ("whet plan" in told) == (stage == "sft")
+        assert ("--shard" in told) == (stage != "ppo" and not more["shard"]), told
 
 
 def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """The flags that every training stage shares; a stage's `Config` adds its own to them.
 
-This is the one place where dataclasses extend each other: the flags of a stage must be flat, and
+Flags are the one place where dataclasses extend each other: those of a command must be flat, and
 the same flag must mean the same everywhere. Each class is a group of the help, under the first line
 of its docstring. Nothing but data is inherited.
 """

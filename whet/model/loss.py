@@ -84,10 +84,12 @@ def _gathered(x: Tensor, where: Tensor, size: int) -> Tensor:
 
 
 def spread(values: Tensor, where: Tensor, like: Tensor) -> Tensor:
-    """The first S of `values` -> a tensor of the shape of `like`, float32, with them at `where`
-    (S,) of its places and 0 elsewhere."""
-    zeros = torch.zeros(like.numel(), dtype=torch.float32, device=like.device)
-    return zeros.index_put((where,), values[: len(where)].float()).view(like.shape)
+    """The first S of `values` -> a tensor of the shape of `like` (B, T), float32, with them at
+    `where` (S,) of its B * T places and 0 elsewhere."""
+    places = (where // like.shape[1], where % like.shape[1])  # a view would make FSDP2 warn
+    return torch.zeros_like(like, dtype=torch.float32).index_put(
+        places, values[: len(where)].float()
+    )
 
 
 def linear_cross_entropy(

@@ -101,7 +101,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """At most seven characters, and four digits."""
+    """Four digits, from 10,000 to 999,999 all of them."""
     if value and not 1e-3 <= abs(value) < 1e6:
         digits, power = f"{value:.3e}".split("e")
         return f"{float(digits):g}e{int(power)}"

@@ -43,6 +43,7 @@ from whet.train.state import Facts
 PRICED = (
     *("model", "data", "overfit_rows", "batch_size", "optimizer", "train", "precision", "float8"),
     *("lora_rank", "lora_targets", "lora_dora", "lora_4bit", "device", "shard"),
+    *("prompts", "group_size", "max_new_tokens", "updates", "critic", "kl"),
 )
 """Settings that a step's cost depends on, besides those that a plan proposes."""
 APPENDED = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "ledger.bin")

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -104,7 +104,7 @@ def _train(
     with distributed.together(ranks):
         optimizers = make_optimizers(model, config)
     if stage.at_start is not None:
-        with autocast(ranks.device, dtype_of(config)):
+        with autocast(ranks.device, dtype_of(config)), memory_in_words(config, command, ranks):
             stage.at_start(model, ranks)
         distributed.reshard(model)
     run.facts = now
@@ -130,15 +130,9 @@ def _train(
     if config.compile or config.optimizer == "adamw8bit":
         run.say("the first step compiles code, too: it can take a minute or more")
     try:
-        with stop_on_signals(config.grace_seconds) as stop:
-            try:
-                ended_by = train(stage, config, optimizers, ranks, run, stop)
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                raise UserError(out_of_memory(config, ranks)) from error
-            except RuntimeError as error:
-                if "can't allocate memory" not in str(error):  # what torch says on a CPU
-                    raise
-                raise UserError(out_of_memory(config, ranks)) from error
+        in_words = memory_in_words(config, command, ranks)
+        with stop_on_signals(config.grace_seconds) as stop, in_words:
+            ended_by = train(stage, config, optimizers, ranks, run, stop)
         run.finish_saving()
         if ended_by:
             run.say(f"stopped at step {run.facts.step}, saved; add --resume to go on")
@@ -197,26 +191,41 @@ def about(command: str) -> dict[str, str]:
     }
 
 
-def out_of_memory(config: TrainSettings, ranks: Ranks) -> str:
+@contextlib.contextmanager
+def memory_in_words(config: TrainSettings, command: str, ranks: Ranks) -> Iterator[None]:
+    """Raise UserError where the device has no room for what the block computes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(error):  # what torch says on a CPU
+            raise
+        raise UserError(out_of_memory(config, command, ranks)) from error
+
+
+def out_of_memory(config: TrainSettings, command: str, ranks: Ranks) -> str:
     """What to change when the device has no room for a step; the numbers stay the same."""
     micro, recompute = config.micro_batch_size or 1, getattr(config, "recompute", "full")
-    ways = []
+    ways, hints = list[str](), list[str]()
     if micro > 1:
         ways.append(f"--micro_batch_size {micro // 2}")
     if recompute != "full":
         ways.append("--recompute selective" if recompute == "none" else "--recompute full")
-    if ranks.size > 1 and not config.shard:
+    if ways:  # may change on the way; adapters, 8-bit moments are part of the run
+        hints.append("and --resume to go on from the last save")
+    if ranks.size > 1 and not config.shard and command != "ppo":
         ways.append("--shard")
     if not ways:
-        ways = ["more GPUs with --shard", "--optimizer adamw8bit", "--lora_rank 16"]
-    # What adapters and 8-bit moments are is part of the run; the others may change on the way.
-    resumes = (
-        "and --resume to go on from the last save; " if micro > 1 or recompute != "full" else ""
-    )
-    held = memory.peak_bytes(ranks.device) / 1e9
+        ways = ["more GPUs with --shard"] if command != "ppo" else []
+        ways += ["--optimizer adamw8bit", *(["--lora_rank 16"] if command != "pretrain" else [])]
+    if command == "sft":
+        hints.append("`whet plan` with the same flags measures what fits")
+    elif hasattr(config, "auto"):
+        hints.append("--auto measures what fits, in a new run")
+    held, more = memory.peak_bytes(ranks.device) / 1e9, f" ({'; '.join(hints)})" if hints else ""
     return (
         f"--micro_batch_size {micro}: {ranks.device} is out of memory at {held:.1f} GB; use "
-        f"{' or '.join(ways)} ({resumes}`whet plan` with the same flags measures what fits)"
+        f"{' or '.join(ways)}{more}"
     )
 
 

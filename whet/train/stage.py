@@ -78,7 +78,7 @@ class Stage:
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
     rows: str = "rows"
-    """What `--batch_size` counts, as it is told."""
+    """What `--batch_size` counts, for the header."""
     unit: str = "trained_tokens"
     """What a batch's `total` counts, as it is named in the log."""
     rehearse: Callable[[nn.Module], None] | None = None
