@@ -34,6 +34,7 @@ def positive(value: int) -> str:
 
 Count = Annotated[int, positive]
 
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary positions of one layer (Su et al. 2021) and how they are stretched to longer texts.
