@@ -99,6 +99,22 @@ def test_nothing_trained_is_refused(chatml: Chat) -> None:
     assert caught.value.refusal.kind == "nothing_trained"
 
 
+def test_nesting_without_end_is_a_refusal_of_one_conversation(chatml: Chat) -> None:
+    deep: Any = {}
+    for _ in range(400):
+        deep = {"a": deep}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": deep}}]
+    nested = read_conversation(TALK, tools=tools, at=Origin("f", 2))
+    good = read_conversation(TALK)
+    drop = EncodeOptions(uncertain="drop")
+    first, refusal, last = encode_many([good, nested, good], chatml, drop)
+    assert isinstance(refusal, Refusal)
+    assert refusal.message == "f:2: is nested too deeply to be a conversation"
+    assert np.array_equal(first.ids, last.ids)
+    with pytest.raises(Refused, match="nested too deeply"):
+        encode_prompt(TALK, chatml, tools=tools)
+
+
 @pytest.mark.parametrize("way", ["split", "last", "error"])
 def test_rewritten_turns(chatml: Chat, way: str) -> None:
     chat = suite.with_template(chatml, REWRITES)

@@ -219,6 +219,15 @@ def test_prompts_that_cannot_be_answered() -> None:
     assert generate(model, [[1], [2]], max_new_tokens=0, stop_ids=[]) == [[], []]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(1.0, 3)])
+def test_a_model_of_nan_is_refused(sampling: Sampling) -> None:
+    model = build(tiny())
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match=r"no numbers \(NaN\)"):
+        next(stream(model, [1, 2], max_new_tokens=3, stop_ids=(), sampling=sampling))
+
+
 def test_a_small_prefill_budget_changes_nothing(monkeypatch) -> None:
     model = build(CONFIGS["grouped heads"])
     prompts = some_prompts(6)

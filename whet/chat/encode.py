@@ -28,6 +28,7 @@ from whet.chat.turns import Rendered
 
 BATCH = 256  # conversations that are tokenised at once: enough to keep the tokenizer's threads busy
 
+NESTED = "is nested too deeply to be a conversation"
 Datum = Conversation | RawText | Tokenised
 Made = TypeVar("Made")
 
@@ -157,12 +158,14 @@ def encode_prompt(
     if isinstance(messages, list):
         messages = read_conversation(messages, tools=tools, documents=documents, asks=True)
     encoder = encoder_for(chat, options or EncodeOptions())
-    draft = prompt_draft(encoder.rendered(messages), go_on)
     try:
+        draft = prompt_draft(encoder.rendered(messages), go_on)
         with failures_named("the text"):
             return [int(i) for i in encoder.aligner.locate(draft).ids]
     except (Unclear, TokenizerError) as error:
         raise Refused(refusal_of(messages, "tokens", str(error))) from None
+    except RecursionError:
+        raise Refused(refusal_of(messages, "datum", NESTED)) from None
 
 
 def encoder_for(chat: Chat, options: EncodeOptions) -> "Encoder":
@@ -193,9 +196,11 @@ class Encoder:
         try:
             with failures_named("the text"):
                 return self._encoded(data)
-        except TokenizerError as error:
+        except (TokenizerError, RecursionError) as error:
             if len(data) == 1:
-                return [refusal_of(data[0], "tokens", str(error))]
+                nested = isinstance(error, RecursionError)
+                how = ("datum", NESTED) if nested else ("tokens", str(error))
+                return [refusal_of(data[0], *how)]
             return [result for datum in data for result in self.encode([datum])]
 
     def _encoded(self, data: Sequence[Datum]) -> list[Encoded | Refusal]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from whet.errors import UserError
 from whet.generate.cache import Cache
 from whet.generate.sample import likeliest, log_probabilities, next_tokens, uniforms
 from whet.model.decoder import Transformer
@@ -126,7 +127,10 @@ class Rows:
 
     @torch.no_grad()
     def begin(self, group: list[Row]) -> list[Piece]:
-        """Run the prompts of `group` in new rows and choose the first token of each."""
+        """Run the prompts of `group` in new rows and choose the first token of each.
+
+        Raises UserError for a model whose weights are NaN.
+        """
         new = slice(len(self.live), len(self.live) + len(group))
         texts = list(dict.fromkeys(tuple(row.text) for row in group))  # those of a group are alike
         number = {text: i for i, text in enumerate(texts)}
@@ -134,6 +138,11 @@ class Rows:
         tokens, last = padded(texts, self.device)
         cache = self.cache.fill(self.number[new], each)
         logits = self.model(tokens, cache=cache, logits_at=last)[each, 0]
+        if logits.isnan().any():
+            raise UserError(
+                "the model's logits are no numbers (NaN): its files are damaged, or its training "
+                "has diverged"
+            )
         if any(row.sampling.temperature > 0 for row in group):
             count = self.draws.shape[1]
             draws = torch.stack([draws_of(row.key, count) for row in group])

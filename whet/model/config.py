@@ -10,11 +10,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from whet.config import above_0, from_0, from_1, problems, wrong_values
+from whet.config import above_0, from_0, problems, wrong_values
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-Count = Annotated[int, from_1]
 Positive = Annotated[float, above_0]
 
 
@@ -26,6 +25,14 @@ def is_number(value: Any) -> bool:
 def finite(value: float) -> str:
     """A check of a number."""
     return "" if math.isfinite(value) else "expected a number"
+
+
+def positive(value: int) -> str:
+    """A check of a count; how large it may be is for the model to say."""
+    return "" if value > 0 else "expected a whole number above 0"
+
+
+Count = Annotated[int, positive]
 
 
 @dataclass(frozen=True)

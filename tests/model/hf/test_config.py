@@ -131,6 +131,7 @@ def test_what_no_family_computes_is_written_in_own_terms():
         ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast 1.0, beta_slow 2"),
         ({"rope_scaling": {**YARN, BEFORE: "16"}}, f"{BEFORE} is '16'"),
         ({"rope_scaling": {**YARN, BEFORE: -16}}, f"{BEFORE} is -16"),
+        ({BEFORE: "16"}, f"{BEFORE} is '16'"),
         ({"rope_theta": 0}, "rope_theta is 0"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),

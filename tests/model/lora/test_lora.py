@@ -261,7 +261,7 @@ ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_pat
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_dropout": None}, "lora_dropout is None"),
         ({"use_dora": "yes"}, "use_dora is 'yes'; expected true or false"),
-        ({"alpha_pattern": ["q"]}, r"alpha_pattern is \['q'\]"),
+        ({"alpha_pattern": ["q"]}, r"alpha_pattern is \['q'\]; expected {regular"),
         ({"alpha_pattern": {"(": 8}}, "alpha_pattern is .*regular expression"),
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern is {'q_proj': '8'}"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern is {'q_proj': 0}"),

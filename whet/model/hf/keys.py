@@ -244,8 +244,6 @@ def _ropes(keys: Keys, head_size: int, max_positions: int) -> tuple[Rope, Rope]:
             original,
             keys.defaults.get("rope_kinds", tuple(KINDS)),
         )
-        if by_type[kind]
-        else Rope(thetas[kind], int(head_size * fraction))
         for kind in thetas
     )
     return full, sliding

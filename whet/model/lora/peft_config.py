@@ -58,16 +58,17 @@ def _layers(value: Any) -> str:
     return "" if fine else "expected numbers of layers"
 
 
-def _patterns(value: dict[str, Any], is_right: Callable[[Any], bool], what: str) -> str:
-    fine = all(_is_regex(key) and is_right(entry) for key, entry in value.items())
+def _patterns(value: Any, is_right: Callable[[Any], bool], what: str) -> str:
+    fine = isinstance(value, dict)
+    fine = fine and all(_is_regex(key) and is_right(entry) for key, entry in value.items())
     return "" if fine else f"expected {{regular expression: {what}}}"
 
 
-def _ranks(value: dict[str, Any]) -> str:
+def _ranks(value: Any) -> str:
     return _patterns(value, lambda n: type(n) is int and not _rank(n), "whole number above 0")
 
 
-def _alphas(value: dict[str, Any]) -> str:
+def _alphas(value: Any) -> str:
     return _patterns(value, lambda n: is_number(n) and n > 0, "number above 0")
 
 
@@ -101,8 +102,8 @@ class PeftConfig:
     """The number, or numbers, of the layers that have adapters; empty: all."""
     layers_pattern: Annotated[Any, _modules] = field(default_factory=list)
     """The names under which layers stand; empty: any."""
-    rank_pattern: Annotated[dict[str, Any], _ranks] = field(default_factory=dict)
-    alpha_pattern: Annotated[dict[str, Any], _alphas] = field(default_factory=dict)
+    rank_pattern: Annotated[Any, _ranks] = field(default_factory=dict)
+    alpha_pattern: Annotated[Any, _alphas] = field(default_factory=dict)
     trainable_token_indices: Annotated[Any, _rows] = field(default_factory=list)
     """Ids of the trained rows of the embedding, or {module: ids}."""
     task_type: Any = None
