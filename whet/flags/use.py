@@ -14,8 +14,8 @@ class Where:
     device: Device = "auto"
     """Where to compute."""
     precision: Precision = "auto"
-    """Precision of the weights; auto: bf16 on CUDA, else float32, the exacter. A CPU that multiplies
-    bf16 answers about twice as fast in it."""
+    """Precision of the weights; auto: bf16 on CUDA, else float32, which is the more exact. A CPU
+    that multiplies bf16 answers about twice as fast in it."""
 
 
 @dataclass(kw_only=True)
