@@ -94,14 +94,15 @@ def write_pairs(folder: Path, replies: Path) -> None:
 
 
 def with_defect(problem: Problem, rng: random.Random) -> str:
-    """The answer with one of four defects: a number unlike its own thinking, no thinking, no end,
-    or two answers."""
+    """The answer with one of five defects: a number unlike its own thinking, no thinking, thinking
+    after the answer, no end, or two answers."""
     other = problem.result + rng.choice((-3, -2, -1, 1, 2, 3))
     thought = f"<think>{problem.fact}</think>"
     return rng.choice(
         (
             f"{thought}<answer>{other}</answer>",
             f"<answer>{problem.result}</answer>",
+            f"<answer>{problem.result}</answer>{thought}",
             f"{thought}<answer>{problem.result}",
             f"{thought}<answer>{problem.result}</answer><answer>{other}</answer>",
         )
