@@ -4,13 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from tests.doctor.test_checks import ALL, leaking
+from tests import tiny
+from tests.doctor.test_checks import ALL, REWARD, leaking
 from whet.chat.certificate import Refusal
 from whet.chat.encode import EncodeOptions
 from whet.cli import main
 from whet.data.store import new_store
-from whet.doctor import command
+from whet.doctor import command, runs
 from whet.doctor import subject as subject_module
 from whet.doctor.command import CHECKS, examine
 from whet.errors import UserError
@@ -60,6 +62,30 @@ def test_conversations_alone_and_fewer_layers(ward, capsys):
     out = capsys.readouterr().out
     assert "7,024 parameters" in out, "one layer instead of two"
     assert "made of documents of" in out
+
+
+def test_another_architecture(ward, tmp_path, capsys, monkeypatch):
+    """What it cannot have is skipped, with the reason; the rest passes."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "vocab_size": 292, "max_position_embeddings": 64}
+    config = transformers.AutoConfig.for_model("gpt_neox", **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    tiny.chat().save(tmp_path / "other")
+    path = tmp_path / "found.json"
+    model = ["--model", str(tmp_path / "other")]
+    data = ["--data", str(ward / "train.h5"), "--conversations", str(ward / "talks.jsonl")]
+    flags = ["--device", "cpu", "--precision", "float32", "--json", str(path)]
+    monkeypatch.setattr(subject_module, "LARGE", 0)
+    assert main(["doctor", *model, *data, *flags]) == 0, capsys.readouterr().out
+    rows = json.loads(path.read_text())["claims"]
+    skipped = {row["claim"]: row["note"] for row in rows if row["verdict"] == "skipped"}
+    assert skipped.keys() == {REWARD, runs.AGREE, runs.RESUMED}
+    assert all("Whet's own families" in note for note in skipped.values())
+    assert {row["claim"] for row in rows} >= ALL
+    assert main(["doctor", *model, "--layers", "1"]) == 2
+    assert "--layers: only Whet's own families" in capsys.readouterr().err
 
 
 def test_a_file_of_tokens_and_mask_only(ward, tmp_path):

@@ -35,6 +35,7 @@ from whet.errors import UserError
 from whet.files import replaced, write_json
 from whet.flags.doctor import Config
 from whet.hub import find_model
+from whet.model.decoder import Transformer
 from whet.model.open import load_backbone_from_ckpt
 from whet.model.precision import multiplies_bf16
 from whet.progress import say, track
@@ -98,6 +99,8 @@ def admit(config: Config, scratch: Path) -> Subject:
         raise UserError(f"--conversations: {path} has no tokenizer; add --tokenizer DIR")
     model = load_backbone_from_ckpt(path)
     if config.layers is not None and config.layers < model.config.n_layers:
+        if not isinstance(model, Transformer):
+            raise UserError("--layers: only Whet's own families can be cut; leave it out")
         model = first_layers(model, config.layers)
     options = EncodeOptions()
     vocabulary = model.config.vocab_size

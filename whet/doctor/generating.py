@@ -18,7 +18,8 @@ equally likely, rounding chooses."""
 @torch.no_grad()
 def cache_equals_none(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
     """Greedy replies of the batched engine, judged by the logits of a forward without cache."""
-    model = subject.model.to(subject.settings[0].device)
+    device = subject.settings[0].device
+    model = subject.model.to(device)
     room = max(1, model.config.max_positions - NEW_TOKENS)
     prompts = [prompt_of(document)[:room] for document in subject.trained[:PROMPTS]]
     # Fewer rows than prompts: rows of the cache are used again.
@@ -26,7 +27,7 @@ def cache_equals_none(subject: Subject, tell: Callable[[str], None]) -> Iterator
     worst = 0.0
     with evaluating(model):
         for prompt, reply in zip(prompts, replies, strict=True):
-            text = torch.tensor([prompt + reply], device=model.embed.weight.device)
+            text = torch.tensor([prompt + reply], device=device)
             logits = model(text)[0, len(prompt) - 1 : -1].float()
             chosen = logits.gather(1, text[0, len(prompt) :, None])[:, 0]
             worst = worse(worst, float((logits.amax(1) - chosen).max()))

@@ -17,7 +17,7 @@ from torch import Tensor
 from whet.data.batches import Batch
 from whet.data.reference import Reference, read_reference
 from whet.data.store import PackedStore, new_store
-from whet.doctor.finding import BOUNDS, Finding, judge
+from whet.doctor.finding import BOUNDS, Finding, judge, skipped, worse
 from whet.doctor.numbers import compare
 from whet.doctor.subject import Document, Setting, Subject, alone, first_layers, prompt_of
 from whet.flags import grpo as flags
@@ -89,6 +89,9 @@ def _token_losses(model: Transformer, document: Document, setting: Setting) -> I
 def _rewards(model: Transformer, subject: Subject, setting: Setting) -> Finding:
     """Scores of random weights in the place of the head, read at the end of each document: packed
     with others, followed by padding, and alone."""
+    claim = "a reward is the same packed, padded and alone"
+    if not isinstance(model, Transformer):
+        return skipped(claim, "scores need one of Whet's own families")
     scored = first_layers(model, model.config.n_layers)
     add_score(scored)
     torch.nn.init.normal_(scored.score.weight, generator=torch.Generator().manual_seed(0))
@@ -105,10 +108,9 @@ def _rewards(model: Transformer, subject: Subject, setting: Setting) -> Finding:
                 segments = (torch.arange(tokens.shape[1], device=ids.device) < ids.shape[1]).long()
                 weight = last_tokens(segments[None]).float()
                 reward = float(scored(tokens, None, segments[None], weight=weight).sum())
-                worst = max(worst, abs(found - reward))
+                worst = worse(worst, abs(found - reward))
                 largest = max(largest, abs(reward))
     note = f"{len(subject.documents)} documents, {setting.name}"
-    claim = "a reward is the same packed, padded and alone"
     return judge(claim, worst / (largest or 1.0), START[setting.precision], note)
 
 

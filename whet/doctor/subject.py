@@ -124,9 +124,14 @@ class Subject:
             save_model(self.model.cpu(), path, self.chat, {"stage": "doctor"})
         return path
 
+    @property
+    def is_large(self) -> bool:
+        """Whether processes that train it would hold too much."""
+        return sum(p.numel() for p in self.model.parameters()) > LARGE
+
     def small_model(self) -> tuple[Path, str]:
         """What the checks that run processes train: a directory, and a note if it is a part."""
-        if sum(p.numel() for p in self.model.parameters()) <= LARGE:
+        if not self.is_large:
             return self.saved_model(), ""
         path = self.scratch / "small"
         if not path.exists():
