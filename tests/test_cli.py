@@ -43,6 +43,19 @@ def test_ctrl_c_is_no_traceback(
     assert capsys.readouterr().err == "whet: stopped\n"
 
 
+def test_under_torchrun_the_first_process_is_heard_before_another_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun ends all processes when the first of them ends."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["sft", "--lr", "x"]) == 2
+        assert "--lr" in capsys.readouterr().err
+    assert waits == [15]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_flags_with_help(command: str) -> None:
     """One process for all would hide a missing import of a module that another one made."""

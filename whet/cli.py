@@ -8,10 +8,12 @@ checks: help and a typing error need no torch.
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+PATIENCE = 15  # seconds: longer than processes started together are apart, even on a busy machine
 COMMANDS = {
     # command: (module, one line of help)
     "demo": ("whet.demo.run", "build a tiny world, pretrain, fine-tune and measure: 5 minutes"),
@@ -74,8 +76,10 @@ def _run(command: str, flags: list[str]) -> int:
         flaws = getattr(flags_of(command), "flaws", lambda config: ())
         config: Any = parse(config_class(command), flags, command, flaws)
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # torchrun: one of a machine reports it
-            return 2
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Of a machine's processes the first reports what all of them have found. torchrun ends
+            # the others when it has; if one ended before, torchrun would end the first, unheard.
+            time.sleep(PATIENCE)
         raise
     return importlib.import_module(COMMANDS[command][0]).main(config) or 0
 

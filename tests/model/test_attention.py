@@ -256,7 +256,7 @@ def test_two_levels_of_shared_beginnings(window, softcap):
 @pytest.mark.parametrize("what", ["short", "trained", "one token"])
 def test_what_is_not_shared(what):
     """A short beginning, one in which something is trained, and one that differs at its start."""
-    tokens, segments, weight = shared_rows(prefix=60 if what == "short" else 70)
+    tokens, segments, weight = shared_rows(prefix=30 if what == "short" else 70)
     first = torch.cat((torch.tensor([0]), segments[0].diff().nonzero()[:, 0] + 1))
     if what == "trained":
         weight[0, first + 1] = 1.0
