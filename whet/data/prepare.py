@@ -269,6 +269,9 @@ def _write(
     for path, side in reversed(outputs):
         if not (written & side & (tables.trained > 0)).any():
             empty = f"--data: no record in {', '.join(source.path for source in sources)}"
+            if refusals := tables.spool.refusals:
+                n = tables.spool.refused.total()
+                empty = f"{n:,} lines refused, such as {refusals[0].message}"
             reason = fates(tables, _cuts(config, tables)) or empty
             what = "to train on" if path == config.out else f"for --dev_out {path}"
             raise UserError(f"nothing is left {what}: {reason}")
