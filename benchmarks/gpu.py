@@ -6,7 +6,7 @@
 Needs the repository and the card, no network: weights are random, the documents made up (lengths
 as GSM8K's, the second half of each trained). In turn:
 
-- matrix rate: the best bf16 rate of a large square product, against which utilisation is told;
+- matrix rate: the best bf16 rate of a large square product, against which utilisation is given;
 - training: `whet sft` with random models of 400 M and 1.4 B parameters, rows of 1,024, and TRL with
   Liger's kernels and packing where `--trl_python` has them (else the line says "not installed");
 - head: `bench_head` at 4,096 tokens, vocabulary 151,936, width 4,096;

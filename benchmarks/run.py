@@ -5,8 +5,8 @@
     python -m benchmarks.table FILE          # the result as rows of docs/history/measurements.md
 
 Each benchmark is a command of its own. What they print goes to benchmarks/results/DATE-cpu.json,
-which is written anew after each of them, so that a run that was cut short keeps what it had. A
-benchmark that fails is told and the others go on; the exit code is 1 then.
+which is written again after each of them, so that a run that was cut short keeps what it had. A
+benchmark that fails is reported and the others go on; the exit code is 1 then.
 """
 
 import argparse

@@ -32,6 +32,16 @@ def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ("whet: error: unknown command 'sfft'; did you mean 'sft'?\n")
 
 
+@pytest.mark.parametrize("words", [["chat"], ["inspect"], ["prepare", "--out", "x", "--data"]])
+def test_a_text_in_the_place_of_a_path_is_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "Tell me a story. " * 20]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("whet: error: Tell me a story. Tell")
+    assert said.endswith("the name is too long to be that of a file\n")
+
+
 def test_ctrl_c_is_no_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_cut_download_goes_on_and_stays_in_the_cache(hub: StubHub, tmp_path: P
     [
         (["org/other"], {}, "no such model on the Hub"),
         (["org/gated"], {}, "accept the terms"),
+        (["org/tiny..b"], {}, "it is not a Hub name: "),
         (["org/tiny", "nowhere"], {}, "has no revision nowhere"),
         (["org/tiny"], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
         (["org/tiny"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub did not answer"),

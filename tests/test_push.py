@@ -181,6 +181,10 @@ def test_a_card_of_ones_own_is_kept(hub: StubHub, run: Path) -> None:
     (run / "README.md").write_text("# Mine\n")
     assert push(hub, run, "org/tiny").returncode == 0
     assert hub.files["README.md"] == b"# Mine\n"
+    (run / "README.md").write_bytes(b"M\xfcller")
+    done = push(hub, run, "org/tiny")
+    assert done.returncode == 2
+    assert "README.md: not UTF-8 at byte 1" in done.stderr
 
 
 def test_names_of_the_hub() -> None:

@@ -204,6 +204,16 @@ def test_every_flag_that_the_guides_name_exists() -> None:
         assert said - flags <= {"config", "help", "standalone", "nproc_per_node"}, name
 
 
+def test_commands_within_a_sentence_have_the_flags_that_they_name() -> None:
+    for page in PAGES:
+        for span in re.findall(r"`(whet [^`\n]+)`", page.read_text(encoding="utf-8")):
+            for command, words in re.findall(r"\bwhet (\w+)([^|&;]*)", span):
+                if command in COMMANDS:
+                    flags = {f.name for f in dataclasses.fields(config_class(command))}
+                    said = set(re.findall(r"--(?:no_)?(\w+)", words))
+                    assert said <= flags | {"config", "help"}, f"{page.name}: {span}"
+
+
 def test_every_page_is_in_the_site(tmp_path) -> None:
     nav = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES[1:]:

@@ -5,6 +5,7 @@ the module that this table names. That module is imported when flags and files h
 checks: help and a typing error need no torch.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -63,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `whet chat … | head`: the reader has gone, nothing is left to say
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        tell(UserError(f"{str(error.filename)[:60]}…: the name is too long to be that of a file"))
+        return 2
 
 
 def _run(command: str, flags: list[str]) -> int:

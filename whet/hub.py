@@ -108,6 +108,8 @@ def _reason(error: Exception, revision: str | None) -> str:
 
     log_in = "log in (hf auth login, or HF_TOKEN)"
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub did not answer"
+    if isinstance(error, errors.HFValidationError):
+        return f"there is no such path, and it is not a Hub name: {first_line(error)}"
     if isinstance(error, errors.GatedRepoError):
         return f"its owners ask for consent: accept the terms on the model's page, then {log_in}"
     if isinstance(error, errors.RevisionNotFoundError):

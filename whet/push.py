@@ -11,7 +11,7 @@ from typing import Any
 
 from whet.config import problems
 from whet.errors import UserError
-from whet.files import read_json
+from whet.files import read_json, read_text
 from whet.flags.push import Config
 from whet.hub import MODEL_FILES, first_line, is_adapter, is_hub_name, is_of_network
 from whet.progress import say
@@ -23,7 +23,7 @@ def main(config: Config) -> int:
     problems(flaws_of(config.run, files))
     lineage = public_lineage(config.run)
     own = config.run / "README.md"
-    card = own.read_text(encoding="utf-8") if own.is_file() else ""
+    card = read_text(own) if own.is_file() else ""
     texts = {"README.md": card or model_card(config.run, config.name, lineage)}
     if lineage:
         texts["whet.json"] = json.dumps(lineage, indent=2, ensure_ascii=False) + "\n"
@@ -130,11 +130,11 @@ def model_card(folder: Path, name: str, lineage: Mapping[str, Any]) -> str:
     lines += _table("Metrics at the end of training", lineage.get("metrics") or {})
     settings = folder / "config.toml"
     if settings.is_file():
-        words = [_without_paths(line) for line in settings.read_text(encoding="utf-8").splitlines()]
+        words = [_without_paths(line) for line in read_text(settings).splitlines()]
         lines += ["## Settings", "", "```toml", *words, "```", ""]
     template = folder / "chat_template.jinja"
     if template.is_file():
-        text = template.read_text(encoding="utf-8").rstrip("\n")
+        text = read_text(template).rstrip("\n")
         fence = "`" * 4
         lines += ["## Chat template", "", f"{fence}jinja", text, fence, ""]
     return "\n".join(lines)

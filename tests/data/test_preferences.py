@@ -236,7 +236,12 @@ def test_labels(folder, tmp_path):
         assert detect_format(record) == (format or "prompt_completion")
     messages = [USER, BAD]
     assert to_example({"messages": messages, "label": False}).scores == (0.0,)
-    assert to_example({"messages": messages, "kto_tag": "true"}).scores == (1.0,)
+    for more in ({}, {"label": None}, {"label": "true"}):
+        assert to_example({"messages": messages, "kto_tag": "true", **more}).scores == (1.0,)
+    with pytest.raises(UserError, match="label and kto_tag differ"):
+        to_example({"messages": messages, "kto_tag": "true", "label": False})
+    with pytest.raises(UserError, match=r"label needs a conversation .* --fields label= leaves"):
+        to_example({"text": "a", "label": True})
 
 
 def test_kinds_do_not_mix_and_sft_refuses_them(folder, tmp_path, capsys):

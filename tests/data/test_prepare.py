@@ -569,6 +569,27 @@ def test_a_part_of_one_text_is_held_out(folder, tmp_path):
     assert len(parts[1]) == round(0.1 * n)
 
 
+def test_where_all_lines_are_refused_one_is_shown(folder, tmp_path):
+    files = (write(tmp_path / "a.jsonl", [{"prompt": "one"}] * 3),)
+    config = Config(
+        data=files, tokenizer=str(folder), out=str(tmp_path / "a.h5"), context_length=64,
+        refused="drop",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"on: 3 lines refused, such as .*a.jsonl:1: fields"):
+        prepare(config, quiet=True)
+
+
+def test_a_dev_part_of_which_nothing_fits_is_refused(folder, tmp_path):
+    words = [f"{' '.join(WORDS)} " * 20] * 9 + ["one"]
+    data = [{"prompt": f"{i} {text}", "completion": "two"} for i, text in enumerate(words)]
+    options = {"dev_out": str(tmp_path / "dev.h5"), "dev_fraction": 0.1, "context_length": 64}
+    out = str(tmp_path / "a.h5")
+    files = (write(tmp_path / "a.jsonl", data),)
+    with pytest.raises(UserError, match=r"nothing is left for --dev_out .*9 overlong"):
+        prepare(Config(data=files, tokenizer=str(folder), out=out, **options), quiet=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("limit", "reason"),
     [(20_000, "cannot be written"), (300_000, "no space")],

@@ -220,6 +220,15 @@ def test_a_reward_that_fails_later_loses_nothing(world, tmp_path, capsys):
     assert (out / "state" / "step_00000003").is_dir()
 
 
+def test_a_reward_that_fails_in_an_evaluation_loses_nothing(world, tmp_path, capsys):
+    """Its fourth call, after those of an evaluation and two steps."""
+    flags = {"cohort": 64, "epochs": 3, "dev": world / "prompts.jsonl", "eval_every": 2}
+    assert main(command(world, tmp_path / "run", "later", **flags)) == 2
+    assert "enough" in capsys.readouterr().err
+    assert (tmp_path / "run" / "state" / "step_00000002").is_dir()
+    assert len(lines_of(tmp_path / "run", "timing.jsonl")) == 2
+
+
 def test_refill_draws_until_groups_say_something(world, tmp_path):
     flags = {"reward": "seldom", "max_steps": 1, "group_size": 2}
     assert main(command(world, tmp_path / "a", **flags)) == 0

@@ -308,6 +308,17 @@ def test_labelled_replies_train_by_kto(world, tmp_path, capsys):
     assert "holds replies labelled good or bad" in capsys.readouterr().err
 
 
+def test_rows_of_a_single_pair_leave_kto_without_a_baseline(world, tmp_path, capsys):
+    """The rows of the mismatched replies are empty then; a note says so."""
+    data = pairs_file(tmp_path / "one.h5", n_rows=1, seed=1)
+    for path, is_noted in ((data, True), (world / "train.h5", False)):
+        words = command(world, "dpo", tmp_path / path.stem, loss="kto", data=path, max_steps=2)
+        assert main([word for word in words if word != "--quiet"]) == 0
+        assert ("KTO's baseline stays 0" in capsys.readouterr().out) == is_noted
+    kl = [line["kl"] for line in metrics(tmp_path / "one") if "kl" in line]
+    assert kl == [0, 0]
+
+
 def test_a_model_that_forgets_is_said_in_words(world, tmp_path, capsys):
     """Far too high a learning rate: both replies become unlikely, the rejected one sooner."""
     words = command(world, "dpo", tmp_path / "run", lr=0.1, max_steps=20, epochs=20)

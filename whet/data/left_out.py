@@ -19,7 +19,7 @@ SAME = 3
 NAMES = re.compile(r'\d+|".*"')
 UNREADABLE = "datum"
 """The kind of refusal of a line that cannot be read; all others have no provable loss mask."""
-TOLD = {
+WORDS = {
     "duplicate": "exact duplicates",
     "contaminated": "they share a question with an evaluation file",
     "not_drawn": "not drawn, since their source's weight is below 1",
@@ -124,13 +124,13 @@ def notes(tables: Tables, left_out: list[Refusal], truncate: bool) -> list[str]:
     spool, selection = tables.spool, tables.selection
     lines = [f"{n:,} {what}" for what, n in sorted(spool.notes.items()) if n]
     for kind, n in spool.refused_by_kind().items():
-        lines.append(f"{n:,} lines refused: {TOLD.get(kind) or REASONS.get(kind, kind)}")
+        lines.append(f"{n:,} lines refused: {WORDS.get(kind) or REASONS.get(kind, kind)}")
         lines += _some([r.message for r in spool.refusals if r.kind == kind])
     for fate, name in enumerate(FATES):
         of_fate = selection.fate == fate
         if fate == KEPT or not of_fate.any():
             continue
-        what = TOLD[name]
+        what = WORDS[name]
         if fate == OVERLONG:
             longest = selection.needed[of_fate].max()
             what += f", the longest has {longest:,} tokens; {_ways_to_fit(truncate)}"

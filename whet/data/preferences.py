@@ -11,14 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from whet.chat.conversation import (
-    Conversation,
-    Message,
-    Origin,
-    from_json,
-    shown,
+from whet.chat.conversation import Conversation, Message, Origin, from_json, shown
+from whet.data.record import (
+    UNUSED,
+    Record,
+    conversation_of,
+    first_of,
+    one_of,
+    rest,
+    text_of,
+    turn_of,
 )
-from whet.data.record import Record, conversation_of, first_of, rest, text_of, turn_of
 
 PROMPT_KEYS = ("prompt", "messages", "conversations", "question", "instruction")
 LABEL_KEYS = ("label", "kto_tag")
@@ -135,12 +138,13 @@ def _transcript(text: str, is_prompt: bool) -> Messages:
 def read_labelled(record: Record, at: Origin, read: Callable[[Record, Origin], Any]) -> Preference:
     """A conversation of another format and whether its last reply is good; only that is trained."""
     key = first_of(record, LABEL_KEYS) or ""
-    good = LABELS.get(record[key]) if isinstance(record[key], str | int | float) else None
+    said = one_of(record, LABEL_KEYS, at)
+    good = LABELS.get(said) if isinstance(said, str | int | float) else None
     if good is None:
         raise at.error(f"{key} must be true or false, got {shown(record[key])}")
-    datum = read(rest(record, key), at)
+    datum = read(rest(record, *LABEL_KEYS), at)
     if not isinstance(datum, Conversation):
-        raise at.error(f"{key} needs a conversation whose last reply it judges")
+        raise at.error(f"{key} needs a conversation whose last reply it judges{UNUSED % key}")
     last = max(i for i, m in enumerate(datum.messages) if m["role"] == "assistant")
     weights: list[float | None] = [
         0.0 if m["role"] == "assistant" and i != last else None

@@ -264,10 +264,17 @@ def _write(
 ) -> list[SourceAccount]:
     """Write the dev file, if one is wanted, and the training file; print their accounts."""
     written = tables.selection.fate == KEPT
-    if not (written & ~tables.selection.dev & (tables.trained > 0)).any():
-        empty = f"--data: no record in {', '.join(source.path for source in sources)}"
-        reason = fates(tables, _cuts(config, tables)) or empty
-        raise UserError(f"nothing is left to train on: {reason}")
+    outputs = [(config.dev_out, tables.selection.dev)] if config.dev_out else []
+    outputs.append((config.out, ~tables.selection.dev))
+    for path, side in reversed(outputs):
+        if not (written & side & (tables.trained > 0)).any():
+            empty = f"--data: no record in {', '.join(source.path for source in sources)}"
+            if refusals := tables.spool.refusals:
+                n = tables.spool.refused.total()
+                empty = f"{n:,} lines refused, such as {refusals[0].message}"
+            reason = fates(tables, _cuts(config, tables)) or empty
+            what = "to train on" if path == config.out else f"for --dev_out {path}"
+            raise UserError(f"nothing is left {what}: {reason}")
     tokenizer = chat.tokenizer
     pad_id = next((i for i in (tokenizer.pad_id, tokenizer.eos_id) if i is not None), 0)
     attrs = {
@@ -280,8 +287,6 @@ def _write(
         "source_sha256": [_sha256(source.path) for source in sources],
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},
     }
-    outputs = [(config.dev_out, tables.selection.dev)] if config.dev_out else []
-    outputs.append((config.out, ~tables.selection.dev))
     accounts: list[SourceAccount] = []
     for path, side in outputs:
         training = path == config.out

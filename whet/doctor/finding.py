@@ -33,7 +33,7 @@ def skipped(claim: str, why: str) -> Finding:
 
 
 def failed(claim: str, how: str) -> Finding:
-    """A claim whose check ended otherwise than by a number."""
+    """A claim whose check ended without a number."""
     return Finding(claim, "fail", note=how)
 
 

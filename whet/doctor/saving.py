@@ -16,7 +16,7 @@ from whet.model.hf.families import OWN_LAYOUT
 from whet.model.open import load_backbone_from_ckpt
 
 EXPORT_BOUND = 1e-4
-"""Relative norm of the difference of logits: another code that rounds otherwise."""
+"""Relative norm of the difference of logits: another code that rounds differently."""
 
 
 def saved_equals_loaded(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:

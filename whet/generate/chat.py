@@ -103,7 +103,7 @@ class Talk:
 
     def _pieces(self, prompt: list[int], show_control: bool) -> Iterator[str]:
         config = self.config
-        # A question asked again is sampled anew.
+        # A question asked again gets another sample.
         seed = config.seed + self.replies
         self.replies += 1
         tokens = stream(

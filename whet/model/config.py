@@ -206,9 +206,7 @@ def llama(
     n_kv_heads: int | None = None,
     mlp_width: int | None = None,
     max_positions: int = 1024,
-    theta: float = 10_000.0,
     tied: bool = True,
-    norm_eps: float = 1e-5,
 ) -> ModelConfig:
     """A new model in the Llama layout: RMSNorm, rotary positions, SwiGLU, grouped key/value heads.
 
@@ -229,9 +227,8 @@ def llama(
         head_size=head_size,
         mlp_width=mlp_width or -(-8 * width // 3 // 64) * 64,
         max_positions=max_positions,
-        ropes=(Rope(theta, head_size),) * n_layers,
+        ropes=(Rope(10_000.0, head_size),) * n_layers,
         tied=tied,
-        norm_eps=norm_eps,
         init_std=math.sqrt(2 / (5 * width)),
         family="llama",
     )

@@ -12,7 +12,7 @@ from whet.chat.certificate import REASONS
 from whet.chat.chat import BUILT_IN
 from whet.chat.conversation import place
 from whet.data.account import SourceAccount, totals
-from whet.data.left_out import TOLD
+from whet.data.left_out import WORDS
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.report.pieces import token_texts
@@ -146,6 +146,6 @@ def _left_out(store: PackedStore) -> list[LeftOut]:
 def _left_out_counts(accounts: list[SourceAccount]) -> dict[str, int]:
     """How many lines and examples are left out, for each kind of reason."""
     total = totals(accounts)
-    words = {**REASONS, **TOLD}
+    words = {**REASONS, **WORDS}
     found = [*total.refused.items(), *total.dropped_examples.items()]
     return {words.get(kind, kind): n for kind, n in found}

@@ -1,7 +1,7 @@
 """Sampled groups of replies and their rewards, the same at any number of ranks.
 
 What is sampled depends on (seed, rollout, prompt, sample) alone. One thing could still differ from
-one number of ranks to another: a matrix product over another number of rows may round otherwise,
+one number of ranks to another: a matrix product over another number of rows may round differently,
 and a draw fall between the two. So the sequences of a rollout are cut into fixed cohorts of whole
 groups; a cohort is generated in one call on one rank, wherever that is.
 """

@@ -47,6 +47,7 @@ from whet.stages.pairs import (
     pair_stage,
     rows_of_file,
     sides,
+    units_of,
 )
 from whet.train.distributed import Ranks, sum_over_ranks, unwrap
 from whet.train.proposal import with_proposal
@@ -279,7 +280,10 @@ def with_baseline(
             z.measure(model, each, ranks)
         return stage.evaluate(model, ranks, stop)
 
-    return replace(stage, before_step=before_step, evaluate=evaluate)
+    alone = "no row holds replies to other prompts, so KTO's baseline stays 0; prepare longer rows"
+    notes = [("note", alone)] if units_of(store).max() <= 1 else []
+    header = [*stage.header, *notes]
+    return replace(stage, before_step=before_step, evaluate=evaluate, header=header)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -125,8 +125,13 @@ def train(
             if to_evaluate or to_save or asked:
                 read(left=0)
             if to_evaluate and facts.evaluated < facts.step and not asked:
-                with bar.paused():
-                    asked = _evaluate(stage, run, stop, ranks, dtype)
+                try:
+                    with bar.paused():
+                        asked = _evaluate(stage, run, stop, ranks, dtype)
+                except UserError:  # say by a reward
+                    if ranks.size == 1:  # of several, the others may not know of it
+                        save(wait=True)
+                    raise
             if asked:
                 save(wait=True)
                 return asked
