@@ -212,3 +212,12 @@ def test_help_groups_its_flags_and_begins_with_those_that_matter(
     first = re.findall(r"(?m)^  --(\w+)", text.partition("most used:")[2].partition("\n\n")[0])
     assert set(first) == {"model", "data", "dev", "out", "lr", "epochs", "batch_size"}
     assert "example:" in text
+
+
+def test_what_is_wrong_is_said_beside_what_is_missing() -> None:
+    with pytest.raises(UserError) as error:
+        parse(config_class("sft"), ["--seed", "4294967296", "--lr", "-1"], "sft")
+    words = str(error.value)
+    assert "--model: is missing" in words
+    assert "--seed 4294967296: expected 0 or more, below 2^31" in words
+    assert "--lr -1.0" in words

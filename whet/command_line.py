@@ -20,6 +20,7 @@ from whet.config import (
     marks,
     problems,
     read_toml,
+    refusals,
 )
 from whet.elsewhere import nearest_flag
 from whet.errors import UserError
@@ -65,7 +66,9 @@ def configured(
         and field.default is dataclasses.MISSING
         and field.default_factory is dataclasses.MISSING
     ]
-    problems([f"{flag}: is missing; see whet {command} --help" for flag in missing])
+    if missing:
+        lines = [f"{flag}: is missing; see whet {command} --help" for flag in missing]
+        problems(lines + refusals(config_class, values))
     config = config_class(**values)
     check(config, flaws(config))
     return config

@@ -11,7 +11,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,17 +45,18 @@ def above_0(value: float) -> str:
     return "" if 0 < value < float("inf") else "expected a number above 0"
 
 
-def from_0(value: float) -> str:
-    """0 or more; below 2**31, which seeds and counters hold."""
-    return "" if 0 <= value < 2**31 else "expected 0 or more"
-
-
 def at_least(least: int) -> Callable[[float], str]:
-    """A check for counts."""
-    return lambda value: "" if least <= value < 2**31 else f"expected {least} or more"
+    """A check for counts and seeds: below 2**31, which all that counts holds."""
+
+    def check(value: float) -> str:
+        if least <= value < 2**31:
+            return ""
+        return f"expected {least} or more" + (", below 2^31" if value > least else "")
+
+    return check
 
 
-from_1 = at_least(1)
+from_0, from_1 = at_least(0), at_least(1)
 
 
 def share(value: float) -> str:
@@ -119,18 +120,25 @@ def collected(found: list[str]) -> Iterator[None]:
         found += str(error).splitlines()
 
 
+def refusals(config_class: type, values: Mapping[str, Any]) -> list[str]:
+    """What the fields' own checks refuse of `values` of these names, a line each."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return [
+        f"{flag_of(config_class, name)} {each}: {wrong}"
+        for name, value in values.items()
+        for each, wrong in refused(value, hints[name])
+    ]
+
+
 def check(config: Any, also: Sequence[str] = ()) -> None:
     """Refuse values that a field's own checks refuse, and outputs that would replace an input.
 
     `also` are further problems, which are reported with these.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
-    found, read = [], list[Any]()
+    found, read = refusals(type(config), vars(config)), list[Any]()
     for name, hint in hints.items():
         value = getattr(config, name)
-        found += [
-            f"{flag_of(type(config), name)} {each}: {wrong}" for each, wrong in refused(value, hint)
-        ]
         if READ in marks(hint):
             read += parts_of(value)
     for name, hint in hints.items():
