@@ -17,7 +17,7 @@ help:
 demo: $(VENV)/.run  ## build a tiny world, pretrain, fine-tune, measure: the whole path in 5 minutes
 	@$(BIN)/whet demo
 
-demo-all: $(VENV)/.run  ## the same and what comes after: reward model, DPO, GRPO, compared: 6 minutes
+demo-all: $(VENV)/.run  ## the same and what comes after: reward model, DPO, GRPO, compared: 8 minutes
 	@$(BIN)/whet demo --all
 
 test: lint types tests  ## lint, types and tests: at most 10 minutes on 2 cores

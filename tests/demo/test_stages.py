@@ -74,5 +74,5 @@ def test_the_later_stages_keep_their_promises(tmp_path: Path, seed: int) -> None
     assert found["reward_pair_accuracy"] >= 0.85
     assert 0.3 <= found["sft_tags"] <= 0.7
     assert found["dpo_tags"] >= 0.95
-    assert abs(found["dpo_accuracy"] - found["sft_accuracy"]) <= 0.1
+    assert found["dpo_accuracy"] >= found["sft_accuracy"] - 0.1
     assert found["grpo_accuracy"] >= found["sft_accuracy"] + 0.3

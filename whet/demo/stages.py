@@ -155,8 +155,8 @@ def train_and_compare(out: Path, seed: int, size: Size) -> dict[str, Any]:
         "grpo",
         grpo,
         "--model {out}/sft --prompts {out}/world/prompts.jsonl --dev {out}/world/test.jsonl "
-        "--out {out}/grpo --lr 3e-4 --batch_size 16 --group_size 8 --max_new_tokens 64 --epochs 9 "
-        "--max_steps {size.grpo_steps} --eval_every 20",
+        "--out {out}/grpo --lr 3e-4 --batch_size 16 --group_size 8 --max_new_tokens 64 --epochs 19 "
+        "--max_steps {size.grpo_steps} --eval_every 40",
     )
     title("7/7  What each stage has changed", "The test problems, for each model.")
     run_command(

@@ -51,7 +51,7 @@ class Size:
     preferences: int = 1200
     reward_steps: int = 100
     dpo_steps: int = 160
-    grpo_steps: int = 120
+    grpo_steps: int = 240
 
 
 @dataclass(frozen=True)
