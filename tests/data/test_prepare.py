@@ -511,7 +511,7 @@ def test_refusals_of_one_reason_are_told_three_times(folder, tmp_path):
 
 
 def test_ctrl_c_leaves_no_process_and_no_file(folder, tmp_path):
-    data = write(tmp_path / "a.jsonl", conversations(300) * 100)
+    data = write(tmp_path / "a.jsonl", conversations(300) * 400)
     command = [
         sys.executable, "-m", "whet.cli", "prepare", "--data", data, "--workers", "2",
         "--tokenizer", str(folder), "--out", str(tmp_path / "out" / "a.h5"),
