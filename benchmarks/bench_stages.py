@@ -25,12 +25,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_train import BENCH, REPOSITORY, compared, rates, read_lines, run_process
+from benchmarks.bench_train import (
+    BENCH,
+    REPOSITORY,
+    compared,
+    rates,
+    read_lines,
+    run_in_turn,
+    run_process,
+)
 from benchmarks.lines import emit, origin, spread
 from benchmarks.workload import ROW, build, data_folder
 
@@ -58,13 +65,7 @@ def main() -> None:
     work = BENCH / "stages"
     build(work)
     prepare(work)
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
-    for number in range(args.rounds):
-        for side in args.sides:
-            started = time.monotonic()
-            runs[side].append(SIDES[side](work, args))
-            took = time.monotonic() - started
-            print(f"round {number + 1}: {side} took {took:.0f} s", file=sys.stderr, flush=True)
+    runs = run_in_turn(args.sides, args.rounds, lambda side: SIDES[side](work, args))
     lines = {side: summary(side, args, runs[side]) for side in args.sides}
     for side, line in lines.items():
         if side.startswith("trl"):

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,11 @@ def main() -> None:
     work = BENCH / "work"
     build(work)
     prepare(work)
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
-    for number in range(args.rounds):
-        for side in args.sides:
-            started = time.monotonic()
-            runs[side].append(SIDES[side](work, args.precision, args.steps, args.rows))
-            took = time.monotonic() - started
-            print(f"round {number + 1}: {side} took {took:.0f} s", file=sys.stderr, flush=True)
+    runs = run_in_turn(
+        args.sides,
+        args.rounds,
+        lambda side: SIDES[side](work, args.precision, args.steps, args.rows),
+    )
     lines = {side: summary(side, args, runs[side]) for side in args.sides}
     ours = lines.get("whet")
     for side, line in lines.items():
@@ -70,6 +68,20 @@ def main() -> None:
             alike = lines.get("whet_by_row", ours) if side == "trl_by_row" else ours
             line["whet_needs_share_of_memory"] = round(alike["peak_gb"] / line["peak_gb"], 2)
         emit(line, args.out)
+
+
+def run_in_turn(
+    sides: Sequence[str], rounds: int, run: Callable[[str], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """What `run` measures of each side, in as many rounds of all sides."""
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for number in range(rounds):
+        for side in sides:
+            started = time.monotonic()
+            runs[side].append(run(side))
+            took = time.monotonic() - started
+            print(f"round {number + 1}: {side} took {took:.0f} s", file=sys.stderr, flush=True)
+    return runs
 
 
 def prepare(work: Path) -> None:
