@@ -277,7 +277,7 @@ def convert(value: Any, hint: Any) -> tuple[Any, str | None]:
         converted_items = [convert(item, args[0]) for item in items]
         problem = next((problem for _, problem in converted_items if problem), None)
         return origin(item for item, _ in converted_items), problem
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) < 2**1023:  # more is no float
         return float(value), None
     if hint is Path and isinstance(value, str):
         return Path(os.path.expanduser(value)), None

@@ -37,6 +37,11 @@ def load(tmp_path, chat):
         ({"prompt": [USER], "system": "be kind"}, [SYSTEM, USER], None),
         ({"messages": [SYSTEM, USER], "system_prompt": ""}, [SYSTEM, USER], None),
         ({"prompt": "2 + 3?", "gold": True}, [USER], None),
+        ({"prompt": "2 + 3?", "gold": "true"}, [USER], None),
+        ({"prompt": "2 + 3?", "gold": -0.0}, [USER], "-0.0"),
+        ({"prompt": "2 + 3?", "gold": 2e-7}, [USER], "0.0000002"),
+        ({"prompt": "2 + 3?", "gold": 1e100}, [USER], "1" + 100 * "0"),
+        ({"prompt": "2 + 3?", "gold": 2**70}, [USER], str(2**70)),
     ],
 )
 def test_a_line_is_what_its_fields_say(load, line, messages, gold):
@@ -67,3 +72,9 @@ def test_prompts_that_leave_no_room_are_left_out_and_told(load):
     assert "1 of 2 prompts were left out" in notes[0]
     with pytest.raises(UserError, match=r"needs a gold number .* line 1 has none"):
         load(lines[0], needs_gold="correct")
+
+
+@pytest.mark.parametrize("name", ["image", "functions", "chat_template_kwargs"])
+def test_fields_that_would_change_the_prompt_are_refused(load, name):
+    with pytest.raises(UserError, match=f"prompts.jsonl:1: has {name}, which prompts do not use"):
+        load({"prompt": "2 + 3?", name: {"a": 1}})

@@ -128,7 +128,7 @@ def _rewards(answers: Sequence[Answer], opened: Opened, config: Config) -> dict[
             opened.chat,
             stack,
             max_new_tokens=config.max_new_tokens,
-            seconds=600.0,
+            seconds=config.reward_seconds,
             device=device,
             precision=config.precision,
         )

@@ -15,7 +15,7 @@ from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
 from whet.data.reader import Unit, parse, read_units
 from whet.errors import UserError
-from whet.evaluate.answers import extract_answer, same_number, wilson
+from whet.evaluate.answers import extract_answer, gold_of, same_number, wilson
 from whet.files import replaced
 from whet.generate.engine import generate
 from whet.model.decoder import Transformer
@@ -162,7 +162,7 @@ def _problem(unit: Unit, path: Path) -> Problem:
         )
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where}: the question must be a text, got {question!r}")
-    gold = extract_answer(str(answer)) if isinstance(answer, str | int | float) else None
+    gold = gold_of(answer)
     if gold is None or not same_number(gold, gold):
         raise UserError(f"{where}: no number in the answer {answer!r}; expected, say, '#### 18'")
     return Problem(question, gold, unit.line)

@@ -1,7 +1,7 @@
 """The flags of `whet grpo`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from whet.config import FIRST, above_0, from_0
 from whet.flags.choices import Advantage, PolicyLoss, Schedule
@@ -24,7 +24,7 @@ class Policy:
     """How far above 1; default: 0.28 (gspo: 0.0004; cispo: 4)."""
     kl: Annotated[float, from_0] = 0.0
     """Weight of the divergence from the model that training began with; needs a copy of it in
-    memory, but for an adapter."""
+    memory, but for a new adapter."""
     refill: bool = False
     """Draw further prompts in place of groups whose replies are all worth the same."""
 
@@ -47,6 +47,15 @@ def flaws(config: Config) -> list[str]:
     found = policy_flaws(config)
     if config.group_size < 2:
         found.append(f"--group_size {config.group_size}: a group needs at least 2 replies")
-    if config.kl and config.shard:
-        found.append("--kl and --shard exclude each other: the reference is a model of each rank")
+    bounds: dict[str, Any] = {"loss": config.loss if config.loss != "clip" else None}
+    bounds |= {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    if config.updates == 1:
+        found += [
+            f"--{name} {value}: with --updates 1 the ratio is 1, and nothing bounds it; raise "
+            "--updates, or leave this out"
+            for name, value in bounds.items()
+            if value is not None
+        ]
+    elif config.loss == "cispo" and config.clip_low is not None:
+        found.append("--clip_low: --loss cispo has no lower bound; leave it out")
     return found

@@ -98,11 +98,9 @@ def judged_places(
         rewards[i, :n] = -kl * change[i, :n]
         rewards[i, n - 1] += document.sample.reward
     advantages, returns = gae(rewards, old, lengths, gamma=gamma, lam=lam)
-    for i, document in enumerate(kept):
-        n, here = len(document.reply), (document.row, document.reply)
-        parts = (old, returns, whitened(advantages, weight))
-        for name, part in zip(names, parts, strict=True):
-            made[name][here] = part[i, :n].numpy()
+    for name, part in zip(names, (old, returns, whitened(advantages, weight)), strict=True):
+        for i, document in enumerate(kept):
+            made[name][document.row, document.reply] = part[i, : len(document.reply)].numpy()
     inside = weight != 0
     numbers = {
         "explained_variance": _explained(returns[inside], old[inside]),

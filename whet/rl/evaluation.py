@@ -13,7 +13,7 @@ from whet.progress import track
 from whet.rl.critic import policy_of
 from whet.rl.prompts import Prompts
 from whet.rl.rewards import Answer, Reward, correct, total_rewards
-from whet.rl.sampling import answer_of
+from whet.rl.sampling import answer_of, fill_cache
 from whet.train.distributed import Ranks, gather, is_sharded
 from whet.train.evaluation import Meeting
 from whet.train.signals import Stop
@@ -34,15 +34,15 @@ class PolicyEvaluator:
     quiet: bool = True
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
+        """All ranks call it. Raises Interrupted and UserError on all of them, see `Meeting`."""
         if self.dev is None:
             return Evaluation()
-        meeting = Meeting(stop, ranks)
+        policy = policy_of(model)
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
         mine = range(share.rank, len(self.dev), share.size)
-        answers = self._answers(policy_of(model), mine, meeting)
-        sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
-        meeting.end_part()
+        with Meeting(stop, ranks).work(policy):
+            answers = self._answers(policy, mine)
+            sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
         own = [
             (i, reward, {name: values[k] for name, values in parts.items()}, answer.stopped,
              len(answer.ids), right)
@@ -72,12 +72,16 @@ class PolicyEvaluator:
         samples = [self._sample(answer) for answer in answers[: self.n_samples]]
         return Evaluation(metrics, samples if ranks.first else [], words)
 
-    def _answers(self, model: Any, numbers: Sequence[int], meeting: Meeting) -> list[Answer]:
+    def fill_cache(self, model: Any) -> None:
+        """Hold what an evaluation's longest replies hold."""
+        ids = sorted((p.ids for p in self.dev.prompts), key=len)[-BATCH:] if self.dev else []
+        if ids:
+            fill_cache(model, ids, self.max_new_tokens, 0.0, BATCH)
+
+    def _answers(self, model: Any, numbers: Sequence[int]) -> list[Answer]:
         assert self.dev is not None
-        with (
-            meeting.after_forwards(model),
-            track("Answering", total=len(numbers), unit="prompts", quiet=self.quiet) as progress,
-        ):
+        n = len(numbers)
+        with track("Answering", total=n, unit="prompts", quiet=self.quiet) as progress:
             replies = sample(
                 model,
                 [self.dev.prompts[i].ids for i in numbers],

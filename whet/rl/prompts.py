@@ -14,9 +14,9 @@ from whet.chat.chat import Chat
 from whet.chat.conversation import Message, shown
 from whet.chat.encode import encode_prompt
 from whet.data.reader import Unit, parse, read_units
-from whet.data.record import SYSTEM_KEYS, first_of
+from whet.data.record import MEDIA, SYSTEM_KEYS, TOOLS_KEYS, first_of
 from whet.errors import UserError
-from whet.evaluate.answers import extract_answer
+from whet.evaluate.answers import gold_of
 from whet.evaluate.gsm8k import svamp_question
 from whet.progress import track
 
@@ -129,6 +129,11 @@ def _prompt(unit: Unit, path: Path, chat: Chat) -> Prompt:
         record = parse(unit)
         if not isinstance(record, dict):
             raise UserError(f"expected an object, got {type(record).__name__}")
+        if unread := first_of(record, (*MEDIA, *TOOLS_KEYS[1:], "chat_template_kwargs")):
+            raise UserError(
+                f"has {unread}, which prompts do not use: they are texts and `tools`, rendered as "
+                "the model was trained; remove the field"
+            )
         messages = _messages(record)
         ids = encode_prompt(messages, chat, tools=record.get("tools") or None, go_on=False)
     except UserError as error:
@@ -165,6 +170,4 @@ def _messages(record: dict[str, Any]) -> list[Message]:
 
 def _gold(record: dict[str, Any]) -> str | None:
     name = first_of(record, (*GOLD_FIELDS, "Answer"))
-    value = record[name] if name else None
-    usable = isinstance(value, str | int | float) and not isinstance(value, bool)
-    return extract_answer(str(value)) if usable else None
+    return gold_of(record[name]) if name else None

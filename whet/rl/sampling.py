@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from whet.chat.chat import Chat
-from whet.errors import UserError
 from whet.flags import grpo, ppo
 from whet.generate.engine import Reply, sample
 from whet.progress import Progress, track
@@ -59,16 +58,15 @@ def sample_groups(
 
     `share` says which cohorts this rank generates: all of them where each forward pass is a
     collective of all ranks. They come from `model`, or from `remote`. All ranks call it. Raises
-    UserError, on all of them, if a reward or the server fails on one.
+    UserError, on all of them, if a reward or the server fails on one, see `Meeting`.
     """
     size = config.group_size
     cohorts = cohorts_of(len(chosen), size, config.cohort)
     mine = range(share.rank, len(cohorts), share.size)
     found = dict[int, list[list[Sample]]]()
-    errors = list[str]()
     n_mine = sum(len(cohorts[c]) for c in mine) * size
     with (
-        meeting.after_forwards(model),
+        meeting.work(model),
         track(f"Rollout {rollout + 1}", total=n_mine, unit="replies", quiet=quiet) as progress,
     ):
         asked = [[chosen[i] for i in cohorts[c]] for c in mine]
@@ -76,20 +74,37 @@ def sample_groups(
             made = _generate(model, prompts, asked, rollout, config, chat, progress)
         else:
             made = _fetch(remote, prompts, asked, rollout, config, progress)
-        try:
-            with closing(made):
-                for c, numbers, replies in zip(mine, asked, made, strict=True):
-                    found[c] = _judged(numbers, replies, prompts, config, rewards, chat)
-                    if remote is not None:
-                        meeting.look()
-        except UserError as error:
-            errors += str(error).splitlines()
-    meeting.end_part()
-    everybody = gather((found, errors), meeting.ranks)
-    if said := [line for _, lines in everybody for line in lines]:
-        raise UserError("\n".join(dict.fromkeys(said)))
-    whole = {c: groups for part, _ in everybody for c, groups in part.items()}
+        with closing(made):
+            # Where each forward pass is a collective, no reward may fail between two of them.
+            replied = made if share.size == meeting.ranks.size else iter([*made])
+            for c, numbers, replies in zip(mine, asked, replied, strict=True):
+                found[c] = _judged(numbers, replies, prompts, config, rewards, chat)
+                if remote is not None:
+                    meeting.look()
+    whole = {c: groups for part in gather(found, meeting.ranks) for c, groups in part.items()}
     return [group for c in range(len(cohorts)) for group in whole[c]]
+
+
+def fill_cache(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+) -> None:
+    """Hold what `sample` holds when all replies are as long as they may be: begun with all but the
+    last two tokens, since the cache is what counts."""
+    most = model.config.max_positions
+    ends = [min(len(prompt) + max_new_tokens, most) for prompt in prompts]
+    sample(
+        model,
+        [[*p, *p[-1:] * (end - 2 - len(p))] for p, end in zip(prompts, ends, strict=True)],
+        keys=[(i,) for i in range(len(prompts))],
+        max_new_tokens=2,
+        stop_ids=(),
+        temperature=temperature,
+        batch_size=batch_size,
+    )
 
 
 def cohorts_of(n_prompts: int, group_size: int, cohort: int) -> list[range]:

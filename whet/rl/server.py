@@ -10,7 +10,8 @@ import json
 import math
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +68,7 @@ class Server:
             raise self.error("is neither a vLLM nor an SGLang server: its /v1/models names neither")
         self.kind, self.base = bases[0]["owned_by"], str(bases[0].get("id"))
         room = bases[0].get("max_model_len")
-        self.room = room if isinstance(room, int) else None
+        self.room = room if type(room) is int else None
 
     def load_model(self, directory: Path) -> None:
         """Have it take the weights of a model directory."""
@@ -90,29 +91,31 @@ class Server:
 
     def sample(self, request: Request) -> list[Reply]:
         """The replies to a prompt. Raises UserError for anything but `n` whole ones."""
-        if self.kind == "vllm":
-            answer = self.call("/v1/completions", self._for_vllm(request))
-            choices = self._listed(answer, "choices", request.n)
-            choices.sort(key=lambda choice: choice.get("index", 0))
-        else:
-            answer = self.call("/generate", self._for_sglang(request))
-            choices = self._listed(answer, None, request.n)
-        return [self._reply(choice, request) for choice in choices]
+        with self._in_form():
+            if self.kind == "vllm":
+                answer = self.call("/v1/completions", self._for_vllm(request))
+                choices = self._listed(answer, "choices", request.n)
+                choices.sort(key=lambda choice: choice.get("index", 0))
+            else:
+                answer = self.call("/generate", self._for_sglang(request))
+                choices = self._listed(answer, None, request.n)
+            return [self._reply(choice, request) for choice in choices]
 
     def judge(self, request: Request) -> tuple[list[float], Reply]:
         """ln p of each token of a prompt but the first, at temperature 1, and a reply to it."""
         n = len(request.ids)
-        if self.kind == "vllm":
-            body = {**self._for_vllm(request), "prompt_logprobs": 1}
-            (choice,) = self._listed(self.call("/v1/completions", body), "choices", 1)
-            table = self._listed(choice, "prompt_logprobs", n)[1:]
-            found = [t[str(i)]["logprob"] for t, i in zip(table, request.ids[1:], strict=True)]
-        else:
-            body = {**self._for_sglang(request), "logprob_start_len": 0}
-            (choice,) = self._listed(self.call("/generate", body), None, 1)
-            entries = self._listed(choice.get("meta_info"), "input_token_logprobs", n)
-            found = [entry[0] for entry in entries[1:]]
-        return found, self._reply(choice, request)
+        with self._in_form():
+            if self.kind == "vllm":
+                body = {**self._for_vllm(request), "prompt_logprobs": 1}
+                (choice,) = self._listed(self.call("/v1/completions", body), "choices", 1)
+                table = self._listed(choice, "prompt_logprobs", n)[1:]
+                found = [t[str(i)]["logprob"] for t, i in zip(table, request.ids[1:], strict=True)]
+            else:
+                body = {**self._for_sglang(request), "logprob_start_len": 0}
+                (choice,) = self._listed(self.call("/generate", body), None, 1)
+                entries = self._listed(choice.get("meta_info"), "input_token_logprobs", n)
+                found = [entry[0] for entry in entries[1:]]
+            return self._numbers(found), self._reply(choice, request)
 
     def stop(self) -> None:
         """Give up all requests under way: their threads end with a UserError."""
@@ -219,15 +222,31 @@ class Server:
                 f"gave a reply of {len(ids)} tokens with {len(logp)} log-probs; 1 to "
                 f"{request.room} were asked for, each with its own"
             )
-        if not all(isinstance(x, int | float) and math.isfinite(x) for x in logp):
-            raise self.error("gave a log-prob that is no finite number")
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise self.error(f"gave tokens that are no ids: {str(ids)[:80]}")
+        logp = self._numbers(logp)
         stopped = ids[-1] in request.stop_ids
         if not stopped and reason != "length":
             raise self.error(
                 f"ended a reply ({reason}) with token {ids[-1]}, which is none of the chat's stop "
                 f"tokens {list(request.stop_ids)}"
             )
-        return Reply(list(ids), [float(x) for x in logp], stopped)
+        return Reply(list(ids), logp, stopped)
+
+    def _numbers(self, logp: list[Any]) -> list[float]:
+        """Log-probs, each a finite number."""
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in logp):
+            raise self.error("gave a log-prob that is no finite number")
+        return [float(x) for x in logp]
+
+    @contextmanager
+    def _in_form(self) -> Iterator[None]:
+        """What an answer lacks that the block reads is the server's fault."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise self.error(f"gave an answer of another form ({what})") from None
 
     def _listed(self, answer: Any, name: str | None, count: int | None = None) -> list[Any]:
         """A list that an answer must hold, of `count` entries: the answer itself without a name."""

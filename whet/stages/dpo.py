@@ -86,12 +86,15 @@ def build(config: Config, ranks: Ranks) -> Stage:
         model = f"{model_fingerprint(opened.model)} {config.precision}"
         reference.model = model
         if config.reference is not None:
-            reference = read_reference(config.reference, model, stores, kinds_of(z))
+            flag = "leave out --reference"
+            reference = read_reference(config.reference, model, stores, kinds_of(z), flag)
         elif made.exists() and (config.out / "config.toml").exists():
-            reference = read_reference(made, model, stores, kinds_of(z))
+            reference = read_reference(made, model, stores, kinds_of(z), "remove it")
     complete = partial(with_reference, reference=reference)
-    words = partial(in_words, of_pairs=stores["--data"].kind == "preferences")
+    of_pairs = stores["--data"].kind == "preferences"
+    words = partial(in_words, of_pairs=of_pairs)
     stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo", words)
+    stage = replace(stage, warn=partial(forgetting, of_pairs=of_pairs))
     if config.loss in NEEDS_REFERENCE and not reference.logp:
         assert config.micro_batch_size is not None, "resolved before"
         start = partial(
@@ -306,15 +309,22 @@ def in_words(metrics: dict[str, float], *, of_pairs: bool) -> str:
     change = metrics.get("dev_chosen_change_a_token")
     if change is None:
         return words
-    kind = "chosen" if of_pairs else "good"
-    if (share := metrics.get("dev_chosen_less_likely")) is not None:
-        words += f"; {100 * share:.0f} % of the {kind} replies have become less likely"
-    if change < -FORGOTTEN:
-        words += (
-            f", by {-change:.2g} nats a token: the model forgets how to write them, whatever the "
-            "margin says; take a lower --lr, a larger --beta, or --sft_weight 1"
-        )
-    return words
+    kind, share = "chosen" if of_pairs else "good", metrics["dev_chosen_less_likely"]
+    words += f"; {100 * share:.0f} % of the {kind} replies have become less likely"
+    warning = forgetting({"chosen_change_a_token": change}, of_pairs=of_pairs)
+    return f"{words}; {warning}" if warning else words
+
+
+def forgetting(numbers: Mapping[str, float], *, of_pairs: bool) -> str:
+    """What `chosen_change_a_token` warns of: nothing while the replies stay likely."""
+    change = numbers.get("chosen_change_a_token", 0.0)
+    if not change < -FORGOTTEN:
+        return ""
+    return (
+        f"the {'chosen' if of_pairs else 'good'} replies have lost {-change:.2g} nats a token: the "
+        "model forgets how to write them, whatever loss and margin say; take a lower --lr, a "
+        "larger --beta, or --sft_weight 1"
+    )
 
 
 def documents(config: Config) -> Documents:

@@ -92,9 +92,19 @@ def open_pairs(config: Any, found: list[str], kinds: Sequence[str]) -> dict[str,
         with collected(found):
             if path is not None:
                 stores[flag] = PackedStore(path, kinds)
-                if not units_of(stores[flag]).any():
-                    found.append(f"{flag} {path}: holds no pair")
+                found += [f"{flag} {path}: {wrong}" for wrong in _flaws_of(stores[flag])]
     return stores
+
+
+def _flaws_of(store: PackedStore) -> list[str]:
+    """Why the file can't be learnt from; it may be somebody else's."""
+    if not units_of(store).any():
+        return ["holds no pair"]
+    if store.kind == "labels" and not np.isin(store.values("labels", 1), (0, 1)).all():
+        return ["labels must be 1 for each good reply and 0 for each bad one"]
+    if store.kind == "preferences" and np.isinf(store.values("margins", 2)).any():
+        return ["margins must be finite"]
+    return []
 
 
 def units_of(store: PackedStore) -> np.ndarray:
@@ -193,18 +203,17 @@ class PairEvaluator:
     quiet: bool = True
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
+        """All ranks call it. Raises Interrupted and UserError on all of them, see `Meeting`."""
         if self.dev is None:
             return Evaluation()
         inner: Any = unwrap(model)
         meeting = Meeting(stop, ranks)
-        with meeting.after_forwards(inner), evaluating(inner), torch.no_grad():
+        with evaluating(inner), torch.no_grad(), meeting.work(inner):
             table = self._table(inner, ranks)
             meeting.end_part()
             # Where every forward is a collective, all ranks generate the same.
             count = self.n_samples if ranks.first or is_sharded(model) else 0
             samples = sample_replies(inner, self.dev, self.chat, count, every=2)
-        meeting.end_part()
         names = sorted(table)
         flat = sum_over_ranks(np.concatenate([table[name] for name in names]).tolist(), ranks)
         parts = dict(zip(names, np.reshape(flat, (len(names), 2)), strict=True))

@@ -15,6 +15,7 @@ from whet.errors import UserError
 from whet.flags.choices import Advantage
 from whet.flags.policy import parse_reward
 from whet.model.hf.weights import saved_as
+from whet.rl.critic import policy_of
 from whet.rl.evaluation import PolicyEvaluator
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.remote import Remote
@@ -79,6 +80,14 @@ def policy_stage(
         quiet=quiet,
         remote=remote,
     )
+    evaluator = PolicyEvaluator(
+        dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
+    )
+
+    def dry_rollout(model: nn.Module) -> None:
+        rollouts.dry_rollout(model)
+        evaluator.fill_cache(policy_of(model))
+
     updates = f"{rollouts.per_rollout} updates" if rollouts.per_rollout > 1 else "1 update"
     a_rollout = min(config.batch_size, len(prompts))
     return Stage(
@@ -88,13 +97,12 @@ def policy_stage(
         total_steps=total_steps(config, rollouts.rollouts_per_epoch * rollouts.per_rollout),
         batches=rollouts.batches,
         loss_fn=loss_fn,
-        evaluate=PolicyEvaluator(
-            dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
-        ),
+        evaluate=evaluator,
         save_model=save,
         rehearse=save.rehearse,
         before_step=rollouts.before_step,
         dry_steps=rollouts.dry_steps,
+        dry_rollout=dry_rollout,
         rows="prompts",
         best="dev_reward",
         higher_is_better=True,
