@@ -49,9 +49,8 @@ def texts_of(nodes: list[ast.AST]) -> Iterator[tuple[int, str]]:
             skipped |= {id(part) for part in node.values}
             parts = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
             yield node.lineno, "".join(map(str, parts))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in skipped:
-                yield node.lineno, node.value
+        elif isinstance(getattr(node, "value", None), str) and id(node) not in skipped:
+            yield node.lineno, node.value
 
 
 def imports_of(nodes: list[ast.AST]) -> set[str]:
