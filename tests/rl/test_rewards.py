@@ -9,6 +9,7 @@ import torch
 from tests import tiny
 from whet.errors import UserError
 from whet.flags.policy import known_reward, named_twice, parse_reward
+from whet.generate.engine import Reply
 from whet.generate.opened import open_model
 from whet.model.embedding import add_score
 from whet.model.hf.checkpoint import save_model
@@ -29,7 +30,7 @@ PROMPT = Prompt([1, 2], [{"role": "user", "content": "2 + 3?"}], "5", {"level": 
 
 
 def answer(text, tokens=3, stopped=True):
-    return Answer(PROMPT, list(range(tokens)), text, stopped)
+    return Answer(PROMPT, Reply(list(range(tokens)), [0.0] * tokens, stopped), text)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from whet.evaluate.answers import wilson
 from whet.evaluate.dev import dev_loss, misfits
 from whet.evaluate.statistics import pass_at_k
 from whet.flags.compare import Config
-from whet.generate.engine import Reply, evaluating, sample
+from whet.generate.engine import evaluating
 from whet.generate.opened import Opened
-from whet.progress import track
+from whet.rl.preference_loss import Objective
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import Answer, correct, open_rewards, total_rewards
-from whet.rl.sampling import answer_of
+from whet.rl.sampling import answers_to
 from whet.stages.dpo import judge_replies, with_reference
 from whet.stages.pairs import Judge, PairEvaluator, order_in_words
 from whet.stages.reward import at_last_tokens, judge_rewards
@@ -56,9 +56,9 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
     if config.gsm8k is None:
         return Measured(name, numbers)
     prompts = _prompts(opened, config)
-    answers, replies = _answers(opened, prompts, config, greedy=True)
+    answers = _answers(opened, prompts, config)
     right = [value == 1.0 for value in correct(answers)]
-    numbers |= _accuracy(right, replies) | _rewards(answers, opened, config)
+    numbers |= _accuracy(right, answers) | _rewards(answers, opened, config)
     if config.samples:
         numbers |= _sampled(opened, first, prompts, config)
     return Measured(
@@ -86,35 +86,31 @@ def _prompts(opened: Opened, config: Config) -> Prompts:
 
 
 def _answers(
-    opened: Opened, prompts: Prompts, config: Config, *, greedy: bool
-) -> tuple[list[Answer], list[Reply]]:
-    """The greedy reply to each prompt, or `config.samples` sampled ones."""
-    each = [(i, k) for i in range(len(prompts)) for k in range(1 if greedy else config.samples)]
-    title = "Answering" if greedy else "Sampling"
-    with track(title, total=len(each), unit="replies") as progress:
-        replies = sample(
-            opened.model,
-            [prompts.prompts[i].ids for i, _ in each],
-            keys=[(config.seed, i, k) for i, k in each],
-            max_new_tokens=config.max_new_tokens,
-            stop_ids=opened.chat.stop_ids,
-            temperature=0.0 if greedy else config.temperature,
-            batch_size=config.batch_size,
-            progress=progress,
-        )
-    pairs = zip(each, replies, strict=True)
-    return [answer_of(prompts, i, reply, opened.chat) for (i, _), reply in pairs], replies
+    opened: Opened, prompts: Prompts, config: Config, copies: int = 1, temperature: float = 0.0
+) -> list[Answer]:
+    """The greedy reply to each prompt, or some sampled ones."""
+    return answers_to(
+        opened.model,
+        prompts,
+        opened.chat,
+        range(len(prompts)),
+        copies=copies,
+        seed=config.seed,
+        temperature=temperature,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+    )
 
 
-def _accuracy(right: Sequence[bool], replies: Sequence[Reply]) -> dict[str, float]:
+def _accuracy(right: Sequence[bool], answers: Sequence[Answer]) -> dict[str, float]:
     low, high = wilson(sum(right), len(right))
     return {
         "problems": len(right),
         "accuracy": sum(right) / len(right),
         "accuracy_low": low,
         "accuracy_high": high,
-        "unstopped": sum(not reply.stopped for reply in replies) / len(replies),
-        "reply_tokens": sum(len(reply.ids) for reply in replies) / len(replies),
+        "unstopped": sum(not answer.reply.stopped for answer in answers) / len(answers),
+        "reply_tokens": sum(len(answer.reply.ids) for answer in answers) / len(answers),
     }
 
 
@@ -141,8 +137,8 @@ def _sampled(
     opened: Opened, first: Opened | None, prompts: Prompts, config: Config
 ) -> dict[str, float]:
     """pass@k of the samples, and how far they are from the first model."""
-    answers, replies = _answers(opened, prompts, config, greedy=False)
     n = config.samples
+    answers = _answers(opened, prompts, config, n, config.temperature)
     right = np.reshape(correct(answers), (-1, n)).sum(1).astype(int)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]
     found = {f"pass@{k}": float(np.mean([pass_at_k(n, int(c), k) for c in right])) for k in ks}
@@ -151,19 +147,18 @@ def _sampled(
     if first is None:
         return {**found, "kl_to_first": 0.0}
     if first.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
-        found["kl_to_first"] = _divergence(answers, replies, first, config.temperature)
+        found["kl_to_first"] = _divergence(answers, first, config.temperature)
     return found
 
 
-def _divergence(
-    answers: Sequence[Answer], replies: Sequence[Reply], first: Opened, temperature: float
-) -> float:
+def _divergence(answers: Sequence[Answer], first: Opened, temperature: float) -> float:
     """Nats a reply: the mean of ln p - ln p_first over the model's own samples, which is an
     estimate of KL(model || first)."""
     device = next(first.model.parameters()).device
     sums = list[float]()
     with torch.no_grad(), evaluating(first.model):
-        for answer, reply in zip(answers, replies, strict=True):
+        for answer in answers:
+            reply = answer.reply
             tokens = torch.tensor([[*answer.prompt.ids, *reply.ids]], device=device)
             weight = torch.zeros(tokens.shape, device=device)
             weight[0, len(answer.prompt.ids) - 1 : -1] = 1.0
@@ -198,9 +193,7 @@ def _pairs(opened: Opened, first: Opened | None, config: Config) -> dict[str, fl
     judge: Judge = partial(judge_rewards, margin=0.0, centre=0.0)
     if not opened.model.config.score:
         complete = partial(with_reference, reference=Reference(""))
-        judge = partial(
-            judge_replies, kind="simpo", beta=1.0, gamma=0.0, label_smoothing=0.0, sft_weight=0.0
-        )
+        judge = partial(judge_replies, objective=Objective("simpo", beta=1.0))
     evaluate = PairEvaluator(store, judge, complete, ROWS, order_in_words, quiet=False)
     ranks = Ranks(device=next(opened.model.parameters()).device)
     found = evaluate(opened.model, ranks, Stop(0.0)).metrics

@@ -26,6 +26,7 @@ from whet.flags.dpo import Loss
 from whet.generate.engine import Reply, sample
 from whet.model.decoder import Transformer, run_batch
 from whet.model.embedding import add_score
+from whet.rl.preference_loss import Objective
 from whet.rl.prompts import Prompt, Prompts
 from whet.rl.rollout_file import Rollout, lay_out, write_rollout
 from whet.rl.sampling import Sample
@@ -129,9 +130,7 @@ def _pairs(model: Transformer, subject: Subject, setting: Setting) -> Iterator[F
         batch = batch_of_rows(store, rows, len(rows), complete, setting.device)
         now = replies_of(model, batch)[0]
         losses = {
-            kind: judge_replies(
-                model, batch, kind=kind, beta=BETA, gamma=0, label_smoothing=0, sft_weight=0
-            ).loss
+            kind: judge_replies(model, batch, objective=Objective(kind, BETA)).loss
             for kind, _ in STARTS
         }
     bound, note = START[setting.precision], f"{len(store)} pairs, {setting.name}"

@@ -53,12 +53,6 @@ class ActorCritic(nn.Module):
         return [*self.policy.layers, *self.critic.layers]
 
 
-def policy_of(model: nn.Module) -> Any:
-    """The policy alone, without wrapper and critic."""
-    inner: Any = unwrap(model)
-    return inner.policy if isinstance(inner, ActorCritic) else inner
-
-
 def judged_places(
     layout: Layout,
     model: nn.Module,
@@ -78,39 +72,29 @@ def judged_places(
     mean 0 and variance 1 over the rollout's trained tokens. All ranks call it.
     """
     values, reference_nll = _read_places(layout, model, ranks, reference, micro_batch_size)
-    names = ("values", "returns", "token_advantages")
-    made = {name: np.zeros(layout.tokens.shape, np.float32) for name in names}
-    kept = [d for d in layout.documents if d.weight]
-    if not kept:  # all replies were cut, and `--truncated mask` trains none of them
-        return made, {}
-    lengths = torch.tensor([len(d.reply) for d in kept])
-    shape = (len(kept), int(lengths.max()))
-    rewards = torch.zeros(shape, dtype=torch.float64)
-    old, weight, change = (torch.zeros_like(rewards) for _ in range(3))
-    for i, document in enumerate(kept):
-        n, before = len(document.reply), range(document.reply.start - 1, document.reply.stop - 1)
-        places = (document.row, before)
-        old[i, :n] = torch.from_numpy(values[places])
-        weight[i, :n] = document.weight
-        if reference is not None:
-            logp = layout.logp[document.row, document.reply]
-            change[i, :n] = torch.from_numpy(logp + reference_nll[places])
-        rewards[i, :n] = -kl * change[i, :n]
-        rewards[i, n - 1] += document.sample.reward
-    advantages, returns = gae(rewards, old, lengths, gamma=gamma, lam=lam)
-    for i, document in enumerate(kept):
-        n, here = len(document.reply), (document.row, document.reply)
-        parts = (old, returns, whitened(advantages, weight))
-        for name, part in zip(names, parts, strict=True):
-            made[name][here] = part[i, :n].numpy()
-    inside = weight != 0
+    # A value stands at the place before its token, where the model predicts the token.
+    old, nll = (torch.from_numpy(np.roll(x, 1, 1)).double() for x in (values, reference_nll))
+    weight = torch.from_numpy(layout.mask)
+    inside, change = weight != 0, torch.zeros_like(old)
+    if reference is not None:
+        change = torch.where(inside, torch.from_numpy(layout.logp) + nll, 0.0)
+    rewards = -kl * change
+    for document in layout.documents:
+        if document.weight:
+            rewards[document.row, document.end - 1] += document.sample.reward
+    advantages, returns = gae(rewards, old, inside, gamma=gamma, lam=lam)
+    old = torch.where(inside, old, 0.0)
+    made = {"values": old, "returns": returns, "token_advantages": whitened(advantages, weight)}
+    places = {name: x.numpy().astype(np.float32) for name, x in made.items()}
+    if not inside.any():  # all replies were cut, and `--truncated mask` trains none of them
+        return places, {}
     numbers = {
         "explained_variance": _explained(returns[inside], old[inside]),
         "value": float(old[inside].mean()),
     }
     if reference is not None:
         numbers["kl"] = float(change[inside].mean())
-    return made, numbers
+    return places, numbers
 
 
 def _explained(returns: Tensor, values: Tensor) -> float:

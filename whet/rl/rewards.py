@@ -35,8 +35,9 @@ from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number
 from whet.flags.choices import Device, Precision
 from whet.flags.policy import parse_reward
-from whet.generate.engine import evaluating
+from whet.generate.engine import Reply, evaluating
 from whet.generate.opened import open_model
+from whet.generate.rows import padded
 from whet.rl.prompts import Prompt
 
 NEEDS_GOLD = ("correct", "format")
@@ -50,11 +51,9 @@ class Answer:
     """A sampled reply as rewards see it."""
 
     prompt: Prompt
-    ids: list[int]
-    """With the stop token, if it was reached."""
+    reply: Reply
     text: str
     """Without the stop token; begins with `<think>` where the prompt has opened it."""
-    stopped: bool
 
 
 Score = Callable[[Sequence[Answer]], list[float]]
@@ -124,12 +123,8 @@ def total_rewards(
                     f"--reward {name}: gave {value} for a reply to line {answer.prompt.line}; "
                     f"expected a finite number (the reply: {answer.text[:80]!r})"
                 )
-    weights = {reward.name: reward.weight for reward in rewards}
-    sums = [
-        sum(weights[name] * values[i] for name, values in parts.items())
-        for i in range(len(answers))
-    ]
-    return sums, parts
+    count = range(len(answers))
+    return [sum(r.weight * parts[r.name][i] for r in rewards) for i in count], parts
 
 
 def correct(answers: Sequence[Answer]) -> list[float]:
@@ -140,7 +135,7 @@ def correct(answers: Sequence[Answer]) -> list[float]:
 def in_form(answers: Sequence[Answer]) -> list[float]:
     """1.0 where a right reply stopped and marked its answer exactly once."""
     return [
-        right * float(answer.stopped and len(_IN_FORM.findall(answer.text)) == 1)
+        right * float(answer.reply.stopped and len(_IN_FORM.findall(answer.text)) == 1)
         for answer, right in zip(answers, correct(answers), strict=True)
     ]
 
@@ -153,7 +148,7 @@ class Length:
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         quarter = max(1.0, self.longest / 4)
-        over = [(len(a.ids) - (self.longest - quarter)) / quarter for a in answers]
+        over = [(len(a.reply.ids) - (self.longest - quarter)) / quarter for a in answers]
         return [-min(1.0, max(0.0, x)) for x in over]
 
 
@@ -213,7 +208,7 @@ class PythonReward:
             "prompts": [answer.prompt.messages for answer in answers],
             "completions": [answer.text for answer in answers],
             "gold": [answer.prompt.gold for answer in answers],
-            "stopped": [answer.stopped for answer in answers],
+            "stopped": [answer.reply.stopped for answer in answers],
         }
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # a dead process is reported below
@@ -262,7 +257,7 @@ def reward_model(directory: str, chat: Chat, device: torch.device, precision: Pr
     limit = opened.model.config.max_positions
 
     def score(answers: Sequence[Answer]) -> list[float]:
-        texts = [[*answer.prompt.ids, *answer.ids] for answer in answers]
+        texts = [[*answer.prompt.ids, *answer.reply.ids] for answer in answers]
         if (longest := max(map(len, texts))) > limit:
             raise UserError(
                 f"--reward {directory}: has {limit:,} positions, and a reply with its prompt has "
@@ -279,12 +274,7 @@ def reward_model(directory: str, chat: Chat, device: torch.device, precision: Pr
 
 def _last_scores(model: Any, texts: list[list[int]], device: torch.device) -> list[float]:
     """The score at the last token of each text, run together as documents of rows of their own."""
-    longest = max(map(len, texts))
-    tokens = torch.zeros(len(texts), longest, dtype=torch.long)
-    segments, weight = torch.zeros_like(tokens), torch.zeros(tokens.shape)
-    for i, text in enumerate(texts):
-        tokens[i, : len(text)] = torch.tensor(text)
-        segments[i, : len(text)] = 1
-        weight[i, len(text) - 1] = 1.0
-    scores = model(tokens.to(device), None, segments.to(device), weight=weight.to(device))
+    tokens, last = padded(texts, device)
+    places = torch.arange(tokens.shape[1], device=device)
+    scores = model(tokens, None, (places <= last).long(), weight=(places == last).float())
     return scores.sum(1).tolist()

@@ -25,20 +25,20 @@ from whet.data.batches import Batch, make_batch, per_document
 from whet.data.reference import MISMATCHED, Reference, read_reference
 from whet.data.rows import Rows, mismatched
 from whet.data.store import PackedStore
-from whet.flags.dpo import Config, Loss
+from whet.flags.dpo import WITHOUT_REFERENCE, Config
 from whet.generate.engine import evaluating
 from whet.model.decoder import run_batch
 from whet.model.lora.lora import adapters
 from whet.progress import track
 from whet.rl.preference_loss import (
-    NEEDS_REFERENCE,
+    Objective,
     Replies,
     implicit_reward,
     kto_loss,
     preference_loss,
 )
 from whet.stages.opening import open_for_training
-from whet.stages.packed import batches_of_step, order_of
+from whet.stages.packed import batches_of_step
 from whet.stages.pairs import (
     Judged,
     batch_of_rows,
@@ -70,29 +70,19 @@ def build(config: Config, ranks: Ranks) -> Stage:
     opened = open_for_training(config, ranks, found, stores, adapter_lr=ADAPTER_LR)
     beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
     gamma = (beta / 2 if config.gamma is None else config.gamma) if config.loss == "simpo" else 0.0
-    judge = partial(
-        judge_replies,
-        kind=config.loss,
-        beta=beta,
-        gamma=gamma,
-        label_smoothing=config.label_smoothing,
-        sft_weight=config.sft_weight,
-    )
+    objective = Objective(config.loss, beta, gamma, config.label_smoothing, config.sft_weight)
     z = Baseline() if config.loss == "kto" else None
-    judge = partial(judge, z=z)
-    reference = Reference("")
-    made = config.out / "reference.safetensors"
-    if config.loss in NEEDS_REFERENCE:
-        model = f"{model_fingerprint(opened.model)} {config.precision}"
-        reference.model = model
-        if config.reference is not None:
-            reference = read_reference(config.reference, model, stores, kinds_of(z))
-        elif made.exists() and (config.out / "config.toml").exists():
-            reference = read_reference(made, model, stores, kinds_of(z))
+    judge = partial(judge_replies, objective=objective, z=z)
+    reference, made = Reference(""), config.out / "reference.safetensors"
+    if config.loss not in WITHOUT_REFERENCE:
+        reference.model = f"{model_fingerprint(opened.model)} {config.precision}"
+        is_begun = made.exists() and (config.out / "config.toml").exists()
+        if path := config.reference or (made if is_begun else None):
+            reference = read_reference(path, reference.model, stores, kinds_of(z))
     complete = partial(with_reference, reference=reference)
     words = partial(in_words, of_pairs=stores["--data"].kind == "preferences")
     stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo", words)
-    if config.loss in NEEDS_REFERENCE and not reference.logp:
+    if config.loss not in WITHOUT_REFERENCE and not reference.logp:
         assert config.micro_batch_size is not None, "resolved before"
         start = partial(
             compute_reference,
@@ -140,45 +130,31 @@ def judge_replies(
     model: nn.Module,
     batch: Batch,
     *,
-    kind: Loss,
-    beta: float,
-    gamma: float,
-    label_smoothing: float,
-    sft_weight: float,
+    objective: Objective,
     z: "Baseline | None" = None,
 ) -> Judged:
     """The loss of the pairs, or of the labelled replies, of a batch."""
     both, nll = replies_of(model, batch)
-    baseline = z.value if z is not None else 0.0
+    kind, baseline = objective.kind, z.value if z is not None else 0.0
     if "labels" in batch.extra:
-        labels = batch.extra["labels"][:, 1:]
-        return _judge_labelled(both, nll, labels, beta, sft_weight, baseline)
+        return _judge_labelled(both, nll, batch.extra["labels"][:, 1:], objective, baseline)
     parts = [sides(x) for x in (both.logp, both.reference, both.tokens)]
     chosen, rejected = (Replies(*(part[i] for part in parts)) for i in (0, 1))
-    loss = preference_loss(
-        chosen,
-        rejected,
-        kind,
-        beta=beta,
-        gamma=gamma,
-        label_smoothing=label_smoothing,
-        sft_weight=sft_weight,
-        z=baseline,
-    )
+    loss = preference_loss(chosen, rejected, **vars(objective), z=baseline)
     numbers = {"chosen_logp": chosen.logp.detach(), "rejected_logp": rejected.logp.detach()}
-    if kind in NEEDS_REFERENCE:
+    if kind not in WITHOUT_REFERENCE:
         numbers |= _changes(chosen)
-    better, worse = (implicit_reward(side, kind, beta) for side in (chosen, rejected))
+    better, worse = (implicit_reward(side, kind, objective.beta) for side in (chosen, rejected))
     return Judged(loss, better, worse, nll, numbers)
 
 
 def _judge_labelled(
-    both: Replies, nll: Tensor, labels: Tensor, beta: float, sft_weight: float, z: float
+    both: Replies, nll: Tensor, labels: Tensor, objective: Objective, z: float
 ) -> Judged:
     """KTO of single replies: a good one, or the model against a bad one, stands as chosen."""
     replies = Replies(*(x[:, 1:] for x in (both.logp, both.reference, both.tokens)))
-    good = labels > 0
-    loss = kto_loss(replies, good, beta, z) - sft_weight * replies.mean * good
+    good, beta = labels > 0, objective.beta
+    loss = kto_loss(replies, good, beta, z) - objective.sft_weight * replies.mean * good
     reward = implicit_reward(replies, "kto", beta) * labels
     numbers = _changes(replies, torch.where(good, 0.0, torch.nan))
     return Judged(loss, reward, torch.zeros_like(reward), nll, numbers)
@@ -266,10 +242,10 @@ def with_baseline(
     store, dev, micro_rows = stores["--data"], stores.get("--dev"), config.micro_batch_size
     assert micro_rows is not None, "resolved before"
     complete = partial(with_reference, reference=reference, kind=MISMATCHED)
-    order, of_data = order_of(config, store), partial(complete, store)
+    of_data = partial(complete, store)
 
     def before_step(step: int, model: nn.Module, ranks: Ranks, stop: Stop) -> dict[str, float]:
-        batches = batches_of_step(step, **order, store=store, ranks=ranks, complete=of_data)
+        batches = batches_of_step(step, config=config, store=store, ranks=ranks, complete=of_data)
         z.measure(model, batches, ranks)
         return {"kl": z.value}
 

@@ -27,7 +27,14 @@ from whet.generate.engine import evaluating
 from whet.model.attention import planned
 from whet.progress import track
 from whet.stages.opening import Opened
-from whet.stages.packed import batches_of_step, data_in_words, order_of, writer
+from whet.stages.packed import (
+    batches_of_step,
+    data_in_words,
+    facts_of,
+    rows_used,
+    steps_of_epoch,
+)
+from whet.stages.saving import writer
 from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
 from whet.train.evaluation import Meeting, sample_replies
 from whet.train.session import total_steps
@@ -120,21 +127,19 @@ def pair_stage(
     numbers in words.
     """
     store, dev = stores["--data"], stores.get("--dev")
-    units = units_of(store)
-    order = order_of(config, store)
+    units, used = units_of(store), rows_used(config, store)
     unit = "pairs" if store.kind == "preferences" else "replies"
-    count = f"{units[: order['n_rows']].sum():,.0f} {unit}"
-    steps = -(-order["n_rows"] // config.batch_size)
-    lineage = {"stage": stage, **opened.lineage}
-    save = writer(config, opened.model, opened.chat, store, lineage, opened.lora)
+    count = f"{units[:used].sum():,.0f} {unit}"
+    assert config.micro_batch_size is not None, "resolved before"
+    save = writer(config, opened, stage, facts_of(store))
     return Stage(
         model=opened.model,
         documents=store,
         dev=dev,
-        total_steps=total_steps(config, steps),
+        total_steps=total_steps(config, steps_of_epoch(config, store)),
         batches=partial(
             batches_of_step,
-            **order,
+            config=config,
             store=store,
             ranks=ranks,
             weights=units,
@@ -146,7 +151,7 @@ def pair_stage(
             dev,
             judge,
             complete,
-            order["micro_batch_size"],
+            config.micro_batch_size,
             words,
             chat=None if getattr(opened.model.config, "score", False) else opened.chat,
             n_samples=config.samples,

@@ -20,9 +20,10 @@ from whet.data.batches import Batch
 from whet.flags.ppo import Config
 from whet.model.decoder import run_batch
 from whet.model.lora.lora import LoRA
-from whet.rl.critic import ActorCritic, judged_places, policy_of
+from whet.rl.critic import ActorCritic, judged_places
 from whet.rl.policy_loss import policy_term, value_loss
 from whet.rl.prompts import Prompts
+from whet.rl.sampling import policy_of
 from whet.stages.grpo import frozen_reference
 from whet.stages.opening import Opened, open_for_training
 from whet.stages.policy import ADAPTER_LR, policy_stage

@@ -18,7 +18,7 @@ from whet.flags.pretrain import Config
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.progress import track
-from whet.stages.opening import describe
+from whet.stages.opening import Opened, describe
 from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
 from whet.train.resume import continues
@@ -116,16 +116,9 @@ def build(config: Config, ranks: Ranks) -> Stage:
         )
     )
     init_weights(model, config.seed)
-    return packed_stage(
-        config,
-        ranks,
-        model,
-        chat,
-        store,
-        dev,
-        lineage={"stage": "pretrain", "data": list(config.data)},
-        header=[("model", f"new: {describe(model)}")],
-    )
+    lineage, header = {"data": list(config.data)}, [("model", f"new: {describe(model)}")]
+    opened = Opened(model, chat, None, lineage, header)
+    return packed_stage(config, ranks, opened, "pretrain", store, dev)
 
 
 def check(config: Config) -> None:

@@ -1,7 +1,9 @@
 """How a stage writes its model: whole, or its adapter, with its lineage; and a `.pt` if asked."""
 
+import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,11 +13,15 @@ import torch
 from torch import nn
 
 from whet.chat.chat import Chat
+from whet.config import as_toml
 from whet.errors import UserError
 from whet.files import nearest
+from whet.flags.training import TrainSettings
 from whet.model.hf.checkpoint import save_model, save_pt, saved_bytes
+from whet.model.hf.weights import saved_as
 from whet.model.lora.lora import LoRA, merge_lora
 from whet.model.lora.write import save_adapter
+from whet.stages.opening import Opened
 from whet.train.distributed import is_first, unwrap, whole_weights
 
 REHEARSED_BYTES = 2_000_000_000
@@ -94,3 +100,14 @@ class ModelWriter:
             ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def writer(
+    config: TrainSettings, opened: Opened, stage: str, facts: Mapping[str, Any]
+) -> ModelWriter:
+    """Saves the model of `stage` with where it comes from: `facts` of its data, its base, and the
+    settings, as the SHA-256 of the run's config.toml."""
+    digest = hashlib.sha256(as_toml(config).encode()).hexdigest()
+    lineage = {"stage": stage, **facts, **opened.lineage, "config_hash": digest}
+    dtype = saved_as("same", opened.model.config.hf)
+    return ModelWriter(opened.chat, lineage, config.out_ckpt, config.out, opened.lora, dtype)

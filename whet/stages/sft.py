@@ -34,18 +34,8 @@ def build(config: Config, ranks: Ranks) -> Stage:
     opened = open_for_training(config, ranks, found, data)
     if questions and opened.chat is None:
         problems([f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR"])
-    return packed_stage(
-        config,
-        ranks,
-        opened.model,
-        opened.chat,
-        data["--data"],
-        data.get("--dev"),
-        lineage={"stage": "sft", **opened.lineage},
-        lora=opened.lora,
-        header=opened.header,
-        questions=questions,
-    )
+    store, dev = data["--data"], data.get("--dev")
+    return packed_stage(config, ranks, opened, "sft", store, dev, questions)
 
 
 def documents(config: Config) -> Documents:
