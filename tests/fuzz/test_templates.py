@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import whet.chat
 from tests.fuzz.harness import counts, damaged, fuzz
+from tests.rendering import render
 from whet.chat import renderer, template
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
@@ -146,7 +147,7 @@ BOMBS = [
 
 
 def render(source: str) -> str:
-    return ChatTemplate(source).render(TALK, add_generation_prompt=True)
+    return render(ChatTemplate(source), TALK, add_generation_prompt=True)
 
 
 @pytest.fixture
@@ -174,7 +175,7 @@ def test_bombs_are_refused(narrow, source):
     assert message.isprintable()
     assert len(message) < 1100
     assert time.process_time() - started < 1, "the process that asks has little to do"
-    assert ChatTemplate("{{ messages[0].role }}").render(TALK) == "user"
+    assert render(ChatTemplate("{{ messages[0].role }}"), TALK) == "user"
 
 
 OUTPUTS = [
@@ -263,7 +264,7 @@ def test_damaged(count, name):
 def test_one_rendering_does_not_spend_the_next_ones_means(narrow, source):
     template = ChatTemplate(source)
     for _ in range(30):
-        template.render(TALK)
+        render(template, TALK)
 
 
 @pytest.mark.parametrize("made", ["x.upper()", "x|upper", "x[1:]", "'%s.' % x", "x ~ 'a'", "x + x"])
@@ -280,4 +281,4 @@ def test_long_conversations_render():
     whole = Path(whet.chat.__file__).with_name("chatml.jinja").read_text()
     for count in (1, 5000):
         talk = [{"role": "user", "content": "word " * (1_000_000 // count)}] * count
-        assert len(ChatTemplate(whole).render(talk)) > 5_000_000
+        assert len(render(ChatTemplate(whole), talk)) > 5_000_000

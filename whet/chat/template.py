@@ -71,27 +71,14 @@ class ChatTemplate:
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, self.name)
 
-    def render(
-        self,
-        messages: list[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
-        today: date | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The text of `messages`. `today` is the date of `strftime_now` (None: the clock's).
-
-        `variables` are further template variables: bos_token, eos_token, enable_thinking, …
-        Raises TemplateError with the template's own words if it refuses or fails, BoundsError if
-        it takes too long, UserError if a variable has the name of something else.
-        """
-        ask = ("render", messages, tools, documents, add_generation_prompt)
-        return self.answer(ask, today, variables)
-
     def answer(self, ask: Ask, today: date | None, variables: Mapping[str, Any] | None) -> str:
-        """The renderer's reply to `ask`: a text, or JSON. Raises as `render` does."""
+        """The renderer's reply to `ask`: a text, or JSON.
+
+        `today` is the date of `strftime_now` (None: the clock's); `variables` are further template
+        variables: bos_token, eos_token, enable_thinking, … Raises TemplateError with the template's
+        own words if it refuses or fails, BoundsError if it takes too long, UserError if a variable
+        has the name of something else.
+        """
         replies, cause = self._replies([ask], today, variables)
         if not replies:
             raise BoundsError(f"{OF_TEMPLATE}{cause}")

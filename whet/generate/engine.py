@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from whet.errors import UserError
-from whet.generate.rows import GREEDY, Piece, Row, Rows, Sampling, choose, draws_of, padded
+from whet.generate.rows import Piece, Row, Rows, Sampling
 from whet.model.decoder import Transformer
 from whet.progress import Progress
 
@@ -107,38 +106,6 @@ def stream(
         model, [prompt], max_new_tokens, stop_ids, sampling, batch_size=1, check_every=1
     ):
         yield from piece.tokens
-
-
-def generate_without_cache(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    sampling: Sampling = GREEDY,
-) -> list[list[int]]:
-    """What `generate` must equal: every token from a forward over the whole text so far."""
-    device = next(model.parameters()).device
-    texts = [list(prompt) for prompt in prompts]
-    room = [_room(model, prompt, i, max_new_tokens) for i, prompt in enumerate(prompts)]
-    draws = torch.stack([draws_of((sampling.seed, i), max_new_tokens) for i in range(len(prompts))])
-    live = [i for i in range(len(prompts)) if room[i] > 0]
-    with torch.no_grad(), evaluating(model):
-        while live:
-            tokens, last = padded([texts[i] for i in live], device)
-            segments = torch.arange(tokens.shape[1], device=device) <= last
-            logits = model(tokens, segments=segments.long(), logits_at=last)[:, 0]
-            step = torch.tensor([len(texts[i]) - len(prompts[i]) for i in live])
-            uniform = draws[live].gather(1, step[:, None])[:, 0].to(device)
-            chosen = choose(logits, uniform, sampling).tolist()
-            for i, token in zip(live, chosen, strict=True):
-                texts[i].append(token)
-            live = [
-                i
-                for i, token in zip(live, chosen, strict=True)
-                if token not in stop_ids and len(texts[i]) < len(prompts[i]) + room[i]
-            ]
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def _decode(
