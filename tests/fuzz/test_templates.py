@@ -146,7 +146,7 @@ BOMBS = [
 ]
 
 
-def render(source: str) -> str:
+def rendered(source: str) -> str:
     return render(ChatTemplate(source), TALK, add_generation_prompt=True)
 
 
@@ -170,7 +170,7 @@ def narrow(monkeypatch):
 def test_bombs_are_refused(narrow, source):
     started = time.process_time()
     with pytest.raises(UserError) as refusal:
-        render(source)
+        rendered(source)
     message = str(refusal.value)
     assert message.isprintable()
     assert len(message) < 1100
@@ -233,7 +233,7 @@ def test_made_of_fragments(count):
         nonlocal slowest, longest
         started = time.process_time()
         try:
-            longest = max(longest, len(render(source)))
+            longest = max(longest, len(rendered(source)))
         finally:
             slowest = max(slowest, time.process_time() - started)
 
@@ -250,7 +250,7 @@ def test_damaged(count, name):
     whole = Path(whet.chat.__file__).with_name(f"{name}.jinja").read_bytes()
 
     def read(content: bytes) -> None:
-        render(content.decode("utf-8", "replace"))
+        rendered(content.decode("utf-8", "replace"))
 
     tally = fuzz(f"damaged {name}", damaged(whole), read, count)
     assert min(tally["read"], tally["refused"]) > 0
@@ -273,7 +273,7 @@ def test_every_text_counts(narrow, made):
     kept = f"{{% set ns.a = dict(a={made}, b=ns.a) %}}"
     source = "{% set x = 'ab ' * 1000000 %}" + DOUBLED % kept
     with pytest.raises(UserError, match="memory"):
-        render(source)
+        rendered(source)
 
 
 def test_long_conversations_render():

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from whet.chat.conversation import Conversation, RawText
+from whet.chat.conversation import Conversation, Origin, RawText
 from whet.data.formats import Datum, to_example
-from whet.data.reader import parse, read_units
+from whet.data.reader import read_records
 from whet.errors import UserError
 
 GRAM = 13
@@ -75,17 +75,15 @@ def read_evaluations(paths: Iterable[str]) -> Evaluations:
     under one of QUESTION_KEYS (SVAMP's Body and Question are joined)."""
     evaluations = Evaluations()
     for path in paths:
-        for unit in read_units(path):
-            where = f"{path}:{unit.line}"
-            try:
-                record = parse(unit)
-            except UserError as error:
-                raise UserError(f"{where}: {error} (--decontaminate)") from None
-            evaluations.add(_question(record, where), where)
+        try:
+            for at, record in read_records(path):
+                evaluations.add(_question(record, at), at.where)
+        except UserError as error:
+            raise UserError(f"{error} (--decontaminate)") from None
     return evaluations
 
 
-def _question(record: Any, where: str) -> str:
+def _question(record: Any, at: Origin) -> str:
     """The question of one evaluation record: the user's first words, or a field of that name."""
     try:
         datum = to_example(record)
@@ -103,7 +101,7 @@ def _question(record: Any, where: str) -> str:
             if isinstance(fields.get(key), str):
                 body = fields.get("body")
                 return f"{body} {fields[key]}" if isinstance(body, str) else fields[key]
-    raise UserError(
-        f"{where}: holds no question (--decontaminate); expected a conversation or one of the "
-        f"fields {', '.join(QUESTION_KEYS)}"
+    raise at.error(
+        "holds no question; expected a conversation or one of the fields "
+        f"{', '.join(QUESTION_KEYS)}"
     )

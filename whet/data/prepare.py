@@ -153,23 +153,14 @@ def _prepare(
         for name in (of_file or name for name, of_file in encoder.fields.items()):
             if not spool.renamed[name]:
                 raise UserError(f"--fields {config.fields}: no record has a field {name}")
-        conversations, examples, runs = spool.tables()
-        _check_one_kind(conversations, encoder.paths)
-        selection = select(
-            conversations,
-            examples,
-            runs,
-            weights=[source.weight for source in sources],
-            context_length=config.context_length,
-            overlong=config.overlong,
-            dev_fraction=config.dev_fraction,
-            seed=config.seed,
-        )
-        tables = Tables(spool, conversations, examples, runs, selection)
-        left_out = records(tables, encoder.paths, config.context_length, evaluations)
+        arrays = spool.tables()
+        _check_one_kind(arrays[0], encoder.paths)
+        selection = select(*arrays, config, [source.weight for source in sources])
+        tables = Tables(config, encoder.paths, spool, *arrays, selection)
+        left_out = records(tables, evaluations)
         if config.overlong == "error":
             stop_at_overlong(tables, left_out)
-        accounts = _write(config, sources, chat, tables, left_out, quiet)
+        accounts = _write(tables, sources, chat, left_out, quiet)
         if not quiet and not text_only:
             _say_what_is_next(config, tables.kind)
         return accounts
@@ -201,11 +192,6 @@ def check_positions(directory: Path, context_length: int) -> None:
                 f"--context_length {context_length}: the model in {directory} has {most:,} "
                 f"positions; take --context_length {most} or less"
             )
-
-
-def _cuts(config: Config, tables: Tables) -> bool:
-    """Whether nothing more than now can be made to fit by cutting."""
-    return config.overlong == "truncate" or tables.kind == "preferences"
 
 
 def _say_what_is_next(config: Config, kind: str) -> None:
@@ -255,24 +241,20 @@ def _encode(
 
 
 def _write(
-    config: Config,
-    sources: list[Source],
-    chat: Chat,
-    tables: Tables,
-    left_out: list[Refusal],
-    quiet: bool,
+    tables: Tables, sources: list[Source], chat: Chat, left_out: list[Refusal], quiet: bool
 ) -> list[SourceAccount]:
     """Write the dev file, if one is wanted, and the training file; print their accounts."""
+    config = tables.config
     written = tables.selection.fate == KEPT
     outputs = [(config.dev_out, tables.selection.dev)] if config.dev_out else []
     outputs.append((config.out, ~tables.selection.dev))
     for path, side in reversed(outputs):
         if not (written & side & (tables.trained > 0)).any():
-            empty = f"--data: no record in {', '.join(source.path for source in sources)}"
+            empty = f"--data: no record in {', '.join(tables.paths)}"
             if refusals := tables.spool.refusals:
                 n = tables.spool.refused.total()
                 empty = f"{n:,} lines refused, such as {refusals[0].message}"
-            reason = fates(tables, _cuts(config, tables)) or empty
+            reason = fates(tables) or empty
             what = "to train on" if path == config.out else f"for --dev_out {path}"
             raise UserError(f"nothing is left {what}: {reason}")
     tokenizer = chat.tokenizer
@@ -283,8 +265,8 @@ def _write(
         "tokenizer_hash": tokenizer.hash,
         "template_hash": chat.template.hash,
         "chat": chat.as_dict(),
-        "sources": [source.path for source in sources],
-        "source_sha256": [_sha256(source.path) for source in sources],
+        "sources": list(tables.paths),
+        "source_sha256": [_sha256(path) for path in tables.paths],
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},
     }
     accounts: list[SourceAccount] = []
@@ -295,13 +277,13 @@ def _write(
         account = {"sources": [vars(a) for a in accounts], "total": vars(total)}
         chosen, refusals = np.flatnonzero(side & written), left_out if training else []
         own = {**attrs, "account": account}
-        n_rows = write_packed(path or "", tables, chosen, config, own, refusals, quiet)
+        n_rows = write_packed(path or "", tables, chosen, own, refusals, quiet)
         if not quiet:
             filled = (total.trained + total.context) / (n_rows * config.context_length)
             say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
             say(table(accounts))
     if not quiet:
-        for line in notes(tables, left_out, _cuts(config, tables)):
+        for line in notes(tables, left_out):
             say(line)
     return accounts
 

@@ -7,6 +7,7 @@ records have no lines of their own: a JSON array is often written as a single li
 
 import gzip
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from whet.chat.conversation import Origin
 from whet.config import collected, problems
 from whet.errors import UserError
 
@@ -132,6 +134,18 @@ def read_units(path: str) -> Iterator[Unit]:
         _check_encoding(path, file.peek(4)[:4])
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         yield from (_json_units if kind == ".json" else _text_units)(path, text)
+
+
+def read_records(path: str | Path, limit: int | None = None) -> Iterator[tuple[Origin, Any]]:
+    """The first `limit` records of a file, each with its place. Raises UserError with the place of
+    one that cannot be read."""
+    for unit in itertools.islice(read_units(str(path)), limit):
+        at = Origin(str(path), unit.line)
+        try:
+            record = parse(unit)
+        except UserError as error:
+            raise at.error(str(error)) from None
+        yield at, record
 
 
 def parse(unit: Unit) -> Any:

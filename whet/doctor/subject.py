@@ -20,9 +20,9 @@ from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat
 from whet.chat.encode import Datum, EncodeOptions, encode_many
 from whet.data.batches import Batch, make_batch
+from whet.data.encoding import sides_of
 from whet.data.formats import to_example
-from whet.data.preferences import Preference
-from whet.data.reader import parse, read_units
+from whet.data.reader import read_records
 from whet.data.store import PackedStore, Rows, new_store, row_weights
 from whet.errors import UserError
 from whet.model.decoder import Transformer
@@ -173,15 +173,8 @@ def first_layers(model: Transformer, n: int) -> Transformer:
 def read_conversations(path: Path, format: str | None) -> list[Datum]:
     """The first conversations of a data file; raises UserError for the first that is none."""
     data: list[Datum] = []
-    for unit in read_units(str(path)):
-        if len(data) == SCANNED_CONVERSATIONS:
-            break
-        try:
-            datum = to_example(parse(unit), format, str(path), unit.line)
-            data += datum.sides if isinstance(datum, Preference) else [datum]
-        except UserError as error:
-            where = f"{path}:{unit.line}: "
-            raise UserError(where + str(error).removeprefix(where)) from None
+    for at, record in read_records(path, SCANNED_CONVERSATIONS):
+        data += sides_of(to_example(record, format, at.source, at.line))
     if not data:
         raise UserError(f"--conversations {path}: holds nothing")
     return data

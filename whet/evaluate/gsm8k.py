@@ -4,7 +4,6 @@ A problem is put to the model as one user turn, exactly as in training, and deco
 reply counts as right if the number it states (`answers.py`) is the gold number exactly.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from whet.chat.chat import Chat
+from whet.chat.conversation import Origin
 from whet.chat.encode import encode_prompt
-from whet.data.reader import Unit, parse, read_units
+from whet.data.reader import read_records
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number, wilson
 from whet.files import replaced
@@ -128,7 +128,7 @@ def load_gsm8k(path: str | Path, limit: int | None = None) -> list[Problem]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a file of problems, such as GSM8K's test")
-    problems = [_problem(unit, path) for unit in itertools.islice(read_units(str(path)), limit)]
+    problems = [_problem(record, at) for at, record in read_records(path, limit)]
     if not problems:
         raise UserError(f"{path}: no problems in it; expected JSON lines with question and answer")
     return problems
@@ -141,29 +141,24 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
 
-def _problem(unit: Unit, path: Path) -> Problem:
-    where = f"{path}:{unit.line}"
-    try:
-        record = parse(unit)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+def _problem(record: Any, at: Origin) -> Problem:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object, got {type(record).__name__}")
+        raise at.error(f"expected an object, got {type(record).__name__}")
     if {"question", "answer"} <= record.keys():
         question, answer = record["question"], record["answer"]
     elif {"Body", "Question", "Answer"} <= record.keys():
         question, answer = svamp_question(record), record["Answer"]
     else:
-        raise UserError(
-            f"{where}: expected the fields question and answer (or SVAMP's Body, Question and "
+        raise at.error(
+            "expected the fields question and answer (or SVAMP's Body, Question and "
             f"Answer), got {', '.join(map(str, record)) or 'none'}"
         )
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: the question must be a text, got {question!r}")
+        raise at.error(f"the question must be a text, got {question!r}")
     gold = extract_answer(str(answer)) if isinstance(answer, str | int | float) else None
     if gold is None or not same_number(gold, gold):
-        raise UserError(f"{where}: no number in the answer {answer!r}; expected, say, '#### 18'")
-    return Problem(question, gold, unit.line)
+        raise at.error(f"no number in the answer {answer!r}; expected, say, '#### 18'")
+    return Problem(question, gold, at.line)
 
 
 def svamp_question(record: dict[str, Any]) -> str:

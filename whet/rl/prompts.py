@@ -1,7 +1,6 @@
 """The prompts of a policy in training: what is asked, and what a reward needs to judge a reply."""
 
 import hashlib
-import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from whet.chat.chat import Chat
-from whet.chat.conversation import Message, shown
+from whet.chat.conversation import Message, Origin, shown
 from whet.chat.encode import encode_prompt
-from whet.data.reader import Unit, parse, read_units
+from whet.data.reader import read_records
 from whet.data.record import SYSTEM_KEYS, first_of
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer
@@ -92,14 +91,13 @@ def load_prompts(
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; expected JSON lines with prompt or question")
-    units = list(itertools.islice(read_units(str(path)), limit))
     found, too_long = list[Prompt](), list[int]()
-    with track("Reading prompts", total=len(units), unit="prompts", quiet=quiet) as progress:
-        for unit in units:
-            prompt = _prompt(unit, path, chat)
+    with track("Reading prompts", unit="prompts", quiet=quiet) as progress:
+        for at, record in read_records(path, limit):
+            prompt = _prompt(record, at, chat)
             progress.advance(1)
             if longest is not None and len(prompt.ids) > longest:
-                too_long.append(unit.line)
+                too_long.append(at.line)
             else:
                 found.append(prompt)
     if needs_gold and (lines := [p.line for p in found if p.gold is None]):
@@ -111,8 +109,9 @@ def load_prompts(
         raise UserError(f"{flag} {path}: no prompt in it fits the model's positions")
     notes = []
     if too_long:
+        count = len(found) + len(too_long)
         notes.append(
-            f"{path}: {len(too_long)} of {len(units)} prompts were left out, as they have more "
+            f"{path}: {len(too_long)} of {count} prompts were left out, as they have more "
             f"than {longest:,} tokens and leave no room for a reply ({_lines(too_long)} too long)"
         )
     return Prompts(path, found), notes
@@ -123,17 +122,15 @@ def _lines(lines: list[int]) -> str:
     return f"line {shown} has" if len(lines) == 1 else f"lines {shown} have"
 
 
-def _prompt(unit: Unit, path: Path, chat: Chat) -> Prompt:
-    where = f"{path}:{unit.line}"
+def _prompt(record: Any, at: Origin, chat: Chat) -> Prompt:
     try:
-        record = parse(unit)
         if not isinstance(record, dict):
             raise UserError(f"expected an object, got {type(record).__name__}")
         messages = _messages(record)
         ids = encode_prompt(messages, chat, tools=record.get("tools") or None, go_on=False)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return Prompt(ids, messages, _gold(record), record, unit.line)
+        raise at.error(str(error)) from None
+    return Prompt(ids, messages, _gold(record), record, at.line)
 
 
 def _messages(record: dict[str, Any]) -> list[Message]:
