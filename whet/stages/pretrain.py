@@ -88,9 +88,8 @@ def _make_chat(config: Config) -> Chat:
 def texts_of(data: tuple[str, ...], characters: int = TOKENIZER_CHARACTERS) -> Iterator[str]:
     """The texts of the files, up to so many characters in all."""
     left = characters
-    for _, record in itertools.chain.from_iterable(
-        read_records(parse_source(d).path) for d in data
-    ):
+    files = [parse_source(argument).path for argument in data]
+    for _, record in itertools.chain.from_iterable(map(read_records, files)):
         if left <= 0:
             return
         text = record.get("text") if isinstance(record, dict) else None
