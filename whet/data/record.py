@@ -68,18 +68,25 @@ def one_of(record: Record, names: Sequence[str], at: Origin) -> Any:
     return values[0] if values else None
 
 
+def with_system(messages: Any, record: Record, at: Origin) -> Any:
+    """Messages after the record's system prompt, if it has one."""
+    said = one_of(record, SYSTEM_KEYS, at)
+    if said is None:
+        return messages
+    if not isinstance(said, str):
+        raise at.error(f"system must be a text, got {shown(said)}")
+    if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
+        first = messages[0]
+        if first.get("role") != "system":
+            return [{"role": "system", "content": said}, *messages]
+        if first.get("content") != said:
+            raise at.error("has a field system and a system turn; keep one of them")
+    return messages
+
+
 def conversation_of(messages: Any, record: Record, at: Origin, *used: str | None) -> Conversation:
     """Messages with the record's tools, documents and system prompt."""
-    said = one_of(record, SYSTEM_KEYS, at)
-    if said is not None:
-        if not isinstance(said, str):
-            raise at.error(f"system must be a text, got {shown(said)}")
-        if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
-            first = messages[0]
-            if first.get("role") != "system":
-                messages = [{"role": "system", "content": said}, *messages]
-            elif first.get("content") != said:
-                raise at.error("has a field system and a system turn; keep one of them")
+    messages = with_system(messages, record, at)
     tools = one_of(record, TOOLS_KEYS, at)
     if tools is not None and record.get("functions"):
         functions = from_json(tools, "functions", at.where)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from whet.data.batches import Batch, make_batch, micro_batch_count, micro_batches
 from whet.data.rows import Rows
+from whet.flags.ppo import Config
 from whet.generate.engine import evaluating
 from whet.model.attention import planned
 from whet.model.decoder import Transformer, run_batch
@@ -22,6 +23,8 @@ from whet.rl.rollout_file import Layout
 from whet.train.distributed import Ranks, gather, unwrap
 
 Completed = tuple[dict[str, np.ndarray], dict[str, float]]
+Reference = Callable[[nn.Module, Batch], Tensor]
+"""(model in training, batch) -> -ln p (B, T) of the model that training begins with."""
 
 
 class ActorCritic(nn.Module):
@@ -58,31 +61,29 @@ def judged_places(
     model: nn.Module,
     ranks: Ranks,
     *,
-    reference: Callable[[nn.Module, Batch], Tensor] | None,
-    kl: float,
-    gamma: float,
-    lam: float,
-    micro_batch_size: int,
+    config: Config,
+    reference: Reference | None,
 ) -> Completed:
     """What PPO needs of each reply token of a rollout, and numbers for the log.
 
-    The reward of a token is -kl (ln p - ln p_reference), that of a reply's last token the reply's
-    own besides. Gives, as they stand in the file, `values`, `returns` and `token_advantages`
-    (rows, T): the critic's values, and what `gae` makes of rewards and values, the advantages with
-    mean 0 and variance 1 over the rollout's trained tokens. All ranks call it.
+    The reward of a token is -kl (ln p - ln p_reference), kl being the flag; the reply's own comes
+    to that of its last token. Gives, as they stand in the file, `values`, `returns` and
+    `token_advantages` (rows, T): the critic's values, and what `gae` makes of rewards and values,
+    the advantages with mean 0 and variance 1 over the rollout's trained tokens. All ranks call it.
     """
-    values, reference_nll = _read_places(layout, model, ranks, reference, micro_batch_size)
+    assert config.micro_batch_size is not None, "resolved before"
+    values, reference_nll = _read_places(layout, model, ranks, reference, config.micro_batch_size)
     # A value stands at the place before its token, where the model predicts the token.
     old, nll = (torch.from_numpy(np.roll(x, 1, 1)).double() for x in (values, reference_nll))
     weight = torch.from_numpy(layout.mask)
     inside, change = weight != 0, torch.zeros_like(old)
     if reference is not None:
         change = torch.where(inside, torch.from_numpy(layout.logp) + nll, 0.0)
-    rewards = -kl * change
+    rewards = -config.kl * change
     for document in layout.documents:
         if document.weight:
             rewards[document.row, document.end - 1] += document.sample.reward
-    advantages, returns = gae(rewards, old, inside, gamma=gamma, lam=lam)
+    advantages, returns = gae(rewards, old, inside, gamma=config.gamma, lam=config.gae_lambda)
     old = torch.where(inside, old, 0.0)
     made = {"values": old, "returns": returns, "token_advantages": whitened(advantages, weight)}
     places = {name: x.numpy().astype(np.float32) for name, x in made.items()}
@@ -107,7 +108,7 @@ def _read_places(
     layout: Layout,
     model: nn.Module,
     ranks: Ranks,
-    reference: Callable[[nn.Module, Batch], Tensor] | None,
+    reference: Reference | None,
     micro_batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The critic's values, and -ln p under the reference, (rows, T) each, at the place before each

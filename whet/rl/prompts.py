@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from whet.chat.chat import Chat
-from whet.chat.conversation import Message, Origin, shown
+from whet.chat.conversation import Message, Origin, read_conversation, shown
 from whet.chat.encode import encode_prompt
 from whet.data.reader import read_records
-from whet.data.record import SYSTEM_KEYS, first_of
+from whet.data.record import first_of, with_system
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer
 from whet.evaluate.gsm8k import svamp_question
@@ -123,41 +123,31 @@ def _lines(lines: list[int]) -> str:
 
 
 def _prompt(record: Any, at: Origin, chat: Chat) -> Prompt:
-    try:
-        if not isinstance(record, dict):
-            raise UserError(f"expected an object, got {type(record).__name__}")
-        messages = _messages(record)
-        ids = encode_prompt(messages, chat, tools=record.get("tools") or None, go_on=False)
-    except UserError as error:
-        raise at.error(str(error)) from None
+    if not isinstance(record, dict):
+        raise at.error(f"expected an object, got {type(record).__name__}")
+    messages = with_system(_asked(record, at), record, at)
+    asked = read_conversation(messages, tools=record.get("tools"), at=at, asks=True)
+    ids = encode_prompt(asked, chat, go_on=False)
     return Prompt(ids, messages, _gold(record), record, at.line)
 
 
-def _messages(record: dict[str, Any]) -> list[Message]:
+def _asked(record: dict[str, Any], at: Origin) -> list[Message]:
     name = first_of(record, ("prompt", "messages", "question"))
     asked = record[name] if name else None
     if name is None and {"Body", "Question"} <= record.keys():
         name, asked = "Question", svamp_question(record)
     if name is None:
         names = ", ".join(map(str, record)) or "none"
-        raise UserError(f"expected the field prompt, messages or question, got {names}")
+        raise at.error(f"expected the field prompt, messages or question, got {names}")
     if isinstance(asked, str) and asked.strip():
-        asked = [{"role": "user", "content": asked}]
+        return [{"role": "user", "content": asked}]
     if not isinstance(asked, list) or not asked:
-        raise UserError(f"{name} must be a text or a list of messages, got {shown(asked)}")
+        raise at.error(f"{name} must be a text or a list of messages, got {shown(asked)}")
     if isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
-        raise UserError(
+        raise at.error(
             "the messages end with the assistant's; expected them to end with what it is asked"
         )
-    system = first_of(record, SYSTEM_KEYS)
-    said = record[system] if system else ""
-    if not said:
-        return asked
-    if not isinstance(said, str):
-        raise UserError(f"{system} must be a text, got {shown(said)}")
-    if isinstance(asked[0], dict) and asked[0].get("role") == "system":
-        raise UserError(f"has a field {system} and a system turn; keep one of them")
-    return [{"role": "system", "content": said}, *asked]
+    return asked
 
 
 def _gold(record: dict[str, Any]) -> str | None:

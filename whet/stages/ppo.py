@@ -44,32 +44,15 @@ def build(config: Config, ranks: Ranks) -> Stage:
     if config.kl:
         reference = frozen_reference(opened.model, opened.lora is not None, config.temperature)
     model = ActorCritic(opened.model, critic.model)
-    loss = partial(
-        ppo_loss,
-        low=config.clip_low,
-        high=config.clip_high,
-        value_clip=config.value_clip,
-        value_weight=config.value_weight,
-        temperature=config.temperature,
-    )
-    assert config.micro_batch_size is not None, "resolved before"
-    complete = partial(
-        judged_places,
-        reference=reference,
-        kl=config.kl,
-        gamma=config.gamma,
-        lam=config.gae_lambda,
-        micro_batch_size=config.micro_batch_size,
-    )
     stage = policy_stage(
         config,
         ranks,
         opened,
-        loss,
+        partial(ppo_loss, config=config),
         name="ppo",
         advantage="plain",
         passes=config.passes,
-        complete=complete,
+        complete=partial(judged_places, config=config, reference=reference),
     )
     start = ("critic", f"{config.critic or config.model}, learning rate x {config.critic_lr:g}")
     save = partial(save_both, policy=stage.save_model, chat=opened.chat, lora=critic.lora)
@@ -92,29 +75,21 @@ def _open_critic(config: Config, ranks: Ranks, opened: Opened) -> Opened:
     return critic
 
 
-def ppo_loss(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    low: float,
-    high: float,
-    value_clip: float,
-    value_weight: float,
-    temperature: float,
-) -> Sums:
+def ppo_loss(model: nn.Module, batch: Batch, *, config: Config) -> Sums:
     """The losses of policy and critic of a micro-batch, see `whet.rl.policy_loss`."""
-    found, values = run_batch(model, batch, per_token=True, temperature=temperature)
-    sampled, nll = batch.extra["sampled"], found.nll.detach()
-    part = policy_term(found.nll, sampled, batch.extra["advantage"], "clip", low=low, high=high)
-    old, returns = batch.extra["values"], batch.extra["returns"]
-    errors = value_loss(values, old, returns, value_clip)
+    found, values = run_batch(model, batch, per_token=True, temperature=config.temperature)
+    names = ("sampled", "advantage", "values", "returns")
+    sampled, advantage, old, returns = (batch.extra[name] for name in names)
+    nll, low, high = found.nll.detach(), config.clip_low, config.clip_high
+    part = policy_term(found.nll, sampled, advantage, "clip", low=low, high=high)
+    errors = value_loss(values, old, returns, config.value_clip)
     count = (batch.weight != 0).sum().double()
     named = {
         "mismatch": ((sampled - nll).abs().sum().double(), count),
         "clipped": ((part.clipped * (batch.weight != 0)).sum().double(), count),
         "value_loss": (errors.detach().sum().double(), count),
     }
-    loss = (batch.weight * (part.term + value_weight * errors)).sum()
+    loss = (batch.weight * (part.term + config.value_weight * errors)).sum()
     return Sums(loss, nll, named)
 
 
