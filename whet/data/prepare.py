@@ -139,7 +139,7 @@ def _prepare(
     config = dataclasses.replace(config, date=config.date or chat.today.isoformat())
     encoder = BlockEncoder(
         chat=chat,
-        options=_encode_options(config),
+        options=EncodeOptions(config.train_on, config.rewritten_turns, config.special_in_content),
         paths=tuple(source.path for source in sources),
         context_length=config.context_length,
         format=config.format,
@@ -201,15 +201,6 @@ def _say_what_is_next(config: Config, kind: str) -> None:
     command = {"text": "sft", "preferences": "dpo", "labels": "dpo --loss kto"}[kind]
     say(f"next: whet inspect {config.out}")
     say(f"      whet {command} --model {config.tokenizer} {files} --out runs/{command.split()[0]}")
-
-
-def _encode_options(config: Config) -> EncodeOptions:
-    return EncodeOptions(
-        train_on=config.train_on,
-        rewritten_turns=config.rewritten_turns,
-        special_in_content=config.special_in_content,
-        uncertain="drop",  # the workers hand refusals on; `stop_at_refusals` judges them
-    )
 
 
 def _workers(config: Config, sources: list[Source]) -> int:

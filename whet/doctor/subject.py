@@ -19,7 +19,7 @@ from torch import Tensor
 
 from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat
-from whet.chat.encode import Datum, EncodeOptions, encode_many
+from whet.chat.encode import Datum, encode_many
 from whet.data.batches import Batch, make_batch
 from whet.data.encoding import sides_of
 from whet.data.formats import to_example
@@ -247,7 +247,7 @@ def sample_rows(
     if store is not None:
         found = list(_stored(store))
     elif data and chat is not None:
-        results = encode_many(data, chat, EncodeOptions(uncertain="drop"))
+        results = encode_many(data, chat)
         refused = [result for result in results if isinstance(result, Refusal)]
         found = [
             Document(example.ids.astype(np.int64), example.loss_mask)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
-from whet.chat.encode import Encoded, EncodeOptions, encode_many, encode_prompt
+from whet.chat.encode import Encoded, encode_many, encode_prompt
 from whet.doctor.subject import Finding, Subject, failed, judge, skipped
 from whet.errors import UserError
 from whet.evaluate.dev import misfits, template_misfit
@@ -26,7 +26,7 @@ def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Findi
         why = "no conversations; give --conversations FILE"
         yield from skipped("the model has no tokenizer" if talks else why, FAITHFUL, STOPS)
         return
-    results = encode_many(talks, chat, EncodeOptions(uncertain="drop"))
+    results = encode_many(talks, chat)
     kinds = Counter(result.kind for result in results if isinstance(result, Refusal))
     told = f"of {len(talks)} conversations"
     if kinds:
