@@ -37,15 +37,9 @@ _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE
 _THINKING = re.compile(r"<think>.*?(?:</think>|\Z)|\A.*?</think>", re.DOTALL | re.IGNORECASE)
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _PLAINER = str.maketrans(
-    {
-        "\u2212": "-",
-        "\u2010": "-",
-        "\u2011": "-",
-        "\ufe63": "-",
-        "\uff0d": "-",
-    }  # ways to write minus
+    dict.fromkeys("\u2212\u2010\u2011\ufe63\uff0d", "-")  # ways to write minus
     | {"¼": " 1/4", "½": " 1/2", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "\u2044": "/"}
-    | {"\u00a0": " ", "\u202f": " ", "\u2009": " "}
+    | dict.fromkeys("\u00a0\u202f\u2009", " ")
 )
 _SPACED_THOUSANDS = re.compile(r"(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
 

@@ -39,15 +39,9 @@ def main(config: Config) -> int:
             f"{found.unanswered:,} without a number, {found.unstopped:,} without an end"
         )
         samples = found.samples
-        numbers |= {
-            "gsm8k": str(config.gsm8k),
-            "accuracy": found.accuracy,
-            "interval_95": [found.low, found.high],
-            "correct": found.correct,
-            "n": found.n,
-            "unanswered": found.unanswered,
-            "unstopped": found.unstopped,
-        }
+        names = ("accuracy", "correct", "n", "unanswered", "unstopped")
+        numbers |= {"gsm8k": str(config.gsm8k), "interval_95": [found.low, found.high]}
+        numbers |= {name: getattr(found, name) for name in names}
     numbers["seconds"] = round(time.monotonic() - started, 3)
     if config.json:
         with replaced(config.json) as aside:

@@ -4,7 +4,7 @@ Each prompt takes one of the running `Rows`. When its reply has ended, the next 
 Prompts run longest first, since those that start together are padded to the longest of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,12 +54,8 @@ def generate(
     Raises UserError for a prompt that leaves no room for a reply.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    replies: list[list[int]] = [[] for _ in prompts]
-    for piece in _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size):
-        replies[piece.index].extend(piece.tokens)
-        if piece.ended and progress is not None:
-            progress.advance(1)
-    return replies
+    pieces = _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size)
+    return [ids for ids, _ in _whole(pieces, len(prompts), progress)]
 
 
 def sample(
@@ -78,19 +74,26 @@ def sample(
     What is sampled for a prompt depends on its key alone. There is no top-k and no top-p: the
     trainer's probabilities are those of the whole vocabulary. Else as `generate`.
     """
-    ids: list[list[int]] = [[] for _ in prompts]
-    logp: list[list[float]] = [[] for _ in prompts]
     sampling = Sampling(temperature)
-    for piece in _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size, keys=keys):
-        ids[piece.index] += piece.tokens
-        logp[piece.index] += piece.logp
+    pieces = _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size, keys=keys)
+    return [
+        Reply(ids, logp, bool(ids) and ids[-1] in set(stop_ids))
+        for ids, logp in _whole(pieces, len(prompts), progress)
+    ]
+
+
+def _whole(
+    pieces: Iterable[Piece], count: int, progress: Progress | None
+) -> list[tuple[list[int], list[float]]]:
+    """The tokens of each reply, and their log-probabilities, of its pieces."""
+    found: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count)]
+    for piece in pieces:
+        ids, logp = found[piece.index]
+        ids += piece.tokens
+        logp += piece.logp
         if piece.ended and progress is not None:
             progress.advance(1)
-    stops = set(stop_ids)
-    return [
-        Reply(reply, numbers, bool(reply) and reply[-1] in stops)
-        for reply, numbers in zip(ids, logp, strict=True)
-    ]
+    return found
 
 
 def stream(

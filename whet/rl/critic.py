@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whet.data.batches import Batch, make_batch, micro_batch_count, micro_batches
+from whet.data.batches import Batch, make_batch, micro_batches, shares_of
 from whet.data.rows import Rows
 from whet.flags.ppo import Config
 from whet.generate.engine import evaluating
@@ -114,12 +114,10 @@ def _read_places(
     """The critic's values, and -ln p under the reference, (rows, T) each, at the place before each
     token; every rank runs its rows and gets all."""
     inner: Any = unwrap(model)
-    n_rows = len(layout.tokens)
-    mine = np.arange(ranks.rank, n_rows, ranks.size)
+    shares = shares_of(len(layout.tokens), ranks.rank, ranks.size, micro_batch_size)
     found = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
     with torch.no_grad(), evaluating(inner):
-        for i in range(micro_batch_count(n_rows, ranks.size, micro_batch_size)):
-            rows = mine[i * micro_batch_size : (i + 1) * micro_batch_size]
+        for rows in shares:
             read = Rows(layout.tokens[rows], layout.mask[rows], layout.segments[rows])
             whole = micro_batches(make_batch(read, rows, total=1.0), micro_batch_size, 1)[0]
             batch = planned(whole).to(ranks.device)

@@ -83,16 +83,17 @@ def open_rewards(
     `seconds` is how long a function of the user's may take for one call.
     """
     found = []
+    own: dict[str, Score] = {
+        "correct": correct,
+        "format": in_form,
+        "length": Length(max_new_tokens),
+    }
     shown = short_names([parse_reward(text)[0] for text in texts])
     for text in texts:
         name, weight = parse_reward(text)
         score: Score
-        if name == "correct":
-            score = correct
-        elif name == "format":
-            score = in_form
-        elif name == "length":
-            score = Length(max_new_tokens)
+        if name in own:
+            score = own[name]
         elif name.rpartition(":")[0].endswith(".py"):
             score = stack.enter_context(PythonReward(name, seconds))
         else:

@@ -90,26 +90,17 @@ class Server:
 
     def sample(self, request: Request) -> list[Reply]:
         """The replies to a prompt. Raises UserError for anything but `n` whole ones."""
-        if self.kind == "vllm":
-            answer = self.call("/v1/completions", self._for_vllm(request))
-            choices = self._listed(answer, "choices", request.n)
-            choices.sort(key=lambda choice: choice.get("index", 0))
-        else:
-            answer = self.call("/generate", self._for_sglang(request))
-            choices = self._listed(answer, None, request.n)
-        return [self._reply(choice, request) for choice in choices]
+        return [self._reply(choice, request) for choice in self._choices(request)]
 
     def judge(self, request: Request) -> tuple[list[float], Reply]:
         """ln p of each token of a prompt but the first, at temperature 1, and a reply to it."""
         n = len(request.ids)
         if self.kind == "vllm":
-            body = {**self._for_vllm(request), "prompt_logprobs": 1}
-            (choice,) = self._listed(self.call("/v1/completions", body), "choices", 1)
+            (choice,) = self._choices(request, prompt_logprobs=1)
             table = self._listed(choice, "prompt_logprobs", n)[1:]
             found = [t[str(i)]["logprob"] for t, i in zip(table, request.ids[1:], strict=True)]
         else:
-            body = {**self._for_sglang(request), "logprob_start_len": 0}
-            (choice,) = self._listed(self.call("/generate", body), None, 1)
+            (choice,) = self._choices(request, logprob_start_len=0)
             entries = self._listed(choice.get("meta_info"), "input_token_logprobs", n)
             found = [entry[0] for entry in entries[1:]]
         return found, self._reply(choice, request)
@@ -169,6 +160,15 @@ class Server:
         answer = self.call(path, body)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise self.error(f"{path} failed: {_said(answer)}")
+
+    def _choices(self, request: Request, **more: int) -> list[Any]:
+        """The replies to a request, as the server has them, in order; `more` is asked besides."""
+        if self.kind == "sglang":
+            answer = self.call("/generate", {**self._for_sglang(request), **more})
+            return self._listed(answer, None, request.n)
+        answer = self.call("/v1/completions", {**self._for_vllm(request), **more})
+        found = self._listed(answer, "choices", request.n)
+        return sorted(found, key=lambda choice: choice.get("index", 0))
 
     def _for_vllm(self, request: Request) -> dict[str, Any]:
         return {

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whet.data.batches import Batch, make_batch, per_document
+from whet.data.batches import Batch, make_batch, per_document, shares_of
 from whet.data.reference import MISMATCHED, Reference, read_reference
 from whet.data.rows import Rows, mismatched
 from whet.data.store import PackedStore
@@ -45,7 +45,6 @@ from whet.stages.pairs import (
     open_pairs,
     order_in_words,
     pair_stage,
-    rows_of_file,
     sides,
     units_of,
 )
@@ -189,7 +188,7 @@ def compute_reference(
         for store, kind in product(stores.values(), kinds):
             empty = partial(with_reference, reference=Reference(""), kind=kind)
             logp = np.zeros(len(store.document_rows))
-            for share in rows_of_file(store, ranks, micro_rows):
+            for share in shares_of(len(store), ranks.rank, ranks.size, micro_rows):
                 batch = batch_of_rows(store, share, micro_rows, empty, ranks.device)
                 with torch.no_grad(), evaluating(inner):
                     found = replies_of(inner, batch)[0].logp.cpu().numpy()
@@ -251,7 +250,7 @@ def with_baseline(
 
     def evaluate(model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         if dev is not None:
-            shares = rows_of_file(dev, ranks, micro_rows)
+            shares = shares_of(len(dev), ranks.rank, ranks.size, micro_rows)
             each = (batch_of_rows(dev, s, micro_rows, complete, ranks.device) for s in shares)
             z.measure(model, each, ranks)
         return stage.evaluate(model, ranks, stop)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from whet.chat.chat import Chat
 from whet.config import collected
-from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
+from whet.data.batches import Batch, micro_batches, read_batch, shares_of
 from whet.data.store import PackedStore
 from whet.evaluate.answers import wilson
 from whet.evaluate.dev import source_labels
@@ -164,13 +164,6 @@ def pair_stage(
     )
 
 
-def rows_of_file(store: PackedStore, ranks: Ranks, micro_rows: int) -> list[np.ndarray]:
-    """The rows of this rank's micro-batches of the whole file; equally many on every rank."""
-    mine = np.arange(ranks.rank, len(store), ranks.size)
-    count = micro_batch_count(len(store), ranks.size, micro_rows)
-    return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(count)]
-
-
 def batch_of_rows(
     store: PackedStore,
     rows: np.ndarray,
@@ -224,7 +217,7 @@ class PairEvaluator:
         assert self.dev is not None
         labels = dict.fromkeys(source_labels(self.dev))
         found = {f"dev_pair_accuracy/source/{label}": np.zeros(2) for label in labels}
-        shares = rows_of_file(self.dev, ranks, self.micro_rows)
+        shares = shares_of(len(self.dev), ranks.rank, ranks.size, self.micro_rows)
         with track("Judging pairs", len(self.dev) // ranks.size, "rows", self.quiet) as progress:
             for rows in shares:
                 batch = batch_of_rows(self.dev, rows, self.micro_rows, self.complete, ranks.device)
