@@ -4,8 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from whet.compare.measure import Measured, measure
-from whet.compare.page import page
-from whet.compare.table import as_text, rows_of
+from whet.compare.table import as_text, page, rows_of
 from whet.files import replaced, write_json, write_text
 from whet.flags.compare import Config
 from whet.generate.opened import Opened, open_model

@@ -13,15 +13,14 @@ from whet.config import problems
 from whet.data.batches import Batch
 from whet.data.reference import Reference
 from whet.data.store import PackedStore
-from whet.evaluate.answers import wilson
+from whet.evaluate.answers import pass_at_k, wilson
 from whet.evaluate.dev import dev_loss, misfits
-from whet.evaluate.statistics import pass_at_k
 from whet.flags.compare import Config
 from whet.generate.engine import evaluating
 from whet.generate.opened import Opened
 from whet.rl.preference_loss import Objective
 from whet.rl.prompts import Prompts, load_prompts
-from whet.rl.rewards import Answer, correct, open_rewards, total_rewards
+from whet.rl.rewards import Answer, Reward, correct, open_rewards, total_rewards
 from whet.rl.sampling import answers_to
 from whet.stages.dpo import judge_replies, with_reference
 from whet.stages.pairs import Judge, PairEvaluator, order_in_words
@@ -56,11 +55,21 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
     if config.gsm8k is None:
         return Measured(name, numbers)
     prompts = _prompts(opened, config)
-    answers = _answers(opened, prompts, config)
-    right = [value == 1.0 for value in correct(answers)]
-    numbers |= _accuracy(right, answers) | _rewards(answers, opened, config)
-    if config.samples:
-        numbers |= _sampled(opened, first, prompts, config)
+    with ExitStack() as stack:
+        terms = open_rewards(
+            config.reward,
+            opened.chat,
+            stack,
+            max_new_tokens=config.max_new_tokens,
+            seconds=600.0,
+            device=opened.device,
+            precision=config.precision,
+        )
+        answers = _answers(opened, prompts, config)
+        right = [value == 1.0 for value in correct(answers)]
+        numbers |= _accuracy(right, answers) | _rewards(answers, terms)
+        if config.samples:
+            numbers |= _sampled(opened, first, prompts, config, terms)
     return Measured(
         name,
         numbers,
@@ -114,27 +123,16 @@ def _accuracy(right: Sequence[bool], answers: Sequence[Answer]) -> dict[str, flo
     }
 
 
-def _rewards(answers: Sequence[Answer], opened: Opened, config: Config) -> dict[str, float]:
-    if not config.reward:
+def _rewards(answers: Sequence[Answer], terms: Sequence[Reward]) -> dict[str, float]:
+    if not terms:
         return {}
-    device = next(opened.model.parameters()).device
-    with ExitStack() as stack:
-        terms = open_rewards(
-            config.reward,
-            opened.chat,
-            stack,
-            max_new_tokens=config.max_new_tokens,
-            seconds=600.0,
-            device=device,
-            precision=config.precision,
-        )
-        sums, parts = total_rewards(terms, answers)
+    sums, parts = total_rewards(terms, answers)
     means = {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
     return {"reward": float(np.mean(sums)), **means}
 
 
 def _sampled(
-    opened: Opened, first: Opened | None, prompts: Prompts, config: Config
+    opened: Opened, first: Opened | None, prompts: Prompts, config: Config, terms: Sequence[Reward]
 ) -> dict[str, float]:
     """pass@k of the samples, and how far they are from the first model."""
     n = config.samples
@@ -142,8 +140,7 @@ def _sampled(
     right = np.reshape(correct(answers), (-1, n)).sum(1).astype(int)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]
     found = {f"pass@{k}": float(np.mean([pass_at_k(n, int(c), k) for c in right])) for k in ks}
-    rewards = _rewards(answers, opened, config)
-    found |= {f"sampled_{name}": value for name, value in rewards.items()}
+    found |= {f"sampled_{name}": value for name, value in _rewards(answers, terms).items()}
     if first is None:
         return {**found, "kl_to_first": 0.0}
     if first.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
@@ -154,8 +151,7 @@ def _sampled(
 def _divergence(answers: Sequence[Answer], first: Opened, temperature: float) -> float:
     """Nats a reply: the mean of ln p - ln p_first over the model's own samples, which is an
     estimate of KL(model || first)."""
-    device = next(first.model.parameters()).device
-    sums = list[float]()
+    device, sums = first.device, list[float]()
     with torch.no_grad(), evaluating(first.model):
         for answer in answers:
             reply = answer.reply
@@ -175,8 +171,7 @@ def _dev(opened: Opened, config: Config) -> dict[str, float]:
         return {}
     store = PackedStore(config.dev)
     problems(misfits(opened.model, opened.chat, store, "--dev"))
-    device = next(opened.model.parameters()).device
-    found = dev_loss(opened.model, store, micro_rows=ROWS, device=device, quiet=False)
+    found = dev_loss(opened.model, store, micro_rows=ROWS, device=opened.device, quiet=False)
     return {"dev_loss": found.loss}
 
 
@@ -195,8 +190,7 @@ def _pairs(opened: Opened, first: Opened | None, config: Config) -> dict[str, fl
         complete = partial(with_reference, reference=Reference(""))
         judge = partial(judge_replies, objective=Objective("simpo", beta=1.0))
     evaluate = PairEvaluator(store, judge, complete, ROWS, order_in_words, quiet=False)
-    ranks = Ranks(device=next(opened.model.parameters()).device)
-    found = evaluate(opened.model, ranks, Stop(0.0)).metrics
+    found = evaluate(opened.model, Ranks(device=opened.device), Stop(0.0)).metrics
     names = ("pair_accuracy", "pair_accuracy_low", "pair_accuracy_high")
     pairs = len(store.document_rows) // 2
     return {"pairs": pairs, **{name: found[f"dev_{name}"] for name in names}}

@@ -56,12 +56,11 @@ def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[s
     problems(misfits(model, chat, store, "--dev"))
     for line in template_misfit(chat, store, "--dev", "what the model is asked with"):
         say(f"note: {line}")
-    device = next(model.parameters()).device
     found = dev_loss(
         model,
         store,
         micro_rows=micro_rows,
-        device=device,
+        device=opened.device,
         stop_ids=chat.stop_ids,
         quiet=False,
     )

@@ -20,6 +20,11 @@ class Opened(NamedTuple):
     model: Transformer
     chat: Chat
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
+
 
 def open_model(
     path: str | Path,

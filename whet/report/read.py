@@ -45,7 +45,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         tokens=rows.tokens,
         mask=rows.loss_mask,
         documents=shown,
-        sources=_sources(store),
+        sources=store.sources,
         index=index,
         texts=texts,
         lengths=documents["length"],
@@ -100,10 +100,6 @@ def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | No
             )
         return None, f"none, ids are shown ({path} has changed since the file was made)"
     return tokenizer, str(path)
-
-
-def _sources(store: PackedStore) -> list[str]:
-    return [str(source) for source in store.attrs.get("sources", [])]
 
 
 def _facts(store: PackedStore) -> dict[str, str]:

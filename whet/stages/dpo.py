@@ -37,7 +37,7 @@ from whet.rl.preference_loss import (
     kto_loss,
     preference_loss,
 )
-from whet.stages.opening import open_for_training
+from whet.stages.opening import open_for_training, run_tuned
 from whet.stages.packed import batches_of_step
 from whet.stages.pairs import (
     Judged,
@@ -49,11 +49,9 @@ from whet.stages.pairs import (
     units_of,
 )
 from whet.train.distributed import Ranks, sum_over_ranks, unwrap
-from whet.train.proposal import with_proposal
 from whet.train.resume import weights_fingerprint
-from whet.train.session import run_stage
 from whet.train.signals import Stop
-from whet.train.stage import Documents, Evaluation, Stage
+from whet.train.stage import Evaluation, Stage
 
 ADAPTER_LR = 1e-5
 FORGOTTEN = 0.5
@@ -292,12 +290,6 @@ def in_words(metrics: dict[str, float], *, of_pairs: bool) -> str:
     return words
 
 
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return PackedStore(config.data, ("preferences", "labels"))
-
-
 def main(config: Config) -> int:
     """`whet dpo`."""
-    fit = partial(with_proposal, build=build) if config.auto else None
-    return run_stage(config, "dpo", build, fit)
+    return run_tuned(config, "dpo", build)

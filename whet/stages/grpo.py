@@ -26,14 +26,11 @@ from whet.model.decoder import run_batch
 from whet.model.lora.lora import without_adapters
 from whet.rl.critic import Reference
 from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term, truncated_ratio
-from whet.rl.prompts import Prompts
 from whet.rl.sampling import policy_of
-from whet.stages.opening import open_for_training
+from whet.stages.opening import open_for_training, run_tuned
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.train.distributed import Ranks
-from whet.train.proposal import with_proposal
-from whet.train.session import run_stage
-from whet.train.stage import Documents, Stage, Sums
+from whet.train.stage import Stage, Sums
 
 RATIO_CAP = 2.0
 """The ratio of trainer's to sampler's probability counts up to this much (arXiv:2510.18855)."""
@@ -139,10 +136,4 @@ def frozen_reference(model: nn.Module, has_adapter: bool, temperature: float) ->
 
 def main(config: Config) -> int:
     """`whet grpo`."""
-    fit = partial(with_proposal, build=build) if config.auto else None
-    return run_stage(config, "grpo", build, fit)
-
-
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return Prompts(config.prompts, [])
+    return run_tuned(config, "grpo", build)

@@ -5,10 +5,11 @@ opened, what is not trained is frozen, and data that do not fit are refused.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,7 +36,11 @@ from whet.model.open import is_foreign, load_backbone_from_ckpt
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks
 from whet.train.optim import parse_lr_groups
+from whet.train.proposal import with_proposal
+from whet.train.session import run_stage
+from whet.train.stage import Stage
 
+C = TypeVar("C", bound=Any)
 USUAL_ADAPTER_LR = 1e-4
 
 
@@ -241,6 +246,12 @@ def find_chat(directory: Path | None, model: Path) -> Chat | None:
     home = directory or (tokenizer_home(model) if is_adapter(model) else model)
     has_one = (home / "tokenizer.json").is_file() or find_convertible(home) is not None
     return load_tokenizer(home) if directory or has_one else None
+
+
+def run_tuned(config: C, command: str, build: Callable[[C, Ranks], Stage]) -> int:
+    """`run_stage`, with the settings that fit into the memory where --auto asks for them."""
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, command, build, fit)
 
 
 def describe(model: Transformer) -> str:

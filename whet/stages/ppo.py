@@ -22,16 +22,13 @@ from whet.model.decoder import run_batch
 from whet.model.lora.lora import LoRA
 from whet.rl.critic import ActorCritic, judged_places
 from whet.rl.policy_loss import policy_term, value_loss
-from whet.rl.prompts import Prompts
 from whet.rl.sampling import policy_of
 from whet.stages.grpo import frozen_reference
-from whet.stages.opening import Opened, open_for_training
+from whet.stages.opening import Opened, open_for_training, run_tuned
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks, unwrap
-from whet.train.proposal import with_proposal
-from whet.train.session import run_stage
-from whet.train.stage import Documents, Stage, Sums
+from whet.train.stage import Stage, Sums
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
@@ -114,10 +111,4 @@ def main(config: Config) -> int:
     critic = f"re:^critic[.]={config.critic_lr:g}"
     if critic not in config.lr_groups:  # a resumed run's own flags have it
         config = replace(config, lr_groups=(*config.lr_groups, critic))
-    fit = partial(with_proposal, build=build) if config.auto else None
-    return run_stage(config, "ppo", build, fit)
-
-
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return Prompts(config.prompts, [])
+    return run_tuned(config, "ppo", build)
