@@ -1,6 +1,6 @@
 """Rewards judge a reply alone; a function of the user's can neither hang nor crash the training."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import pytest
@@ -176,7 +176,7 @@ def test_a_function_shares_nothing_with_the_training(functions, tmp_path):
     (tmp_path / "with.py").write_text(
         "import helper\ndef f(completions): return helper.f(completions)[:len(completions)]"
     )
-    with PythonReward(f"{tmp_path}/with.py:f", 20.0) as beside:
+    with closing(PythonReward(f"{tmp_path}/with.py:f", 20.0)) as beside:
         assert beside([answer("5")] * 100) == [64.0] * 64 + [36.0] * 36
 
 

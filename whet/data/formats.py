@@ -236,11 +236,6 @@ def _gsm8k(record: Record, at: Origin) -> Conversation:
     return conversation_of(_exchange(question, answer), record, at, "question", "answer")
 
 
-def _raw_text(record: Record, at: Origin) -> RawText:
-    text = text_of(record, "text", at, empty=False)
-    return RawText(text, at, rest(record, "text"))
-
-
 def _labelled(record: Record, at: Origin) -> Preference:
     def read(other: Record, at: Origin) -> Datum:
         return READERS[detect_format(other, at.source, at.line)](other, at)
@@ -258,5 +253,7 @@ READERS: dict[str, Callable[[Record, Origin], Datum]] = {
     "dolly": partial(_instruction, context_key="context", answer_key="response"),
     "prompt_completion": _prompt_completion,
     "gsm8k": _gsm8k,
-    "text": _raw_text,
+    "text": lambda record, at: RawText(
+        text_of(record, "text", at, empty=False), at, rest(record, "text")
+    ),
 }

@@ -209,15 +209,11 @@ def _show_result(
         say(f"  {label:<48}{first:>12}{second:>14}")
     say(f"\nQuestion\n{wrapped(problem.question)}")
     for label, name in (("The base answers", "base"), ("The fine-tuned model answers", "sft")):
-        say(f"\n{label}\n{wrapped(_first_answer(out, name))}")
+        first = next(world.read_lines(out / f"{name}_answers.jsonl"))
+        say(f"\n{label}\n{wrapped(first['reply'])}")
     say(f"\nThe base, asked in its own way: {problem.story} …\n{wrapped(continued)}")
     say("\nSFT taught it to answer. Counting it had learnt before. Chat on:\n")
     chat = [whet(), "chat", str(out / "sft")]
     serve = [whet(), "serve", str(out / "base"), str(out / "sft")]  # side by side in the browser
     for words in (chat, [*chat, "--prompt", problem.question], serve):
         say(textwrap.indent(folded(words), "  "))
-
-
-def _first_answer(out: Path, name: str) -> str:
-    with open(out / f"{name}_answers.jsonl", encoding="utf-8") as file:
-        return json.loads(file.readline())["reply"]

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def open_rewards(
         if name in own:
             score = own[name]
         elif name.rpartition(":")[0].endswith(".py"):
-            score = stack.enter_context(PythonReward(name, seconds))
+            score = stack.enter_context(closing(PythonReward(name, seconds)))
         else:
             score = reward_model(name, chat, device, precision)
         found.append(Reward(shown[name], weight, score))
@@ -182,12 +182,6 @@ class PythonReward:
         except UserError:
             self.close()
             raise
-
-    def __enter__(self) -> "PythonReward":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process, and those that it has started."""

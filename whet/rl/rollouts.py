@@ -100,7 +100,8 @@ class Rollouts:
                     f"gone: remove the states after step {step - update} from "
                     f"{self.folder.parent / 'state'}, and --resume makes it again"
                 ) from None
-            self.known[number] = self._prompts_of(self.current)
+            lines = self.current.store.documents["line"]
+            self.known[number] = self.current.by_segment(lines)
         return made
 
     def batches(self, step: int) -> list[Batch]:
@@ -245,10 +246,6 @@ class Rollouts:
     def find(self, file: str, line: int) -> np.ndarray:
         """The prompts of a line."""
         return self.prompts.find(file, line)
-
-    def _prompts_of(self, rollout: Rollout) -> np.ndarray:
-        """(rows, S + 1) the line of each document's prompt."""
-        return rollout.by_segment(rollout.store.documents["line"])
 
 
 def numbers_of(groups: Sequence[Sequence[Sample]], asked: int) -> dict[str, float]:

@@ -14,12 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from whet.chat.chat import Chat
 from whet.config import problems
 from whet.data.batches import Batch
 from whet.flags.ppo import Config
 from whet.model.decoder import run_batch
-from whet.model.lora.lora import LoRA
 from whet.rl.critic import ActorCritic, judged_places
 from whet.rl.policy_loss import policy_term, value_loss
 from whet.rl.sampling import policy_of
@@ -52,7 +50,16 @@ def build(config: Config, ranks: Ranks) -> Stage:
         complete=partial(judged_places, config=config, reference=reference),
     )
     start = ("critic", f"{config.critic or config.model}, learning rate x {config.critic_lr:g}")
-    save = partial(save_both, policy=stage.save_model, chat=opened.chat, lora=critic.lora)
+    write: Any = stage.save_model
+    lineage = {"stage": "critic", "base": write.lineage["base"]}
+    write_critic = ModelWriter(opened.chat, lineage, lora=critic.lora)
+
+    def save(model: nn.Module, directory: Path, metrics: dict[str, float]) -> None:
+        """The policy as the model, and the critic in `critic/` beside it."""
+        inner: Any = unwrap(model)
+        write(inner.policy, directory, metrics)
+        write_critic(inner.critic, directory / "critic", metrics)
+
     return replace(
         stage,
         model=model,
@@ -88,22 +95,6 @@ def ppo_loss(model: nn.Module, batch: Batch, *, config: Config) -> Sums:
     }
     loss = (batch.weight * (part.term + config.value_weight * errors)).sum()
     return Sums(loss, nll, named)
-
-
-def save_both(
-    model: nn.Module,
-    directory: Path,
-    metrics: dict[str, float],
-    *,
-    policy: Any,
-    chat: Chat | None,
-    lora: LoRA | None,
-) -> None:
-    """Write the policy as the model, and the critic into `critic/` beside it."""
-    inner: Any = unwrap(model)
-    policy(inner.policy, directory, metrics)
-    lineage = {"stage": "critic", "base": policy.lineage["base"]}
-    ModelWriter(chat, lineage, lora=lora)(inner.critic, directory / "critic", metrics)
 
 
 def main(config: Config) -> int:
