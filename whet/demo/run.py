@@ -209,8 +209,8 @@ def _show_result(
         say(f"  {label:<48}{first:>12}{second:>14}")
     say(f"\nQuestion\n{wrapped(problem.question)}")
     for label, name in (("The base answers", "base"), ("The fine-tuned model answers", "sft")):
-        first = next(world.read_lines(out / f"{name}_answers.jsonl"))
-        say(f"\n{label}\n{wrapped(first['reply'])}")
+        record = next(world.read_lines(out / f"{name}_answers.jsonl"))
+        say(f"\n{label}\n{wrapped(record['reply'])}")
     say(f"\nThe base, asked in its own way: {problem.story} …\n{wrapped(continued)}")
     say("\nSFT taught it to answer. Counting it had learnt before. Chat on:\n")
     chat = [whet(), "chat", str(out / "sft")]
