@@ -121,7 +121,7 @@ def functions(tmp_path):
     file.write_text(FUNCTIONS)
     with ExitStack() as stack:
         yield lambda name, seconds=20.0: stack.enter_context(
-            PythonReward(f"{file}:{name}", seconds)
+            closing(PythonReward(f"{file}:{name}", seconds))
         )
 
 
