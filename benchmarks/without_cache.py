@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from whet.generate.engine import evaluating
-from whet.generate.rows import GREEDY, Sampling, choose, draws_of, padded
+from whet.generate.rows import GREEDY, Sampling, choose, padded
+from whet.generate.sample import uniforms
 from whet.model.decoder import Transformer
 
 
@@ -22,7 +23,7 @@ def generate_without_cache(
     texts = [list(prompt) for prompt in prompts]
     limit = model.config.max_positions
     room = [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
-    draws = torch.stack([draws_of((sampling.seed, i), max_new_tokens) for i in range(len(prompts))])
+    draws = torch.stack([uniforms((sampling.seed, i), max_new_tokens) for i in range(len(prompts))])
     live = [i for i in range(len(prompts)) if room[i] > 0]
     with torch.no_grad(), evaluating(model):
         while live:

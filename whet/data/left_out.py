@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from whet.chat.certificate import REASONS, Refusal
-from whet.chat.conversation import place
+from whet.chat.conversation import Origin
 from whet.config import problems
 from whet.data.decontaminate import Evaluations
 from whet.data.mixing import CONTAMINATED, DUPLICATE, FATES, KEPT, OVERLONG
@@ -89,7 +89,7 @@ def records(tables: Tables, evaluations: Evaluations | None) -> list[Refusal]:
             reason = f"shares a question with {evaluations.names[conversation['question']]}"
         else:
             reason = "is the same as an earlier conversation"
-        message = f"{place(source, line)}: {reason}"
+        message = f"{Origin(source, line).where}: {reason}"
         found.append(Refusal(FATES[int(fate[i])], message, source, line))
     return found
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer, read_date
-from whet.chat.conversation import place
+from whet.chat.conversation import Origin
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import check, collected, problems
@@ -170,10 +170,10 @@ def _check_one_kind(conversations: np.ndarray, paths: tuple[str, ...]) -> None:
     """Raise UserError for a mixture of texts, pairs and labelled replies: no command trains it."""
     kinds, first = np.unique(conversations["kind"], return_index=True)
     if len(kinds) > 1:
+        firsts = [Origin(paths[c["source"]], int(c["line"])) for c in conversations[first]]
         found = [
-            f"{place(paths[conversations['source'][i]], int(conversations['line'][i]))} is of "
-            f"{KIND_NAMES[kind]} ({KINDS[KIND_NAMES[kind]]})"
-            for kind, i in zip(kinds, first, strict=True)
+            f"{at.where} is of {KIND_NAMES[kind]} ({KINDS[KIND_NAMES[kind]]})"
+            for kind, at in zip(kinds, firsts, strict=True)
         ]
         problems([*found, "a packed file holds one kind: prepare them apart, or see --format"])
 

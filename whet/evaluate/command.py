@@ -3,14 +3,13 @@
 import time
 from typing import Any
 
-from whet.chat.template import read_variables
 from whet.config import problems
 from whet.data.store import PackedStore
 from whet.evaluate.dev import dev_loss, misfits, template_misfit
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
 from whet.files import replaced, write_json
 from whet.flags.eval import Config
-from whet.generate.opened import Opened, open_model
+from whet.generate.opened import Opened, open_asked
 from whet.progress import say
 
 
@@ -22,8 +21,7 @@ def main(config: Config) -> int:
     # Both files before the model: a typing error shows at once.
     questions = load_gsm8k(config.gsm8k, config.limit) if config.gsm8k else None
     store = PackedStore(config.dev) if config.dev else None
-    variables = read_variables(config.template_kwargs)
-    opened = open_model(config.run, config.tokenizer, config.device, config.precision, variables)
+    opened = open_asked(config.run, config)
     if store is not None:
         numbers |= _measure_loss(store, opened, config.micro_rows)
     if questions is not None:

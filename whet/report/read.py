@@ -10,7 +10,7 @@ import numpy as np
 
 from whet.chat.certificate import REASONS
 from whet.chat.chat import BUILT_IN
-from whet.chat.conversation import place
+from whet.chat.conversation import Origin
 from whet.data.account import SourceAccount, totals
 from whet.data.left_out import WORDS
 from whet.data.store import PackedStore
@@ -134,7 +134,7 @@ def _left_out(store: PackedStore) -> list[LeftOut]:
     found = []
     for record in store.refusals:
         source, line = record["source"], record["line"]
-        reason = record["reason"].removeprefix(f"{place(source, line)}: ")
+        reason = record["reason"].removeprefix(f"{Origin(source, line).where}: ")
         found.append(LeftOut(source, line, reason))
     return found
 

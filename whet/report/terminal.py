@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from whet.chat.conversation import place
+from whet.chat.conversation import Origin
 from whet.data.account import table
 from whet.files import short_names
 from whet.report.sheet import Sheet, document_name
@@ -83,7 +83,9 @@ def header_lines(sheet: Sheet, ink: Ink) -> Iterator[str]:
         for kind, count in sheet.left_out_counts.items():
             yield f"  {count:,}: {kind}"
         yield ""
-        told = dict.fromkeys(f"{place(o.source, o.line)}: {o.reason}" for o in sheet.left_out)
+        told = dict.fromkeys(
+            f"{Origin(o.source, o.line).where}: {o.reason}" for o in sheet.left_out
+        )
         yield from (f"  {line}" for line in list(told)[:LEFT_OUT_SHOWN])
         if sum(sheet.left_out_counts.values()) > LEFT_OUT_SHOWN:
             yield "  … --html shows more"
