@@ -197,7 +197,7 @@ def _rollout(
         [Sample(i, replies[GROUP * i + k], reward(k), {}) for k in range(GROUP)]
         for i in range(len(asked))
     ]
-    config = flags.Config(model="", prompts=path, out=folder, max_new_tokens=NEW_TOKENS)
-    write_rollout(path, lay_out(groups, prompts, config, "plain", 0), prompts, {}, {})
+    config = flags.Config(model="", prompts=path, out=folder, advantage="plain")
+    write_rollout(path, lay_out(groups, prompts, config, 0), prompts, {}, {})
     (batch,) = Rollout(path, 0).batches(0, Ranks(), len(replies), 0)
     return batch

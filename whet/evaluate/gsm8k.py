@@ -86,7 +86,6 @@ def gsm8k_accuracy(
         encode_prompt([{"role": "user", "content": problem.question}], chat) for problem in share
     ]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.max_positions]
-    replies: list[list[int]] = [[] for _ in share]
     with track("Answering", total=len(fits), unit="problems", quiet=quiet) as progress:
         generated = generate(
             model,
@@ -96,9 +95,10 @@ def gsm8k_accuracy(
             batch_size=batch_size,
             progress=progress,
         )
-    for i, reply in zip(fits, generated, strict=True):
-        replies[i] = reply
-    samples = [_judge(*each, chat) for each in zip(share, prompts, replies, strict=True)]
+    replies = dict(zip(fits, generated, strict=True))
+    samples = [
+        _judge(problem, prompts[i], replies.get(i, []), chat) for i, problem in enumerate(share)
+    ]
     counts: Sequence[float] = (
         len(samples),
         sum(sample.right for sample in samples),

@@ -26,7 +26,6 @@ from torch import Tensor
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.packing import pack
 from whet.data.store import DOCUMENT, PackedStore, new_store
-from whet.flags.choices import Advantage
 from whet.model.attention import planned
 from whet.rl.advantages import group_advantages
 from whet.rl.policy_loss import token_weights
@@ -89,13 +88,12 @@ def lay_out(
     groups: Sequence[Sequence[Sample]],
     prompts: Prompts,
     config: PolicyConfig,
-    advantage: Advantage,
     pad_id: int,
 ) -> Layout:
     """Put samples into rows: the groups are dealt to the updates in turn, and each update has rows
     of its own."""
     rewards = torch.tensor([[s.reward for s in group] for group in groups], dtype=torch.float64)
-    advantages = group_advantages(rewards, advantage).tolist()
+    advantages = group_advantages(rewards, config.advantage).tolist()
     dealt = [
         [
             Document(s, k, [*prompts.prompts[s.prompt].ids, *s.reply.ids], advantages[g][k])

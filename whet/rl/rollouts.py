@@ -16,7 +16,6 @@ from torch import nn
 
 from whet.data.batches import Batch, global_batch_rows, steps_per_epoch
 from whet.errors import UserError
-from whet.flags.choices import Advantage
 from whet.generate.engine import Reply
 from whet.progress import say
 from whet.rl.critic import Completed
@@ -48,11 +47,7 @@ class Rollouts:
     """The `documents`, `before_step` and `batches` of a stage that trains a policy."""
 
     sampler: Sampler
-    advantage: Advantage
     ranks: Ranks
-    passes: int = 1
-    """How often each reply is trained."""
-    refill: bool = False
     complete: Complete | None = None
     """What else a stage needs of each token: numbers (rows, T) by name, and some for the log."""
     current: Rollout | None = None
@@ -76,7 +71,7 @@ class Rollouts:
     @property
     def per_rollout(self) -> int:
         """Optimizer steps of a rollout."""
-        return self.config.updates * self.passes
+        return self.config.updates * self.config.passes
 
     @property
     def rollouts_per_epoch(self) -> int:
@@ -145,7 +140,7 @@ class Rollouts:
         chosen = self._chosen(number)
         groups = self.sampler.groups(policy, chosen, number, share, meeting)
         asked = len(groups)
-        for turn in range(REFILLS if self.refill else 0):
+        for turn in range(REFILLS if self.config.refill else 0):
             wanted = len(chosen) - len(live := [g for g in groups if _is_informative(g)])
             others = self._others(number, turn, {s.prompt for g in groups for s in g}, wanted)
             if not others:
@@ -173,7 +168,7 @@ class Rollouts:
         return tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
 
     def _lay_out(self, groups: Sequence[Sequence[Sample]]) -> Layout:
-        return lay_out(groups, self.prompts, self.config, self.advantage, self._pad_id)
+        return lay_out(groups, self.prompts, self.config, self._pad_id)
 
     def _completed(self, layout: Layout, model: nn.Module, ranks: Ranks) -> Completed:
         return ({}, {}) if self.complete is None else self.complete(layout, model, ranks)

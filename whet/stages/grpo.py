@@ -55,15 +55,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
         reference=reference,
         ratio_cap=None if config.rollout_url is None else RATIO_CAP,
     )
-    return policy_stage(
-        config,
-        ranks,
-        opened,
-        loss,
-        name="grpo",
-        advantage=config.advantage,
-        refill=config.refill,
-    )
+    return policy_stage(config, ranks, opened, loss, name="grpo")
 
 
 def grpo_loss(

@@ -11,7 +11,6 @@ from whet.chat.chat import Chat
 from whet.config import collected, problems
 from whet.data.batches import Batch
 from whet.errors import UserError
-from whet.flags.choices import Advantage
 from whet.flags.policy import parse_reward
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.remote import Remote
@@ -36,9 +35,6 @@ def policy_stage(
     loss_fn: Callable[[nn.Module, Batch], Sums],
     *,
     name: str,
-    advantage: Advantage,
-    refill: bool = False,
-    passes: int = 1,
     complete: Complete | None = None,
 ) -> Stage:
     """The stage that samples replies to `config.prompts`, and trains them with `loss_fn`.
@@ -78,7 +74,7 @@ def policy_stage(
         )
         by_whom = remote.connect(max(len(prompt.ids) for prompt in prompts.prompts))
     sampler = Sampler(prompts, config, terms, chat, quiet, remote)
-    rollouts = Rollouts(sampler, advantage, ranks, passes, refill, complete)
+    rollouts = Rollouts(sampler, ranks, complete)
     updates = f"{rollouts.per_rollout} updates" if rollouts.per_rollout > 1 else "1 update"
     a_rollout = min(config.batch_size, len(prompts))
     return Stage(

@@ -45,8 +45,6 @@ def build(config: Config, ranks: Ranks) -> Stage:
         opened,
         partial(ppo_loss, config=config),
         name="ppo",
-        advantage="plain",
-        passes=config.passes,
         complete=partial(judged_places, config=config, reference=reference),
     )
     start = ("critic", f"{config.critic or config.model}, learning rate x {config.critic_lr:g}")
