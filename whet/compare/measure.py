@@ -23,7 +23,7 @@ from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import Answer, Reward, correct, open_rewards, total_rewards
 from whet.rl.sampling import answers_to
 from whet.stages.dpo import judge_replies, with_reference
-from whet.stages.pairs import Judge, PairEvaluator, order_in_words
+from whet.stages.pairs import Judge, PairEvaluator
 from whet.stages.reward import at_last_tokens, judge_rewards
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
@@ -189,7 +189,7 @@ def _pairs(opened: Opened, first: Opened | None, config: Config) -> dict[str, fl
     if not opened.model.config.score:
         complete = partial(with_reference, reference=Reference(""))
         judge = partial(judge_replies, objective=Objective("simpo", beta=1.0))
-    evaluate = PairEvaluator(store, judge, complete, ROWS, order_in_words, quiet=False)
+    evaluate = PairEvaluator(store, judge, complete, ROWS, quiet=False)
     found = evaluate(opened.model, Ranks(device=opened.device), Stop(0.0)).metrics
     names = ("pair_accuracy", "pair_accuracy_low", "pair_accuracy_high")
     pairs = len(store.document_rows) // 2

@@ -124,10 +124,9 @@ def _pairs(model: Transformer, subject: Subject, setting: Setting) -> Iterator[F
     store, path = _pairs_file(subject), subject.scratch / "reference.safetensors"
     ranks, stores = Ranks(device=setting.device), {"--data": store}
     with autocast(setting.device, setting.dtype):
-        compute_reference(
-            stores, Reference("it"), path, model, ranks, kinds=("",), micro_rows=1, quiet=True
-        )
-        complete = partial(with_reference, reference=read_reference(path, "it", stores))
+        wanted = Reference("it")
+        compute_reference(stores, wanted, path, model, ranks, micro_rows=1, quiet=True)
+        complete = partial(with_reference, reference=read_reference(path, wanted, stores))
         rows = np.arange(len(store))
         batch = batch_of_rows(store, rows, len(rows), complete, setting.device)
         now = replies_of(model, batch)[0]

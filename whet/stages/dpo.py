@@ -10,7 +10,7 @@ loss leaves open is where the probability goes: both replies may become unlikely
 rejected one does so faster. So the chosen reply's own log-probability is logged, and said in words.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -43,7 +43,6 @@ from whet.stages.pairs import (
     Judged,
     batch_of_rows,
     open_pairs,
-    order_in_words,
     pair_stage,
     sides,
     units_of,
@@ -54,31 +53,28 @@ from whet.train.signals import Stop
 from whet.train.stage import Evaluation, Stage
 
 ADAPTER_LR = 1e-5
-FORGOTTEN = 0.5
-"""Nats a token by which the chosen replies may become less likely before it is said: then each of
-their tokens has lost 40 % of its probability."""
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
     """Open the pairs, the model and the reference, and check that they fit together."""
     found = list[str]()
-    kinds = ("preferences", "labels") if config.loss == "kto" else ("preferences",)
-    stores = open_pairs(config, found, kinds)
+    units = ("preferences", "labels") if config.loss == "kto" else ("preferences",)
+    stores = open_pairs(config, found, units)
     opened = open_for_training(config, ranks, found, stores, adapter_lr=ADAPTER_LR)
     beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
     gamma = (beta / 2 if config.gamma is None else config.gamma) if config.loss == "simpo" else 0.0
     objective = Objective(config.loss, beta, gamma, config.label_smoothing, config.sft_weight)
     z = Baseline() if config.loss == "kto" else None
     judge = partial(judge_replies, objective=objective, z=z)
-    reference, made = Reference(""), config.out / "reference.safetensors"
+    kinds = ("",) if z is None else ("", MISMATCHED)
+    reference, made = Reference("", kinds), config.out / "reference.safetensors"
     if config.loss not in WITHOUT_REFERENCE:
         reference.model = f"{model_fingerprint(opened.model)} {config.precision}"
         is_begun = made.exists() and (config.out / "config.toml").exists()
         if path := config.reference or (made if is_begun else None):
-            reference = read_reference(path, reference.model, stores, kinds_of(z))
+            reference = read_reference(path, reference, stores)
     complete = partial(with_reference, reference=reference)
-    words = partial(in_words, of_pairs=stores["--data"].kind == "preferences")
-    stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo", words)
+    stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo")
     if config.loss not in WITHOUT_REFERENCE and not reference.logp:
         assert config.micro_batch_size is not None, "resolved before"
         start = partial(
@@ -86,7 +82,6 @@ def build(config: Config, ranks: Ranks) -> Stage:
             stores,
             reference,
             made,
-            kinds=kinds_of(z),
             micro_rows=config.micro_batch_size,
             quiet=config.quiet or not ranks.first,
         )
@@ -172,7 +167,6 @@ def compute_reference(
     model: nn.Module,
     ranks: Ranks,
     *,
-    kinds: Sequence[str],
     micro_rows: int,
     quiet: bool,
 ) -> None:
@@ -181,9 +175,9 @@ def compute_reference(
     All ranks call it, each with its rows; all do the same number of forward passes.
     """
     inner: Any = unwrap(model)
-    rows = len(kinds) * sum(len(store) for store in stores.values()) // ranks.size
+    rows = len(reference.kinds) * sum(len(store) for store in stores.values()) // ranks.size
     with track("Reference log-probabilities", rows, "rows", quiet) as progress:
-        for store, kind in product(stores.values(), kinds):
+        for store, kind in product(stores.values(), reference.kinds):
             empty = partial(with_reference, reference=Reference(""), kind=kind)
             logp = np.zeros(len(store.document_rows))
             for share in shares_of(len(store), ranks.rank, ranks.size, micro_rows):
@@ -219,11 +213,6 @@ class Baseline:
                 count += float(there.sum())
         total, count = sum_over_ranks([total, count], ranks)
         self.value = max(0.0, total / count) if count else 0.0
-
-
-def kinds_of(z: Baseline | None) -> tuple[str, ...]:
-    """Of which documents the reference is needed."""
-    return ("",) if z is None else ("", MISMATCHED)
 
 
 def with_baseline(
@@ -271,23 +260,6 @@ def model_fingerprint(model: nn.Module) -> str:
             and not (name.endswith(own) and name.startswith(tuple(idle)))
         }
     )
-
-
-def in_words(metrics: dict[str, float], *, of_pairs: bool) -> str:
-    """An evaluation's numbers for people, and what they warn of."""
-    words = order_in_words(metrics, of_pairs)
-    change = metrics.get("dev_chosen_change_a_token")
-    if change is None:
-        return words
-    kind = "chosen" if of_pairs else "good"
-    if (share := metrics.get("dev_chosen_less_likely")) is not None:
-        words += f"; {100 * share:.0f} % of the {kind} replies have become less likely"
-    if change < -FORGOTTEN:
-        words += (
-            f", by {-change:.2g} nats a token: the model forgets how to write them, whatever the "
-            "margin says; take a lower --lr, a larger --beta, or --sft_weight 1"
-        )
-    return words
 
 
 def main(config: Config) -> int:

@@ -41,6 +41,10 @@ from whet.train.session import total_steps
 from whet.train.signals import Stop
 from whet.train.stage import Evaluation, Stage, Sums
 
+FORGOTTEN = 0.5
+"""Nats a token by which the chosen replies may become less likely before it is said: then each of
+their tokens has lost 40 % of its probability."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -118,13 +122,11 @@ def pair_stage(
     judge: Judge,
     complete: Callable[[PackedStore, Batch], Batch],
     stage: str,
-    words: Callable[[dict[str, float]], str],
     next_command: str = "whet chat {run}",
 ) -> Stage:
     """The stage that minimises the mean of `judge`'s loss over the pairs of a step.
 
-    `complete` adds to a batch of some rows what the judge needs; `words` says an evaluation's
-    numbers in words.
+    `complete` adds to a batch of some rows what the judge needs.
     """
     store, dev = stores["--data"], stores.get("--dev")
     units, used = units_of(store), rows_used(config, store)
@@ -152,7 +154,6 @@ def pair_stage(
             judge,
             complete,
             config.micro_batch_size,
-            words,
             chat=None if getattr(opened.model.config, "score", False) else opened.chat,
             n_samples=config.samples,
             quiet=config.quiet or not ranks.first,
@@ -184,7 +185,6 @@ class PairEvaluator:
     judge: Judge
     complete: Callable[[PackedStore, Batch], Batch]
     micro_rows: int
-    words: Callable[[dict[str, float]], str]
     chat: Chat | None = None
     """For sample replies."""
     n_samples: int = 0
@@ -210,7 +210,8 @@ class PairEvaluator:
         right, pairs = parts["dev_pair_accuracy"]
         low, high = wilson(right, int(pairs))
         metrics |= {"dev_pair_accuracy_low": low, "dev_pair_accuracy_high": high}
-        return Evaluation(metrics, samples, self.words(metrics))
+        of_pairs = self.dev.kind == "preferences"
+        return Evaluation(metrics, samples, in_words(metrics, of_pairs))
 
     def _table(self, model: Any, ranks: Ranks) -> dict[str, np.ndarray]:
         """Name -> (sum, count) over this rank's pairs."""
@@ -248,14 +249,24 @@ class PairEvaluator:
         return [labels[s] if 0 <= s < len(labels) else None for s in sources]
 
 
-def order_in_words(metrics: dict[str, float], of_pairs: bool = True) -> str:
-    """How often the chosen reply is put first, or a labelled one on its side, for people."""
+def in_words(metrics: dict[str, float], of_pairs: bool) -> str:
+    """An evaluation's numbers for people: how often the chosen reply is put first, or a labelled
+    one on its side; how the chosen ones have changed, and what that warns of."""
     low, high = (100 * metrics[f"dev_pair_accuracy_{end}"] for end in ("low", "high"))
     share = f"{100 * metrics['dev_pair_accuracy']:.1f} %"
-    what, each = f"{share} of the replies are judged as they are labelled", "reply"
+    what, each, kind = f"{share} of the replies are judged as they are labelled", "reply", "good"
     if of_pairs:
-        what, each = f"the chosen reply is put first in {share} of the pairs", "pair"
-    return (
+        what = f"the chosen reply is put first in {share} of the pairs"
+        each, kind = "pair", "chosen"
+    words = (
         f"{what} ({low:.1f} to {high:.1f} %), loss {metrics['dev_loss']:.4f} a {each}, margin "
         f"{metrics['dev_margin']:.3g}"
     )
+    if (less := metrics.get("dev_chosen_less_likely")) is not None:
+        words += f"; {100 * less:.0f} % of the {kind} replies have become less likely"
+    if (change := metrics.get("dev_chosen_change_a_token", 0.0)) < -FORGOTTEN:
+        words += (
+            f", by {-change:.2g} nats a token: the model forgets how to write them, whatever the "
+            "margin says; take a lower --lr, a larger --beta, or --sft_weight 1"
+        )
+    return words

@@ -22,7 +22,7 @@ from whet.flags.reward import Config
 from whet.model.decoder import run_batch
 from whet.rl.preference_loss import reward_model_loss
 from whet.stages.opening import open_for_training, run_tuned
-from whet.stages.pairs import Judged, open_pairs, order_in_words, pair_stage, sides
+from whet.stages.pairs import Judged, open_pairs, pair_stage, sides
 from whet.train.distributed import Ranks
 from whet.train.stage import Stage
 
@@ -44,7 +44,6 @@ def build(config: Config, ranks: Ranks) -> Stage:
         judge,
         at_last_tokens,
         "reward",
-        order_in_words,
         "whet grpo --reward {run} --model … --prompts …",
     )
 
