@@ -17,7 +17,7 @@ from whet.train.step import batches_ahead
 @pytest.fixture
 def batches(tmp_path):
     store = PackedStore(tiny.packed_file(tmp_path / "train.h5", n_rows=7))
-    config = SimpleNamespace(overfit_rows=None, batch_size=4, micro_batch_size=2, seed=0)
+    config = SimpleNamespace(overfit_rows=None, batch_size=4, micro_rows=2, seed=0)
     return partial(batches_of_step, config=config, store=store, ranks=Ranks())
 
 

@@ -175,11 +175,9 @@ class _Pickler(pickle.Pickler):
         return str, (f"<{type(value).__name__}>",)
 
 
-def _exchange(process: subprocess.Popen[bytes], request: memoryview, count: int) -> Iterator[Reply]:
+def _exchange(process: Any, request: memoryview, count: int) -> Iterator[Reply]:
     """The replies as they come. Raises EOFError or BrokenPipeError if `process` dies."""
     requests, replies = process.stdin, process.stdout
-    assert requests is not None
-    assert replies is not None
     requests.write(request)
     requests.flush()
     for _ in range(count):

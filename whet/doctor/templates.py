@@ -28,11 +28,11 @@ def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Findi
         return
     results = encode_many(talks, chat)
     kinds = Counter(result.kind for result in results if isinstance(result, Refusal))
-    told = f"of {len(talks)} conversations"
+    note = f"of {len(talks)} conversations"
     if kinds:
-        told += ", refused: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+        note += ", refused: " + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     if kinds.total() == len(talks):
-        yield failed(FAITHFUL, f"{told}: nothing can be trained")
+        yield failed(FAITHFUL, f"{note}: nothing can be trained")
         return
     wrong_prompts = wrong_stops = 0
     for talk, result in zip(talks, results, strict=True):
@@ -43,8 +43,8 @@ def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Findi
                 for example in result.examples
                 for span in example.spans
             )
-    yield judge(FAITHFUL, wrong_prompts, 0, told)
-    yield judge(STOPS, wrong_stops, 0, told)
+    yield judge(FAITHFUL, wrong_prompts, 0, note)
+    yield judge(STOPS, wrong_stops, 0, note)
 
 
 def _wrong_prompts(talk: Conversation, encoded: Encoded, chat: Chat) -> int:

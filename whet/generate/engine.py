@@ -104,7 +104,7 @@ def stream(
     stop_ids: Sequence[int],
     sampling: Sampling,
 ) -> Iterator[int]:
-    """The tokens of one reply as they come; as `generate` otherwise."""
+    """The tokens of one reply as they come; else as `generate`."""
     for piece in _decode(
         model, [prompt], max_new_tokens, stop_ids, sampling, batch_size=1, check_every=1
     ):

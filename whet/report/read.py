@@ -36,7 +36,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
     shown = documents[here].copy()
     notes = _notes(store)[here] if store.kind != "text" else []
     shown["row"] -= first
-    decoder, told = _tokenizer(store, tokenizer)
+    decoder, said = _tokenizer(store, tokenizer)
     index, texts = token_texts(rows.tokens, decoder)
     accounts, left_out = _accounts(store), _left_out(store)
     fills = np.bincount(documents["row"], documents["length"], len(store))
@@ -53,7 +53,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         trained=int(documents["trained"].sum()),
         first=first,
         notes=notes,
-        facts={"tokenizer": told, **_facts(store)},
+        facts={"tokenizer": said, **_facts(store)},
         accounts=accounts,
         left_out=left_out,
         left_out_counts=_left_out_counts(accounts),

@@ -71,8 +71,7 @@ def judged_places(
     `token_advantages` (rows, T): the critic's values, and what `gae` makes of rewards and values,
     the advantages with mean 0 and variance 1 over the rollout's trained tokens. All ranks call it.
     """
-    assert config.micro_batch_size is not None, "resolved before"
-    values, reference_nll = _read_places(layout, model, ranks, reference, config.micro_batch_size)
+    values, reference_nll = _read_places(layout, model, ranks, reference, config.micro_rows)
     # A value stands at the place before its token, where the model predicts the token.
     old, nll = (torch.from_numpy(np.roll(x, 1, 1)).double() for x in (values, reference_nll))
     weight = torch.from_numpy(layout.mask)

@@ -166,7 +166,7 @@ class PythonReward:
     def __init__(self, place: str, seconds: float) -> None:
         self.place, self.seconds = place, seconds
         file, _, name = place.rpartition(":")
-        self._process = subprocess.Popen(
+        self._process: Any = subprocess.Popen(
             [sys.executable, "-m", "whet.rl.reward_process", file, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -205,7 +205,6 @@ class PythonReward:
             "gold": [answer.prompt.gold for answer in answers],
             "stopped": [answer.reply.stopped for answer in answers],
         }
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # a dead process is reported below
             self._process.stdin.write(json.dumps(columns, default=str) + "\n")
             self._process.stdin.flush()
@@ -213,7 +212,6 @@ class PythonReward:
         return rewards
 
     def _answer(self, task: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
         if not self._selector.select(self.seconds):
             self.close()
             raise UserError(

@@ -107,9 +107,8 @@ class Rollouts:
         return self._batches(self.current, update, number // self.rollouts_per_epoch)
 
     def _batches(self, rollout: Rollout, update: int, epoch: int) -> list[Batch]:
-        micro_batch_size = self.config.micro_batch_size
-        assert micro_batch_size is not None, "resolved before"
-        return rollout.batches(update % self.config.updates, self.ranks, micro_batch_size, epoch)
+        update %= self.config.updates
+        return rollout.batches(update, self.ranks, self.config.micro_rows, epoch)
 
     def dry_steps(self, model: nn.Module) -> list[list[Batch]]:
         """This rank's micro-batches of a rollout whose replies are all as long as they may be."""

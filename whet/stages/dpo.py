@@ -76,13 +76,12 @@ def build(config: Config, ranks: Ranks) -> Stage:
     complete = partial(with_reference, reference=reference)
     stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo")
     if config.loss not in WITHOUT_REFERENCE and not reference.logp:
-        assert config.micro_batch_size is not None, "resolved before"
         start = partial(
             compute_reference,
             stores,
             reference,
             made,
-            micro_rows=config.micro_batch_size,
+            micro_rows=config.micro_rows,
             quiet=config.quiet or not ranks.first,
         )
         stage = replace(stage, at_start=start)
@@ -225,8 +224,7 @@ def with_baseline(
 ) -> Stage:
     """The stage with `z` measured over the whole global batch before each step, and over the whole
     dev file before it is evaluated: so it depends on neither micro-batches nor ranks."""
-    store, dev, micro_rows = stores["--data"], stores.get("--dev"), config.micro_batch_size
-    assert micro_rows is not None, "resolved before"
+    store, dev, micro_rows = stores["--data"], stores.get("--dev"), config.micro_rows
     complete = partial(with_reference, reference=reference, kind=MISMATCHED)
     of_data = partial(complete, store)
 

@@ -45,7 +45,6 @@ def packed_stage(
     trained = float(store.loss_tokens[: rows_used(config, store)].sum())
     if trained == 0:
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
-    assert config.micro_batch_size is not None, "resolved before"
     save = writer(config, opened, stage, facts_of(store))
     about = data_in_words(config, store, dev, f"{trained:,.0f} trained tokens")
     return Stage(
@@ -58,7 +57,7 @@ def packed_stage(
         evaluate=Evaluator(
             dev,
             opened.chat,
-            config.micro_batch_size,
+            config.micro_rows,
             questions,
             config.samples,
             config.quiet or not ranks.first,
@@ -119,12 +118,11 @@ def batches_of_step(
     `weights` (rows,) add up to the batch's `total`; by default what the tokens of a row weigh.
     `complete` puts into this rank's share what the stage needs besides.
     """
-    assert config.micro_batch_size is not None, "resolved before"
     whole = global_batch_rows(rows_used(config, store), config.batch_size, config.seed, step)
     mine: np.ndarray = whole[ranks.rank :: ranks.size]
     weights = store.loss_tokens if weights is None else weights
     epoch = step // steps_of_epoch(config, store)
     share = read_batch(store, mine, total=float(weights[whole].sum()), epoch=epoch)
-    count = micro_batch_count(len(whole), ranks.size, config.micro_batch_size)
-    cut = micro_batches(complete(share), config.micro_batch_size, count)
+    count = micro_batch_count(len(whole), ranks.size, config.micro_rows)
+    cut = micro_batches(complete(share), config.micro_rows, count)
     return [planned(micro) for micro in cut]

@@ -132,7 +132,6 @@ def pair_stage(
     units, used = units_of(store), rows_used(config, store)
     unit = "pairs" if store.kind == "preferences" else "replies"
     count = f"{units[:used].sum():,.0f} {unit}"
-    assert config.micro_batch_size is not None, "resolved before"
     save = writer(config, opened, stage, facts_of(store))
     return Stage(
         model=opened.model,
@@ -153,7 +152,7 @@ def pair_stage(
             dev,
             judge,
             complete,
-            config.micro_batch_size,
+            config.micro_rows,
             chat=None if getattr(opened.model.config, "score", False) else opened.chat,
             n_samples=config.samples,
             quiet=config.quiet or not ranks.first,
