@@ -9,14 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from whet.chat.conversation import (
-    Conversation,
-    Origin,
-    RawText,
-    Tokenised,
-    from_json,
-    shown,
-)
+from whet.chat.conversation import Conversation, Origin, RawText, Tokenised, from_json, shown
 from whet.data.preferences import LABEL_KEYS, LABELS, Preference, read_labelled, read_pair
 from whet.data.record import (
     LISTS_OF_MESSAGES,

@@ -4,15 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import (
-    POSITIONAL,
-    OutputFile,
-    PackedFile,
-    Place,
-    above_0,
-    from_0,
-    in_folder,
-)
+from whet.config import POSITIONAL, OutputFile, PackedFile, Place, above_0, from_0, in_folder
 from whet.flags.policy import known_reward, named_twice
 from whet.flags.use import Problems, Where
 from whet.hub import known_model

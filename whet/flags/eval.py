@@ -4,14 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import (
-    POSITIONAL,
-    OutputFile,
-    PackedFile,
-    Place,
-    from_1,
-    in_folder,
-)
+from whet.config import POSITIONAL, OutputFile, PackedFile, Place, from_1, in_folder
 from whet.flags.use import Asked, Problems
 from whet.hub import known_model
 

@@ -30,23 +30,10 @@ from whet.generate.engine import evaluating
 from whet.model.decoder import run_batch
 from whet.model.lora.lora import adapters
 from whet.progress import track
-from whet.rl.preference_loss import (
-    Objective,
-    Replies,
-    implicit_reward,
-    kto_loss,
-    preference_loss,
-)
+from whet.rl.preference_loss import Objective, Replies, implicit_reward, kto_loss, preference_loss
 from whet.stages.opening import open_for_training, run_tuned
 from whet.stages.packed import batches_of_step
-from whet.stages.pairs import (
-    Judged,
-    batch_of_rows,
-    open_pairs,
-    pair_stage,
-    sides,
-    units_of,
-)
+from whet.stages.pairs import Judged, batch_of_rows, open_pairs, pair_stage, sides, units_of
 from whet.train.distributed import Ranks, sum_over_ranks, unwrap
 from whet.train.resume import weights_fingerprint
 from whet.train.signals import Stop

@@ -18,12 +18,7 @@ from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
 from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
-from whet.evaluate.dev import (
-    ANOTHER_TEMPLATE,
-    misfits,
-    template_difference,
-    template_misfit,
-)
+from whet.evaluate.dev import ANOTHER_TEMPLATE, misfits, template_difference, template_misfit
 from whet.flags.training import parameters, unfit_flags
 from whet.hub import find_model, is_adapter
 from whet.model.decoder import Transformer
