@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat
+from whet.chat.conversation import Origin
 from whet.chat.encode import Datum, encode_many
 from whet.data.batches import Batch, make_batch
 from whet.data.encoding import sides_of
 from whet.data.formats import to_example
-from whet.data.reader import read_records
+from whet.data.reader import read_each, read_units
 from whet.data.store import PackedStore, Rows, new_store, row_weights
 from whet.errors import UserError
 from whet.model.decoder import Transformer
@@ -226,9 +227,12 @@ def first_layers(model: Transformer, n: int) -> Transformer:
 
 def read_conversations(path: Path, format: str | None) -> list[Datum]:
     """The first conversations of a data file; raises UserError for the first that is none."""
-    data: list[Datum] = []
-    for at, record in read_records(path, SCANNED_CONVERSATIONS):
-        data += sides_of(to_example(record, format, at.source, at.line))
+
+    def read(record: dict[str, Any], at: Origin) -> Sequence[Datum]:
+        return sides_of(to_example(record, format, at.source, at.line))
+
+    units = itertools.islice(read_units(str(path)), SCANNED_CONVERSATIONS)
+    data = [datum for sides in read_each(path, units, read) for datum in sides]
     if not data:
         raise UserError(f"--conversations {path}: holds nothing")
     return data

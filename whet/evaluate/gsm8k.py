@@ -4,6 +4,7 @@ A problem is put to the model as one user turn, exactly as in training, and deco
 reply counts as right if the number it states (`answers.py`) is the gold number exactly.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 from whet.chat.chat import Chat
 from whet.chat.conversation import Origin
 from whet.chat.encode import encode_prompt
-from whet.data.reader import read_records
+from whet.data.reader import read_each, read_units
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number, wilson
 from whet.files import replaced
@@ -86,6 +87,7 @@ def gsm8k_accuracy(
         encode_prompt([{"role": "user", "content": problem.question}], chat) for problem in share
     ]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.max_positions]
+    replies: list[list[int]] = [[] for _ in share]
     with track("Answering", total=len(fits), unit="problems", quiet=quiet) as progress:
         generated = generate(
             model,
@@ -95,10 +97,9 @@ def gsm8k_accuracy(
             batch_size=batch_size,
             progress=progress,
         )
-    replies = dict(zip(fits, generated, strict=True))
-    samples = [
-        _judge(problem, prompts[i], replies.get(i, []), chat) for i, problem in enumerate(share)
-    ]
+    for i, reply in zip(fits, generated, strict=True):
+        replies[i] = reply
+    samples = [_judge(*each, chat) for each in zip(share, prompts, replies, strict=True)]
     counts: Sequence[float] = (
         len(samples),
         sum(sample.right for sample in samples),
@@ -128,7 +129,7 @@ def load_gsm8k(path: str | Path, limit: int | None = None) -> list[Problem]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a file of problems, such as GSM8K's test")
-    problems = [_problem(record, at) for at, record in read_records(path, limit)]
+    problems = read_each(path, itertools.islice(read_units(str(path)), limit), _problem)
     if not problems:
         raise UserError(f"{path}: no problems in it; expected JSON lines with question and answer")
     return problems
@@ -141,23 +142,21 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
 
-def _problem(record: Any, at: Origin) -> Problem:
-    if not isinstance(record, dict):
-        raise at.error(f"expected an object, got {type(record).__name__}")
+def _problem(record: dict[str, Any], at: Origin) -> Problem:
     if {"question", "answer"} <= record.keys():
         question, answer = record["question"], record["answer"]
     elif {"Body", "Question", "Answer"} <= record.keys():
         question, answer = svamp_question(record), record["Answer"]
     else:
-        raise at.error(
+        raise UserError(
             "expected the fields question and answer (or SVAMP's Body, Question and "
             f"Answer), got {', '.join(map(str, record)) or 'none'}"
         )
     if not isinstance(question, str) or not question.strip():
-        raise at.error(f"the question must be a text, got {question!r}")
+        raise UserError(f"the question must be a text, got {question!r}")
     gold = extract_answer(str(answer)) if isinstance(answer, str | int | float) else None
     if gold is None or not same_number(gold, gold):
-        raise at.error(f"no number in the answer {answer!r}; expected, say, '#### 18'")
+        raise UserError(f"no number in the answer {answer!r}; expected, say, '#### 18'")
     return Problem(question, gold, at.line)
 
 

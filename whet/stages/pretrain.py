@@ -11,7 +11,7 @@ from pathlib import Path
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.tokenizer import train_tokenizer
 from whet.data.prepare import GIVEN, examine, prepare_text
-from whet.data.reader import parse_source, read_records
+from whet.data.reader import parse, parse_source, read_units
 from whet.data.store import PackedStore
 from whet.flags.prepare import Config as PrepareConfig
 from whet.flags.pretrain import Config
@@ -90,9 +90,10 @@ def texts_of(data: tuple[str, ...], characters: int = TOKENIZER_CHARACTERS) -> I
     """The texts of the files, up to so many characters in all."""
     left = characters
     files = [parse_source(argument).path for argument in data]
-    for _, record in itertools.chain.from_iterable(map(read_records, files)):
+    for unit in itertools.chain.from_iterable(map(read_units, files)):
         if left <= 0:
             return
+        record = parse(unit)
         text = record.get("text") if isinstance(record, dict) else None
         if isinstance(text, str):
             left -= len(text)
