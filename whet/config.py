@@ -7,6 +7,7 @@ reported at once, and an unknown key names the nearest one.
 """
 
 import dataclasses
+import json
 import os
 import tomllib
 import types
@@ -302,20 +303,8 @@ def _type_name(hint: Any) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str | Path):
-        return _toml_string(str(value))
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return repr(value)  # int and float, inf and nan: Python writes them as TOML does
-
-
-def _toml_string(text: str) -> str:
-    """A TOML basic string: https://toml.io/en/v1.0.0#string."""
-    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    parts = [
-        escapes.get(char) or (f"\\u{ord(char):04x}" if ord(char) < 32 or ord(char) == 127 else char)
-        for char in text
-    ]
-    return '"' + "".join(parts) + '"'
+    """TOML writes texts, lists and true as JSON does, but for DEL; numbers as Python does, inf and
+    nan included: https://toml.io/en/v1.0.0."""
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")

@@ -5,7 +5,7 @@ import h5py
 import numpy as np
 import pytest
 
-from whet.data.rows import DOCUMENT, row_weights, shifted_weight
+from whet.data.layout import DOCUMENT, row_weights, shifted_weight
 from whet.data.store import PackedStore, new_store
 from whet.errors import UserError
 

@@ -14,11 +14,12 @@ from whet.data.batches import Batch
 from whet.data.reference import Reference
 from whet.data.store import PackedStore
 from whet.evaluate.answers import wilson
-from whet.evaluate.dev import dev_loss, misfits
+from whet.evaluate.dev import dev_loss
 from whet.evaluate.statistics import pass_at_k
 from whet.flags.compare import Config
 from whet.generate.engine import Reply, evaluating, sample
 from whet.generate.opened import Opened
+from whet.model.open import misfits
 from whet.progress import track
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import Answer, correct, open_rewards, total_rewards

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.data.rows import Rows, shifted_weight
+from whet.data.layout import Rows, shifted_weight
 from whet.data.store import PackedStore
 
 
@@ -129,13 +129,14 @@ def read_batch(store: PackedStore, rows: np.ndarray, *, total: float, epoch: int
     """
     documents = store.document_ids(rows)
     batch = make_batch(store.rows(rows), rows, total=total, epoch=epoch, documents=documents)
+    if store.kind not in ("preferences", "labels"):
+        return batch
     extra = {name: torch.from_numpy(values) for name, values in _extra_of(store, rows).items()}
     return dataclasses.replace(batch, extra=extra)
 
 
 def _extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What the kind of a packed file adds to a batch of `rows`, float32; of texts and rollouts
-    nothing.
+    """What pairs and labelled replies add to a batch of `rows`, float32.
 
     A row of `preferences` holds whole pairs: documents 2p + 1 and 2p + 2 are the chosen and the
     rejected reply of its pair p (from 0). `pairs` (B, P) is 1 where the row has that pair and
@@ -143,8 +144,6 @@ def _extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
     Of `labels`, `labels` (B, S + 1) is 1 for a good document, -1 for a bad one and 0 where there is
     none: column s is document s of the row, column 0 the padding.
     """
-    if store.kind not in ("preferences", "labels"):
-        return {}
     row, segment, ids = store.documents_in(rows)
     most = int(segment.max(initial=0))
     if store.kind == "labels":

@@ -16,8 +16,18 @@ from typing import Any
 import h5py
 import numpy as np
 
-from whet.data.check import FORMAT_VERSION, REFUSAL, check_file, read_attributes
-from whet.data.rows import DOCUMENT, LARGEST_ID, Rows, Scan, row_weights, scan_rows
+from whet.data.layout import (
+    DOCUMENT,
+    FORMAT_VERSION,
+    LARGEST_ID,
+    REFUSAL,
+    Rows,
+    Scan,
+    check_file,
+    read_attributes,
+    row_weights,
+    scan_rows,
+)
 from whet.errors import UserError
 from whet.files import full_disk_reported, replaced
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from whet.data.account import SourceAccount, totals
-from whet.data.rows import DOCUMENT
+from whet.data.layout import DOCUMENT
 from whet.files import short_names
 from whet.report.figures import fills_figure, lengths_figure
 from whet.report.markup import STYLE, embedded, fill, grid, table

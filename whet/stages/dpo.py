@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from whet.data.batches import Batch, make_batch, per_document
-from whet.data.reference import MISMATCHED, Reference, read_reference
-from whet.data.rows import Rows, mismatched
+from whet.data.layout import Rows
+from whet.data.reference import MISMATCHED, Reference, mismatched, read_reference
 from whet.data.store import PackedStore
 from whet.flags.dpo import Config, Loss
 from whet.generate.engine import evaluating
@@ -37,7 +37,7 @@ from whet.rl.preference_loss import (
     kto_loss,
     preference_loss,
 )
-from whet.stages.opening import open_for_training
+from whet.stages.model import open_for_training
 from whet.stages.packed import batches_of_step, order_of
 from whet.stages.pairs import (
     Judged,

@@ -26,7 +26,7 @@ from whet.flags.training import TrainSettings
 from whet.generate.engine import evaluating
 from whet.model.attention import planned
 from whet.progress import track
-from whet.stages.opening import Opened
+from whet.stages.model import Opened
 from whet.stages.packed import batches_of_step, data_in_words, order_of, writer
 from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
 from whet.train.evaluation import Meeting, sample_replies

@@ -22,8 +22,7 @@ from whet.rl.rewards import NEEDS_GOLD, open_rewards
 from whet.rl.rollouts import Complete, Rollouts
 from whet.rl.sampling import PolicyConfig
 from whet.rl.server import Server
-from whet.stages.opening import Opened
-from whet.stages.saving import ModelWriter
+from whet.stages.model import ModelWriter, Opened
 from whet.train.distributed import Ranks
 from whet.train.session import total_steps
 from whet.train.stage import Stage, Sums

@@ -22,8 +22,7 @@ from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.lora.read import CONFIG, WEIGHTS
 from whet.model.open import load_backbone_from_ckpt
 from whet.stages import saving
-from whet.stages.opening import select_trainable
-from whet.stages.saving import ModelWriter
+from whet.stages.model import ModelWriter, select_trainable
 from whet.train import loop, session
 from whet.train.distributed import Ranks
 from whet.train.run import RunFolder
