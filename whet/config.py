@@ -86,7 +86,7 @@ def packed_file(value: Path) -> str:
     """A file that is there, with the way to make one; what is in it is examined when it is open."""
     if Path(value).is_dir():
         return "is a directory; expected a packed file of `whet prepare`"
-    return "" if Path(value).exists() else "no such file; `whet prepare` makes packed files"
+    return "" if Path(value).is_file() else "no such file; `whet prepare` makes packed files"
 
 
 def in_folder(value: Path) -> str:

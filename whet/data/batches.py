@@ -38,7 +38,6 @@ class Batch:
     total: float
     epoch: int  # from 0
     rows: np.ndarray  # (B,) row numbers in the file, -1 for an empty row
-    documents: np.ndarray  # numbers of the documents in the file's table
     plan: Any = None  # how the model lays the tokens out, if the stage has worked it out on the CPU
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What a stage needs besides, by name: (B, T), a number for each place, or (B, S + 1), one for
@@ -127,8 +126,7 @@ def read_batch(store: PackedStore, rows: np.ndarray, *, total: float, epoch: int
 
     Its `extra` are pairs, margins or labels where the file has them.
     """
-    documents = store.document_ids(rows)
-    batch = make_batch(store.rows(rows), rows, total=total, epoch=epoch, documents=documents)
+    batch = make_batch(store.rows(rows), rows, total=total, epoch=epoch)
     if store.kind not in ("preferences", "labels"):
         return batch
     extra = {name: torch.from_numpy(values) for name, values in _extra_of(store, rows).items()}
@@ -165,7 +163,6 @@ def make_batch(
     *,
     total: float,
     epoch: int = 0,
-    documents: np.ndarray | None = None,
 ) -> Batch:
     """Shift by one, positions that restart in each document, and everything as tensors."""
     tokens = torch.from_numpy(read.tokens).long()
@@ -179,7 +176,6 @@ def make_batch(
         total=total,
         epoch=epoch,
         rows=np.asarray(rows),
-        documents=np.zeros(0, np.int64) if documents is None else documents,
     )
 
 
@@ -213,7 +209,7 @@ def micro_batches(batch: Batch, micro_batch_size: int, count: int | None = None)
 
     Missing rows are filled with empty ones (segment 0, weight 0, row -1). All ranks must pass the
     same `count` (`micro_batch_count`), so that all of them do the same number of backward passes;
-    None takes as few as hold the batch. The documents of each are those of the whole share.
+    None takes as few as hold the batch.
     """
     n = len(batch.tokens)
     size = min(micro_batch_size, max(n, 1))
