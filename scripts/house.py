@@ -8,6 +8,7 @@ with the most lines first.
 import ast
 import dataclasses
 import json
+import re
 import sys
 import tempfile
 import threading
@@ -137,11 +138,12 @@ def one_step() -> tuple[set[CodeType], float]:
 
 def traced(act: Callable[[], Any], called: set[CodeType]) -> None:
     """Collect the code of each function of Whet that `act` calls, in any thread."""
-    package = str(PACKAGE)
+    own = re.escape(str(PACKAGE)) + r"/.*\.py$"
 
     def see(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(package):
+        # Of Python alone, as the product's lines: a page's template is code of jinja's making.
+        if event == "call" and re.match(own, code.co_filename):
             body = code.co_flags & 0x2  # CO_NEWLOCALS: a function, no module
             if body and not code.co_qualname.endswith(">") and code.co_firstlineno > 1:
                 called.add(code)
