@@ -249,20 +249,16 @@ def _figures(named: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
     return [each for each in figures if each is not None]
 
 
-def _samples(run: Run) -> list[tuple[str, list[tuple[int, str]], str]]:
-    """Of each prompt: some of its replies, as they change, with their steps, and the data's."""
+def _samples(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Replies to the same prompts, as they change: some of each prompt's samples, the last one
+    among them."""
     prompts: dict[str, list[dict[str, Any]]] = {}
     for sample in run.samples:
         prompts.setdefault(str(sample.get("prompt", "")), []).append(sample)
-    shown = []
     for prompt, found in prompts.items():
-        last = len(found) - 1
-        chosen = {i * last // max(SAMPLES_SHOWN - 1, 1) for i in range(SAMPLES_SHOWN)}
-        replies = [
-            (f"{found[i]['step']:,}", str(found[i].get("reply", ""))) for i in sorted(chosen)
-        ]
-        shown.append((prompt, replies, found[-1].get("expected", "")))
-    return shown
+        chosen = {i * (len(found) - 1) // (SAMPLES_SHOWN - 1) for i in range(SAMPLES_SHOWN)}
+        prompts[prompt] = [found[i] for i in sorted(chosen)]
+    return prompts
 
 
 def _origin(known: dict[str, Any]) -> list[str]:

@@ -274,16 +274,18 @@ def with_baseline(
         return {"kl": z.value}
 
     def evaluate(model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        if dev is not None:
-            shares = rows_of_file(dev, ranks, micro_rows)
-            each = (batch_of_rows(dev, s, micro_rows, complete, ranks.device) for s in shares)
-            z.measure(model, each, ranks)
+        assert dev is not None, "a stage without it evaluates nothing"
+        assert stage.evaluate is not None
+        shares = rows_of_file(dev, ranks, micro_rows)
+        each = (batch_of_rows(dev, s, micro_rows, complete, ranks.device) for s in shares)
+        z.measure(model, each, ranks)
         return stage.evaluate(model, ranks, stop)
 
     alone = "no row holds replies to other prompts, so KTO's baseline stays 0; prepare longer rows"
     notes = [("note", alone)] if units_of(store).max() <= 1 else []
     header = [*stage.header, *notes]
-    return replace(stage, before_step=before_step, evaluate=evaluate, header=header)
+    measured = evaluate if stage.evaluate is not None else None
+    return replace(stage, before_step=before_step, evaluate=measured, header=header)
 
 
 def model_fingerprint(model: nn.Module) -> str:

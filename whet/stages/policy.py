@@ -87,7 +87,9 @@ def policy_stage(
         total_steps=total_steps(config, rollouts.rollouts_per_epoch * rollouts.per_rollout),
         batches=rollouts.batches,
         loss_fn=loss_fn,
-        evaluate=PolicyEvaluator(
+        evaluate=None
+        if dev is None
+        else PolicyEvaluator(
             dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
         ),
         save_model=save,
