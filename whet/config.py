@@ -13,7 +13,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -253,16 +253,19 @@ def save(config: Any, path: str | Path) -> None:
     write_text(path, as_toml(config))
 
 
-def convert(value: Any, hint: Any) -> tuple[Any, str | None]:
-    """Turn a TOML value into the type `hint`; the second item says what is wrong with it."""
+def convert(value: Any, hint: Any, text: bool = False) -> tuple[Any, str | None]:
+    """Turn a TOML value, or the `text` of a flag, into the type `hint`; the second item says what
+    is wrong with it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         if PLACE in args and isinstance(value, str):
             value = os.path.expanduser(value)
-        return convert(value, args[0])
+        return convert(value, args[0], text)
     if origin in (typing.Union, types.UnionType):
+        if text and value == "None" and type(None) in args:
+            return None, None
         for option in args:
-            converted, problem = convert(value, option)
+            converted, problem = convert(value, option, text)
             if problem is None:
                 return converted, None
         return value, f"expected {_type_name(hint)}, got {value!r}"
@@ -275,9 +278,12 @@ def convert(value: Any, hint: Any) -> tuple[Any, str | None]:
         return value, None if isinstance(value, dict) else f"expected a table, got {value!r}"
     if origin in (tuple, list):
         items = value if isinstance(value, list | tuple) else [value]
-        converted_items = [convert(item, args[0]) for item in items]
+        converted_items = [convert(item, args[0], text) for item in items]
         problem = next((problem for _, problem in converted_items if problem), None)
         return origin(item for item, _ in converted_items), problem
+    if text and hint in (int, float):
+        with suppress(ValueError):
+            return hint(value), None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value), None
     if hint is Path and isinstance(value, str):
