@@ -267,7 +267,7 @@ def test_threads_and_forked_processes_get_their_own_text() -> None:
 def test_the_renderer_ends_with_its_owner(tmp_path: Path) -> None:
     """Be it killed or not."""
     code = (
-        "import os, sys; from whet.chat import template as t; t.ChatTemplate('x');"
+        "import os, sys; from whet.chat import template as t; t.ChatTemplate('x').render([]);"
         "print(t._renderer(os.getpid())._process.pid, flush=True);"
         "os.kill(os.getpid(), 9) if sys.argv[1] else None"
     )
