@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,13 @@ PLACE = "place"
 
 Place = Annotated[str, PLACE, READ]
 """A path or a name on the Hub."""
+
+
+@dataclass(frozen=True)
+class With:
+    """Mark of a flag that does nothing unless the flag `other` is given, too."""
+
+    other: str
 
 
 def above_0(value: float) -> str:
@@ -132,7 +140,8 @@ def refusals(config_class: type, values: Mapping[str, Any]) -> list[str]:
 
 
 def check(config: Any, also: Sequence[str] = ()) -> None:
-    """Refuse values that a field's own checks refuse, and outputs that would replace an input.
+    """Refuse values that a field's own checks refuse, flags that would do nothing, and outputs that
+    would replace an input.
 
     `also` are further problems, which are reported with these.
     """
@@ -147,7 +156,18 @@ def check(config: Any, also: Sequence[str] = ()) -> None:
         if WRITTEN in marks(hint) and value is not None:
             found += unwritable(flag_of(type(config), name), value, read)
             read.append(value)
-    problems([*found, *also])
+    problems([*found, *_idle(config, hints), *also])
+
+
+def _idle(config: Any, hints: Mapping[str, Any]) -> list[str]:
+    """Flags that are set although what they belong to is not."""
+    return [
+        f"{flag_of(type(config), field.name)}: does nothing without --{mark.other}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+        for mark in marks(hints[field.name])
+        if isinstance(mark, With) and not getattr(config, mark.other)
+    ]
 
 
 def refused(value: Any, hint: Any) -> list[tuple[Any, str]]:

@@ -36,7 +36,7 @@ from whet.data.store import PACKED
 from whet.data.writing import Spool, Tables, write_packed
 from whet.errors import UserError
 from whet.files import nearest, unwritable
-from whet.flags.prepare import Config
+from whet.flags.prepare import Config, flaws
 from whet.hub import check_name, find_model
 from whet.progress import say, track
 
@@ -99,9 +99,7 @@ def examine(config: Config) -> list[Source]:
         with collected(found):
             check_path(path, "--decontaminate")
     with collected(found):
-        check(config)
-    if config.dev_fraction < 1 and bool(config.dev_out) != bool(config.dev_fraction):
-        found.append("--dev_out and --dev_fraction belong together: give both or neither")
+        check(config, flaws(config))
     with collected(found):
         read_variables(config.template_kwargs)
     with collected(found):
