@@ -5,7 +5,8 @@ from pathlib import Path
 
 from whet.chat.chat import load_tokenizer
 from whet.compare.measure import REWARD_SECONDS, Measured, measure, prompts_of
-from whet.compare.table import as_text, page, rows_of
+from whet.compare.page import page
+from whet.compare.table import as_text, rows_of
 from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.files import replaced, write_json, write_text

@@ -15,10 +15,11 @@ from whet.data.batches import Batch
 from whet.data.reference import Reference
 from whet.data.store import PackedStore
 from whet.evaluate.answers import pass_at_k, wilson
-from whet.evaluate.dev import dev_loss, misfits
+from whet.evaluate.dev import dev_loss
 from whet.flags.compare import Config
 from whet.generate.engine import evaluating
 from whet.generate.opened import Opened
+from whet.model.open import misfits
 from whet.rl.preference_loss import Objective
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import Answer, Reward, correct, open_rewards, total_rewards

@@ -23,10 +23,10 @@ from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import check, collected, problems
 from whet.data.account import SourceAccount, accounts_of, table, totals
-from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import KIND_NAMES, BlockEncoder
 from whet.data.formats import FIELDS, FORMATS
+from whet.data.layout import KINDS
 from whet.data.left_out import fates, notes, records, stop_at_overlong, stop_at_refusals
 from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
@@ -107,7 +107,7 @@ def examine(config: Config) -> list[Source]:
             read_date(config.date)
     with collected(found):
         if config.chat_template:
-            find_template(config.chat_template)
+            _ = find_template(config.chat_template).described
     if config.format and config.format not in FORMATS:
         found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
     with collected(found):
@@ -253,7 +253,7 @@ def _write(
         "pad_id": pad_id,
         "tokenizer_hash": tokenizer.hash,
         "template_hash": chat.template.hash,
-        "chat": chat.as_dict(),
+        "chat": chat.record(),
         "sources": list(tables.paths),
         "source_sha256": [_sha256(path) for path in tables.paths],
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},

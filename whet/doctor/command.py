@@ -18,7 +18,7 @@ import torch
 
 from whet.chat.chat import load_tokenizer
 from whet.chat.template import read_variables
-from whet.data.check import KINDS
+from whet.data.layout import KINDS
 from whet.data.store import PackedStore
 from whet.doctor import numbers, runs, saving, stages, templates
 from whet.doctor.subject import (

@@ -10,7 +10,7 @@ from whet.chat.conversation import Conversation
 from whet.chat.encode import Encoded, encode_many, encode_prompt
 from whet.doctor.subject import Finding, Subject, failed, judge, skipped
 from whet.errors import UserError
-from whet.evaluate.dev import misfits, template_misfit
+from whet.model.open import misfits, template_misfit
 
 FAITHFUL = "every reply is trained after its own prompt"
 STOPS = "every trained reply ends with a stop token"

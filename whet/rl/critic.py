@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.data.batches import Batch, make_batch, micro_batches, shares_of
-from whet.data.rows import Rows
+from whet.data.layout import Rows
 from whet.flags.ppo import Config
 from whet.generate.engine import evaluating
 from whet.model.attention import planned

@@ -196,9 +196,9 @@ def answer_of(prompts: Prompts, number: int, reply: Reply, chat: Chat) -> Answer
 
 @dataclass(frozen=True)
 class PolicyEvaluator:
-    """The evaluation of a stage that trains a policy; without `dev` it finds nothing."""
+    """The evaluation of a stage that trains a policy."""
 
-    dev: Prompts | None
+    dev: Prompts
     chat: Chat
     rewards: Sequence[Reward]
     max_new_tokens: int
@@ -207,8 +207,6 @@ class PolicyEvaluator:
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
-        if self.dev is None:
-            return Evaluation()
         meeting, policy = Meeting(stop, ranks), policy_of(model)
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
         mine = range(share.rank, len(self.dev), share.size)

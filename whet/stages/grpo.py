@@ -27,7 +27,7 @@ from whet.model.lora.lora import without_adapters
 from whet.rl.critic import Reference
 from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term, truncated_ratio
 from whet.rl.sampling import policy_of
-from whet.stages.opening import open_for_training, run_tuned
+from whet.stages.model import open_for_training, run_tuned
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.train.distributed import Ranks
 from whet.train.stage import Stage, Sums

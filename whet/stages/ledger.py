@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from whet.data.check import KINDS
+from whet.data.layout import KINDS
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.flags.ledger import Config

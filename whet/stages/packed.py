@@ -21,8 +21,7 @@ from whet.evaluate.gsm8k import Problem
 from whet.flags.training import TrainSettings
 from whet.model.attention import planned
 from whet.model.decoder import run_batch
-from whet.stages.opening import Opened
-from whet.stages.saving import writer
+from whet.stages.model import Opened, writer
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.session import total_steps
@@ -47,6 +46,10 @@ def packed_stage(
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
     save = writer(config, opened, stage, facts_of(store))
     about = data_in_words(config, store, dev, f"{trained:,.0f} trained tokens")
+    evaluate = None
+    if dev is not None or questions:
+        quiet, rows = config.quiet or not ranks.first, config.micro_rows
+        evaluate = Evaluator(dev, opened.chat, rows, questions, config.samples, quiet)
     return Stage(
         model=opened.model,
         documents=store,
@@ -54,20 +57,10 @@ def packed_stage(
         total_steps=total_steps(config, steps_of_epoch(config, store)),
         batches=partial(batches_of_step, config=config, store=store, ranks=ranks),
         loss_fn=token_loss,
-        evaluate=Evaluator(
-            dev,
-            opened.chat,
-            config.micro_rows,
-            questions,
-            config.samples,
-            config.quiet or not ranks.first,
-        ),
+        evaluate=evaluate,
         save_model=save,
         rehearse=save.rehearse,
-        header=[
-            *opened.header,
-            *about,
-        ],
+        header=[*opened.header, *about],
     )
 
 

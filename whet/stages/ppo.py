@@ -22,9 +22,8 @@ from whet.rl.critic import ActorCritic, judged_places
 from whet.rl.policy_loss import policy_term, value_loss
 from whet.rl.sampling import policy_of
 from whet.stages.grpo import frozen_reference
-from whet.stages.opening import Opened, open_for_training, run_tuned
+from whet.stages.model import ModelWriter, Opened, open_for_training, run_tuned
 from whet.stages.policy import ADAPTER_LR, policy_stage
-from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks, unwrap
 from whet.train.stage import Stage, Sums
 
