@@ -83,8 +83,8 @@ class Remote:
         """
         found: Any = None
         name = f"whet-{secrets.token_hex(4)}-{rollout:07d}" if self.has_adapter else "model"
-        name = from_first(name, ranks, ranks.background)
-        old, directory = self.server.adapter, (self.folder / name).resolve()
+        name = from_first(name, ranks, ranks.setup)
+        directory = (self.folder / name).resolve()
         try:
             self.write(policy, directory, {})
             if ranks.first and self.has_adapter:
@@ -96,16 +96,17 @@ class Remote:
                 found = (request.ids, *self.server.judge(request))
         except UserError as error:
             found = str(error)
-        found = from_first(found, ranks, ranks.background)
+        found = from_first(found, ranks, ranks.setup)
         if isinstance(found, str):
             raise UserError(found)
         ids, fixed, reply = found
         own = self._own(policy, ids, reply.ids)
-        if wrong := from_first(self._verdict(fixed, reply, own), ranks, ranks.background):
+        if wrong := from_first(self._verdict(fixed, reply, own), ranks, ranks.setup):
             raise self.server.error(wrong)
         self.server.adapter = name if self.has_adapter else ""
-        if old and ranks.first:
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+        for old in self.folder.iterdir() if ranks.first else ():  # a killed run has left its own
+            if old.name != name:
+                shutil.rmtree(old, ignore_errors=True)
 
     def sample(
         self,
@@ -162,16 +163,18 @@ class Remote:
         """What is wrong with the server's numbers; nothing if they are the trainer's."""
         ours, drawn = own[: len(fixed)], own[len(fixed) :]
         if not (gap := _distance(fixed, ours)) <= BOUND:
+            base = "; is it the server of --model's base?" if self.has_adapter else ""
             return (
-                "the server still answers with other weights: its ln p of a prompt's tokens are "
+                "the server answers with other weights: its ln p of a prompt's tokens are "
                 f"{np.mean(fixed):.4f} on average, the trainer's {np.mean(ours):.4f}, "
-                f"{gap:.2g} apart a token (at most {BOUND:g})"
+                f"{gap:.2g} apart a token (at most {BOUND:g}){base}"
             )
         if not (gap := _distance(reply.logp, drawn)) <= BOUND:
             return (
-                f"the log-probs of its samples are not those of --temperature {self.temperature:g}:"
-                f" {np.mean(reply.logp):.4f} on average, the trainer's {np.mean(drawn):.4f}; vLLM "
-                "needs --logprobs-mode processed_logprobs"
+                f"the log-probs of its samples are {np.mean(reply.logp):.4f} on average, the "
+                f"trainer's at --temperature {self.temperature:g} {np.mean(drawn):.4f}: vLLM needs "
+                "--logprobs-mode processed_logprobs, SGLang an environment without "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB; or it samples by keys cached with other weights"
             )
         then, before = self.before
         if fixed != then:
