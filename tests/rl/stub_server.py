@@ -128,11 +128,12 @@ class Handler(BaseHTTPRequestHandler):
         elif samples and server.does("dead"):
             self.close_connection = True
         elif samples and server.does("another form"):
-            self.answer({"choices": [{"text": "hello"}] * body.get("n", 1)})
+            self.answer({"choices": [{"text": "a", "token_ids": [1]}] * body["n"]})
         elif self.path == "/collective_rpc" and server.does("production"):
-            self.answer(said("Not Found", "Not Found", 404), 404)
+            self.answer({"detail": "Not Found"}, 404)
         elif self.path == "/collective_rpc" and server.does("before 0.16"):
-            self.answer("Internal Server Error", 500)
+            why = "reload_weights() got an unexpected keyword argument 'weights_path'"
+            self.answer(said(f"Call to collective_rpc method failed: {why}", code=500), 500)
         else:
             try:
                 getattr(self, self.path.removeprefix("/v1/").removeprefix("/"))(body)
