@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -94,9 +95,13 @@ def test_bad_templates_end_in_an_error(source: str, reason: str) -> None:
         ChatTemplate(source).render(TALK)
 
 
-def test_syntax_error_names_the_line() -> None:
-    with pytest.raises(UserError, match=r"my\.jinja: line 2"):
-        ChatTemplate("a\n{% if %}", "my.jinja")
+@pytest.mark.parametrize("ask", [lambda t: t.render(TALK), lambda t: t.variables])
+def test_syntax_error_names_the_line(ask: Callable[[ChatTemplate], Any]) -> None:
+    template = ChatTemplate("a\n{% if %}", "my.jinja")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"my\.jinja: line 2") as caught:
+            ask(template)
+        assert not isinstance(caught.value, TemplateError), "no conversation is at fault"
 
 
 def test_helpers() -> None:
@@ -262,7 +267,7 @@ def test_threads_and_forked_processes_get_their_own_text() -> None:
 def test_the_renderer_ends_with_its_owner(tmp_path: Path) -> None:
     """Be it killed or not."""
     code = (
-        "import os, sys; from whet.chat import template as t; t.ChatTemplate('x');"
+        "import os, sys; from whet.chat import template as t; t.ChatTemplate('x').render([]);"
         "print(t._renderer(os.getpid())._process.pid, flush=True);"
         "os.kill(os.getpid(), 9) if sys.argv[1] else None"
     )

@@ -14,7 +14,7 @@ from tests.stages import test_grpo
 from tests.stages.test_grpo import command, lines_of
 from whet.cli import main
 from whet.data.batches import make_batch
-from whet.data.rows import Rows
+from whet.data.layout import Rows
 from whet.flags.policy import server_root
 from whet.rl.rollout_file import Rollout
 from whet.stages.grpo import grpo_loss

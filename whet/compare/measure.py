@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from whet.chat.chat import Chat
 from whet.config import problems
 from whet.data.batches import Batch
 from whet.data.reference import Reference
 from whet.data.store import PackedStore
 from whet.evaluate.answers import wilson
-from whet.evaluate.dev import dev_loss, misfits
+from whet.evaluate.dev import dev_loss
 from whet.evaluate.statistics import pass_at_k
 from whet.flags.compare import Config
 from whet.generate.engine import Reply, evaluating, sample
 from whet.generate.opened import Opened
+from whet.model.open import misfits
 from whet.progress import track
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.rewards import Answer, correct, open_rewards, total_rewards
@@ -30,6 +32,7 @@ from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 
 ROWS = 4  # of a packed file in one forward
+REWARD_SECONDS = 600.0  # for a call of a reward function of the user's
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
     numbers = _dev(opened, config) | _pairs(opened, first, config)
     if config.gsm8k is None:
         return Measured(name, numbers)
-    prompts = _prompts(opened, config)
+    prompts, notes = prompts_of(config, opened.chat, opened.model.config.max_positions - 1)
+    problems(notes)  # models are compared on the same problems or not at all
     answers, replies = _answers(opened, prompts, config, greedy=True)
     right = [value == 1.0 for value in correct(answers)]
     numbers |= _accuracy(right, replies) | _rewards(answers, opened, config)
@@ -70,19 +74,17 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
     )
 
 
-def _prompts(opened: Opened, config: Config) -> Prompts:
+def prompts_of(config: Config, chat: Chat, longest: int | None = None) -> tuple[Prompts, list[str]]:
+    """The problems as this chat asks them, and a note if one has more than `longest` tokens."""
     assert config.gsm8k is not None
-    longest = opened.model.config.max_positions - 1
-    found, notes = load_prompts(
+    return load_prompts(
         config.gsm8k,
-        opened.chat,
+        chat,
         longest=longest,
         limit=config.limit,
         needs_gold="correct",
         flag="--gsm8k",
     )
-    problems(notes)  # models are compared on the same problems or not at all
-    return found
 
 
 def _answers(
@@ -128,7 +130,7 @@ def _rewards(answers: Sequence[Answer], opened: Opened, config: Config) -> dict[
             opened.chat,
             stack,
             max_new_tokens=config.max_new_tokens,
-            seconds=600.0,
+            seconds=REWARD_SECONDS,
             device=device,
             precision=config.precision,
         )

@@ -27,6 +27,7 @@ from whet.data.record import (
     check_meaning,
     conversation_of,
     first_of,
+    nested,
     rest,
     text_of,
     turn_of,
@@ -209,6 +210,7 @@ def _prompt_completion(record: Record, at: Origin) -> Conversation:
 
 
 def _side(value: Any, key: str, role: str, at: Origin) -> list[dict[str, Any]]:
+    value = nested(value, key, at)
     if isinstance(value, str):
         if not value.strip():
             raise at.error(f"{key} is empty")

@@ -23,10 +23,10 @@ from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import check, collected, problems
 from whet.data.account import SourceAccount, accounts_of, table, totals
-from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import KIND_NAMES, BlockEncoder
 from whet.data.formats import FIELDS, FORMATS
+from whet.data.layout import KINDS
 from whet.data.left_out import fates, notes, records, stop_at_overlong, stop_at_refusals
 from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
@@ -36,7 +36,7 @@ from whet.data.store import PACKED
 from whet.data.writing import Spool, Tables, write_packed
 from whet.errors import UserError
 from whet.files import nearest, unwritable
-from whet.flags.prepare import Config
+from whet.flags.prepare import Config, flaws
 from whet.hub import check_name, find_model
 from whet.progress import say, track
 
@@ -99,9 +99,7 @@ def examine(config: Config) -> list[Source]:
         with collected(found):
             check_path(path, "--decontaminate")
     with collected(found):
-        check(config)
-    if config.dev_fraction < 1 and bool(config.dev_out) != bool(config.dev_fraction):
-        found.append("--dev_out and --dev_fraction belong together: give both or neither")
+        check(config, flaws(config))
     with collected(found):
         read_variables(config.template_kwargs)
     with collected(found):
@@ -109,7 +107,7 @@ def examine(config: Config) -> list[Source]:
             read_date(config.date)
     with collected(found):
         if config.chat_template:
-            find_template(config.chat_template)
+            _ = find_template(config.chat_template).described
     if config.format and config.format not in FORMATS:
         found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
     with collected(found):
@@ -282,7 +280,7 @@ def _write(
         "pad_id": pad_id,
         "tokenizer_hash": tokenizer.hash,
         "template_hash": chat.template.hash,
-        "chat": chat.as_dict(),
+        "chat": chat.record(),
         "sources": [source.path for source in sources],
         "source_sha256": [_sha256(source.path) for source in sources],
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},

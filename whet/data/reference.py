@@ -2,7 +2,7 @@
 
 A safetensors file: for each packed file a tensor (documents,) float64, named by the packed file's
 fingerprint, of the sum of weight x ln p(token) over the document; for KTO another one, whose name
-ends in ` mismatched`, of the documents that `whet.data.rows.mismatched` makes of them; and in its
+ends in ` mismatched`, of the documents that `mismatched` makes of them; and in its
 metadata the fingerprint of the model that gave them. Numbers of another model or of other data are
 refused.
 """
@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from whet.data.layout import Rows
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.files import replaced
@@ -76,3 +77,30 @@ def read_reference(
                 "was before; leave it out to compute it again"
             )
     return Reference(made_by, logp)
+
+
+def mismatched(read: Rows, size: int) -> Rows:
+    """The rows with each reply after the prompt of the unit before it; units have `size` documents.
+
+    A document's reply begins with its first trained token. Each row has the documents, numbers and
+    tokens that it had, in another order; rows with a single unit have nothing to exchange and
+    become empty.
+    """
+    found = Rows(*(np.zeros_like(array) for array in read))
+    for row, segments in enumerate(read.segment_ids):
+        count, end = int(segments.max(initial=0)), 0
+        if count <= size:
+            continue
+        places = [np.flatnonzero(segments == number + 1) for number in range(count)]
+        trained = [read.loss_mask[row, p] != 0 for p in places]
+        border = [int(t.argmax()) if t.any() else len(t) for t in trained]
+        for number in range(count):
+            other = (number + size) % count
+            prompt, reply = places[number][: border[number]], places[other][border[other] :]
+            here = slice(end, end + len(prompt) + len(reply))
+            taken = np.concatenate([prompt, reply])
+            found.tokens[row, here] = read.tokens[row, taken]
+            found.loss_mask[row, here] = read.loss_mask[row, taken]
+            found.segment_ids[row, here] = number + 1
+            end = here.stop
+    return found

@@ -20,7 +20,7 @@ from whet.chat.chat import load_tokenizer
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
 from whet.config import problems
-from whet.data.check import KINDS
+from whet.data.layout import KINDS
 from whet.data.store import PackedStore
 from whet.doctor import generating, numbers, runs, saving, stages, templates
 from whet.doctor.finding import Finding, failed

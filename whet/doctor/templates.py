@@ -11,7 +11,7 @@ from whet.chat.encode import Encoded, EncodeOptions, encode_many, encode_prompt
 from whet.doctor.finding import Finding, failed, judge, skipped
 from whet.doctor.subject import Subject
 from whet.errors import UserError
-from whet.evaluate.dev import misfits, template_misfit
+from whet.model.open import misfits, template_misfit
 
 
 def certificate(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:

@@ -6,11 +6,12 @@ from typing import Any
 from whet.chat.template import read_variables
 from whet.config import problems
 from whet.data.store import PackedStore
-from whet.evaluate.dev import dev_loss, misfits, template_misfit
+from whet.evaluate.dev import dev_loss
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
 from whet.files import replaced, write_json
 from whet.flags.eval import Config
 from whet.generate.opened import Opened, open_model
+from whet.model.open import misfits, template_misfit
 from whet.progress import say
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from whet.config import FIRST, FREE, InputFile, above_0, from_1
+from whet.config import FIRST, FREE, InputFile, With, above_0, from_1
 from whet.errors import UserError
 from whet.flags.choices import Normalize, Truncated
 from whet.flags.training import tuning_flaws
@@ -76,7 +76,7 @@ class Prompts:
     """JSON lines with prompt, messages or question, and a gold number where a reward needs one."""
     dev: Annotated[InputFile | None, FIRST] = None
     """Held-out prompts, answered greedily at each evaluation."""
-    dev_limit: Annotated[int, from_1] = 200
+    dev_limit: Annotated[int, from_1, With("dev")] = 200
     """How many of them."""
     reward: Annotated[tuple[str, ...], FIRST, known_reward] = ("correct",)
     """What replies are worth: the sum of NAME or NAME=WEIGHT, each correct, format, length,
@@ -113,7 +113,7 @@ class Sampling:
     rollout_url: Annotated[str | None, server_root, FREE] = None
     """A running vLLM or SGLang server that samples instead, such as http://127.0.0.1:8000; it must
     see --out under the same path."""
-    rollout_seconds: Annotated[float, above_0, FREE] = 600.0
+    rollout_seconds: Annotated[float, above_0, FREE, With("rollout_url")] = 600.0
     """How long that server may be silent on the replies to one prompt."""
 
 

@@ -52,3 +52,10 @@ class Config:
     """Fixes the dev part, the mixture and the order of the rows."""
     workers: Annotated[int | None, from_0] = None
     """Processes; all cores by default, 0 for none."""
+
+
+def flaws(config: Config) -> list[str]:
+    """Flags that do not go together."""
+    if config.dev_fraction < 1 and bool(config.dev_out) != bool(config.dev_fraction):
+        return ["--dev_out and --dev_fraction belong together: give both or neither"]
+    return []

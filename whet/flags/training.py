@@ -19,6 +19,7 @@ from whet.config import (
     PLACE,
     InputDir,
     Place,
+    With,
     above_0,
     below_1,
     from_0,
@@ -171,8 +172,8 @@ class Memory:
     work."""
     auto: Annotated[bool, FREE] = False
     """Measure first, as `whet plan` does, and take its --micro_batch_size and --recompute."""
-    memory_gb: Annotated[float | None, above_0, FREE] = None
-    """Memory that --auto and `whet plan` may use on a rank; by default what there is."""
+    memory_gb: Annotated[float | None, above_0, FREE, With("auto")] = None
+    """Memory that --auto may use on a rank; by default what there is."""
 
 
 @dataclass(kw_only=True)

@@ -1,15 +1,17 @@
-"""Curves as plain SVG, readable at the width of a phone; they follow the page's colours."""
+"""Curves for `parts.html` to draw as SVG, readable at the width of a phone."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
+from typing import Any
 
 WIDTH, HEIGHT = 400, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
 MOST_POINTS = 400
 SMOOTHED_FROM = 60
 """Points from which a noisy curve is drawn faint, below its running mean."""
+MOST_MARKS = 40
+"""Points, of a curve that is not noisy, up to which each has a mark with its value."""
 
 
 @dataclass(frozen=True)
@@ -24,25 +26,32 @@ class Line:
     noisy: bool = False
 
 
-def chart(title: str, lines: Sequence[Line], note: str = "", log: bool = False) -> str:
-    """A figure with all `lines`; nothing if none of them has a point."""
-    lines = [line for line in lines if line.points]
+def figure(
+    title: str, lines: Sequence[Line], note: str = "", log: bool = False
+) -> dict[str, Any] | None:
+    """What `parts.html` draws all `lines` from; None if none of them has a point."""
     if log:
-        lines = [Line(**{**vars(line), "points": _positive(line.points)}) for line in lines]
-        lines = [line for line in lines if line.points]
+        lines = [replace(line, points=[p for p in line.points if p[1] > 0]) for line in lines]
+    lines = [line for line in lines if line.points]
     if not lines:
-        return ""
+        return None
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     frame = _Frame(min(xs), max(xs), *_bounds(min(ys), max(ys), log), log)
-    last = ", ".join(f"{line.name} {_short(line.points[-1][1])}" for line in lines)
-    drawn = "".join(_draw(line, frame) for line in lines)
-    return (
-        f"<figure><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>"
-        f"{_legend(lines)}"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}; last: {escape(last)}">{_axes(frame)}{drawn}</svg></figure>'
-    )
+    return {
+        "title": title,
+        "note": note,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "levels": [
+            (round(frame.y(value), 1), _short(value))
+            for value in _ticks(frame.low, frame.high, frame.log)
+        ],
+        "steps": _steps(frame),
+        "lines": [_drawn(line, frame) for line in lines],
+    }
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,10 @@ class _Frame:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return HEIGHT - BOTTOM - (value - low) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM)
 
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """The points of a polyline."""
+        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+
 
 def _bounds(low: float, high: float, log: bool) -> tuple[float, float]:
     if log:
@@ -73,20 +86,12 @@ def _bounds(low: float, high: float, log: bool) -> tuple[float, float]:
     return (low - room if low < 0 or low > 0.3 * high else 0.0), high + room
 
 
-def _axes(frame: _Frame) -> str:
-    parts = []
-    for value in _ticks(frame.low, frame.high, frame.log):
-        y = frame.y(value)
-        ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
-        place = f'x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end"'
-        parts.append(f'<line class="grid" {ends}/><text {place}>{_short(value)}</text>')
+def _steps(frame: _Frame) -> list[tuple[float, str, str]]:
+    """Where the first, the middle and the last step stand, aligned to that place, and their
+    numbers."""
     steps = sorted({frame.left, (frame.left + frame.right) // 2, frame.right})
-    for value in steps:
-        anchor = "start" if value == frame.left else "end" if value == frame.right else "middle"
-        anchor = anchor if len(steps) > 1 else "start"
-        at = f'x="{frame.x(value):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}"'
-        parts.append(f"<text {at}>{value:,.0f}</text>")
-    return "".join(parts)
+    anchors = ["start", *["middle"] * (len(steps) - 2), "end"]
+    return [(round(frame.x(s), 1), a, f"{s:,.0f}") for s, a in zip(steps, anchors, strict=False)]
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
@@ -108,25 +113,23 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def _draw(line: Line, frame: _Frame) -> str:
-    classes = f"curve c{line.colour % 8}{' dashed' if line.dashed else ''}"
-    points = _thinned(line.points)
-    if line.noisy and len(line.points) >= SMOOTHED_FROM:
-        mean = _thinned(_running_mean(line.points))
-        return _path(points, frame, f"{classes} faint") + _path(mean, frame, classes)
-    marks = ""
-    if len(points) <= 40:  # a value can be pointed at
-        marks = "".join(
-            f'<circle class="{classes}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.5">'
-            f"<title>{escape(line.name)}, step {x:,.0f}: {y:.5g}</title></circle>"
-            for x, y in points
-        )
-    return _path(points, frame, classes) + marks
-
-
-def _path(points: Sequence[tuple[float, float]], frame: _Frame, classes: str) -> str:
-    places = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
-    return f'<polyline class="{classes}" points="{places}"/>'
+def _drawn(line: Line, frame: _Frame) -> dict[str, Any]:
+    """A curve: its paths, the faint ones first, and marks where a value can be pointed at."""
+    points, noisy = _thinned(line.points), line.noisy and len(line.points) >= SMOOTHED_FROM
+    paths = [(noisy, frame.path(points))]
+    if noisy:
+        paths.append((False, frame.path(_thinned(_running_mean(line.points)))))
+    marks = [] if noisy or len(points) > MOST_MARKS else points
+    return {
+        "name": line.name,
+        "classes": f"curve c{line.colour % 8}{' dashed' if line.dashed else ''}",
+        "last": _short(line.points[-1][1]),
+        "paths": paths,
+        "marks": [
+            (round(frame.x(x), 1), round(frame.y(y), 1), f"{line.name}, step {x:,.0f}: {y:.5g}")
+            for x, y in marks
+        ],
+    }
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -149,17 +152,3 @@ def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
         total, weight = keep * total + y, keep * weight + 1
         found.append((x, total / weight))
     return found
-
-
-def _positive(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if y > 0]
-
-
-def _legend(lines: Sequence[Line]) -> str:
-    items = "".join(
-        f'<li><svg viewBox="0 0 24 8" aria-hidden="true"><polyline class="curve '
-        f'c{line.colour % 8}{" dashed" if line.dashed else ""}" points="0,4 24,4"/></svg>'
-        f"{escape(line.name)} <b>{_short(line.points[-1][1])}</b></li>"
-        for line in lines
-    )
-    return f'<ul class="legend">{items}</ul>'

@@ -1,8 +1,8 @@
-"""Histograms as plain SVG: no plotting library, and they follow the page's colours."""
+"""Histograms for `parts.html` to draw as SVG: no plotting library, and the page's own colours."""
 
 from collections.abc import Callable
-from html import escape
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -10,12 +10,12 @@ WIDTH, HEIGHT = 480, 150  # of the drawing, in its own units; the page scales it
 BASE = HEIGHT - 22  # where the bars stand; below it the axis is labelled
 TOP = 16  # room for the label of the highest bar
 GAP = 1.5
+Figure = dict[str, Any]
+"""What `parts.html` draws."""
 
 
-def lengths_figure(lengths: np.ndarray) -> str:
+def lengths_figure(lengths: np.ndarray) -> Figure:
     """Histogram of the lengths of the documents, in tokens."""
-    if not len(lengths):
-        return ""
     longest = int(lengths.max())
     edges = np.unique(np.linspace(0, longest, min(longest, 40) + 1).astype(np.int64))
     counts, _ = np.histogram(lengths, edges)
@@ -33,10 +33,8 @@ def lengths_figure(lengths: np.ndarray) -> str:
     return _figure("Length of the documents", words, counts, names, edges, lambda x: f"{x:,.0f}")
 
 
-def fills_figure(fills: np.ndarray, width: int) -> str:
+def fills_figure(fills: np.ndarray, width: int) -> Figure:
     """Histogram of how much of each row is filled, in percent of its `width` places."""
-    if not len(fills):
-        return ""
     share = fills / width
     lowest = np.floor(share.min() * 20) / 20 if share.min() < 1 else 0.95
     edges = np.linspace(lowest, 1, 41)
@@ -54,7 +52,7 @@ def _figure(
     names: list[str],
     edges: np.ndarray,
     label: Callable[[float], str],
-) -> str:
+) -> Figure:
     """Bars of `counts` over `edges` (one more than bars), the highest count, three ticks."""
     highest = int(counts.max())
     step = WIDTH / len(counts)
@@ -62,23 +60,20 @@ def _figure(
     for i, (count, name) in enumerate(zip(counts, names, strict=True)):
         # A bar of one document among a million must still be seen.
         height = max(1.5, (BASE - TOP) * count / highest) if count else 0
-        bars.append(
-            f'<rect class="bar" x="{i * step:.2f}" y="{BASE - height:.2f}" '
-            f'width="{max(step - GAP, 1):.2f}" height="{height:.2f}">'
-            f"<title>{escape(name)}: {count:,}</title></rect>"
-        )
+        place = (i * step, BASE - height, max(step - GAP, 1), height)
+        bars.append((*(f"{number:.2f}" for number in place), f"{name}: {count:,}"))
     peak = (int(counts.argmax()) + 0.5) * step
     anchor = "start" if peak < 40 else "end" if peak > WIDTH - 40 else "middle"
-    at = {"start": 0, "end": WIDTH, "middle": peak}[anchor]
-    middle = (edges[0] + edges[-1]) / 2
-    return (
-        f"<figure><figcaption>{escape(title)}<small>{escape(words)}</small></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}: {escape(words)}">'
-        f'{"".join(bars)}<line class="axis" x1="0" y1="{BASE}" x2="{WIDTH}" y2="{BASE}"/>'
-        f'<text x="{at:.1f}" y="{TOP - 5}" text-anchor="{anchor}">{highest:,}</text>'
-        f'<text x="0" y="{HEIGHT - 6}">{label(edges[0])}</text>'
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">{label(middle)}</text>'
-        f'<text x="{WIDTH}" y="{HEIGHT - 6}" text-anchor="end">{label(edges[-1])}</text>'
-        "</svg></figure>"
-    )
+    ends = {"start": (0, edges[0]), "middle": (WIDTH / 2, (edges[0] + edges[-1]) / 2)}
+    ends |= {"end": (WIDTH, edges[-1])}
+    at = peak if anchor == "middle" else ends[anchor][0]
+    ticks = [(x, HEIGHT - 6, anchor, label(edge)) for anchor, (x, edge) in ends.items()]
+    return {
+        "title": title,
+        "words": words,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "base": BASE,
+        "bars": bars,
+        "labels": [(f"{at:.1f}", TOP - 5, anchor, f"{highest:,}"), *ticks],
+    }

@@ -1,51 +1,52 @@
-"""One self-contained HTML page of a Sheet; skeleton, style and script lie beside this file."""
+"""One self-contained HTML page of a Sheet; template, style and script lie beside this file."""
 
 import base64
 import zlib
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from whet.data.account import SourceAccount, totals
-from whet.data.rows import DOCUMENT
+from whet.data.layout import DOCUMENT
 from whet.files import short_names
 from whet.report.figures import fills_figure, lengths_figure
-from whet.report.markup import STYLE, embedded, fill, grid, table
+from whet.report.markup import STYLE, fill
 from whet.report.sheet import Sheet
 
 LEFT_OUT_SHOWN = 1000
 """More lines than this slow the page and help nobody; the count is always whole."""
+ACCOUNT = ("lines", "examples", "tokens", "trained", "context", "truncated", "dropped")
 
 
 def page(sheet: Sheet) -> str:
     """The whole page as text."""
-    here = Path(__file__)
+    here, figures = Path(__file__), []
+    if len(sheet.lengths):
+        figures.append(lengths_figure(sheet.lengths))
+    if len(sheet.fills):
+        figures.append(fills_figure(sheet.fills, sheet.width))
     return fill(
         here.with_name("page.html"),
         [STYLE],
         here.with_name("page.js"),
-        title=escape(sheet.title),
+        title=sheet.title,
         numbers=_numbers(sheet),
-        facts=_definitions("facts", sheet.facts),
-        figures=lengths_figure(sheet.lengths) + fills_figure(sheet.fills, sheet.width),
-        turns=table(
-            "Turns",
-            ("turn", "role", "what is trained"),
-            [(str(number), role, what) for number, role, what in sheet.turns],
-        ),
-        account=_account(sheet),
-        left_out=_left_out(sheet),
-        data=embedded(_payload(sheet)),
+        facts=sheet.facts,
+        figures=figures,
+        turns=sheet.turns,
+        account=_account(sheet.accounts),
+        columns=ACCOUNT,
+        left_out=[(left.source, left.line or "", left.reason) for left in sheet.left_out],
+        left_out_shown=LEFT_OUT_SHOWN,
+        left_out_counts=sheet.left_out_counts,
+        data=_payload(sheet),
     )
 
 
-# ---- The rows, for page.js ----
-
-
 def _payload(sheet: Sheet) -> dict[str, Any]:
-    """The rows as compressed arrays; a token is the number of its text, which knows its id."""
+    """The rows for page.js, as compressed arrays; a token is the number of its text, which knows
+    its id."""
     ids = np.zeros(len(sheet.texts), np.int32)
     ids[sheet.index.reshape(-1)] = sheet.tokens.reshape(-1)
     documents = sheet.documents
@@ -73,17 +74,8 @@ def _packed(values: np.ndarray, kind: str) -> dict[str, str]:
     return {"type": kind, "data": base64.b64encode(zlib.compress(raw)).decode()}
 
 
-# ---- What Python draws itself ----
-
-
-def _definitions(name: str, pairs: dict[str, str]) -> str:
-    items = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in pairs.items()
-    )
-    return f'<dl class="{name}">{items}</dl>'
-
-
-def _numbers(sheet: Sheet) -> str:
+def _numbers(sheet: Sheet) -> dict[str, str]:
+    """The numbers above all, by their names."""
     filled = int(sheet.fills.sum())
     places = max(len(sheet.fills) * sheet.width, 1)
     numbers = {
@@ -95,70 +87,24 @@ def _numbers(sheet: Sheet) -> str:
     }
     if len(sheet.tokens) < len(sheet.fills):
         numbers["rows on this page"] = f"{sheet.first:,} – {sheet.first + len(sheet.tokens) - 1:,}"
-    return _definitions("numbers", numbers)
+    return numbers
 
 
-ACCOUNT = ("lines", "examples", "tokens", "trained", "context", "truncated", "dropped")
-
-
-def _account(sheet: Sheet) -> str:
-    """The token account, a row a source, the sum below, and each source's shares as a bar."""
-    if not sheet.accounts:
-        return ""
-    head = "".join(f'<th scope="col">{name}</th>' for name in ACCOUNT)
-    names = short_names([account.source for account in sheet.accounts])
-    body = [_account_row(a, name) for a, name in zip(sheet.accounts, names, strict=True)]
-    if len(sheet.accounts) > 1:
-        body.append(_account_row(totals(sheet.accounts), "total", ' class="total"'))
-    return (
-        '<section aria-labelledby="account-title"><h2 id="account-title">Token account</h2>'
-        '<p class="note more">The table goes on to the right.</p>'
-        '<div class="scroll" tabindex="0" role="region" aria-label="Token account as a table">'
-        f'<table><thead><tr><th scope="col">source</th>{head}'
-        '<th scope="col" class="words">shares</th></tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-        '<p class="note">tokens = trained + context + truncated + dropped. '
-        "Bars: trained tall, context half as tall, truncated and dropped outlined.</p></section>"
-    )
-
-
-def _account_row(account: SourceAccount, name: str, attributes: str = "") -> str:
-    if account.weight != 1:
-        name += f" × {account.weight:g}"
-    cells = "".join(f"<td>{getattr(account, column):,}</td>" for column in ACCOUNT)
-    return (
-        f'<tr{attributes}><th scope="row" class="words" '
-        f'title="{escape(account.source)}">{escape(name)}</th>{cells}'
-        f'<td class="bar-cell">{_shares(account)}</td></tr>'
-    )
-
-
-def _shares(account: SourceAccount) -> str:
-    scale = 200 / max(account.tokens, 1)
-    a, b = account.trained * scale, account.context * scale
-    c = (account.truncated + account.dropped) * scale
-    lost = f'<rect class="s-lost" x="{a + b:.2f}" y="6.5" width="{c:.2f}" height="5"/>' if c else ""
-    return (
-        '<svg viewBox="0 0 200 12" preserveAspectRatio="none" role="img" '
-        f'aria-label="{a / 2:.1f} % trained">'
-        f'<rect class="s-trained" width="{a:.2f}" height="12"/>'
-        f'<rect class="s-context" x="{a:.2f}" y="6" width="{b:.2f}" height="6"/>{lost}</svg>'
-    )
-
-
-def _left_out(sheet: Sheet) -> str:
-    """The lines that are not in the file, with their reasons, folded away."""
-    total = sum(sheet.left_out_counts.values())
-    if not total:
-        return ""
-    kinds = "".join(
-        f"<li>{count:,}: {escape(kind)}</li>" for kind, count in sheet.left_out_counts.items()
-    )
-    first = sheet.left_out[:LEFT_OUT_SHOWN]
-    rows = [(left.source, str(left.line or ""), left.reason) for left in first]
-    more = f'<p class="note">{len(rows):,} of {total:,}; the list scrolls.</p>'
-    return (
-        f'<details id="left-out"><summary>{total:,} refused or left out</summary>'
-        f"<ul>{kinds}</ul>{more}"
-        f"{grid('Refused and left out', ('source', 'line', 'reason'), rows)}</details>"
-    )
+def _account(accounts: list[SourceAccount]) -> list[dict[str, Any]]:
+    """The token account, a row a source with its shares as a bar, the sum below."""
+    names = short_names([account.source for account in accounts])
+    rows = list(zip(names, accounts, strict=True))
+    if len(accounts) > 1:
+        rows.append(("total", totals(accounts)))
+    return [
+        {
+            "name": name + (f" × {account.weight:g}" if account.weight != 1 else ""),
+            "source": account.source,
+            "numbers": [f"{getattr(account, column):,}" for column in ACCOUNT],
+            "shares": [
+                200 * part / max(account.tokens, 1)
+                for part in (account.trained, account.context, account.truncated + account.dropped)
+            ],
+        }
+        for name, account in rows
+    ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.data.batches import Batch, make_batch, micro_batch_count, micro_batches
-from whet.data.rows import Rows
+from whet.data.layout import Rows
 from whet.generate.engine import evaluating
 from whet.model.attention import planned
 from whet.model.decoder import Transformer, run_batch

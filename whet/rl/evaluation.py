@@ -24,9 +24,9 @@ BATCH = 32  # prompts that are answered at once
 
 @dataclass(frozen=True)
 class PolicyEvaluator:
-    """The evaluation of a stage that trains a policy; without `dev` it finds nothing."""
+    """The evaluation of a stage that trains a policy."""
 
-    dev: Prompts | None
+    dev: Prompts
     chat: Chat
     rewards: Sequence[Reward]
     max_new_tokens: int
@@ -35,8 +35,6 @@ class PolicyEvaluator:
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
-        if self.dev is None:
-            return Evaluation()
         meeting = Meeting(stop, ranks)
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
         mine = range(share.rank, len(self.dev), share.size)
@@ -73,7 +71,6 @@ class PolicyEvaluator:
         return Evaluation(metrics, samples if ranks.first else [], words)
 
     def _answers(self, model: Any, numbers: Sequence[int], meeting: Meeting) -> list[Answer]:
-        assert self.dev is not None
         with (
             meeting.after_forwards(model),
             track("Answering", total=len(numbers), unit="prompts", quiet=self.quiet) as progress,

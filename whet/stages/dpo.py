@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from whet.data.batches import Batch, make_batch, per_document
-from whet.data.reference import MISMATCHED, Reference, read_reference
-from whet.data.rows import Rows, mismatched
+from whet.data.layout import Rows
+from whet.data.reference import MISMATCHED, Reference, mismatched, read_reference
 from whet.data.store import PackedStore
 from whet.flags.dpo import Config, Loss
 from whet.generate.engine import evaluating
@@ -37,7 +37,7 @@ from whet.rl.preference_loss import (
     kto_loss,
     preference_loss,
 )
-from whet.stages.opening import open_for_training
+from whet.stages.model import open_for_training
 from whet.stages.packed import batches_of_step, order_of
 from whet.stages.pairs import (
     Judged,
@@ -274,16 +274,18 @@ def with_baseline(
         return {"kl": z.value}
 
     def evaluate(model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        if dev is not None:
-            shares = rows_of_file(dev, ranks, micro_rows)
-            each = (batch_of_rows(dev, s, micro_rows, complete, ranks.device) for s in shares)
-            z.measure(model, each, ranks)
+        assert dev is not None, "a stage without it evaluates nothing"
+        assert stage.evaluate is not None
+        shares = rows_of_file(dev, ranks, micro_rows)
+        each = (batch_of_rows(dev, s, micro_rows, complete, ranks.device) for s in shares)
+        z.measure(model, each, ranks)
         return stage.evaluate(model, ranks, stop)
 
     alone = "no row holds replies to other prompts, so KTO's baseline stays 0; prepare longer rows"
     notes = [("note", alone)] if units_of(store).max() <= 1 else []
     header = [*stage.header, *notes]
-    return replace(stage, before_step=before_step, evaluate=evaluate, header=header)
+    measured = evaluate if stage.evaluate is not None else None
+    return replace(stage, before_step=before_step, evaluate=measured, header=header)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -28,7 +28,7 @@ from whet.model.lora.lora import without_adapters
 from whet.rl.critic import policy_of
 from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term, truncated_ratio
 from whet.rl.prompts import Prompts
-from whet.stages.opening import open_for_training
+from whet.stages.model import open_for_training
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.train.distributed import Ranks
 from whet.train.proposal import with_proposal

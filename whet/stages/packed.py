@@ -26,7 +26,7 @@ from whet.model.attention import planned
 from whet.model.decoder import Transformer, run_batch
 from whet.model.hf.weights import saved_as
 from whet.model.lora.lora import LoRA
-from whet.stages.saving import ModelWriter
+from whet.stages.model import ModelWriter
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
 from whet.train.session import total_steps
@@ -58,6 +58,10 @@ def packed_stage(
         raise UserError(f"{store.path}: no token of it is trained; see `whet inspect {store.path}`")
     assert config.micro_batch_size is not None, "resolved before"
     save = writer(config, model, chat, store, lineage, lora)
+    evaluate = None
+    if dev is not None or questions:
+        quiet = config.quiet or not ranks.first
+        evaluate = Evaluator(dev, chat, config.micro_batch_size, questions, config.samples, quiet)
     return Stage(
         model=model,
         documents=store,
@@ -65,14 +69,7 @@ def packed_stage(
         total_steps=total_steps(config, steps_of_epoch(config, store)),
         batches=partial(batches_of_step, **order_of(config, store), store=store, ranks=ranks),
         loss_fn=token_loss,
-        evaluate=Evaluator(
-            dev,
-            chat,
-            config.micro_batch_size,
-            n_samples=config.samples,
-            quiet=config.quiet or not ranks.first,
-            questions=questions,
-        ),
+        evaluate=evaluate,
         save_model=save,
         rehearse=save.rehearse,
         header=[*header, *data_in_words(config, store, dev, f"{trained:,.0f} trained tokens")],

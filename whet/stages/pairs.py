@@ -26,7 +26,7 @@ from whet.flags.training import TrainSettings
 from whet.generate.engine import evaluating
 from whet.model.attention import planned
 from whet.progress import track
-from whet.stages.opening import Opened
+from whet.stages.model import Opened
 from whet.stages.packed import batches_of_step, data_in_words, order_of, writer
 from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
 from whet.train.evaluation import Meeting, sample_replies
@@ -142,7 +142,9 @@ def pair_stage(
         ),
         loss_fn=partial(sums, judge=judge),
         unit=unit,
-        evaluate=PairEvaluator(
+        evaluate=None
+        if dev is None
+        else PairEvaluator(
             dev,
             judge,
             complete,
@@ -182,7 +184,7 @@ def batch_of_rows(
 class PairEvaluator:
     """The judge's numbers over a dev file, and pair accuracy by source with its interval."""
 
-    dev: PackedStore | None
+    dev: PackedStore
     judge: Judge
     complete: Callable[[PackedStore, Batch], Batch]
     micro_rows: int
@@ -194,8 +196,6 @@ class PairEvaluator:
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
-        if self.dev is None:
-            return Evaluation()
         inner: Any = unwrap(model)
         meeting = Meeting(stop, ranks)
         with meeting.after_forwards(inner), evaluating(inner), torch.no_grad():
@@ -216,7 +216,6 @@ class PairEvaluator:
 
     def _table(self, model: Any, ranks: Ranks) -> dict[str, np.ndarray]:
         """Name -> (sum, count) over this rank's pairs."""
-        assert self.dev is not None
         labels = dict.fromkeys(source_labels(self.dev))
         found = {f"dev_pair_accuracy/source/{label}": np.zeros(2) for label in labels}
         shares = rows_of_file(self.dev, ranks, self.micro_rows)
@@ -239,7 +238,6 @@ class PairEvaluator:
 
     def _labels(self, batch: Batch, real: np.ndarray) -> list[str | None]:
         """The source of each pair that is there, in the order of `real`."""
-        assert self.dev is not None
         row, pair = np.nonzero(real)
         if not len(self.dev.documents):
             return [None] * len(row)

@@ -22,8 +22,7 @@ from whet.rl.rewards import NEEDS_GOLD, open_rewards
 from whet.rl.rollouts import Complete, Rollouts
 from whet.rl.sampling import PolicyConfig
 from whet.rl.server import Server
-from whet.stages.opening import Opened
-from whet.stages.saving import ModelWriter
+from whet.stages.model import ModelWriter, Opened
 from whet.train.distributed import Ranks
 from whet.train.session import total_steps
 from whet.train.stage import Stage, Sums
@@ -88,7 +87,9 @@ def policy_stage(
         total_steps=total_steps(config, rollouts.rollouts_per_epoch * rollouts.per_rollout),
         batches=rollouts.batches,
         loss_fn=loss_fn,
-        evaluate=PolicyEvaluator(
+        evaluate=None
+        if dev is None
+        else PolicyEvaluator(
             dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
         ),
         save_model=save,

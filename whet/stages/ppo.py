@@ -24,9 +24,8 @@ from whet.rl.critic import ActorCritic, judged_places, policy_of
 from whet.rl.policy_loss import policy_term, value_loss
 from whet.rl.prompts import Prompts
 from whet.stages.grpo import frozen_reference
-from whet.stages.opening import Opened, open_for_training
+from whet.stages.model import ModelWriter, Opened, open_for_training
 from whet.stages.policy import ADAPTER_LR, policy_stage
-from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks, unwrap
 from whet.train.proposal import with_proposal
 from whet.train.session import run_stage

@@ -18,7 +18,7 @@ from whet.flags.pretrain import Config
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.progress import track
-from whet.stages.opening import describe
+from whet.stages.model import describe
 from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
 from whet.train.resume import continues

@@ -21,7 +21,7 @@ from whet.data.store import PackedStore
 from whet.flags.reward import Config
 from whet.model.decoder import run_batch
 from whet.rl.preference_loss import reward_model_loss
-from whet.stages.opening import open_for_training
+from whet.stages.model import open_for_training
 from whet.stages.pairs import Judged, open_pairs, order_in_words, pair_stage, sides
 from whet.train.distributed import Ranks
 from whet.train.proposal import with_proposal

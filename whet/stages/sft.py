@@ -13,7 +13,7 @@ from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.flags.sft import Config
-from whet.stages.opening import open_for_training
+from whet.stages.model import open_for_training
 from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
 from whet.train.proposal import with_proposal
