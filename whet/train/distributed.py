@@ -33,9 +33,11 @@ class Ranks:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     background: dist.ProcessGroup | None = None
-    """A gloo group of its own for saves: they run beside the steps and must not mix with them."""
+    """A gloo group for saves alone: their thread runs beside the steps and must not mix with them.
+    """
     setup: dist.ProcessGroup | None = None
-    """A gloo group for what comes before the steps: all wait while rank 0 tokenises for hours."""
+    """A gloo group for what comes before and between the steps: all wait while rank 0 tokenises for
+    hours, or hands weights to a server."""
 
     @property
     def first(self) -> bool:
