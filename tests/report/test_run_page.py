@@ -6,8 +6,7 @@ import re
 import pytest
 
 from whet.cli import main
-from whet.report.curves import MOST_POINTS
-from whet.report.run_page import page, read_run
+from whet.report.run_page import MOST_POINTS, page, read_run
 
 PROMPT = "<user>\nWhat is 2 < 3?"
 

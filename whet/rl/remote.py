@@ -38,6 +38,10 @@ other models by whole units."""
 MOVED = 0.01
 """The steps of training are small, and stale weights stay below `BOUND` for long. But a server that
 says bit for bit what it said when the trainer's ln p were so far away has not loaded anything."""
+GROWN = 10.0
+"""One that has loaded only a part shows it by a distance that is above `MOVED` and so many times
+that of the first rollout: as far as kernels differ. vLLM 0.32.0 on a CPU reloads an embedding, for
+one, but not the head that is tied to it."""
 
 Write = Callable[[nn.Module, Path, dict[str, float]], None]
 
@@ -58,6 +62,8 @@ class Remote:
     stop_ids: tuple[int, ...]
     before: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     """ln p of the probe's prompt, of server and trainer, when the server's last changed."""
+    usual: float | None = None
+    """How far apart a token they were at the first rollout."""
 
     @property
     def folder(self) -> Path:
@@ -86,8 +92,8 @@ class Remote:
         """
         found: Any = None
         name = f"whet-{secrets.token_hex(4)}-{rollout:07d}" if self.has_adapter else "model"
-        name = from_first(name, ranks, ranks.background)
-        old, directory = self.server.adapter, (self.folder / name).resolve()
+        name = from_first(name, ranks, ranks.setup)
+        directory = (self.folder / name).resolve()
         try:
             self.write(policy, directory, {})
             if ranks.first and self.has_adapter:
@@ -99,16 +105,17 @@ class Remote:
                 found = (request.ids, *self.server.judge(request))
         except UserError as error:
             found = str(error)
-        found = from_first(found, ranks, ranks.background)
+        found = from_first(found, ranks, ranks.setup)
         if isinstance(found, str):
             raise UserError(found)
         ids, fixed, reply = found
         own = self._own(policy, ids, reply.ids)
-        if wrong := from_first(self._verdict(fixed, reply, own), ranks, ranks.background):
+        if wrong := from_first(self._verdict(fixed, reply, own), ranks, ranks.setup):
             raise self.server.error(wrong)
         self.server.adapter = name if self.has_adapter else ""
-        if old and ranks.first:
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+        for old in self.folder.iterdir() if ranks.first else ():  # a killed run has left its own
+            if old.name != name:
+                shutil.rmtree(old, ignore_errors=True)
 
     def sample(
         self,
@@ -164,26 +171,26 @@ class Remote:
     def _verdict(self, fixed: list[float], reply: Reply, own: list[float]) -> str:
         """What is wrong with the server's numbers; nothing if they are the trainer's."""
         ours, drawn = own[: len(fixed)], own[len(fixed) :]
-        if not (gap := _distance(fixed, ours)) <= BOUND:
+        if fixed != self.before[0]:
+            self.before = fixed, ours
+        gap = _distance(fixed, ours)
+        self.usual = gap if self.usual is None else self.usual
+        unmoved = _distance(ours, self.before[1]) > MOVED
+        partly = gap > max(MOVED, GROWN * self.usual)
+        if unmoved or partly or not gap <= BOUND:
+            base = "; is it the server of --model's base?" if self.has_adapter else ""
             return (
-                "the server still answers with other weights: its ln p of a prompt's tokens are "
-                f"{np.mean(fixed):.4f} on average, the trainer's {np.mean(ours):.4f}, "
-                f"{gap:.2g} apart a token (at most {BOUND:g})"
+                "the server answers with other weights: its ln p of a prompt's tokens are "
+                f"{np.mean(fixed):.4f} on average{', as before' * unmoved}, the trainer's "
+                f"{np.mean(ours):.4f}, {gap:.2g} apart a token, {self.usual:.2g} at the first "
+                f"rollout{base}"
             )
         if not (gap := _distance(reply.logp, drawn)) <= BOUND:
             return (
-                "the log-probs of its samples are not those of --temperature "
-                f"{self.config.temperature:g}: {np.mean(reply.logp):.4f} on average, the trainer's "
-                f"{np.mean(drawn):.4f}; vLLM needs --logprobs-mode processed_logprobs"
-            )
-        then, before = self.before
-        if fixed != then:
-            self.before = (fixed, ours)
-        elif (moved := _distance(ours, before)) > MOVED:
-            return (
-                "the server still answers with other weights: its ln p of a prompt's tokens "
-                f"are {np.mean(fixed):.4f} on average, as before, the trainer's have moved from "
-                f"{np.mean(before):.4f} to {np.mean(ours):.4f}, {moved:.2g} a token"
+                f"the log-probs of its samples are {np.mean(reply.logp):.4f} on average, the "
+                f"trainer's at --temperature {self.config.temperature:g} {np.mean(drawn):.4f}: "
+                "vLLM needs --logprobs-mode processed_logprobs, SGLang an environment without "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB; or it samples by keys cached with other weights"
             )
         return ""
 

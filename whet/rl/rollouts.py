@@ -156,7 +156,7 @@ class Rollouts:
                 self._write(path, number, layout, places)
             except UserError as error:
                 failed = str(error)
-        if failed := from_first(failed, ranks, ranks.background):
+        if failed := from_first(failed, ranks, ranks.setup):
             raise UserError(failed)
         self._report(metrics)
         return metrics
