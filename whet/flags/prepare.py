@@ -87,7 +87,7 @@ def flaws(config: Config) -> list[str]:
             read_date(config.date)
     with collected(found):
         if config.chat_template:
-            find_template(config.chat_template)
+            _ = find_template(config.chat_template).described
     if config.format and config.format not in FORMATS:
         found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
     with collected(found):
