@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from whet.data.store import PackedStore
-from whet.doctor import generating, numbers, saving, stages, templates
+from whet.doctor import numbers, saving, stages, templates
 from whet.doctor.command import examine
-from whet.doctor.finding import judge, worse
+from whet.doctor.subject import judge, worse
 from whet.generate.cache import Cache
 from whet.model import decoder, kernels
 from whet.model.hf.families import OWN_LAYOUT
@@ -159,7 +159,7 @@ def test_a_cache_that_forgets(subject, monkeypatch):
 
     monkeypatch.setattr(Cache, "write", forgetful)
     subject.model.layers.apply(sharpen)
-    assert failing(subject, generating.cache_equals_none) == {CACHE}
+    assert failing(subject, numbers.cache_equals_none) == {CACHE}
 
 
 def test_token_losses_whose_gradient_is_half(subject, monkeypatch):
