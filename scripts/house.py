@@ -20,7 +20,6 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent / "whet"
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "sum", "of", "plus")
-CONVERSATIONS = 16
 
 
 def main() -> None:
@@ -207,9 +206,9 @@ def tiny_data(folder: Path, tokenizer: str) -> tuple[str, int]:
     from whet.flags.prepare import Config
 
     source, out = folder / "talks.jsonl", folder / "rows.h5"
-    messages = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": WORDS[1]}]
-    line = json.dumps({"messages": messages}) + "\n"
-    source.write_text(line * CONVERSATIONS, encoding="utf-8")
+    talks = [[("user", f"{word} plus one"), ("assistant", word)] for word in WORDS]
+    lines = [{"messages": [{"role": r, "content": c} for r, c in talk]} for talk in talks]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     prepare(Config(data=(str(source),), out=str(out), tokenizer=tokenizer, context_length=32), True)
     return str(out), len(PackedStore(out))
 

@@ -11,6 +11,7 @@ import pytest
 from tests.chat import rules, suite
 from tests.chat.suite import said, user
 from tests.chat.test_templates import templates
+from tests.rendering import render
 from whet.chat.certificate import Refused
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.conversation import Conversation, read_conversation
@@ -78,12 +79,12 @@ def test_variables_travel_within_the_template_which_others_read(
     chat = suite.with_template(chatml, EFFORT).with_variables({"effort": 'a "b"\né {% %}'})
     chat.save(tmp_path)
     opened, talk = load_tokenizer(tmp_path), [user("Hi"), said("Yes.")]
-    expected = chat.template.render(talk, variables=chat.variables)
-    assert opened.template.render(talk) == expected
+    expected = render(chat.template, talk, variables=chat.variables)
+    assert render(opened.template, talk) == expected
     assert rules.Oracle(opened).text(talk, None, False) == expected
     assert asks_as_trained(chat, opened, talk, None) == 1
     again = opened.with_variables({"effort": None})
-    assert again.template.render(talk, variables=again.variables) != expected
+    assert render(again.template, talk, variables=again.variables) != expected
     again.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").template.source.count("set effort") == 1
 
@@ -164,11 +165,11 @@ def test_what_a_packed_file_records_is_a_chat_again(chatml: Chat) -> None:
     chat = Chat(chat.tokenizer, chat.template, ChatTemplate("T{{ effort }}"), chat.variables)
     again = chatml.rendering_as(json.loads(json.dumps(chat.as_dict())), "a.h5")
     assert again.as_dict() == chat.as_dict()
-    assert again.template.render([user("a")]) == chat.template.render(
-        [user("a")], variables={"effort": 2}
+    assert render(again.template, [user("a")]) == render(
+        chat.template, [user("a")], variables={"effort": 2}
     )
     assert again.tool_template is not None
-    assert again.tool_template.render([]) == "T2"
+    assert render(again.tool_template, []) == "T2"
     with pytest.raises(UserError, match=r"a\.h5: its attribute chat holds no template"):
         chatml.rendering_as({"template": 5}, "a.h5")
 

@@ -87,27 +87,14 @@ class ChatTemplate:
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, self.name)
 
-    def render(
-        self,
-        messages: list[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
-        today: date | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The text of `messages`. `today` is the date of `strftime_now` (None: the clock's).
-
-        `variables` are further template variables: bos_token, eos_token, enable_thinking, …
-        Raises TemplateError with the template's own words if it refuses or fails, BoundsError if
-        it takes too long, UserError if a variable has the name of something else.
-        """
-        ask = ("render", messages, tools, documents, add_generation_prompt)
-        return self.answer(ask, today, variables)
-
     def answer(self, ask: Ask, today: date | None, variables: Mapping[str, Any] | None) -> str:
-        """The renderer's reply to `ask`: a text, or JSON. Raises as `render` does."""
+        """The renderer's reply to `ask`: a text, or JSON.
+
+        `today` is the date of `strftime_now` (None: the clock's); `variables` are further template
+        variables: bos_token, eos_token, enable_thinking, … Raises TemplateError with the template's
+        own words if it refuses or fails, BoundsError if it takes too long, UserError if a variable
+        has the name of something else.
+        """
         _ = self.described  # refuses what is no jinja
         return self._answer(ask, today, variables)
 
@@ -209,11 +196,9 @@ class _Pickler(pickle.Pickler):
         return str, (f"<{type(value).__name__}>",)
 
 
-def _exchange(process: subprocess.Popen[bytes], request: memoryview, count: int) -> Iterator[Reply]:
+def _exchange(process: Any, request: memoryview, count: int) -> Iterator[Reply]:
     """The replies as they come. Raises EOFError or BrokenPipeError if `process` dies."""
     requests, replies = process.stdin, process.stdout
-    assert requests is not None
-    assert replies is not None
     requests.write(request)
     requests.flush()
     for _ in range(count):

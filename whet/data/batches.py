@@ -204,6 +204,13 @@ def micro_batch_count(global_rows: int, world_size: int, micro_batch_size: int) 
     return -(-share // micro_batch_size)
 
 
+def shares_of(n_rows: int, rank: int, world_size: int, micro_batch_size: int) -> list[np.ndarray]:
+    """The rows of a rank's micro-batches of a whole file; equally many on every rank."""
+    mine = np.arange(rank, n_rows, world_size)
+    count = micro_batch_count(n_rows, world_size, micro_batch_size)
+    return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
+
+
 def micro_batches(batch: Batch, micro_batch_size: int, count: int | None = None) -> list[Batch]:
     """Cut a rank's share into `count` micro-batches of equal shape, on the batch's device.
 

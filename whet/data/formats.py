@@ -9,14 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from whet.chat.conversation import (
-    Conversation,
-    Origin,
-    RawText,
-    Tokenised,
-    from_json,
-    shown,
-)
+from whet.chat.conversation import Conversation, Origin, RawText, Tokenised, from_json, shown
 from whet.data.preferences import LABEL_KEYS, LABELS, Preference, read_labelled, read_pair
 from whet.data.record import (
     LISTS_OF_MESSAGES,
@@ -238,11 +231,6 @@ def _gsm8k(record: Record, at: Origin) -> Conversation:
     return conversation_of(_exchange(question, answer), record, at, "question", "answer")
 
 
-def _raw_text(record: Record, at: Origin) -> RawText:
-    text = text_of(record, "text", at, empty=False)
-    return RawText(text, at, rest(record, "text"))
-
-
 def _labelled(record: Record, at: Origin) -> Preference:
     def read(other: Record, at: Origin) -> Datum:
         return READERS[detect_format(other, at.source, at.line)](other, at)
@@ -260,5 +248,7 @@ READERS: dict[str, Callable[[Record, Origin], Datum]] = {
     "dolly": partial(_instruction, context_key="context", answer_key="response"),
     "prompt_completion": _prompt_completion,
     "gsm8k": _gsm8k,
-    "text": _raw_text,
+    "text": lambda record, at: RawText(
+        text_of(record, "text", at, empty=False), at, rest(record, "text")
+    ),
 }

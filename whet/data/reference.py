@@ -7,8 +7,8 @@ metadata the fingerprint of the model that gave them. Numbers of another model o
 refused.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -30,14 +30,16 @@ class Reference:
 
     model: str
     """Fingerprint of the model."""
+    kinds: tuple[str, ...] = ("",)
+    """Of which documents of each file: as they are (""), MISMATCHED."""
     logp: dict[str, np.ndarray] = field(default_factory=dict)
-    """Fingerprint of a packed file -> (documents,) float64."""
+    """Fingerprint of a packed file, and kind -> (documents,) float64."""
 
     def rows(
         self, store: PackedStore, rows: np.ndarray, segments: int, kind: str = ""
     ) -> np.ndarray:
         """(B, segments + 1) float64 for some rows of `store`: column s is document s, column 0 the
-        padding; 0 where there is no document. `kind` is "", or MISMATCHED."""
+        padding; 0 where there is no document."""
         found = np.zeros((len(rows), segments + 1))
         if (name := store.fingerprint + kind) in self.logp:
             row, segment, number = store.documents_in(rows)
@@ -51,10 +53,8 @@ class Reference:
             safetensors.numpy.save_file(self.logp, aside, metadata={"model": self.model})
 
 
-def read_reference(
-    path: Path, model: str, stores: dict[str, PackedStore], kinds: Sequence[str] = ("",)
-) -> Reference:
-    """Read a file that must hold the numbers of this model and of these kinds, for all stores (by
+def read_reference(path: Path, wanted: Reference, stores: Mapping[str, PackedStore]) -> Reference:
+    """Read a file that must hold the numbers of the model and kinds `wanted`, for all stores (by
     flag).
 
     Raises UserError if it is damaged, of another model, or lacks the numbers of a store.
@@ -65,18 +65,18 @@ def read_reference(
             logp = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: is no file of reference log-probabilities ({error})") from None
-    if made_by != model:
+    if made_by != wanted.model:
         raise UserError(
             f"{path}: was computed by another model than --model, or in another precision; leave "
             "it out to compute it again"
         )
-    for (flag, store), kind in product(stores.items(), kinds):
+    for (flag, store), kind in product(stores.items(), wanted.kinds):
         if logp.get(store.fingerprint + kind, np.zeros(0)).shape != store.document_rows.shape:
             raise UserError(
                 f"{path}: holds no{kind} replies of {flag} {store.path}, or of the file that it "
                 "was before; leave it out to compute it again"
             )
-    return Reference(made_by, logp)
+    return replace(wanted, logp=logp)
 
 
 def mismatched(read: Rows, size: int) -> Rows:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
+from whet.data.batches import Batch, micro_batches, read_batch, shares_of
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.generate.engine import evaluating
@@ -70,7 +70,7 @@ def dev_loss(
     total = float(store.loss_tokens.sum())
     if total == 0:
         raise UserError(f"{store.path}: no token in it is trained, so it has no dev loss")
-    mine = np.arange(rank, len(store), world_size)
+    shares = shares_of(len(store), rank, world_size, micro_rows)
     names = class_names(store)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     table = np.zeros((len(store), 6))
@@ -78,10 +78,9 @@ def dev_loss(
     with (
         torch.no_grad(),
         evaluating(model),
-        track("Dev loss", len(mine), unit="rows", quiet=quiet) as progress,
+        track("Dev loss", sum(map(len, shares)), unit="rows", quiet=quiet) as progress,
     ):
-        for i in range(micro_batch_count(len(store), world_size, micro_rows)):
-            rows = mine[i * micro_rows : (i + 1) * micro_rows]
+        for rows in shares:
             whole = micro_batches(read_batch(store, rows, total=total), micro_rows, 1)[0]
             classes = torch.from_numpy(classes_of(whole, store, names)).to(device)
             batch = whole.to(device)
@@ -89,7 +88,7 @@ def dev_loss(
             parts.append(_row_sums(found, batch.targets, batch.weight, stops)[: len(rows)])
             _add(by_class, classes, found.nll)
             progress.advance(len(rows))
-    table[mine] = torch.cat(parts).cpu().numpy()  # the one wait for the device
+    table[np.concatenate(shares)] = torch.cat(parts).cpu().numpy()  # the one wait for the device
     flat = [*table.flatten().tolist(), *by_class[:-1].flatten().tolist()]
     flat = list(reduce(flat)) if reduce is not None else flat
     sums = np.reshape(flat[: table.size], table.shape).sum(axis=0)

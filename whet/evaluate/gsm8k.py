@@ -19,6 +19,7 @@ from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number, wilson
 from whet.files import replaced
 from whet.generate.engine import generate
+from whet.generate.text import opened_thought
 from whet.model.decoder import Transformer
 from whet.progress import track
 
@@ -113,10 +114,7 @@ def gsm8k_accuracy(
 def _judge(problem: Problem, prompt: Sequence[int], reply: list[int], chat: Chat) -> Sample:
     stopped = bool(reply) and reply[-1] in chat.stop_ids
     text = chat.tokenizer.decode(reply[:-1] if stopped else reply, skip_special=False)
-    # A template may begin the thinking for the model; then the reply holds its end only.
-    asked = chat.tokenizer.decode(list(prompt[-16:]), skip_special=False)
-    inside = asked.rstrip().endswith("<think>")
-    extracted = extract_answer(f"<think>{text}" if inside else text)
+    extracted = extract_answer(opened_thought(chat.tokenizer, prompt) + text)
     right = same_number(extracted, problem.gold)
     return Sample(problem.line, problem.question, text, extracted, problem.gold, right, stopped)
 

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
 from whet.config import FIRST, FREE, InputFile, With, above_0, from_1
 from whet.errors import UserError
-from whet.flags.choices import Normalize, Truncated
+from whet.flags.choices import Advantage, Normalize, Truncated
 from whet.flags.training import tuning_flaws
 
 BUILT_IN = ("correct", "format", "length")
@@ -89,6 +89,10 @@ class Prompts:
 class Sampling:
     """Rollouts."""
 
+    # Of the stages that have no such flags.
+    advantage: ClassVar[Advantage] = "plain"
+    refill: ClassVar[bool] = False
+    passes: ClassVar[int] = 1
     group_size: Annotated[int, FIRST, from_1] = 8
     """Replies sampled for each prompt; --batch_size is the number of prompts."""
     max_new_tokens: Annotated[int, FIRST, from_1] = 256

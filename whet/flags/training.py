@@ -112,6 +112,12 @@ class Optimizer:
     seed: Annotated[int, from_0] = 0
     """Seed of the data order and of everything random."""
 
+    @property
+    def micro_rows(self) -> int:
+        """--micro_batch_size, which has a value from the start of training on."""
+        assert self.micro_batch_size is not None, "resolved before"
+        return self.micro_batch_size
+
 
 @dataclass(kw_only=True)
 class Run:

@@ -35,7 +35,7 @@ class Problems:
     """Word problems."""
 
     gsm8k: InputFile | None = None
-    """Problems to answer: GSM8K's test.jsonl, SVAMP, or prompts with a gold number."""
+    """Problems to answer: GSM8K's test.jsonl, SVAMP, or other questions with a number as answer."""
     limit: Annotated[int | None, from_1, GSM8K] = None
     """Only the first so many problems."""
     max_new_tokens: Annotated[int, from_1, GSM8K] = 256

@@ -78,8 +78,8 @@ def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:
             yield f"{number:>3}  {role:<10} {what}"
     yield ""
     yield rule("certificate", ink)
-    for name, told in certificate_facts(shown.encoded.certificate, len(examples)).items():
-        yield f"{name + ':':<24}{told}"
+    for name, said in certificate_facts(shown.encoded.certificate, len(examples)).items():
+        yield f"{name + ':':<24}{said}"
 
 
 def turns(shown: EncodedLine) -> list[tuple[int, str, str]]:

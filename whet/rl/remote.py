@@ -51,21 +51,24 @@ class Remote:
     """A server as the sampler of a run. Every rank has one."""
 
     server: Server
-    folder: Path
-    """Where weights are handed over; the server must see it under the same path."""
+    config: Any
+    """The flags of the stage."""
     write: Write
     """Write the model, or its adapter, into a directory; all ranks call it, rank 0 writes."""
     has_adapter: bool
     probe: Sequence[int]
     """The tokens of a prompt, of which ln p is compared."""
     max_positions: int
-    max_new_tokens: int
-    temperature: float
     stop_ids: tuple[int, ...]
     before: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     """ln p of the probe's prompt, of server and trainer, when the server's last changed."""
     usual: float | None = None
     """How far apart a token they were at the first rollout."""
+
+    @property
+    def folder(self) -> Path:
+        """Where weights are handed over; the server must see it under the same path."""
+        return self.config.out / "rollouts" / "weights"
 
     def connect(self, longest: int) -> str:
         """See that the server is there and fits, and name it. `longest`: tokens of a prompt.
@@ -73,7 +76,7 @@ class Remote:
         Raises UserError.
         """
         self.server.connect()
-        wanted = min(longest + self.max_new_tokens, self.max_positions)
+        wanted = min(longest + self.config.max_new_tokens, self.max_positions)
         if self.server.room is not None and self.server.room < wanted:
             raise self.server.error(
                 f"takes texts of {self.server.room:,} tokens, prompt and reply need {wanted:,}: "
@@ -125,14 +128,14 @@ class Remote:
         What is sampled depends on the key, as far as the server keeps to its seed. Raises UserError
         for a server that is dead, slow, or answers something else.
         """
-        count = sum(map(len, cohorts))
+        count, most = sum(map(len, cohorts)), self.config.max_new_tokens
         pool = ThreadPoolExecutor(min(CONNECTIONS, max(1, count)))
         try:
             running = [
                 [
                     pool.submit(
                         self.server.sample,
-                        self._request(ids, self.max_new_tokens, group_size, request_seed(key)),
+                        self._request(ids, most, group_size, request_seed(key)),
                     )
                     for ids, key in cohort
                 ]
@@ -152,7 +155,7 @@ class Remote:
 
     def _request(self, ids: list[int], room: int, n: int, seed: int) -> Request:
         room = min(room, self.max_positions - len(ids))
-        return Request(ids, n, room, self.temperature, self.stop_ids, seed)
+        return Request(ids, n, room, self.config.temperature, self.stop_ids, seed)
 
     @torch.no_grad()
     def _own(self, policy: Any, ids: list[int], reply: list[int]) -> list[float]:
@@ -162,7 +165,7 @@ class Remote:
             logits = policy(tokens)[0, :-1].float()
         cut, targets = len(ids) - 1, tokens[0, 1:]
         fixed = log_probabilities(logits[:cut], targets[:cut], 1.0)
-        drawn = log_probabilities(logits[cut:], targets[cut:], self.temperature)
+        drawn = log_probabilities(logits[cut:], targets[cut:], self.config.temperature)
         return torch.cat([fixed, drawn]).tolist()
 
     def _verdict(self, fixed: list[float], reply: Reply, own: list[float]) -> str:
@@ -185,8 +188,8 @@ class Remote:
         if not (gap := _distance(reply.logp, drawn)) <= BOUND:
             return (
                 f"the log-probs of its samples are {np.mean(reply.logp):.4f} on average, the "
-                f"trainer's at --temperature {self.temperature:g} {np.mean(drawn):.4f}: vLLM needs "
-                "--logprobs-mode processed_logprobs, SGLang an environment without "
+                f"trainer's at --temperature {self.config.temperature:g} {np.mean(drawn):.4f}: "
+                "vLLM needs --logprobs-mode processed_logprobs, SGLang an environment without "
                 "SGLANG_RETURN_ORIGINAL_LOGPROB; or it samples by keys cached with other weights"
             )
         return ""

@@ -51,9 +51,7 @@ def _own_pipes() -> tuple[TextIO, TextIO]:
 
 def load(file: str, name: str) -> Any:
     """The function `name` of the Python file `file`, which may import what stands beside it."""
-    spec = importlib.util.spec_from_file_location("rewards_of_the_user", file)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location("rewards_of_the_user", file)
     sys.path.insert(0, str(Path(file).resolve().parent))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

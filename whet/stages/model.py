@@ -5,29 +5,31 @@ opened, what is not trained is frozen, and data that do not fit are refused. `Mo
 the model, whole or its adapter, with its lineage; and a `.pt` if asked.
 """
 
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from whet.chat.chat import ANOTHER_TEMPLATE, Chat, add_chat_tokens, read_chat
-from whet.config import collected, problems
+from whet.config import as_toml, collected, problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.files import nearest
-from whet.flags.training import parameters, unfit_flags
+from whet.flags.training import TrainSettings, parameters, unfit_flags
 from whet.hub import find_model, is_adapter
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
 from whet.model.hf.checkpoint import NO_PT, save_model, save_pt, saved_bytes
-from whet.model.hf.weights import rounding
+from whet.model.hf.weights import rounding, saved_as
 from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, merge_lora, quantize_base
 from whet.model.lora.read import base_of, continue_adapter, find_base, tokenizer_home
 from whet.model.lora.write import save_adapter
@@ -35,7 +37,11 @@ from whet.model.open import is_foreign, load_backbone_from_ckpt, misfits, templa
 from whet.tokenizer_files import find_convertible
 from whet.train.distributed import Ranks, is_first, unwrap, whole_weights
 from whet.train.optim import parse_lr_groups
+from whet.train.proposal import with_proposal
+from whet.train.session import run_stage
+from whet.train.stage import Stage
 
+C = TypeVar("C", bound=Any)
 USUAL_ADAPTER_LR = 1e-4
 REHEARSED_BYTES = 2_000_000_000
 """Weights up to this size are written and read back before the first step: some seconds."""
@@ -245,6 +251,12 @@ def find_chat(directory: Path | None, model: Path) -> Chat | None:
     return read_chat(home) if directory or has_one else None
 
 
+def run_tuned(config: C, command: str, build: Callable[[C, Ranks], Stage]) -> int:
+    """`run_stage`, with the settings that fit into the memory where --auto asks for them."""
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, command, build, fit)
+
+
 def describe(model: Transformer) -> str:
     """The model in one line."""
     count, config = sum(p.numel() for p in model.parameters()), model.config
@@ -326,3 +338,14 @@ class ModelWriter:
             ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def writer(
+    config: TrainSettings, opened: Opened, stage: str, facts: Mapping[str, Any]
+) -> ModelWriter:
+    """Saves the model of `stage` with where it comes from: `facts` of its data, its base, and the
+    settings, as the SHA-256 of the run's config.toml."""
+    digest = hashlib.sha256(as_toml(config).encode()).hexdigest()
+    lineage = {"stage": stage, **facts, **opened.lineage, "config_hash": digest}
+    dtype = saved_as("same", opened.model.config.hf)
+    return ModelWriter(opened.chat, lineage, config.out_ckpt, config.out, opened.lora, dtype)

@@ -249,11 +249,8 @@ def scale_gradients(parameters: Sequence[nn.Parameter], norm: torch.Tensor, clip
 
 def sum_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
     """Element-wise sum of `values` over the ranks, in float64."""
-    if ranks.size == 1:
-        return list(values)
     total = torch.tensor(list(values), dtype=torch.float64, device=ranks.device)
-    dist.all_reduce(total)
-    return total.tolist()
+    return add_over_ranks(total, ranks).tolist()
 
 
 def add_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
