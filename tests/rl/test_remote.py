@@ -145,14 +145,16 @@ def test_a_server_that_fails_is_told_in_a_line_and_the_state_is_kept(
     assert main(command(world, out, lr=1e-2, epochs=4, max_steps=2, resume=True)) in (0, 2)
 
 
-def test_stale_weights_of_small_steps_are_noticed_by_and_by(world, tmp_path, capsys):
-    """Each step stays below the bound; the server's numbers do not move, the trainer's do."""
-    with serving(world / "base", fault="stale") as stub:
-        flags = {"rollout_url": stub.url, "epochs": 60, "lr": 2e-4}
+@pytest.mark.parametrize(("fault", "lr"), [("stale", 2e-4), ("part", 1e-3)])
+def test_stale_weights_of_small_steps_are_noticed_by_and_by(world, tmp_path, capsys, fault, lr):
+    """Each step stays below the bound; the server's numbers do not move, or not far enough: vLLM
+    0.32.0 on a CPU does not reload a tied head."""
+    with serving(world / "base", fault=fault) as stub:
+        flags = {"rollout_url": stub.url, "epochs": 60, "lr": lr}
         assert main(command(world, tmp_path / "run", **flags)) == 2
     said = capsys.readouterr().err
     assert "answers with other weights" in said
-    assert max(line["mismatch"] for line in lines_of(tmp_path / "run")) < 0.1
+    assert max(line["mismatch"] for line in lines_of(tmp_path / "run")) < 0.02
 
 
 def test_one_rank_whose_server_fails_ends_both(world, tmp_path):
