@@ -67,7 +67,7 @@ def test_what_is_missing_is_told_at_once(world, capsys):
     assert main(["compare", str(world / "none"), "--samples", "2"]) == 2
     said = capsys.readouterr().err
     assert "none" in said
-    assert "--samples: needs the problems" in said
+    assert "--samples: does nothing without --gsm8k" in said
     assert "nothing to compare" in said
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.pairs import pairs_file
 from whet.chat.tokenizer import train_tokenizer
 from whet.cli import main
-from whet.data.rows import segment_documents
+from whet.data.layout import segment_documents
 from whet.data.store import DOCUMENT, PackedStore, new_store
 from whet.report.read import read_sheet
 

@@ -14,7 +14,7 @@ from tests.stages import test_grpo
 from tests.stages.test_grpo import command, lines_of
 from whet.cli import main
 from whet.data.batches import make_batch
-from whet.data.rows import Rows
+from whet.data.layout import Rows
 from whet.errors import UserError
 from whet.flags.policy import server_root
 from whet.rl.rollout_file import Rollout
@@ -61,6 +61,18 @@ def test_ppo_by_a_server(world, tmp_path):
     assert lines_of(tmp_path / "run")[0]["mismatch"] < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "fault", "more"), [("vllm", "busy", {}), ("sglang", "room for one", LORA)]
+)
+def test_what_a_server_cannot_do_yet_or_has_done_already(world, tmp_path, kind, fault, more):
+    """vLLM keeps its cached keys while a request runs, and is asked again; SGLang makes room for
+    an adapter by itself."""
+    with serving(world / "base", kind, fault=fault) as stub:
+        assert main(command(world, tmp_path / "run", rollout_url=stub.url, **more)) == 0
+    asked = [path for path, _ in stub.calls]
+    assert asked.count("/reset_prefix_cache") == (6 if kind == "vllm" else 0)
+
+
 def test_a_replay_leaves_the_weights_of_the_run_alone(world, tmp_path):
     out = tmp_path / "run"
     with serving(world / "base") as stub:
@@ -102,7 +114,8 @@ def test_killed_and_resumed_with_a_server(world, tmp_path):
 
 
 FAULTS = {
-    "stale": "still answers with other weights",
+    "stale": "answers with other weights",
+    "stale cache": "samples by keys cached with other weights",
     "raw": "--logprobs-mode processed_logprobs",
     "500": "with 500: CUDA error: an illegal access",
     "slow": "did not answer /v1/completions within --rollout_seconds 4",
@@ -110,7 +123,9 @@ FAULTS = {
     "dead": "no whole answer to /v1/completions",
     "fewer": "gave 1 choices, 3 were asked for",
     "old": "gives no token_ids: it is too old",
+    "another form": "gave an answer of an unknown form",
     "production": "VLLM_SERVER_DEV_MODE=1",
+    "before 0.16": "a whole model needs vLLM 0.16 or newer",
 }
 
 
@@ -142,14 +157,14 @@ META = {"output_token_logprobs": [[-1.0, 7], [-0.5, 3]], "finish_reason": {"type
         ("vllm", FINE | {"token_ids": ["7", "3"]}, "tokens that are no ids"),
         ("vllm", FINE | {"token_ids": [True, 3]}, "tokens that are no ids"),
         ("vllm", FINE | {"token_ids": [2.0, 3]}, "tokens that are no ids"),
-        ("vllm", FINE | {"token_ids": 7}, "an answer of another form"),
+        ("vllm", FINE | {"token_ids": 7}, "an answer of an unknown form"),
         ("vllm", FINE | {"logprobs": {"token_logprobs": [True, -1]}}, "no finite number"),
         ("vllm", FINE | {"logprobs": {"token_logprobs": [float("nan"), -1]}}, "no finite number"),
-        ("vllm", FINE | {"logprobs": [-1, -1]}, "an answer of another form"),
-        ("vllm", "a text", "an answer of another form"),
-        ("sglang", {"meta_info": META | {"output_token_logprobs": [-1, -2]}}, "of another form"),
-        ("sglang", {"meta_info": META | {"finish_reason": "stop"}}, "of another form"),
-        ("sglang", None, "an answer of another form"),
+        ("vllm", FINE | {"logprobs": [-1, -1]}, "an answer of an unknown form"),
+        ("vllm", "a text", "an answer of an unknown form"),
+        ("sglang", {"meta_info": META | {"output_token_logprobs": [-1, -2]}}, "of an unknown form"),
+        ("sglang", {"meta_info": META | {"finish_reason": "stop"}}, "of an unknown form"),
+        ("sglang", None, "an answer of an unknown form"),
     ],
 )
 def test_an_answer_of_another_form_is_told_in_a_line(monkeypatch, kind, choice, told):
@@ -169,14 +184,16 @@ def test_an_answer_in_form_is_read(monkeypatch):
         assert (reply.ids, reply.logp, reply.stopped) == ([7, 3], [-1.0, -0.5], True)
 
 
-def test_stale_weights_of_small_steps_are_noticed_by_and_by(world, tmp_path, capsys):
-    """Each step stays below the bound; the server's numbers do not move, the trainer's do."""
-    with serving(world / "base", fault="stale") as stub:
-        flags = {"rollout_url": stub.url, "epochs": 60, "lr": 2e-4}
+@pytest.mark.parametrize(("fault", "lr"), [("stale", 2e-4), ("part", 1e-3)])
+def test_stale_weights_of_small_steps_are_noticed_by_and_by(world, tmp_path, capsys, fault, lr):
+    """Each step stays below the bound; the server's numbers do not move, or not far enough: vLLM
+    0.32.0 on a CPU does not reload a tied head."""
+    with serving(world / "base", fault=fault) as stub:
+        flags = {"rollout_url": stub.url, "epochs": 60, "lr": lr}
         assert main(command(world, tmp_path / "run", **flags)) == 2
     said = capsys.readouterr().err
-    assert "as before, the trainer's have moved" in said
-    assert max(line["mismatch"] for line in lines_of(tmp_path / "run")) < 0.1
+    assert "answers with other weights" in said
+    assert max(line["mismatch"] for line in lines_of(tmp_path / "run")) < 0.02
 
 
 def test_one_rank_whose_server_fails_ends_both(world, tmp_path):

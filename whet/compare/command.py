@@ -3,17 +3,25 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from whet.compare.measure import Measured, measure
+from whet.chat.chat import load_tokenizer
+from whet.compare.measure import Measured, measure, prompts_of
 from whet.compare.page import page
 from whet.compare.table import as_text, rows_of
+from whet.config import collected, problems
+from whet.data.store import PackedStore
 from whet.files import replaced, write_json, write_text
 from whet.flags.compare import Config
+from whet.flags.policy import parse_reward
 from whet.generate.opened import Opened, open_model
+from whet.hub import find_model
+from whet.model.lora.read import tokenizer_home
 from whet.progress import say
+from whet.rl.rewards import PythonReward
 
 
 def main(config: Config) -> int:
     """Run `whet compare`."""
+    _examine(config)
     measured = list[Measured]()
     first: Opened | None = None
     for path in config.models:
@@ -39,6 +47,27 @@ def main(config: Config) -> int:
         write_text(config.html, page(rows, measured))
         say(f"page: {config.html}")
     return 0
+
+
+def _examine(config: Config) -> None:
+    """Raise UserError with all that is wrong with the files, before the first model is measured;
+    what does not fit a single model is known when that one is open."""
+    found: list[str] = []
+    with collected(found):
+        if config.dev:
+            PackedStore(config.dev)
+    with collected(found):
+        if config.pairs:
+            PackedStore(config.pairs, kinds=("preferences",))
+    for place in (parse_reward(text)[0] for text in config.reward):
+        with collected(found):
+            if place.rpartition(":")[0].endswith(".py"):
+                PythonReward(place, config.reward_seconds).close()
+    with collected(found):
+        if config.gsm8k:
+            chat = load_tokenizer(tokenizer_home(find_model(config.models[0])))
+            prompts_of(config, chat)
+    problems(found)
 
 
 def _name(path: str, models: tuple[str, ...]) -> str:

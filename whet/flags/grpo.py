@@ -1,7 +1,7 @@
 """The flags of `whet grpo`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from whet.config import FIRST, above_0, from_0
 from whet.flags.choices import Advantage, PolicyLoss, Schedule
@@ -47,14 +47,12 @@ def flaws(config: Config) -> list[str]:
     found = policy_flaws(config)
     if config.group_size < 2:
         found.append(f"--group_size {config.group_size}: a group needs at least 2 replies")
-    bounds: dict[str, Any] = {"loss": config.loss if config.loss != "clip" else None}
-    bounds |= {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    bounds = {"loss": "clip", "clip_low": None, "clip_high": None}
     if config.updates == 1:
         found += [
-            f"--{name} {value}: with --updates 1 the ratio is 1, and nothing bounds it; raise "
-            "--updates, or leave this out"
-            for name, value in bounds.items()
-            if value is not None
+            f"--{name}: bounds a rollout's later updates, and there is one; add --updates 2"
+            for name, default in bounds.items()
+            if getattr(config, name) != default
         ]
     elif config.loss == "cispo" and config.clip_low is not None:
         found.append("--clip_low: --loss cispo has no lower bound; leave it out")

@@ -7,6 +7,7 @@ merges, a piece's score is minus the rank of its merge, which gives the same ord
 """
 
 import json
+import re
 from typing import Any
 
 from whet.chat.chat import Chat
@@ -48,7 +49,7 @@ def tokenizer_metadata(chat: Chat, rows: int) -> dict[str, Any]:
         else (CONTROL if added[number] or number in chat.control.values() else USER_DEFINED)
         if number in added
         else BYTE
-        if model.get("byte_fallback") and _is_byte(text)
+        if model.get("byte_fallback") and re.fullmatch("<0x..>", text)
         else NORMAL
         for number, text in enumerate(pieces)
     ]
@@ -78,10 +79,6 @@ def tokenizer_metadata(chat: Chat, rows: int) -> dict[str, Any]:
     values["ggml.add_eos_token"] = False
     values["chat_template"] = chat.template.source
     return values
-
-
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _splitting(described: dict[str, Any]) -> str:

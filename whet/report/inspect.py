@@ -33,7 +33,7 @@ def main(config: Config) -> None:
         else:
             _print(conversation_lines(shown, choose_ink()))
         return
-    from whet.data.check import KINDS
+    from whet.data.layout import KINDS
     from whet.data.store import PackedStore
     from whet.report.read import read_sheet
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from whet.chat.certificate import REASONS
 from whet.chat.chat import BUILT_IN
-from whet.chat.conversation import place
+from whet.chat.conversation import Origin
 from whet.data.account import SourceAccount, totals
 from whet.data.left_out import WORDS
 from whet.data.store import PackedStore
@@ -36,7 +36,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
     shown = documents[here].copy()
     notes = _notes(store)[here] if store.kind != "text" else []
     shown["row"] -= first
-    decoder, told = _tokenizer(store, tokenizer)
+    decoder, said = _tokenizer(store, tokenizer)
     index, texts = token_texts(rows.tokens, decoder)
     accounts, left_out = _accounts(store), _left_out(store)
     fills = np.bincount(documents["row"], documents["length"], len(store))
@@ -45,7 +45,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         tokens=rows.tokens,
         mask=rows.loss_mask,
         documents=shown,
-        sources=_sources(store),
+        sources=store.sources,
         index=index,
         texts=texts,
         lengths=documents["length"],
@@ -53,7 +53,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         trained=int(documents["trained"].sum()),
         first=first,
         notes=notes,
-        facts={"tokenizer": told, **_facts(store)},
+        facts={"tokenizer": said, **_facts(store)},
         accounts=accounts,
         left_out=left_out,
         left_out_counts=_left_out_counts(accounts),
@@ -102,10 +102,6 @@ def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | No
     return tokenizer, str(path)
 
 
-def _sources(store: PackedStore) -> list[str]:
-    return [str(source) for source in store.attrs.get("sources", [])]
-
-
 def _facts(store: PackedStore) -> dict[str, str]:
     """What the file records of its making, hashes shortened for reading."""
     settings = store.attrs.get("settings", {})
@@ -138,7 +134,7 @@ def _left_out(store: PackedStore) -> list[LeftOut]:
     found = []
     for record in store.refusals:
         source, line = record["source"], record["line"]
-        reason = record["reason"].removeprefix(f"{place(source, line)}: ")
+        reason = record["reason"].removeprefix(f"{Origin(source, line).where}: ")
         found.append(LeftOut(source, line, reason))
     return found
 

@@ -10,9 +10,10 @@ import json
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -25,6 +26,8 @@ KEY = "WHET_ROLLOUT_KEY"
 PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 """The whole vocabulary's probabilities."""
+PAUSE = 0.2
+"""Seconds between two requests for what the server cannot do yet."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Server:
             return
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
         self._change("/collective_rpc", body)
-        self._change("/reset_prefix_cache", {})  # its keys belong to the weights before
+        # Keys of the weights before. They stay while a request runs, say of a run that was killed.
+        self._change("/reset_prefix_cache", {}, patient=True)
 
     def load_adapter(self, name: str, directory: Path) -> None:
         """Have it take an adapter under a name, and forget the one before."""
@@ -87,35 +91,39 @@ class Server:
         self._change(f"{prefix}/load_lora_adapter", body)
         before, self.adapter = self.adapter, name
         if before:
-            self._change(f"{prefix}/unload_lora_adapter", {"lora_name": before})
+            with suppress(UserError):  # it may have made room by itself (--max-loaded-loras)
+                self._change(f"{prefix}/unload_lora_adapter", {"lora_name": before})
 
     def sample(self, request: Request) -> list[Reply]:
         """The replies to a prompt. Raises UserError for anything but `n` whole ones."""
-        with self._in_form():
-            if self.kind == "vllm":
-                answer = self.call("/v1/completions", self._for_vllm(request))
-                choices = self._listed(answer, "choices", request.n)
-                choices.sort(key=lambda choice: choice.get("index", 0))
-            else:
-                answer = self.call("/generate", self._for_sglang(request))
-                choices = self._listed(answer, None, request.n)
-            return [self._reply(choice, request) for choice in choices]
+        with self._reading():
+            return [self._reply(choice, request) for choice in self._choices(request)]
 
     def judge(self, request: Request) -> tuple[list[float], Reply]:
-        """ln p of each token of a prompt but the first, at temperature 1, and a reply to it."""
-        n = len(request.ids)
-        with self._in_form():
+        """ln p of each token of a prompt but the first, at temperature 1, and a reply to it.
+
+        The reply comes first, by the keys and values that the server has cached if it has; the
+        numbers of a prompt's tokens are always computed.
+        """
+        (reply,), n = self.sample(request), len(request.ids)
+        short = replace(request, room=1)
+        with self._reading():
             if self.kind == "vllm":
-                body = {**self._for_vllm(request), "prompt_logprobs": 1}
-                (choice,) = self._listed(self.call("/v1/completions", body), "choices", 1)
-                table = self._listed(choice, "prompt_logprobs", n)[1:]
-                found = [t[str(i)]["logprob"] for t, i in zip(table, request.ids[1:], strict=True)]
-            else:
-                body = {**self._for_sglang(request), "logprob_start_len": 0}
-                (choice,) = self._listed(self.call("/generate", body), None, 1)
-                entries = self._listed(choice.get("meta_info"), "input_token_logprobs", n)
-                found = [entry[0] for entry in entries[1:]]
-            return self._numbers(found), self._reply(choice, request)
+                (choice,) = self._choices(short, prompt_logprobs=1)
+                table = self._listed(choice, "prompt_logprobs", n)
+                pairs = zip(table[1:], request.ids[1:], strict=True)
+                return self._numbers([each[str(i)]["logprob"] for each, i in pairs]), reply
+            (choice,) = self._choices(short, logprob_start_len=0)
+            table = self._listed(choice["meta_info"], "input_token_logprobs", n)
+            return self._numbers([entry[0] for entry in table[1:]]), reply
+
+    def _choices(self, request: Request, **more: int) -> list[Any]:
+        """The `n` replies of the server, as it gives them. `more` is asked for besides."""
+        if self.kind == "vllm":
+            answer = self.call("/v1/completions", self._for_vllm(request) | more)
+            return self._listed(answer, "choices", request.n)
+        answer = self.call("/generate", self._for_sglang(request) | more)
+        return self._listed(answer, None, request.n)
 
     def stop(self) -> None:
         """Give up all requests under way: their threads end with a UserError."""
@@ -167,11 +175,27 @@ class Server:
             raise self.error(f"answered {path} with {status}: {_said(answer)}{_hint(path, status)}")
         return answer
 
-    def _change(self, path: str, body: dict[str, Any]) -> None:
-        """A request that changes something; the answer may say that it did not."""
-        answer = self.call(path, body)
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise self.error(f"{path} failed: {_said(answer)}")
+    def _change(self, path: str, body: dict[str, Any], *, patient: bool = False) -> None:
+        """A request that changes something; the answer may say that it did not.
+
+        If `patient`, ask again for as long as an answer may take.
+        """
+        until = time.monotonic() + (self.seconds if patient else 0)
+        while isinstance(answer := self.call(path, body), dict) and answer.get("success") is False:
+            if time.monotonic() > until:
+                raise self.error(f"{path} failed: {_said(answer)}")
+            time.sleep(PAUSE)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise UserError where an answer is not of the form that is read in the block."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self.error(
+                f"gave an answer of an unknown form ({type(error).__name__}: {error}): it is too "
+                "old, or too new"
+            ) from error
 
     def _for_vllm(self, request: Request) -> dict[str, Any]:
         return {
@@ -207,16 +231,15 @@ class Server:
     def _reply(self, choice: Any, request: Request) -> Reply:
         """One reply of an answer, checked."""
         if self.kind == "vllm":
-            ids = choice.get("token_ids")
-            if ids is None:
+            if choice.get("token_ids") is None:
                 raise self.error("gives no token_ids: it is too old; vLLM 0.10.2 or newer does")
-            logp = (choice.get("logprobs") or {}).get("token_logprobs") or []
-            reason = choice.get("finish_reason")
+            ids, logp = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            reason = choice["finish_reason"]
         else:
-            meta = choice.get("meta_info") or {}
-            entries = meta.get("output_token_logprobs") or []
-            ids, logp = [entry[1] for entry in entries], [entry[0] for entry in entries]
-            reason = (meta.get("finish_reason") or {}).get("type")
+            meta = choice["meta_info"]
+            ids = [entry[1] for entry in meta["output_token_logprobs"]]
+            logp = [entry[0] for entry in meta["output_token_logprobs"]]
+            reason = meta["finish_reason"]["type"]
         if not 1 <= len(ids) <= request.room or len(logp) != len(ids):
             raise self.error(
                 f"gave a reply of {len(ids)} tokens with {len(logp)} log-probs; 1 to "
@@ -239,15 +262,6 @@ class Server:
             raise self.error("gave a log-prob that is no finite number")
         return [float(x) for x in logp]
 
-    @contextmanager
-    def _in_form(self) -> Iterator[None]:
-        """What an answer lacks that the block reads is the server's fault."""
-        try:
-            yield
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise self.error(f"gave an answer of another form ({what})") from None
-
     def _listed(self, answer: Any, name: str | None, count: int | None = None) -> list[Any]:
         """A list that an answer must hold, of `count` entries: the answer itself without a name."""
         found = answer.get(name) if name and isinstance(answer, dict) else answer
@@ -269,12 +283,15 @@ def _said(answer: Any) -> str:
 
 
 def _hint(path: str, status: int) -> str:
-    """What a server lacks that does not know an endpoint."""
+    """What a server lacks that does not know an endpoint, or does not do what it is asked for."""
     if status == 401:
         return f"; its key is read from the environment variable {KEY}"
-    if status in (404, 405) and path == "/collective_rpc":
-        return "; start vLLM with VLLM_SERVER_DEV_MODE=1, or train an adapter"
-    if path.endswith("load_lora_adapter"):
+    if path == "/collective_rpc":
+        return (
+            "; a whole model needs vLLM 0.16 or newer, started with VLLM_SERVER_DEV_MODE=1; or "
+            "train an adapter"
+        )
+    if path.endswith("/load_lora_adapter"):
         return (
             "; vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and "
             "--max-lora-rank, SGLang --enable-lora and --max-lora-rank"

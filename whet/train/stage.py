@@ -73,9 +73,10 @@ class Stage:
     batches: Callable[[int], list[Batch]]
     """Step (from 0) -> this rank's micro-batches of that global batch, on the CPU."""
     loss_fn: Callable[[nn.Module, Batch], Sums]
-    evaluate: Callable[[nn.Module, Ranks, Stop], Evaluation]
+    evaluate: Callable[[nn.Module, Ranks, Stop], Evaluation] | None
     """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop, and
-    UserError on all of them if one fails (`evaluation.Meeting` sees to both)."""
+    UserError on all of them if one fails (`evaluation.Meeting` sees to both). None where there is
+    nothing to measure."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
     rows: str = "rows"
