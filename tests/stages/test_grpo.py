@@ -360,18 +360,10 @@ def test_a_rollout_whose_replies_are_all_masked_trains_nothing(world, tmp_path, 
         assert "NaN" not in json.dumps(line)
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        ({"loss": "gspo"}, "--loss gspo: with --updates 1 the ratio is 1"),
-        ({"clip_high": 0.3}, "--clip_high 0.3: with --updates 1 the ratio is 1"),
-        ({"loss": "cispo", "clip_low": 0.1, "updates": 2}, "--loss cispo has no lower bound"),
-    ],
-)
-def test_bounds_that_bound_nothing_are_refused(world, tmp_path, capsys, flags, told):
+def test_a_lower_bound_that_bounds_nothing_is_refused(world, tmp_path, capsys):
+    flags = {"loss": "cispo", "clip_low": 0.1, "updates": 2}
     assert main(command(world, tmp_path / "run", **flags)) == 2
-    assert told in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert "--clip_low: --loss cispo has no lower bound" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["grpo", "ppo"])
