@@ -108,7 +108,7 @@ def linear_cross_entropy(
     Returns the sum of token_weight * nll (float32, with gradients to hidden, matrix and bias) and
     nll (M,) float32, detached, 0 where token_weight is 0. Under autocast the products are done in
     its type; softmax, sums and the accumulated gradient of the matrix stay float32. M may be 0: the
-    sum is 0 with a gradient of 0.
+    sum is 0 with a gradient of 0. The graph gives its gradient once (no `retain_graph`).
     """
     chunk = chunk or chunk_tokens(len(head.matrix), hidden.device, product_type(hidden))
     if not torch.is_grad_enabled():
@@ -215,17 +215,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for part, x, found, slope in head.passes(hidden, targets, chunk):
                 nll[part] = found
                 gradients.add(part, x, slope, token_weight[part], head)
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-        ctx.weight_dtype = weight.dtype
+        ctx.gradients, ctx.weight_dtype = gradients, weight.dtype
         nll.masked_fill_(token_weight == 0, 0.0)
         ctx.mark_non_differentiable(nll)
         return (nll * token_weight).sum(), nll
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: the same graph may be asked for its gradient twice.
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy gives its gradient once: make the loss again")
+        # In place, and so once: a second matrix of the head's size is what a step would peak with.
+        gradients, ctx.gradients = ctx.gradients, None
         hidden, weight, bias = (
-            g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors
+            g if g is None else g.mul_(grad_loss.to(g.dtype))
+            for g in (gradients.hidden, gradients.weight, gradients.bias)
         )
         weight = weight if weight is None else weight.to(ctx.weight_dtype)
         return hidden, weight, bias, None, None, None, None, None
@@ -392,10 +395,10 @@ def _softmax_minus_target(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in place where the types agree, without a second matrix of that size."""
+    """total += a @ b, in place where the types agree, else 2^22 numbers at a time."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
-    rows = max(1, 2**25 // total.shape[1])
+    rows = max(1, 2**22 // total.shape[1])
     for start in range(0, len(total), rows):
         total[start : start + rows] += a[start : start + rows] @ b
