@@ -116,7 +116,7 @@ def linear_cross_entropy(
         # would make evaluation three times as slow.
         hidden, head = hidden.detach(), head.detached()
     loss, nll = _LinearCrossEntropy.apply(
-        hidden, head.matrix, head.bias, targets, token_weight, head.softcap, head.scale, chunk
+        hidden, head.matrix, head.bias, targets, token_weight, *head.options, chunk
     )
     return loss, nll
 
@@ -132,9 +132,7 @@ def linear_nll(
     saves one of them.
     """
     chunk = chunk or chunk_tokens(len(head.matrix), hidden.device, product_type(hidden))
-    nll: Tensor = _LinearNll.apply(
-        hidden, head.matrix, head.bias, targets, head.softcap, head.scale, chunk
-    )
+    nll: Tensor = _LinearNll.apply(hidden, head.matrix, head.bias, targets, *head.options, chunk)
     return nll
 
 
@@ -204,6 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_weight: Tensor,
         softcap: float | None,
         scale: float,
+        tied: list[Tensor] | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = product_type(hidden)
@@ -215,7 +214,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for part, x, found, slope in head.passes(hidden, targets, chunk):
                 nll[part] = found
                 gradients.add(part, x, slope, token_weight[part], head)
-        ctx.gradients, ctx.weight_dtype = gradients, weight.dtype
+        ctx.gradients, ctx.weight_dtype, ctx.tied = gradients, weight.dtype, tied
         nll.masked_fill_(token_weight == 0, 0.0)
         ctx.mark_non_differentiable(nll)
         return (nll * token_weight).sum(), nll
@@ -230,8 +229,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             g if g is None else g.mul_(grad_loss.to(g.dtype))
             for g in (gradients.hidden, gradients.weight, gradients.bias)
         )
-        weight = weight if weight is None else weight.to(ctx.weight_dtype)
-        return hidden, weight, bias, None, None, None, None, None
+        return (
+            hidden,
+            _left(weight, ctx.weight_dtype, ctx.tied),
+            bias,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _LinearNll(torch.autograd.Function):
@@ -246,9 +254,11 @@ class _LinearNll(torch.autograd.Function):
         targets: Tensor,
         softcap: float | None,
         scale: float,
+        tied: list[Tensor] | None,
         chunk: int,
     ) -> Tensor:
         ctx.dtype, ctx.options, ctx.chunk = product_type(hidden), (softcap, scale), chunk
+        ctx.tied = tied
         ctx.save_for_backward(hidden, weight, bias, targets)
         with torch.autocast(hidden.device.type, enabled=False):
             head = Head(weight.to(ctx.dtype), bias, *ctx.options)
@@ -265,9 +275,17 @@ class _LinearNll(torch.autograd.Function):
             gradients = _Gradients.of(ctx.needs_input_grad, hidden, weight, bias)
             for part, x, _, slope in head.passes(hidden, targets, ctx.chunk):
                 gradients.add(part, x, slope, grad_nll[part].float(), head)
-        found = gradients.weight
-        found = found if found is None else found.to(weight.dtype)
-        return gradients.hidden, found, gradients.bias, None, None, None, None
+        found = _left(gradients.weight, weight.dtype, ctx.tied)
+        return gradients.hidden, found, gradients.bias, None, None, None, None, None
+
+
+def _left(gradient: Tensor | None, dtype: torch.dtype, tied: list[Tensor] | None) -> Tensor | None:
+    """The gradient of the head's matrix in `dtype`; None where it is left in `tied` instead."""
+    gradient = None if gradient is None else gradient.to(dtype)
+    if gradient is None or tied is None:
+        return gradient
+    tied.append(gradient)
+    return None
 
 
 @dataclass(frozen=True)
@@ -279,6 +297,13 @@ class Head:
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    tied: list[Tensor] | None = None
+    """Where the backward pass leaves the matrix's gradient; None: it returns it."""
+
+    @property
+    def options(self) -> tuple[float | None, float, list[Tensor] | None]:
+        """All but the matrix and the bias."""
+        return self.softcap, self.scale, self.tied
 
     def at(self, temperature: float) -> "Head":
         """The head whose logits are divided by `temperature`."""
