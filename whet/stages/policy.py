@@ -16,7 +16,7 @@ from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.remote import Remote
 from whet.rl.rewards import NEEDS_GOLD, open_rewards
 from whet.rl.rollouts import Complete, Rollouts
-from whet.rl.sampling import PolicyConfig, PolicyEvaluator, Sampler
+from whet.rl.sampling import PolicyConfig, Sampler
 from whet.rl.server import Server
 from whet.stages.model import Opened, writer
 from whet.train.distributed import Ranks
@@ -83,11 +83,7 @@ def policy_stage(
         total_steps=total_steps(config, rollouts.rollouts_per_epoch * rollouts.per_rollout),
         batches=rollouts.batches,
         loss_fn=loss_fn,
-        evaluate=None
-        if dev is None
-        else PolicyEvaluator(
-            dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
-        ),
+        evaluate=None if dev is None else replace(sampler, prompts=dev).evaluate,
         save_model=save,
         rehearse=save.rehearse,
         before_step=rollouts.before_step,
