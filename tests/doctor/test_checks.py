@@ -261,6 +261,17 @@ def test_a_file_of_another_model_or_with_wrong_counts(subject, ward, tmp_path, c
     assert failing(subject, templates.data_fit) == {claim}
 
 
+@pytest.mark.parametrize("stops", [None, [7]])
+def test_a_file_that_records_other_stop_ids(subject, ward, tmp_path, stops):
+    path = tmp_path / "other.h5"
+    path.write_bytes((ward / "train.h5").read_bytes())
+    record = subject.chat.record()
+    with h5py.File(path, "r+") as file:
+        file.attrs["chat"] = json.dumps({**record, "stop_ids": stops or record["stop_ids"]})
+    subject.store = PackedStore(path)
+    assert failing(subject, templates.data_fit) == ({MADE_FOR} if stops else set())
+
+
 def test_nan_is_never_a_pass():
     nan = float("nan")
     assert judge("x", nan, 1.0).verdict == "fail"

@@ -141,7 +141,11 @@ class PackedStore:
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
-            raise UserError(f"{path}: is not a readable HDF5 file ({error})") from None
+            why = f"is damaged ({error})"
+            if not h5py.is_hdf5(path):
+                makes = f"`whet prepare --data {path}` makes a packed file of conversations"
+                why = f"is no packed file; {makes}"
+            raise UserError(f"{path}: {why}") from None
         with self._undamaged():
             self.attrs = read_attributes(self._file)
             check_file(str(self.path), self._file, self.attrs, self._kinds)

@@ -8,6 +8,7 @@ from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
 from whet.chat.encode import Encoded, encode_many, encode_prompt
+from whet.data.store import PackedStore
 from whet.doctor.subject import Finding, Subject, failed, judge, skipped
 from whet.errors import UserError
 from whet.model.open import misfits, template_misfit
@@ -75,5 +76,17 @@ def data_fit(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]
     found = misfits(subject.model, subject.chat, store, "--data")
     if subject.chat:
         found += template_misfit(subject.chat, store, "--data", "the model directory")
+        found += _wrong_stops(subject.chat, store)
     yield failed(FITS, "; ".join(found)) if found else judge(FITS, 0, 0)
     yield judge(COUNTS, 0, 0, f"all {n_rows:,} rows, when the file was opened")
+
+
+def _wrong_stops(chat: Chat, store: PackedStore) -> list[str]:
+    """A line if the file records other stop ids than its template gives when it is tried."""
+    if (said := store.attrs.get("chat")) is None:
+        return []
+    recorded, tried = (
+        chat.rendering_as(each, str(store.path)).stop_ids for each in (said, {**said, "hash": ""})
+    )
+    line = f"--data {store.path}: says that replies end at the ids {recorded}; they end at {tried}"
+    return [line] if recorded != tried else []
