@@ -7,7 +7,7 @@
 With `--replies gsm8k` the prompts are as long as GSM8K's questions and each reply ends, on both
 sides, where the problem's own answer does, as the replies of an evaluation differ in length.
 
-`cache` is Whet's `generate`. Its peers: `no_cache`, Whet's `generate_without_cache`, which runs the
+`cache` is Whet's `generate`. Its peers: `no_cache`, `generate_without_cache`, which runs the
 whole text again for each token (the head at its last position only, padding left out: a fair one of
 its kind); `transformers`, `model.generate` on a batch padded on the left, as its documentation has
 it. Sides take turns, so a slow minute of the machine meets all. Their replies are compared. Printed
@@ -28,9 +28,10 @@ from typing import Any
 import torch
 
 from benchmarks.lines import emit, origin, spread
+from benchmarks.without_cache import generate_without_cache
 from benchmarks.workload import MODEL, data_folder
 from whet.chat.chat import load_tokenizer
-from whet.generate.engine import CHECK_EVERY, generate_without_cache
+from whet.generate.engine import CHECK_EVERY
 from whet.generate.rows import GREEDY, Row, Rows
 from whet.model.decoder import Transformer, init_weights
 from whet.model.hf.checkpoint import save_model

@@ -18,8 +18,13 @@ from benchmarks.lines import emit, origin
 from whet.chat.chat import load_tokenizer
 from whet.chat.encode import Encoded, encode_many
 from whet.data.formats import to_example
-from whet.data.packing import fill, pack
+from whet.data.packing import Packing, pack
 from whet.data.reader import parse, read_units
+
+
+def fill(lengths: np.ndarray, packing: Packing, capacity: int) -> float:
+    """The share of the rows' places that hold a token (1.0 is full)."""
+    return float(np.sum(lengths)) / max(1, packing.n_rows * capacity)
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def raw(data: Path, directory: Path, cores: int) -> Measured:
 
 def rendered(datum: Datum, chat: Chat) -> str:
     assert isinstance(datum, Conversation)
-    return chat.template.render(datum.messages)
+    return chat.dialect.render(datum.messages)
 
 
 def trl(data: Path, directory: Path, cores: int, python: str) -> Measured:

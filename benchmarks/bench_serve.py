@@ -38,7 +38,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         model = model_directory(Path(folder) / "model")
-        process, url = start(str(model), args)
+        flags = ["--device", args.device, "--batch_size", str(args.batch_size)]
+        process, url = start(str(model), *flags, "--context_length", "512")
         try:
             rates: dict[str, list[float]] = {"one by one": [], "at once": []}
             replies: dict[str, list[str]] = {}
@@ -85,11 +86,9 @@ def model_directory(path: Path) -> Path:
     return path
 
 
-def start(model: str, args: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
-    """The server on a free port, and its address."""
-    flags = ["--port", "0", "--device", args.device, "--batch_size", str(args.batch_size)]
-    flags += ["--context_length", "512"]
-    command = [sys.executable, "-m", "whet.cli", "serve", model, *flags]
+def start(*words: str) -> tuple[subprocess.Popen[str], str]:
+    """`whet serve` with these words on a free port, and its address."""
+    command = [sys.executable, "-m", "whet.cli", "serve", *words, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = ""

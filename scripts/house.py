@@ -7,6 +7,8 @@ with the most lines first.
 
 import ast
 import dataclasses
+import json
+import re
 import sys
 import tempfile
 import threading
@@ -18,7 +20,6 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent.parent / "whet"
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "sum", "of", "plus")
-DEV_ROWS = 8
 
 
 def main() -> None:
@@ -124,22 +125,24 @@ def one_step() -> tuple[set[CodeType], float]:
     from whet.cli import main as whet
 
     with tempfile.TemporaryDirectory() as folder:
-        base, data = tiny_model(Path(folder)), tiny_data(Path(folder))
+        base = tiny_model(Path(folder))
+        data, rows = tiny_data(Path(folder), base)
         common = ["sft", "--model", base, "--data", data, "--max_steps", "1", "--quiet"]
         common += ["--samples", "0", "--eval_every", "0", "--precision", "float32"]
         called: set[CodeType] = set()
         traced(lambda: whet([*common, "--out", f"{folder}/run"]), called)
-        passes = dev_passes(lambda: whet([*common, "--dev", data, "--out", f"{folder}/dev"]))
+        passes = dev_passes(lambda: whet([*common, "--dev", data, "--out", f"{folder}/dev"]), rows)
     return called, passes
 
 
 def traced(act: Callable[[], Any], called: set[CodeType]) -> None:
     """Collect the code of each function of Whet that `act` calls, in any thread."""
-    package = str(PACKAGE)
+    own = re.escape(str(PACKAGE)) + r"/.*\.py$"
 
     def see(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(package):
+        # Of Python alone, as the product's lines: a page's template is code of jinja's making.
+        if event == "call" and re.match(own, code.co_filename):
             body = code.co_flags & 0x2  # CO_NEWLOCALS: a function, no module
             if body and not code.co_qualname.endswith(">") and code.co_firstlineno > 1:
                 called.add(code)
@@ -153,7 +156,7 @@ def traced(act: Callable[[], Any], called: set[CodeType]) -> None:
         threading.setprofile(None)
 
 
-def dev_passes(act: Callable[[], Any]) -> float:
+def dev_passes(act: Callable[[], Any], dev_rows: int) -> float:
     """Rows computed within evaluations, over rows of the dev file and evaluations."""
     from whet.model.decoder import Transformer
     from whet.train.evaluation import Evaluator
@@ -178,7 +181,7 @@ def dev_passes(act: Callable[[], Any]) -> float:
         act()
     finally:
         Transformer.forward, Evaluator.__call__ = forward, evaluate  # type: ignore
-    return rows / (evaluations * DEV_ROWS)
+    return rows / (evaluations * dev_rows)
 
 
 def tiny_model(folder: Path) -> str:
@@ -196,17 +199,18 @@ def tiny_model(folder: Path) -> str:
     return str(folder / "base")
 
 
-def tiny_data(folder: Path) -> str:
-    """Rows of two documents."""
-    import numpy as np
+def tiny_data(folder: Path, tokenizer: str) -> tuple[str, int]:
+    """A packed file as `whet prepare` writes it, and its rows."""
+    from whet.data.prepare import prepare
+    from whet.data.store import PackedStore
+    from whet.flags.prepare import Config
 
-    from whet.data.store import new_store
-
-    tokens = np.random.default_rng(0).integers(5, 290, (DEV_ROWS, 24))
-    segments = np.repeat([[1, 2]], 12, axis=1) * np.ones((DEV_ROWS, 1), np.int32)
-    with new_store(folder / "rows.h5", DEV_ROWS, 24) as store:
-        store.write_rows(tokens, (np.arange(24) % 12 > 5) * np.ones((DEV_ROWS, 1)), segments)
-    return str(folder / "rows.h5")
+    source, out = folder / "talks.jsonl", folder / "rows.h5"
+    talks = [[("user", f"{word} plus one"), ("assistant", word)] for word in WORDS]
+    lines = [{"messages": [{"role": r, "content": c} for r, c in talk]} for talk in talks]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    prepare(Config(data=(str(source),), out=str(out), tokenizer=tokenizer, context_length=32), True)
+    return str(out), len(PackedStore(out))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from tests import tiny
-from whet.data.rows import DOCUMENT
+from whet.data.layout import DOCUMENT
 from whet.data.store import new_store
 
 T = 40

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from whet.cli import COMMANDS as CLI
 from whet.cli import config_class
 from whet.command_line import parse
-from whet.config import POSITIONAL, InputFile, OutputFile, from_1, read_toml, save
+from whet.config import POSITIONAL, InputFile, OutputFile, With, from_1, read_toml, save
 from whet.elsewhere import ELSEWHERE
 from whet.errors import UserError
 
@@ -151,12 +151,21 @@ def test_names_of_other_tools_lead_to_flags_that_exist() -> None:
         ("--num-train-epochs", "unknown flag --num-train-epochs; here it is --epochs"),
         ("--gradient_accumulation_steps", "; --batch_size is the whole step"),
         ("--max_seq_length", "; rows are made by whet prepare: it has --context_length"),
+        ("--val_size", "; rows are made by whet prepare: it has --dev_fraction"),
         ("--packing", "; whet prepare always packs"),
+        ("--num_generations", "; here it is --group_size"),
+        ("--max_completion_length", "; here it is --max_new_tokens"),
+        ("--reward_weights", "; --reward takes NAME=WEIGHT"),
+        ("--pref_beta", "; here it is --beta"),
     ],
 )
 def test_the_names_of_other_tools_are_known(flag: str, message: str) -> None:
+    commands = {"--pref_beta": "dpo"} | dict.fromkeys(
+        ("--num_generations", "--max_completion_length", "--reward_weights"), "grpo"
+    )
+    command = commands.get(flag, "sft")
     with pytest.raises(UserError) as caught:
-        parse(config_class("sft"), [flag, "1"], "sft")
+        parse(config_class(command), [flag, "1"], command)
     assert message in str(caught.value)
 
 
@@ -183,6 +192,22 @@ class Checked:
     """Read."""
     out: OutputFile | None = None
     """Written."""
+
+
+@dataclass(frozen=True)
+class Belonging:
+    problems: str | None = None
+    """Problems."""
+    limit: Annotated[int, With("problems")] = 5
+    """Limit."""
+
+
+def test_a_flag_that_would_do_nothing_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--limit: does nothing without --problems"):
+        parse(Belonging, ["--limit", "6"], "x")
+    assert parse(Belonging, ["--limit", "6", "--problems", "p"], "x").limit == 6
+    path = toml(tmp_path, "limit = 5\n")  # a saved configuration holds the defaults, too
+    assert parse(Belonging, ["--config", path], "x") == Belonging()
 
 
 def test_everything_that_is_wrong_is_reported_together(tmp_path: Path) -> None:

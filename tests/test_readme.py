@@ -14,7 +14,7 @@ import pytest
 
 from tests import tiny
 from tests.conftest import REPOSITORY
-from whet.cli import COMMANDS, config_class, main
+from whet.cli import COMMANDS, config_class, flags_of, main
 from whet.command_line import _take_config_flag, read_flags
 from whet.config import SHIPPED, read_toml
 
@@ -81,6 +81,9 @@ def parsed(words: list[str]) -> None:
         if field.default is field.default_factory is dataclasses.MISSING
     ]
     assert config or set(required) <= values.keys(), required
+    if command == "prepare":
+        flaws = flags_of(command).flaws(config_class(command)(**values))
+        assert not [flaw for flaw in flaws if "belong together" in flaw], words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -119,6 +122,14 @@ SMALL = {
     "chat": "--max_new_tokens 2",
 }
 """Sizes for the README's commands: a flag that is given twice counts as it is given last."""
+BELONGS = {"prepare": "--dev_fraction", "eval": "--gsm8k", "compare": "--gsm8k"}
+"""What a command must have of its own for its sizes to make sense."""
+
+
+def small(words: list[str], sizes: dict[str, str]) -> list[str]:
+    """`whet COMMAND FLAGS` with the command's sizes."""
+    fits = BELONGS.get(words[1], words[1]) in words
+    return [*words, *(sizes.get(words[1], "").split() if fits else ())]
 
 
 def test_the_commands_by_hand_run_in_their_order(tmp_path, monkeypatch, capsys) -> None:
@@ -135,7 +146,7 @@ def test_the_commands_by_hand_run_in_their_order(tmp_path, monkeypatch, capsys) 
     monkeypatch.setattr("sys.stdin", io.StringIO("How many?\n/exit\n"))
     for words in block:
         files = {"TEXT...": "text.txt", "FILE...": "chats.jsonl"}
-        words = [files.get(word, word) for word in words] + SMALL.get(words[1], "").split()
+        words = small([files.get(word, word) for word in words], SMALL)
         assert main(words[1:]) == 0, f"{' '.join(words)}: {capsys.readouterr().err}"
     report = (tmp_path / "runs/sft/report.html").read_text(encoding="utf-8")
     assert "2 steps" in report.partition("The plan against what happened")[2]
@@ -177,7 +188,7 @@ def test_the_commands_of_the_guides_run_in_their_order(tmp_path, monkeypatch, ca
                 words += ["--samples", "3"]  # as it was begun, but for its length
             else:
                 words = ["2" if word == "1234" else word for word in words]  # a step
-                words += TINY.get(words[1], "").split()
+                words = small(words, TINY)
             assert main(words[1:]) == 0, f"{guide}: {words}: {capsys.readouterr().err}"
             count += 1
     assert count >= 38

@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(_help())
         return 0 if words else 2
     if words[0] in ("--version", "version"):
-        say(f"whet {_version()}")
+        from importlib.metadata import version
+
+        say(f"whet {version('whet')}")
         return 0
     try:
         return _run(words[0], words[1:])
@@ -108,12 +110,6 @@ def _help() -> str:
         f"usage: whet COMMAND [flags]    whet COMMAND --help\n\n{rows}\n\n"
         "Every flag can also stand in a TOML file: whet COMMAND --config FILE.toml; flags win."
     )
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("whet")
 
 
 if __name__ == "__main__":

@@ -105,9 +105,7 @@ def read_flags(config_class: type, words: Sequence[str], command: str) -> dict[s
         _add(parser, field.name, hints[field.name])
     values = {}
     for name, given in vars(parser.parse_args(flags)).items():
-        is_many = typing.get_origin(_bare(hints[name])) is tuple
-        plain = [_plain(g, hints[name]) for g in given] if is_many else _plain(given, hints[name])
-        values[name], problem = convert(plain, hints[name])
+        values[name], problem = convert(given, hints[name], text=True)
         if problem:
             found.append(f"--{name} {given}: {problem.rpartition(', got ')[0]}")
     problems(found)
@@ -242,21 +240,3 @@ def _default(field: dataclasses.Field) -> str:
     if value is dataclasses.MISSING or value is None or value is False or value in ((), ""):
         return ""
     return f" [{'on; --no_' + field.name + ' turns it off' if value is True else value}]"
-
-
-def _plain(text: Any, hint: Any) -> Any:
-    """The TOML value that a flag's `text` stands for."""
-    if not isinstance(text, str):
-        return text
-    bare = _bare(hint)
-    if typing.get_origin(bare) is tuple:
-        return _plain(text, typing.get_args(bare)[0])
-    if text == "None" and type(None) in typing.get_args(hint):
-        return None
-    for kind in (int, float):
-        if bare is kind:
-            try:
-                return kind(text)
-            except ValueError:
-                return text
-    return text

@@ -7,12 +7,14 @@ reported at once, and an unknown key names the nearest one.
 """
 
 import dataclasses
+import json
 import os
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +40,13 @@ PLACE = "place"
 
 Place = Annotated[str, PLACE, READ]
 """A path or a name on the Hub."""
+
+
+@dataclass(frozen=True)
+class With:
+    """Mark of a flag that does nothing unless the flag `other` is given, too."""
+
+    other: str
 
 
 def above_0(value: float) -> str:
@@ -85,7 +94,7 @@ def packed_file(value: Path) -> str:
     """A file that is there, with the way to make one; what is in it is examined when it is open."""
     if Path(value).is_dir():
         return "is a directory; expected a packed file of `whet prepare`"
-    return "" if Path(value).exists() else "no such file; `whet prepare` makes packed files"
+    return "" if Path(value).is_file() else "no such file; `whet prepare` makes packed files"
 
 
 def in_folder(value: Path) -> str:
@@ -131,7 +140,8 @@ def refusals(config_class: type, values: Mapping[str, Any]) -> list[str]:
 
 
 def check(config: Any, also: Sequence[str] = ()) -> None:
-    """Refuse values that a field's own checks refuse, and outputs that would replace an input.
+    """Refuse values that a field's own checks refuse, flags that would do nothing, and outputs that
+    would replace an input.
 
     `also` are further problems, which are reported with these.
     """
@@ -146,7 +156,18 @@ def check(config: Any, also: Sequence[str] = ()) -> None:
         if WRITTEN in marks(hint) and value is not None:
             found += unwritable(flag_of(type(config), name), value, read)
             read.append(value)
-    problems([*found, *also])
+    problems([*found, *_idle(config, hints), *also])
+
+
+def _idle(config: Any, hints: Mapping[str, Any]) -> list[str]:
+    """Flags that are set although what they belong to is not."""
+    return [
+        f"{flag_of(type(config), field.name)}: does nothing without --{mark.other}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+        for mark in marks(hints[field.name])
+        if isinstance(mark, With) and not getattr(config, mark.other)
+    ]
 
 
 def refused(value: Any, hint: Any) -> list[tuple[Any, str]]:
@@ -252,16 +273,19 @@ def save(config: Any, path: str | Path) -> None:
     write_text(path, as_toml(config))
 
 
-def convert(value: Any, hint: Any) -> tuple[Any, str | None]:
-    """Turn a TOML value into the type `hint`; the second item says what is wrong with it."""
+def convert(value: Any, hint: Any, text: bool = False) -> tuple[Any, str | None]:
+    """Turn a TOML value, or the `text` of a flag, into the type `hint`; the second item says what
+    is wrong with it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         if PLACE in args and isinstance(value, str):
             value = os.path.expanduser(value)
-        return convert(value, args[0])
+        return convert(value, args[0], text)
     if origin in (typing.Union, types.UnionType):
+        if text and value == "None" and type(None) in args:
+            return None, None
         for option in args:
-            converted, problem = convert(value, option)
+            converted, problem = convert(value, option, text)
             if problem is None:
                 return converted, None
         return value, f"expected {_type_name(hint)}, got {value!r}"
@@ -274,9 +298,12 @@ def convert(value: Any, hint: Any) -> tuple[Any, str | None]:
         return value, None if isinstance(value, dict) else f"expected a table, got {value!r}"
     if origin in (tuple, list):
         items = value if isinstance(value, list | tuple) else [value]
-        converted_items = [convert(item, args[0]) for item in items]
+        converted_items = [convert(item, args[0], text) for item in items]
         problem = next((problem for _, problem in converted_items if problem), None)
         return origin(item for item, _ in converted_items), problem
+    if text and hint in (int, float):
+        with suppress(ValueError):
+            return hint(value), None
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value), None
     if hint is Path and isinstance(value, str):
@@ -302,20 +329,8 @@ def _type_name(hint: Any) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str | Path):
-        return _toml_string(str(value))
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return repr(value)  # int and float, inf and nan: Python writes them as TOML does
-
-
-def _toml_string(text: str) -> str:
-    """A TOML basic string: https://toml.io/en/v1.0.0#string."""
-    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    parts = [
-        escapes.get(char) or (f"\\u{ord(char):04x}" if ord(char) < 32 or ord(char) == 127 else char)
-        for char in text
-    ]
-    return '"' + "".join(parts) + '"'
+    """TOML writes texts, lists and true as JSON does, but for DEL; numbers as Python does, inf and
+    nan included: https://toml.io/en/v1.0.0."""
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""The one error type that is told in a line instead of a traceback."""
+"""The one error type that is reported in a line instead of a traceback."""
 
 import re
 import sys

@@ -117,7 +117,8 @@ def model_card(folder: Path, name: str, lineage: Mapping[str, Any]) -> str:
     if is_adapter(folder):
         base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
     front = ["---", "tags:", "- whet", "pipeline_tag: text-generation"]
-    front.append(f"library_name: {_library(folder)}")
+    library = "transformers" if (folder / "config.json").is_file() else "gguf"
+    front.append(f"library_name: {'peft' if is_adapter(folder) else library}")
     if isinstance(base, str) and is_hub_name(base):
         front.append(f"base_model: {base}")
     title = name.partition("/")[2]
@@ -138,12 +139,6 @@ def model_card(folder: Path, name: str, lineage: Mapping[str, Any]) -> str:
         fence = "`" * 4
         lines += ["## Chat template", "", f"{fence}jinja", text, fence, ""]
     return "\n".join(lines)
-
-
-def _library(folder: Path) -> str:
-    if is_adapter(folder):
-        return "peft"
-    return "transformers" if (folder / "config.json").is_file() else "gguf"
 
 
 def _table(title: str, values: Mapping[str, Any]) -> list[str]:

@@ -101,9 +101,7 @@ def test_a_text_on_which_the_library_fails_is_refused_alone(small: Chat, tmp_pat
     with pytest.raises(TokenizerError, match="the tokenizers library can't"):
         chat.tokenizer.encode(slow)
     talks = [[suite.user(text), suite.said("Hello")] for text in ("Hi", slow, "there")]
-    results = encode_many(
-        [read_conversation(talk) for talk in talks], chat, EncodeOptions(uncertain="drop")
-    )
+    results = encode_many([read_conversation(talk) for talk in talks], chat, EncodeOptions())
     refused = [isinstance(result, Refusal) for result in results]
     assert refused == [False, True, False]
     with pytest.raises(Refused, match="the tokenizers library can't"):

@@ -14,7 +14,7 @@ from whet.chat.conversation import read_conversation
 from whet.chat.encode import Encoded, EncodeOptions, encode_many
 from whet.chat.template import ChatTemplate, TemplateError
 
-DROP = EncodeOptions(uncertain="drop")
+DROP = EncodeOptions()
 BAD = """{%- for m in messages -%}
 {%- if 'loop for ever' in m.content %}{% for i in range(99999) %}{{ range(99999)|sum }}{% endfor %}
 {%- elif 'fill memory' in m.content %}{{ m.content * 199999999 }}

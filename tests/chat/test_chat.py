@@ -1,6 +1,7 @@
 """What a chat is rendered with travels: the prompt that was trained is the prompt that is asked."""
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from tests.chat import rules, suite
 from tests.chat.suite import said, user
 from tests.chat.test_templates import templates
+from tests.rendering import render
 from whet.chat.certificate import Refused
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.conversation import Conversation, read_conversation
@@ -77,12 +79,12 @@ def test_variables_travel_within_the_template_which_others_read(
     chat = suite.with_template(chatml, EFFORT).with_variables({"effort": 'a "b"\né {% %}'})
     chat.save(tmp_path)
     opened, talk = load_tokenizer(tmp_path), [user("Hi"), said("Yes.")]
-    expected = chat.template.render(talk, variables=chat.variables)
-    assert opened.template.render(talk) == expected
+    expected = render(chat.template, talk, variables=chat.variables)
+    assert render(opened.template, talk) == expected
     assert rules.Oracle(opened).text(talk, None, False) == expected
     assert asks_as_trained(chat, opened, talk, None) == 1
     again = opened.with_variables({"effort": None})
-    assert again.template.render(talk, variables=again.variables) != expected
+    assert render(again.template, talk, variables=again.variables) != expected
     again.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").template.source.count("set effort") == 1
 
@@ -163,10 +165,37 @@ def test_what_a_packed_file_records_is_a_chat_again(chatml: Chat) -> None:
     chat = Chat(chat.tokenizer, chat.template, ChatTemplate("T{{ effort }}"), chat.variables)
     again = chatml.rendering_as(json.loads(json.dumps(chat.as_dict())), "a.h5")
     assert again.as_dict() == chat.as_dict()
-    assert again.template.render([user("a")]) == chat.template.render(
-        [user("a")], variables={"effort": 2}
+    assert render(again.template, [user("a")]) == render(
+        chat.template, [user("a")], variables={"effort": 2}
     )
     assert again.tool_template is not None
-    assert again.tool_template.render([]) == "T2"
+    assert render(again.tool_template, []) == "T2"
     with pytest.raises(UserError, match=r"a\.h5: its attribute chat holds no template"):
         chatml.rendering_as({"template": 5}, "a.h5")
+
+
+def test_stop_ids_are_read_from_a_packed_file_where_they_are_this_chats(chatml: Chat) -> None:
+    """Recorded of another vocabulary, eos, template or date, or damaged, they are found again."""
+    chat = suite.with_template(chatml, "{{ strftime_now('%Y') }}" + chatml.template.source)
+    chat = chat.with_variables({}, "2024-02-29")
+    record = json.loads(json.dumps(chat.record()))
+    assert record["stop_ids"] == list(chat.stop_ids)
+    marked = {**record, "stop_ids": [7]}
+    assert chat.rendering_as(marked, "a.h5").stop_ids == (7,)
+    assert chatml.rendering_as(marked, "a.h5").stop_ids == (7,), "the template comes from the file"
+    tokenizer = chatml.tokenizer
+    others = [
+        (chatml, {**marked, "template": chatml.template.source}),
+        (chatml, {**marked, "date": "2023-02-28"}),
+        (chatml, {**marked, "hash": "0" * 64}),
+        (chatml, {**marked, "stop_ids": "7"}),
+        (chatml, {**marked, "stop_ids": [7, -1]}),
+        (chatml, {**marked, "stop_ids": [tokenizer.vocab_size]}),
+        (Chat(tokenizer.with_tokens(["<|more|>"])), marked),
+        (Chat(replace(tokenizer, further_eos_ids=(9,))), marked),
+        (Chat(replace(tokenizer, named={**tokenizer.named, "eos_token": "a"})), marked),
+    ]
+    for other, kept in others:
+        again = other.rendering_as(kept, "a.h5")
+        assert again.stop_ids == Chat(other.tokenizer, again.template).stop_ids != (7,)
+    assert chat.rendering_as(marked, "a.h5").with_variables({}, "2023-01-01").stop_ids != (7,)

@@ -10,6 +10,7 @@ import pytest
 from tests.chat import suite
 from tests.chat.suite import said, system, user
 from tests.chat.test_templates import templates
+from tests.rendering import render
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.encode import encode_chat
 from whet.chat.template import Ask, ChatTemplate, TemplateError
@@ -29,9 +30,9 @@ def seen(template: ChatTemplate, messages: list[dict[str, Any]]) -> bool:
         if not marks:
             return False
         assert len(marks) == len(messages) + 1
-        text = template.render(messages, **how)
+        text = render(template, messages, **how)
         for k in range(2, len(messages) + 1):
-            assert text[: marks[k]] + text[marks[-1] :] == template.render(messages[:k], **how)
+            assert text[: marks[k]] + text[marks[-1] :] == render(template, messages[:k], **how)
     return True
 
 

@@ -96,7 +96,7 @@ def test_positions_restart_in_each_document():
     assert positions_of(segments).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], list(range(8))]
 
 
-def test_types_and_document_ids(store):
+def test_types(store):
     batch = next(iter(get_sft_batch_iterator(store, 4)))
     integers = (batch.tokens, batch.targets, batch.positions, batch.segments)
     assert {t.dtype for t in integers} == {torch.int64}

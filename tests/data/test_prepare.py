@@ -21,9 +21,10 @@ from whet.data import reader
 from whet.data.account import totals
 from whet.data.batches import get_sft_batch_iterator
 from whet.data.formats import to_example
-from whet.data.prepare import GIVEN, Config, prepare, prepare_text
+from whet.data.prepare import Config, prepare, prepare_text
 from whet.data.store import PackedStore
 from whet.errors import UserError
+from whet.flags.prepare import GIVEN
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -432,7 +433,9 @@ def test_what_was_done_and_left_out_is_told(folder, tmp_path, capsys):
     assert """--template_kwargs '{"brief": true}' encodes it""" in capsys.readouterr().err
     assert main(["prepare", *flags, "--template_kwargs", '{"brief": true}']) == 0
     told = capsys.readouterr().out
-    assert "set brief = true" in PackedStore(tmp_path / "a.h5").attrs["chat"]["template"]
+    recorded = PackedStore(tmp_path / "a.h5").attrs["chat"]
+    assert "set brief = true" in recorded["template"]
+    assert tuple(recorded["stop_ids"]) == load_tokenizer(folder, str(template)).stop_ids
     assert f"5 examples left out: they share a question with an evaluation file\n  {data}:1" in told
     assert told.count("shares a question with") == 3
 

@@ -5,7 +5,7 @@ import h5py
 import numpy as np
 import pytest
 
-from whet.data.rows import DOCUMENT, row_weights, shifted_weight
+from whet.data.layout import DOCUMENT, row_weights, shifted_weight
 from whet.data.store import PackedStore, new_store
 from whet.errors import UserError
 
@@ -103,7 +103,7 @@ def test_attributes_documents_and_texts(tmp_path):
         _ = store.refusals
     assert store.texts("nothing") == store.texts("absent") == []
     assert store.documents_of([4, 0])["line"].tolist() == [12, 10, 11]
-    assert store.document_ids([1]).tolist() == []
+    assert store.documents_in([1])[2].tolist() == []
 
 
 def test_a_file_with_tokens_and_mask_alone(tmp_path):
@@ -158,7 +158,7 @@ def broken(path, kind):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("no HDF5", "not a readable HDF5 file"),
+        ("no HDF5", "is no packed file; `whet prepare --data .*` makes a packed file"),
         ("no tokens", "no dataset 'tokens'"),
         ("no mask", "no dataset 'loss_mask'"),
         ("mask of text", "loss_mask must be numbers"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from whet.data.batches import micro_batches, per_document, read_batch
-from whet.data.rows import segment_documents
+from whet.data.layout import segment_documents
 from whet.data.store import PackedStore, new_store
 from whet.errors import UserError
 

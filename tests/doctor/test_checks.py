@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from whet.data.store import PackedStore
-from whet.doctor import generating, numbers, saving, stages, templates
+from whet.doctor import numbers, saving, stages, templates
 from whet.doctor.command import examine
-from whet.doctor.finding import judge, worse
+from whet.doctor.subject import judge, worse
 from whet.generate.cache import Cache
 from whet.model import decoder, kernels
 from whet.model.hf.families import OWN_LAYOUT
@@ -159,7 +159,7 @@ def test_a_cache_that_forgets(subject, monkeypatch):
 
     monkeypatch.setattr(Cache, "write", forgetful)
     subject.model.layers.apply(sharpen)
-    assert failing(subject, generating.cache_equals_none) == {CACHE}
+    assert failing(subject, numbers.cache_equals_none) == {CACHE}
 
 
 def test_token_losses_whose_gradient_is_half(subject, monkeypatch):
@@ -259,6 +259,17 @@ def test_a_file_of_another_model_or_with_wrong_counts(subject, ward, tmp_path, c
             file["loss_tokens"][3] += 1
     subject.store = PackedStore(path)
     assert failing(subject, templates.data_fit) == {claim}
+
+
+@pytest.mark.parametrize("stops", [None, [7]])
+def test_a_file_that_records_other_stop_ids(subject, ward, tmp_path, stops):
+    path = tmp_path / "other.h5"
+    path.write_bytes((ward / "train.h5").read_bytes())
+    record = subject.chat.record()
+    with h5py.File(path, "r+") as file:
+        file.attrs["chat"] = json.dumps({**record, "stop_ids": stops or record["stop_ids"]})
+    subject.store = PackedStore(path)
+    assert failing(subject, templates.data_fit) == ({MADE_FOR} if stops else set())
 
 
 def test_nan_is_never_a_pass():

@@ -9,7 +9,6 @@ import torch
 from tests import tiny
 from tests.doctor.test_checks import ALL, REWARD, leaking
 from whet.chat.certificate import Refusal
-from whet.chat.encode import EncodeOptions
 from whet.cli import main
 from whet.data.store import new_store
 from whet.doctor import command, runs
@@ -129,7 +128,7 @@ def test_why_nothing_can_be_examined_is_told(monkeypatch):
     refusal = Refusal("unfit", "chats.jsonl:1: no token of the tokenizer ends the reply")
     monkeypatch.setattr(subject_module, "encode_many", lambda *arguments: [refusal])
     with pytest.raises(UserError, match="first was refused: chats"):
-        subject_module.sample_rows(9, 48, None, [object()], object(), EncodeOptions())
+        subject_module.sample_rows(9, 48, None, [object()], object())
 
 
 def test_a_check_that_breaks_has_failed_and_the_others_go_on(subject, monkeypatch):

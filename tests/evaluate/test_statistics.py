@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from whet.evaluate.statistics import gained_and_lost, mcnemar, pass_at_k
+from whet.evaluate.answers import gained_and_lost, mcnemar, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 4, 6])

@@ -80,7 +80,7 @@ def records(draw):
 @counts(400, 20_000)
 def test_records(count, chat):
     """What is read can be encoded or is refused; every refusal names file and line."""
-    options = EncodeOptions(uncertain="drop")
+    options = EncodeOptions()
 
     def read(record):
         try:

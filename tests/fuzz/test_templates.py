@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import whet.chat
 from tests.fuzz.harness import counts, damaged, fuzz
+from tests.rendering import render
 from whet.chat import renderer, template
 from whet.chat.template import ChatTemplate
 from whet.errors import UserError
@@ -145,8 +146,8 @@ BOMBS = [
 ]
 
 
-def render(source: str) -> str:
-    return ChatTemplate(source).render(TALK, add_generation_prompt=True)
+def rendered(source: str) -> str:
+    return render(ChatTemplate(source), TALK, add_generation_prompt=True)
 
 
 @pytest.fixture
@@ -169,12 +170,12 @@ def narrow(monkeypatch):
 def test_bombs_are_refused(narrow, source):
     started = time.process_time()
     with pytest.raises(UserError) as refusal:
-        render(source)
+        rendered(source)
     message = str(refusal.value)
     assert message.isprintable()
     assert len(message) < 1100
     assert time.process_time() - started < 1, "the process that asks has little to do"
-    assert ChatTemplate("{{ messages[0].role }}").render(TALK) == "user"
+    assert render(ChatTemplate("{{ messages[0].role }}"), TALK) == "user"
 
 
 OUTPUTS = [
@@ -232,7 +233,7 @@ def test_made_of_fragments(count):
         nonlocal slowest, longest
         started = time.process_time()
         try:
-            longest = max(longest, len(render(source)))
+            longest = max(longest, len(rendered(source)))
         finally:
             slowest = max(slowest, time.process_time() - started)
 
@@ -249,7 +250,7 @@ def test_damaged(count, name):
     whole = Path(whet.chat.__file__).with_name(f"{name}.jinja").read_bytes()
 
     def read(content: bytes) -> None:
-        render(content.decode("utf-8", "replace"))
+        rendered(content.decode("utf-8", "replace"))
 
     tally = fuzz(f"damaged {name}", damaged(whole), read, count)
     assert min(tally["read"], tally["refused"]) > 0
@@ -263,7 +264,7 @@ def test_damaged(count, name):
 def test_one_rendering_does_not_spend_the_next_ones_means(narrow, source):
     template = ChatTemplate(source)
     for _ in range(30):
-        template.render(TALK)
+        render(template, TALK)
 
 
 @pytest.mark.parametrize("made", ["x.upper()", "x|upper", "x[1:]", "'%s.' % x", "x ~ 'a'", "x + x"])
@@ -272,7 +273,7 @@ def test_every_text_counts(narrow, made):
     kept = f"{{% set ns.a = dict(a={made}, b=ns.a) %}}"
     source = "{% set x = 'ab ' * 1000000 %}" + DOUBLED % kept
     with pytest.raises(UserError, match="memory"):
-        render(source)
+        rendered(source)
 
 
 def test_long_conversations_render():
@@ -280,4 +281,4 @@ def test_long_conversations_render():
     whole = Path(whet.chat.__file__).with_name("chatml.jinja").read_text()
     for count in (1, 5000):
         talk = [{"role": "user", "content": "word " * (1_000_000 // count)}] * count
-        assert len(ChatTemplate(whole).render(talk)) > 5_000_000
+        assert len(render(ChatTemplate(whole), talk)) > 5_000_000

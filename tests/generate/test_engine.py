@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.without_cache import generate_without_cache
 from whet.errors import UserError
 from whet.generate import engine, rows
-from whet.generate.engine import Sampling, generate, generate_without_cache, sample, stream
+from whet.generate.engine import Sampling, generate, sample, stream
 from whet.generate.rows import Row, Rows
 from whet.model.config import ModelConfig, Rope, llama
 from whet.model.decoder import Transformer, init_weights

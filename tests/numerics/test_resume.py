@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,17 +217,10 @@ def test_other_number_of_ranks(world, tmp_path, size):
 def test_a_global_batch_is_the_same_for_any_ranks_and_any_start(world, step):
     """Promise 5, from the stage's own side: the ranks' rows together are the global batch."""
     store = PackedStore(world / "train.h5")
+    config = SimpleNamespace(overfit_rows=None, batch_size=4, micro_rows=2, seed=3)
     for size in (1, 2, 3, 5):
         shares = [
-            batches_of_step(
-                step,
-                store=store,
-                n_rows=7,
-                batch_size=4,
-                micro_batch_size=2,
-                seed=3,
-                ranks=Ranks(rank, size),
-            )
+            batches_of_step(step, config=config, store=store, ranks=Ranks(rank, size))
             for rank in range(size)
         ]
         assert len({len(share) for share in shares}) == 1, "equally many backward passes"

@@ -6,8 +6,7 @@ import re
 import pytest
 
 from whet.cli import main
-from whet.report.curves import MOST_POINTS, Line, chart
-from whet.report.run_page import page, read_run
+from whet.report.run_page import MOST_POINTS, page, read_run
 
 PROMPT = "<user>\nWhat is 2 < 3?"
 
@@ -73,12 +72,25 @@ def test_the_plan_against_what_happened(tmp_path):
     assert "not finished, 5 s of steps left" in text
 
 
-def test_neighbouring_ticks_are_written_differently():
-    drawn = chart("x", [Line("a", [(1, 18_000.0), (2, 25_500.0), (3, 21_000.0)])])
-    ticks = re.findall(r'text-anchor="end">([\d.,e-]+)</text>', drawn)
-    assert len(ticks) > 3
+def drawn(folder, key, values):
+    """The page of a run that has logged only these."""
+    folder.mkdir()
+    write_lines(
+        folder / "metrics.jsonl",
+        [{"step": i, "train_loss": "nan", key: value} for i, value in enumerate(values, 1)],
+    )
+    return page([read_run(folder)])
+
+
+def test_neighbouring_ticks_are_written_differently(tmp_path):
+    text = drawn(tmp_path / "run", "kl", [18_000.0, 25_500.0, 21_000.0])
+    ticks = re.findall(r'text-anchor="end">([\d.,e-]+)</text>', text)[:-1]
+    assert len(ticks) >= 3
     assert len(set(ticks)) == len(ticks)
-    assert "<b>21,000</b>" in drawn
+    assert "<b>21,000</b>" in text
+    assert 'aria-label="kl; last: run 21,000"' in text
+    assert "<title>run, step 2: 25500</title>" in text
+    assert re.findall(r'text-anchor="(?:start|middle|end)">(\d)</text>', text) == ["1", "2", "3"]
 
 
 def test_several_runs_side_by_side(tmp_path):
@@ -112,12 +124,11 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert "is no directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("values", [[0.0], [1.0] * 9, [-3.0, 5.0], [1e-9, 1e9], range(100_000)])
-def test_curves_of_any_size_and_range(values, log):
-    points = list(enumerate(map(float, values)))
-    drawn = chart("x", [Line("a", points, noisy=True)], log=log)
-    places = re.findall(r"[\d.-]+", " ".join(re.findall('points="(.*?)"', drawn)))
+@pytest.mark.parametrize("key", ["kl", "grad_norm"])  # the second one's scale is logarithmic
+@pytest.mark.parametrize("values", [[0.0], [1.0] * 9, [-3.0, 5.0], [1e-9, 1e9], range(20_000)])
+def test_curves_of_any_size_and_range(tmp_path, values, key):
+    text = drawn(tmp_path / "run", key, [float(value) for value in values])
+    places = re.findall(r"[\d.-]+", " ".join(re.findall('polyline.* points="(.*?)"', text)))
     assert len(places) < 4 * MOST_POINTS + 100
     assert all(-1 <= float(place) <= 401 for place in places)
 

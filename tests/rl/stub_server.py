@@ -1,5 +1,9 @@
 """A server on loopback that speaks what `whet.rl.server` uses of vLLM and SGLang; Whet's engine
-answers. It can be told to misbehave."""
+answers. It can be told to misbehave.
+
+Its answers and refusals have the forms of vLLM 0.32.0 and SGLang 0.5.23, as recorded from running
+servers on 2026-11-30.
+"""
 
 import json
 import threading
@@ -12,6 +16,15 @@ import torch
 from whet.generate.engine import sample
 from whet.model.open import load_backbone_from_ckpt
 from whet.rl.remote import request_seed
+
+SGLANG_PARAMS = {"max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids"}
+SGLANG_PARAMS |= {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+SGLANG_PARAMS |= {"no_stop_trim", "sampling_seed"}
+"""Those that Whet sends; SGLang refuses a request with one that it does not know."""
+
+
+class RefusalError(Exception):
+    """An answer that says no: (status, content)."""
 
 
 class Stub(ThreadingHTTPServer):
@@ -37,14 +50,32 @@ class Stub(ThreadingHTTPServer):
     def does(self, fault):
         return self.fault == fault and self.loads > self.since
 
+    def refuse(self, why, code):
+        """SGLang says no more than the message, and always 400."""
+        if self.kind == "sglang":
+            raise RefusalError(400, {"error": {"message": why}})
+        raise RefusalError(code, said(why, code=code))
+
     def load(self, name, path):
         self.loads += 1
-        if not self.does("stale"):
-            self.models[name] = load_backbone_from_ckpt(path)
+        if self.does("stale"):
+            return
+        model, self.before = load_backbone_from_ckpt(path), self.models[""]
+        if self.does("part"):
+            model.embed.load_state_dict(self.before.embed.state_dict())
+        self.models[name] = model
 
-    def replies(self, name, ids, n, seed, room, temperature, stop_ids):
-        """(ids, logp, reason) of each reply, and ln p of the prompt's tokens."""
-        model = self.models[name]
+    def replies(self, name, ids, n, seed, room, temperature, stop_ids, judges):
+        """(ids, logp, stopped) of each reply, and ln p of the prompt's tokens.
+
+        If it `judges` a prompt it computes the keys of that prompt, and takes none from its cache.
+        """
+        if name not in self.models:
+            self.refuse(f"The model `{name}` does not exist.", 404)
+        if len(ids) + room > self.room:
+            self.refuse(f"maximum context length is {self.room} tokens", 400)
+        cached = self.does("stale cache") and not judges
+        model = self.before if cached else self.models[name]
         keys = [(*self.keys[seed], k) for k in range(n)]
         with self.lock, torch.no_grad():
             logp = model(torch.tensor([ids]))[0, :-1].log_softmax(-1)
@@ -53,14 +84,14 @@ class Stub(ThreadingHTTPServer):
                            stop_ids=stop_ids, temperature=temperature, batch_size=n)  # fmt: skip
         raw = self.does("raw")  # log-probs that do not know of the temperature
         replies = [
-            (
-                r.ids,
-                [x * 3 - 1 for x in r.logp] if raw else r.logp,
-                "stop" if r.stopped else "length",
-            )
-            for r in found
+            (r.ids, [x * 3 - 1 for x in r.logp] if raw else r.logp, r.stopped) for r in found
         ]
         return replies[: 1 if self.does("fewer") and n > 1 else n], [None, *own]
+
+
+def said(message, kind="BadRequestError", code=400):
+    """What vLLM says when it refuses."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,19 +99,23 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, content, status=200):
-        data = json.dumps(content).encode()
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def do_GET(self):
-        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+        server = self.server
+        if server.key and self.headers["Authorization"] != f"Bearer {server.key}":
             self.answer({"error": "Unauthorized"}, 401)
             return
-        card = {"id": "base", "owned_by": self.server.kind, "max_model_len": self.server.room}
-        adapters = [{"id": n, "parent": "base"} for n in self.server.models if n]
-        self.answer({"data": [*adapters, card]} if self.path == "/v1/models" else {})
+        card = {"object": "model", "owned_by": server.kind}
+        cards = [card | {"id": "base", "parent": None, "max_model_len": server.room}]
+        cards += [
+            card | {"id": n, "parent": "base", "max_model_len": None} for n in server.models if n
+        ]
+        self.answer({"object": "list", "data": cards} if self.path == "/v1/models" else {})
 
     def do_POST(self):
         server = self.server
@@ -88,7 +123,11 @@ class Handler(BaseHTTPRequestHandler):
         server.calls.append((self.path, body))
         samples = self.path in ("/v1/completions", "/generate")
         if samples and server.does("500"):
-            self.answer({"error": {"message": "CUDA error: an illegal access\nmore"}}, 500)
+            self.answer(
+                said("CUDA error: an illegal access\nmore", "InternalServerError", 500), 500
+            )
+        elif samples and server.does("full") and server.calls.count((self.path, body)) == 1:
+            self.answer(said("too many requests", "ServiceUnavailableError", 503), 503)
         elif samples and server.does("slow"):
             time.sleep(9)
         elif samples and server.does("closed"):
@@ -98,19 +137,43 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'{"choices": [')
         elif samples and server.does("dead"):
             self.close_connection = True
+        elif samples and server.does("another form"):
+            self.answer({"choices": [{"text": "a", "token_ids": [1]}] * body["n"]})
         elif self.path == "/collective_rpc" and server.does("production"):
             self.answer({"detail": "Not Found"}, 404)
+        elif self.path == "/collective_rpc" and server.does("before 0.16"):
+            why = "reload_weights() got an unexpected keyword argument 'weights_path'"
+            self.answer(said(f"Call to collective_rpc method failed: {why}", code=500), 500)
         else:
-            getattr(self, self.path.removeprefix("/v1/").removeprefix("/"))(body)
+            try:
+                getattr(self, self.path.removeprefix("/v1/").removeprefix("/"))(body)
+            except RefusalError as refused:
+                self.answer(refused.args[1], refused.args[0])
 
     def load_lora_adapter(self, body):
-        assert body["lora_name"] not in self.server.models, "a server remembers names"
-        self.server.load(body["lora_name"], body["lora_path"])
-        self.answer({"success": True})
+        name = body["lora_name"]
+        assert name not in self.server.models, "a server remembers names"
+        self.server.load(name, body["lora_path"])
+        if self.server.fault == "room for one":  # SGLang's --max-loaded-loras 1
+            for old in self.server.models.keys() - {"", name}:
+                del self.server.models[old]
+        self.changed(f"Success: LoRA adapter '{name}' added successfully.")
 
     def unload_lora_adapter(self, body):
-        del self.server.models[body["lora_name"]]
-        self.answer({"success": True})
+        name = body["lora_name"]
+        if name not in self.server.models:
+            if self.server.kind == "sglang":
+                told = {"success": False, "error_message": f"LoRA with name {name} does not exist."}
+                raise RefusalError(400, told | {"loaded_adapters": None})
+            self.server.refuse(f"The lora adapter '{name}' cannot be found.", 404)
+        del self.server.models[name]
+        self.changed(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def changed(self, words):
+        """vLLM answers with a line of text, SGLang with JSON."""
+        names = {name: name for name in self.server.models if name}
+        told = {"success": True, "error_message": None, "loaded_adapters": names}
+        self.answer(words if self.server.kind == "vllm" else told)
 
     def collective_rpc(self, body):
         assert body["method"] == "reload_weights"
@@ -118,52 +181,67 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"results": [None]})
 
     def reset_prefix_cache(self, body):
-        self.answer(None)
+        """It fails while a request runs: here once."""
+        busy = self.server.does("busy") and self.server.calls[-2][0] != "/reset_prefix_cache"
+        self.answer({"success": not busy})
 
     def update_weights_from_disk(self, body):
         self.server.load("", body["model_path"])
-        if self.server.does("refuses"):
-            self.answer({"success": False, "message": "shapes differ"})
-        else:
-            self.answer({"success": True, "message": ""})
+        refuses = self.server.does("refuses")
+        told = {"message": "shapes differ" if refuses else "", "num_paused_requests": 0}
+        self.answer({"success": not refuses, **told}, 400 if refuses else 200)
 
     def completions(self, body):
         name = "" if body["model"] == "base" else body["model"]
+        prompt = body["prompt"]
         replies, own = self.server.replies(
-            name, body["prompt"], body["n"], body["seed"], body["max_tokens"],
-            body["temperature"], body["stop_token_ids"],
+            name, prompt, body["n"], body["seed"], body["max_tokens"],
+            body["temperature"], body["stop_token_ids"], "prompt_logprobs" in body,
         )  # fmt: skip
         assert body["ignore_eos"]
         assert body["top_p"] == 1
+        table = [None if x is None else {str(i): {"logprob": x, "rank": 1, "decoded_token": "a"}}
+                 for i, x in zip(prompt, own, strict=True)]  # fmt: skip
         choices = [
-            {"index": i, "token_ids": ids, "logprobs": {"token_logprobs": logp},
-             "finish_reason": reason}
-            for i, (ids, logp, reason) in enumerate(replies)
+            {
+                "index": i,
+                "text": "a" * len(ids),
+                "logprobs": {"text_offset": [*range(len(ids))], "token_logprobs": logp,
+                             "tokens": ["a"] * len(ids),
+                             "top_logprobs": [{"a": x} for x in logp]},
+                "finish_reason": "stop" if stopped else "length",
+                "stop_reason": ids[-1] if stopped else None,
+                "token_ids": None if self.server.does("old") else ids,
+                "prompt_logprobs": table if body.get("prompt_logprobs") else None,
+                "prompt_token_ids": prompt,
+            }
+            for i, (ids, logp, stopped) in enumerate(replies)
         ]  # fmt: skip
-        for choice in choices if self.server.does("old") else ():
-            del choice["token_ids"]
-        if body.get("prompt_logprobs"):
-            pairs = zip(body["prompt"], own, strict=True)
-            table = [None if x is None else {str(i): {"logprob": x}} for i, x in pairs]
-            choices[0]["prompt_logprobs"] = table
-        self.answer({"choices": choices[::-1]})
+        self.answer({"id": "cmpl-1", "object": "text_completion", "model": body["model"],
+                     "choices": choices, "usage": {"prompt_tokens": len(prompt)}})  # fmt: skip
 
     def generate(self, body):
         answers = []
         (name,) = {*body.get("lora_path", [""])}
         first = body["sampling_params"][0]
+        assert set(first) == SGLANG_PARAMS
+        prompt = body["input_ids"][0]
         replies, own = self.server.replies(
-            name, body["input_ids"][0], len(body["input_ids"]), first["sampling_seed"],
+            name, prompt, len(body["input_ids"]), first["sampling_seed"],
             first["max_new_tokens"], first["temperature"], first["stop_token_ids"],
+            "logprob_start_len" in body,
         )  # fmt: skip
-        for ids, logp, reason in replies:
-            found = {
-                "output_token_logprobs": [[x, i, None] for x, i in zip(logp, ids, strict=True)]
-            }
-            found["finish_reason"] = {"type": reason}
-            pairs = zip(own, body["input_ids"][0], strict=True)
-            found["input_token_logprobs"] = [[x, i, None] for x, i in pairs]
-            answers.append({"output_ids": ids, "meta_info": found})
+        for i, (ids, logp, stopped) in enumerate(replies):
+            stop, cut = {"type": "stop", "matched": ids[-1]}, {"type": "length", "length": len(ids)}
+            meta = {"id": f"{i}", "finish_reason": stop if stopped else cut,
+                    "prompt_tokens": len(prompt), "weight_version": "default",
+                    "input_token_logprobs": [],
+                    "output_token_logprobs": [[x, i, None] for x, i in zip(logp, ids, strict=True)],
+                    "completion_tokens": len(ids), "cached_tokens": 0}  # fmt: skip
+            if body.get("logprob_start_len") == 0:
+                pairs = zip(own, prompt, strict=True)
+                meta["input_token_logprobs"] = [[x, i, None] for x, i in pairs]
+            answers.append({"text": "a" * len(ids), "output_ids": ids, "meta_info": meta})
         self.answer(answers)
 
 

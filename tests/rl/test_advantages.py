@@ -61,8 +61,9 @@ def test_gae_is_its_double_sum_for_ragged_replies(gamma, lam):
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
     lengths = torch.tensor([6, 1, 4])
+    inside = torch.arange(6) < lengths[:, None]
     rewards[1, 1:], values[2, 4:] = torch.nan, 1e9  # what follows a reply is not read
-    advantages, returns = gae(rewards, values, lengths, gamma=gamma, lam=lam)
+    advantages, returns = gae(rewards, values, inside, gamma=gamma, lam=lam)
     for row, length in enumerate(lengths.tolist()):
         wanted = brute_gae(rewards[row].tolist(), values[row].tolist(), length, gamma, lam)
         assert advantages[row, :length].tolist() == pytest.approx(wanted, abs=1e-12)
@@ -72,12 +73,21 @@ def test_gae_is_its_double_sum_for_ragged_replies(gamma, lam):
         )
 
 
+def test_gae_of_two_replies_in_a_row_is_that_of_each_alone():
+    rewards, values = torch.randn(2, 1, 7, generator=torch.Generator().manual_seed(1)).double()
+    inside = torch.tensor([[False, True, True, False, True, True, True]])
+    both, _ = gae(rewards, values, inside, gamma=0.9, lam=0.8)
+    for part in (slice(1, 3), slice(4, 7)):
+        alone, _ = gae(*(x[:, part] for x in (rewards, values, inside)), gamma=0.9, lam=0.8)
+        assert torch.equal(both[:, part], alone)
+
+
 def test_gae_of_known_values():
     rewards = torch.tensor([[0.0, 0.0, 1.0]])
-    length = torch.tensor([3])
-    to_go, _ = gae(rewards, torch.zeros(1, 3), length, gamma=1.0, lam=1.0)
+    inside = torch.ones(1, 3, dtype=torch.bool)
+    to_go, _ = gae(rewards, torch.zeros(1, 3), inside, gamma=1.0, lam=1.0)
     assert to_go.tolist() == [[1.0, 1.0, 1.0]]
-    perfect, returns = gae(rewards, torch.ones(1, 3), length, gamma=1.0, lam=0.95)
+    perfect, returns = gae(rewards, torch.ones(1, 3), inside, gamma=1.0, lam=0.95)
     assert perfect.tolist() == [[0.0, 0.0, 0.0]]
     assert returns.tolist() == [[1.0, 1.0, 1.0]]
 

@@ -14,7 +14,7 @@ from tests.stages import test_grpo
 from tests.stages.test_grpo import command, lines_of
 from whet.cli import main
 from whet.data.batches import make_batch
-from whet.data.rows import Rows
+from whet.data.layout import Rows
 from whet.flags.policy import server_root
 from whet.rl.rollout_file import Rollout
 from whet.stages.grpo import grpo_loss
@@ -59,6 +59,19 @@ def test_ppo_by_a_server(world, tmp_path):
     assert lines_of(tmp_path / "run")[0]["mismatch"] < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "fault", "more"),
+    [("vllm", "busy", {}), ("sglang", "full", {}), ("sglang", "room for one", LORA)],
+)
+def test_what_a_server_cannot_do_yet_or_has_done_already(world, tmp_path, kind, fault, more):
+    """vLLM keeps its cached keys while a request runs, and a queue may be full: both are asked
+    again. SGLang makes room for an adapter by itself."""
+    with serving(world / "base", kind, fault=fault) as stub:
+        assert main(command(world, tmp_path / "run", rollout_url=stub.url, **more)) == 0
+    asked = [path for path, _ in stub.calls]
+    assert asked.count("/reset_prefix_cache") == (6 if fault == "busy" else 0)
+
+
 def test_a_replay_leaves_the_weights_of_the_run_alone(world, tmp_path):
     out = tmp_path / "run"
     with serving(world / "base") as stub:
@@ -100,7 +113,8 @@ def test_killed_and_resumed_with_a_server(world, tmp_path):
 
 
 FAULTS = {
-    "stale": "still answers with other weights",
+    "stale": "answers with other weights",
+    "stale cache": "samples by keys cached with other weights",
     "raw": "--logprobs-mode processed_logprobs",
     "500": "with 500: CUDA error: an illegal access",
     "slow": "did not answer /v1/completions within --rollout_seconds 4",
@@ -108,7 +122,9 @@ FAULTS = {
     "dead": "no whole answer to /v1/completions",
     "fewer": "gave 1 choices, 3 were asked for",
     "old": "gives no token_ids: it is too old",
+    "another form": "gave an answer of an unknown form",
     "production": "VLLM_SERVER_DEV_MODE=1",
+    "before 0.16": "a whole model needs vLLM 0.16 or newer",
 }
 
 
@@ -130,14 +146,16 @@ def test_a_server_that_fails_is_told_in_a_line_and_the_state_is_kept(
     assert main(command(world, out, lr=1e-2, epochs=4, max_steps=2, resume=True)) in (0, 2)
 
 
-def test_stale_weights_of_small_steps_are_noticed_by_and_by(world, tmp_path, capsys):
-    """Each step stays below the bound; the server's numbers do not move, the trainer's do."""
-    with serving(world / "base", fault="stale") as stub:
-        flags = {"rollout_url": stub.url, "epochs": 60, "lr": 2e-4}
+@pytest.mark.parametrize(("fault", "lr"), [("stale", 2e-4), ("part", 1e-3)])
+def test_stale_weights_of_small_steps_are_noticed_by_and_by(world, tmp_path, capsys, fault, lr):
+    """Each step stays below the bound; the server's numbers do not move, or not far enough: vLLM
+    0.32.0 on a CPU does not reload a tied head."""
+    with serving(world / "base", fault=fault) as stub:
+        flags = {"rollout_url": stub.url, "epochs": 60, "lr": lr}
         assert main(command(world, tmp_path / "run", **flags)) == 2
     said = capsys.readouterr().err
-    assert "as before, the trainer's have moved" in said
-    assert max(line["mismatch"] for line in lines_of(tmp_path / "run")) < 0.1
+    assert "answers with other weights" in said
+    assert max(line["mismatch"] for line in lines_of(tmp_path / "run")) < 0.02
 
 
 def test_one_rank_whose_server_fails_ends_both(world, tmp_path):

@@ -1,6 +1,6 @@
 """Rewards judge a reply alone; a function of the user's can neither hang nor crash the training."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from tests import tiny
 from whet.errors import UserError
 from whet.flags.policy import known_reward, named_twice, parse_reward
+from whet.generate.engine import Reply
 from whet.generate.opened import open_model
 from whet.model.embedding import add_score
 from whet.model.hf.checkpoint import save_model
@@ -29,7 +30,7 @@ PROMPT = Prompt([1, 2], [{"role": "user", "content": "2 + 3?"}], "5", {"level": 
 
 
 def answer(text, tokens=3, stopped=True):
-    return Answer(PROMPT, list(range(tokens)), text, stopped)
+    return Answer(PROMPT, Reply(list(range(tokens)), [0.0] * tokens, stopped), text)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def functions(tmp_path):
     file.write_text(FUNCTIONS)
     with ExitStack() as stack:
         yield lambda name, seconds=20.0: stack.enter_context(
-            PythonReward(f"{file}:{name}", seconds)
+            closing(PythonReward(f"{file}:{name}", seconds))
         )
 
 
@@ -175,7 +176,7 @@ def test_a_function_shares_nothing_with_the_training(functions, tmp_path):
     (tmp_path / "with.py").write_text(
         "import helper\ndef f(completions): return helper.f(completions)[:len(completions)]"
     )
-    with PythonReward(f"{tmp_path}/with.py:f", 20.0) as beside:
+    with closing(PythonReward(f"{tmp_path}/with.py:f", 20.0)) as beside:
         assert beside([answer("5")] * 100) == [64.0] * 64 + [36.0] * 36
 
 
@@ -201,7 +202,7 @@ def test_a_function_that_hangs_is_ended(functions):
 
 
 def test_a_function_that_is_not_there(functions):
-    with pytest.raises(UserError, match="has no attribute 'nothing'"):
+    with pytest.raises(UserError, match=r"mine\.py has no function nothing"):
         functions("nothing")
 
 

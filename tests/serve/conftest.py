@@ -1,14 +1,12 @@
 """A server of two tiny models, in a process of its own as a user starts it."""
 
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from benchmarks.bench_serve import start
 from tests.tiny import model_directory
 
 pytest.importorskip("starlette", reason="whet[serve] is not installed")
@@ -26,18 +24,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("one", "two")):
         model_directory(folder / name, seed=seed, width=32, max_positions=256, init_std=0.4)
     return folder
-
-
-def start(*words: str) -> tuple[subprocess.Popen[str], str]:
-    """`whet serve` with these flags on a free port, and its address."""
-    command = [sys.executable, "-m", "whet.cli", "serve", *words, "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    said = ""
-    for line in process.stderr:
-        said += line
-        if found := re.search(r"chat page +(http://\S+)/", line):
-            return process, found[1]
-    raise AssertionError(said)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from tests.serve.conftest import Running, start
+from benchmarks.bench_serve import start
+from tests.serve.conftest import Running
 from whet.chat.encode import encode_chat, encode_prompt
 from whet.cli import main
 from whet.generate.engine import Sampling, generate, sample

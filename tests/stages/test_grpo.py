@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests import tiny
-from tests.processes import run_ranks, start, wait
+from tests.processes import CONTEXT, free_port, run_ranks, start, start_server, wait
+from tests.train.test_distributed import become_a_rank
 from whet.cli import main
 from whet.data.store import PackedStore
 from whet.rl.rollout_file import Rollout
 from whet.stages import grpo, ppo
+from whet.train import state as states
 from whet.train.distributed import Ranks
 
 REWARDS = """
@@ -138,6 +141,28 @@ def test_two_ranks_sample_and_train_the_same(world, tmp_path):
     for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two"), strict=True):
         assert a["reward"] == pytest.approx(b["reward"])
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3, abs=1e-6)
+
+
+def save_late(rank, port, words, log):
+    """Be a rank; the saves of rank 1 begin late, while its rollouts go on."""
+    become_a_rank(rank, port, log)
+    saved = states.save_state
+    states.save_state = lambda *args: [time.sleep(0.4 * rank), saved(*args)][1]
+    sys.exit(main(words))
+
+
+def test_a_rollout_and_a_save_at_the_same_time(world, tmp_path):
+    """Ranks agree on both, each in its own thread: neither hears what the other says."""
+    start_server()
+    words = command(world, tmp_path / "run", save_every=1, keep=9)
+    port, logs = free_port(), [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    ranks = [CONTEXT.Process(target=save_late, args=(r, port, words, logs[r])) for r in range(2)]
+    for process in ranks:
+        process.start()
+    assert wait(ranks, logs, 60) == [0, 0]
+    found = states.saved_states(tmp_path / "run" / "state")
+    assert len(found) == 3
+    assert not any(states.damage(path) for path in found)
 
 
 def test_killed_between_two_updates_of_a_rollout(world, tmp_path):

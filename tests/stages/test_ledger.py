@@ -31,7 +31,7 @@ def test_every_step_has_the_documents_of_its_batch(world):
     for step in range(1, 37):
         found = records[records["step"] == step]
         rows = global_batch_rows(7, 4, 0, step - 1)
-        wanted = [i for i in store.document_ids(rows) if store.documents[i]["trained"]]
+        wanted = [i for i in store.documents_in(rows)[2] if store.documents[i]["trained"]]
         assert sorted(found["document"]) == sorted(wanted)
         assert (found["trained"] == store.documents[found["document"]]["trained"]).all()
     assert (np.diff(records["step"].astype(int)) >= 0).all()

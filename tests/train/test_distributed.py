@@ -17,7 +17,7 @@ from tests.processes import CONTEXT, free_port, start_server, wait
 from whet.errors import UserError
 from whet.train import distributed
 from whet.train.run import RunFolder
-from whet.train.state import damage, saved_states
+from whet.train.state import Facts, damage, saved_states
 
 
 class SlowToGo:
@@ -67,7 +67,7 @@ def save_five_times(rank: int, port: int, log: Path, states: Path) -> None:
     Path.mkdir = refuse  # type: ignore[method-assign]
     with distributed.start_ranks("cpu", timeout_s=20) as ranks:
         run = RunFolder(states.parent, ranks)
-        run.open()
+        run.open({}, Facts())
         mesh = init_device_mesh("cpu", (2,))
         for step in range(1, 6):
             run.facts.step = step

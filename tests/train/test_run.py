@@ -56,11 +56,11 @@ def test_a_journal_that_lost_its_end_is_not_made_longer(tmp_path, content, recor
 def test_two_processes_in_one_folder(tmp_path):
     """The second one is told; the lock goes with the first, however it ends."""
     first, second = RunFolder(tmp_path, Ranks()), RunFolder(tmp_path, Ranks())
-    first.take({"command": "sft"}, Facts())
+    first.open({"command": "sft"}, Facts())
     with pytest.raises(UserError, match="another process trains in it"):
-        second.take({"command": "sft"}, Facts())
+        second.open({"command": "sft"}, Facts())
     first.close()
-    second.take({"command": "sft"}, Facts())
+    second.open({"command": "sft"}, Facts())
     second.close()
 
 
@@ -70,14 +70,14 @@ def test_opening_forgets_what_came_after_the_state(tmp_path):
         (tmp_path / "incidents" / f"step_{step:08d}.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_bytes(b"1\n2\n3\n")
     run = RunFolder(tmp_path, Ranks(), Facts(step=5, lengths={"metrics.jsonl": 4}))
-    run.open()
+    run.open({}, Facts())
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"1\n2\n"
     assert sorted(p.stem[-1] for p in (tmp_path / "incidents").iterdir()) == ["4", "5"]
 
 
 def test_metrics_are_valid_json(tmp_path):
     run = RunFolder(tmp_path, Ranks())
-    run.open()
+    run.open({}, Facts())
     run.metrics(1, {"train_loss": float("nan"), "lr": 0.1}, {})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail) == {

@@ -1,6 +1,7 @@
 """Batches that are read ahead are those that the stage would give, with what the CPU knows."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from whet.train.step import batches_ahead
 @pytest.fixture
 def batches(tmp_path):
     store = PackedStore(tiny.packed_file(tmp_path / "train.h5", n_rows=7))
-    sizes = {"n_rows": 7, "batch_size": 4, "micro_batch_size": 2, "seed": 0}
-    return partial(batches_of_step, store=store, ranks=Ranks(), **sizes)
+    config = SimpleNamespace(overfit_rows=None, batch_size=4, micro_rows=2, seed=0)
+    return partial(batches_of_step, config=config, store=store, ranks=Ranks())
 
 
 def test_same_batches_in_the_same_order(batches):

@@ -4,6 +4,7 @@ What is rendered, which tokens are control tokens and where a reply stops depend
 the template, its variables and the date together. So they stand together here, and travel together.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ DEFAULT = re.compile(r"\{%- if (\w+) is not defined %\}\{%- set \1 = (.*) %\}\{%
 """How a template sets a variable that nobody else sets: at its beginning, a line for each."""
 DATE = "chat_template_date"
 """In tokenizer_config.json: the date that a template which asks for it was trained with."""
+ANOTHER_TEMPLATE = "another chat template"
 CONTROL_LITERAL = re.compile(r"<\|[^\s<>|]{1,40}\|>|<｜[^\s<>]{1,40}｜>")
 
 
@@ -55,7 +57,7 @@ class Chat:
     today: date = field(default_factory=date.today)
     memo: dict[str, Any] = field(
         default_factory=dict, init=False, repr=False
-    )  # encoders, made once
+    )  # encoders, made once; `stop_ids` that a packed file has recorded
 
     @property
     def templates(self) -> list[ChatTemplate]:
@@ -113,6 +115,8 @@ class Chat:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids at which a reply ends: the template's stop tokens first, then every eos."""
+        if "stop_ids" in self.memo:
+            return tuple(self.memo["stop_ids"])
         stops = [self.tokenizer.added[ending.stop] for ending in self.dialect.endings]
         return tuple(dict.fromkeys([*stops, *self.tokenizer.eos_ids]))
 
@@ -175,14 +179,48 @@ class Chat:
             "date": self.today.isoformat() if dated else None,
         }
 
+    def record(self) -> dict[str, Any]:
+        """For a packed file: `as_dict`, and the stop ids with the hash of what they follow from."""
+        return {**self.as_dict(), "stop_ids": list(self.stop_ids), "hash": self.hash}
+
+    @property
+    def hash(self) -> str:
+        """sha256 of all that rendering and its tokens depend on, and so `stop_ids`."""
+        tokenizer = self.tokenizer
+        parts = [tokenizer.hash, tokenizer.named, tokenizer.eos_ids, self.as_dict()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def rendering_as(self, recorded: dict[str, Any], where: str) -> "Chat":
-        """This tokenizer with what `as_dict` has recorded in `where`."""
+        """This tokenizer with what `record` has recorded in `where`.
+
+        Stop ids that are recorded of this very chat are taken, without trying the template again.
+        """
         texts = [recorded.get("template"), recorded.get("tool_template") or ""]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{where}: its attribute chat holds no template; prepare it again")
         template, tool = (ChatTemplate(str(text), f"{where}: chat template") for text in texts)
         today = read_date(recorded["date"]) if recorded.get("date") else self.today
-        return Chat(self.tokenizer, template, tool if tool.source else None, {}, today)
+        chat = Chat(self.tokenizer, template, tool if tool.source else None, {}, today)
+        stops, ids = recorded.get("stop_ids"), range(self.tokenizer.vocab_size)
+        known = isinstance(stops, list) and all(type(i) is int and i in ids for i in stops)
+        if known and recorded.get("hash") == chat.hash:
+            chat.memo["stop_ids"] = stops
+        return chat
+
+    def difference(self, other: "Chat") -> str:
+        """How its templates and what they set differ from those of `other`; "" if they do not."""
+        found = [
+            defaults_of(str(chat.as_dict()[key]))
+            for chat in (self, other)
+            for key in ("template", "tool_template")
+        ]
+        mine, my_tools, theirs, their_tools = found
+        if (mine[1], my_tools[1]) != (theirs[1], their_tools[1]):
+            return ANOTHER_TEMPLATE
+        if mine[0] == theirs[0]:
+            return ""
+        sets = [", ".join(f"{k} = {v}" for k, v in d[0].items()) or "none" for d in (mine, theirs)]
+        return f"the template variables {sets[0]} instead of {sets[1]}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without what was found out by trying the template."""
@@ -213,12 +251,18 @@ def load_tokenizer(
     path of a file. `template_kwargs` are variables of it, over those that it sets itself. Raises
     UserError if a file is missing or broken.
     """
+    return read_chat(path, chat_template).with_variables(template_kwargs or {})
+
+
+def read_chat(path: str | Path, chat_template: str | None = None) -> Chat:
+    """The same, but nobody has looked into the template: another may be put in its place."""
     tokenizer = read_tokenizer(path)
     if chat_template is not None:
         chat = Chat(tokenizer, find_template(chat_template))
     else:
         chat = Chat(tokenizer, *_own_templates(Path(path), tokenizer.config))
-    return chat.with_variables(template_kwargs or {}, tokenizer.config.get(DATE))
+    day = tokenizer.config.get(DATE)
+    return replace(chat, today=read_date(day)) if day else chat
 
 
 def defaults_of(source: str) -> tuple[dict[str, str], str]:

@@ -47,7 +47,9 @@ class Origin:
     @property
     def where(self) -> str:
         """`file:line`, or what of it is known, to begin an error message with."""
-        return place(self.source, self.line)
+        if not self.source:
+            return f"line {self.line}" if self.line else "conversation"
+        return f"{self.source}:{self.line}" if self.line else self.source
 
     def error(self, message: str) -> UserError:
         """`message` with the place before it."""
@@ -92,13 +94,6 @@ class Tokenised:
     mask: list[float]
     at: Origin = Origin()
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-def place(source: str, line: int) -> str:
-    """`file:line`, or what of it is known."""
-    if not source:
-        return f"line {line}" if line else "conversation"
-    return f"{source}:{line}" if line else source
 
 
 def read_conversation(
@@ -151,8 +146,11 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
         role = "tool"
     if role not in ROLES:
         known = ", ".join(ROLES)
-        what = "has no role" if role is None else f"has the unknown role {shown(role)}"
-        raise UserError(f"{at}: {what}; roles are {known}")
+        if role is None:
+            keys = shown(list(message))
+            way = "--fields role=NAME,content=NAME takes other names"
+            raise UserError(f"{at}: has no role, but {keys}; {way}")
+        raise UserError(f"{at}: has the unknown role {shown(role)}; roles are {known}")
     read = {
         key: value
         for key, value in message.items()

@@ -123,7 +123,9 @@ class Dialect:
         for form in itertools.starmap(Form, options):
             text = self._tried(form.shape([*before, reply]), tools)
             at = text.rfind(ASKED)
-            if calls and FUNCTION in text[at:] and _printed_once(text[at:]):
+            # As one JSON object, not as JSON within JSON.
+            printed_once = VALUE in text[at:] and f'\\"{VALUE}' not in text[at:]
+            if calls and FUNCTION in text[at:] and printed_once:
                 return form
             if not calls and at >= 0 and SAID in text:
                 return form
@@ -378,11 +380,6 @@ class Dialect:
     def _added(self, text: str) -> list[str]:
         names = {i: name for name, i in self.tokenizer.added.items()}
         return [names[i] for i in self.tokenizer.encode(text) if i in names]
-
-
-def _printed_once(text: str) -> bool:
-    """Whether the arguments stand in `text` as one JSON object, not as JSON within JSON."""
-    return VALUE in text and f'\\"{VALUE}' not in text
 
 
 def beginning_of(one: str, other: str) -> str:

@@ -6,7 +6,7 @@ The rules that every result keeps, or is refused, stand in docs/chat_templates.m
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -43,12 +43,6 @@ class EncodeOptions:
     """Where the template rewrites earlier turns: an example for each, the last only, or stop."""
     special_in_content: Literal["escape", "error", "allow"] = "escape"
     """Control tokens in somebody's text: plain text, a refusal, or control tokens."""
-    uncertain: Literal["error", "drop"] = "error"
-    """A conversation without a faithful encoding: stop at the first, or leave it out."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further variables of the template, such as enable_thinking."""
-    date: str | None = None
-    """The date that the template gets, as 2025-12-31; today by default."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +119,11 @@ def encode_many(
     chat: Chat,
     options: EncodeOptions | None = None,
 ) -> list[Encoded | Refusal]:
-    """`encode_chat` for many, faster; a refused one gives its Refusal in its place.
-
-    With `uncertain="error"` the first refusal is raised instead.
-    """
-    options = options or EncodeOptions()
-    encoder = encoder_for(chat, options)
+    """`encode_chat` for many, faster; a refused one gives its Refusal in its place."""
+    encoder = encoder_for(chat, options or EncodeOptions())
     results: list[Encoded | Refusal] = []
     for begin in range(0, len(conversations), BATCH):
         results += encoder.encode(conversations[begin : begin + BATCH])
-    if options.uncertain == "error":
-        for result in results:
-            if isinstance(result, Refusal):
-                raise Refused(result)
     return results
 
 
@@ -181,8 +167,6 @@ class Encoder:
     """Encodes conversations as a chat and the options say."""
 
     def __init__(self, chat: Chat, options: EncodeOptions) -> None:
-        if options.template_kwargs or options.date:
-            chat = chat.with_variables(options.template_kwargs, options.date)
         self.chat = chat
         self.options = options
         self.aligner = Aligner(chat)

@@ -41,7 +41,7 @@ def _expression(tree: dict[str, Any]) -> str:
 
 
 class Exposed(Exception):  # noqa: N818 -- an answer, not an accident
-    """Why a conversation's control strings cannot be told from the template's own."""
+    """Why a conversation's control strings cannot be distinguished from the template's own."""
 
 
 class Escapes:

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
-from functools import cache
+from functools import cache, cached_property
 from threading import Lock
 from typing import Any
 
@@ -49,49 +49,56 @@ class BoundsError(TemplateError):
 
 
 class ChatTemplate:
-    """A chat template that is valid jinja.
+    """A chat template: `source` is the jinja text, `hash` its sha256.
 
-    `source` is the jinja text, `hash` its sha256, `variables` are the names that it reads,
-    `compared` the constants that each of these is compared with, and `looks` says that it may look
-    at messages before it writes them. Raises UserError if it is invalid.
+    It is examined when it is first asked for something: whatever else it is asked for raises
+    UserError if it is not valid jinja.
     """
 
     def __init__(self, source: str, name: str = "chat template") -> None:
         self.source = source
         self.name = name
         self.hash = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What the template does, by its jinja: `variables`, `looks` and `compared`."""
         try:
-            described = json.loads(self.answer(("describe", [], None, None, False), None, None))
+            text = self._answer(("describe", [], None, None, False), None, None)
         except TemplateError as error:
-            raise UserError(f"{name}: {str(error).removeprefix(OF_TEMPLATE)}") from None
-        self.variables = frozenset(described["variables"])
-        self.looks: bool = described["looks"]
-        self.compared = {k: frozenset(values) for k, values in described["compared"].items()}
+            raise UserError(f"{self.name}: {str(error).removeprefix(OF_TEMPLATE)}") from None
+        return dict(json.loads(text))
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that it reads."""
+        return frozenset(self.described["variables"])
+
+    @property
+    def looks(self) -> bool:
+        """Whether it may look at messages before it writes them."""
+        return bool(self.described["looks"])
+
+    @cached_property
+    def compared(self) -> dict[str, frozenset[Any]]:
+        """The constants that each of its variables is compared with."""
+        return {name: frozenset(values) for name, values in self.described["compared"].items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, self.name)
 
-    def render(
-        self,
-        messages: list[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
-        today: date | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The text of `messages`. `today` is the date of `strftime_now` (None: the clock's).
-
-        `variables` are further template variables: bos_token, eos_token, enable_thinking, …
-        Raises TemplateError with the template's own words if it refuses or fails, BoundsError if
-        it takes too long, UserError if a variable has the name of something else.
-        """
-        ask = ("render", messages, tools, documents, add_generation_prompt)
-        return self.answer(ask, today, variables)
-
     def answer(self, ask: Ask, today: date | None, variables: Mapping[str, Any] | None) -> str:
-        """The renderer's reply to `ask`: a text, or JSON. Raises as `render` does."""
+        """The renderer's reply to `ask`: a text, or JSON.
+
+        `today` is the date of `strftime_now` (None: the clock's); `variables` are further template
+        variables: bos_token, eos_token, enable_thinking, … Raises TemplateError with the template's
+        own words if it refuses or fails, BoundsError if it takes too long, UserError if a variable
+        has the name of something else.
+        """
+        _ = self.described  # refuses what is no jinja
+        return self._answer(ask, today, variables)
+
+    def _answer(self, ask: Ask, today: date | None, variables: Mapping[str, Any] | None) -> str:
         replies, cause = self._replies([ask], today, variables)
         if not replies:
             raise BoundsError(f"{OF_TEMPLATE}{cause}")
@@ -108,6 +115,7 @@ class ChatTemplate:
         The list ends before the first that breaks the bounds, perhaps because of what the others
         take: `answer` to it alone decides.
         """
+        _ = self.described
         try:
             replies, _ = self._replies(asks, today, variables)
         except TemplateError:
@@ -188,11 +196,9 @@ class _Pickler(pickle.Pickler):
         return str, (f"<{type(value).__name__}>",)
 
 
-def _exchange(process: subprocess.Popen[bytes], request: memoryview, count: int) -> Iterator[Reply]:
+def _exchange(process: Any, request: memoryview, count: int) -> Iterator[Reply]:
     """The replies as they come. Raises EOFError or BrokenPipeError if `process` dies."""
     requests, replies = process.stdin, process.stdout
-    assert requests is not None
-    assert replies is not None
     requests.write(request)
     requests.flush()
     for _ in range(count):

@@ -175,8 +175,10 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     given = made.named if made else {}
     named = {**given, **{name: token.content for name, token in tokens.items()}}
     check_names(named, f"{folder}: special tokens")
-    if "eos_token" not in named and (eos := _likely_eos(backend, further)):
-        named["eos_token"] = eos
+    if "eos_token" not in named:  # that of generation_config.json, or one that many have
+        known = [backend.id_to_token(i) for i in further]
+        known += [text for text in COMMON_EOS if backend.token_to_id(text) is not None]
+        named |= {"eos_token": known[0]} if known and known[0] else {}
     if extra:
         config = {**config, "extra_special_tokens": [token.content for token in extra]}
     for name, content in named.items():
@@ -333,13 +335,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _rebuild(json_text: str, *rest: Any) -> Tokenizer:
     return Tokenizer(open_backend(json_text, Path("tokenizer.json")), json_text, *rest)
-
-
-def _likely_eos(backend: tokenizers.Tokenizer, eos_ids: tuple[int, ...]) -> str | None:
-    """The eos where no file names it: that of generation_config.json, or one that many have."""
-    known = [backend.id_to_token(i) for i in eos_ids]
-    known += [text for text in COMMON_EOS if backend.token_to_id(text) is not None]
-    return known[0] if known else None
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:

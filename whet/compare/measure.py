@@ -9,27 +9,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from whet.chat.chat import Chat
 from whet.config import problems
 from whet.data.batches import Batch
 from whet.data.reference import Reference
 from whet.data.store import PackedStore
-from whet.evaluate.answers import wilson
-from whet.evaluate.dev import dev_loss, misfits
-from whet.evaluate.statistics import pass_at_k
+from whet.evaluate.answers import pass_at_k, wilson
+from whet.evaluate.dev import dev_loss
 from whet.flags.compare import Config
-from whet.generate.engine import Reply, evaluating, sample
+from whet.generate.engine import evaluating
 from whet.generate.opened import Opened
-from whet.progress import track
+from whet.model.open import misfits
+from whet.rl.preference_loss import Objective
 from whet.rl.prompts import Prompts, load_prompts
-from whet.rl.rewards import Answer, correct, open_rewards, total_rewards
-from whet.rl.sampling import answer_of
+from whet.rl.rewards import Answer, Reward, correct, open_rewards, total_rewards
+from whet.rl.sampling import answers_to
 from whet.stages.dpo import judge_replies, with_reference
-from whet.stages.pairs import Judge, PairEvaluator, order_in_words
+from whet.stages.pairs import Judge, PairEvaluator
 from whet.stages.reward import at_last_tokens, judge_rewards
 from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 
 ROWS = 4  # of a packed file in one forward
+REWARD_SECONDS = 600.0  # for a call of a reward function of the user's
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,23 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
     numbers = _dev(opened, config) | _pairs(opened, first, config)
     if config.gsm8k is None:
         return Measured(name, numbers)
-    prompts = _prompts(opened, config)
-    answers, replies = _answers(opened, prompts, config, greedy=True)
-    right = [value == 1.0 for value in correct(answers)]
-    numbers |= _accuracy(right, replies) | _rewards(answers, opened, config)
-    if config.samples:
-        numbers |= _sampled(opened, first, prompts, config)
+    prompts, notes = prompts_of(config, opened.chat, opened.model.config.max_positions - 1)
+    problems(notes)  # models are compared on the same problems or not at all
+    with ExitStack() as stack:
+        terms = open_rewards(
+            config.reward,
+            opened.chat,
+            stack,
+            max_new_tokens=config.max_new_tokens,
+            seconds=REWARD_SECONDS,
+            device=opened.device,
+            precision=config.precision,
+        )
+        answers = _answers(opened, prompts, config)
+        right = [value == 1.0 for value in correct(answers)]
+        numbers |= _accuracy(right, answers) | _rewards(answers, terms)
+        if config.samples:
+            numbers |= _sampled(opened, first, prompts, config, terms)
     return Measured(
         name,
         numbers,
@@ -70,100 +83,80 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
     )
 
 
-def _prompts(opened: Opened, config: Config) -> Prompts:
+def prompts_of(config: Config, chat: Chat, longest: int | None = None) -> tuple[Prompts, list[str]]:
+    """The problems as this chat asks them, and a note if one has more than `longest` tokens."""
     assert config.gsm8k is not None
-    longest = opened.model.config.max_positions - 1
-    found, notes = load_prompts(
+    return load_prompts(
         config.gsm8k,
-        opened.chat,
+        chat,
         longest=longest,
         limit=config.limit,
         needs_gold="correct",
         flag="--gsm8k",
     )
-    problems(notes)  # models are compared on the same problems or not at all
-    return found
 
 
 def _answers(
-    opened: Opened, prompts: Prompts, config: Config, *, greedy: bool
-) -> tuple[list[Answer], list[Reply]]:
-    """The greedy reply to each prompt, or `config.samples` sampled ones."""
-    each = [(i, k) for i in range(len(prompts)) for k in range(1 if greedy else config.samples)]
-    title = "Answering" if greedy else "Sampling"
-    with track(title, total=len(each), unit="replies") as progress:
-        replies = sample(
-            opened.model,
-            [prompts.prompts[i].ids for i, _ in each],
-            keys=[(config.seed, i, k) for i, k in each],
-            max_new_tokens=config.max_new_tokens,
-            stop_ids=opened.chat.stop_ids,
-            temperature=0.0 if greedy else config.temperature,
-            batch_size=config.batch_size,
-            progress=progress,
-        )
-    pairs = zip(each, replies, strict=True)
-    return [answer_of(prompts, i, reply, opened.chat) for (i, _), reply in pairs], replies
+    opened: Opened, prompts: Prompts, config: Config, copies: int = 1, temperature: float = 0.0
+) -> list[Answer]:
+    """The greedy reply to each prompt, or some sampled ones."""
+    return answers_to(
+        opened.model,
+        prompts,
+        opened.chat,
+        range(len(prompts)),
+        copies=copies,
+        seed=config.seed,
+        temperature=temperature,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+    )
 
 
-def _accuracy(right: Sequence[bool], replies: Sequence[Reply]) -> dict[str, float]:
+def _accuracy(right: Sequence[bool], answers: Sequence[Answer]) -> dict[str, float]:
     low, high = wilson(sum(right), len(right))
     return {
         "problems": len(right),
         "accuracy": sum(right) / len(right),
         "accuracy_low": low,
         "accuracy_high": high,
-        "unstopped": sum(not reply.stopped for reply in replies) / len(replies),
-        "reply_tokens": sum(len(reply.ids) for reply in replies) / len(replies),
+        "unstopped": sum(not answer.reply.stopped for answer in answers) / len(answers),
+        "reply_tokens": sum(len(answer.reply.ids) for answer in answers) / len(answers),
     }
 
 
-def _rewards(answers: Sequence[Answer], opened: Opened, config: Config) -> dict[str, float]:
-    if not config.reward:
+def _rewards(answers: Sequence[Answer], terms: Sequence[Reward]) -> dict[str, float]:
+    if not terms:
         return {}
-    device = next(opened.model.parameters()).device
-    with ExitStack() as stack:
-        terms = open_rewards(
-            config.reward,
-            opened.chat,
-            stack,
-            max_new_tokens=config.max_new_tokens,
-            seconds=600.0,
-            device=device,
-            precision=config.precision,
-        )
-        sums, parts = total_rewards(terms, answers)
+    sums, parts = total_rewards(terms, answers)
     means = {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
     return {"reward": float(np.mean(sums)), **means}
 
 
 def _sampled(
-    opened: Opened, first: Opened | None, prompts: Prompts, config: Config
+    opened: Opened, first: Opened | None, prompts: Prompts, config: Config, terms: Sequence[Reward]
 ) -> dict[str, float]:
     """pass@k of the samples, and how far they are from the first model."""
-    answers, replies = _answers(opened, prompts, config, greedy=False)
     n = config.samples
+    answers = _answers(opened, prompts, config, n, config.temperature)
     right = np.reshape(correct(answers), (-1, n)).sum(1).astype(int)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < n] + [n]
     found = {f"pass@{k}": float(np.mean([pass_at_k(n, int(c), k) for c in right])) for k in ks}
-    rewards = _rewards(answers, opened, config)
-    found |= {f"sampled_{name}": value for name, value in rewards.items()}
+    found |= {f"sampled_{name}": value for name, value in _rewards(answers, terms).items()}
     if first is None:
         return {**found, "kl_to_first": 0.0}
     if first.chat.tokenizer.knows_ids_of(opened.chat.tokenizer):
-        found["kl_to_first"] = _divergence(answers, replies, first, config.temperature)
+        found["kl_to_first"] = _divergence(answers, first, config.temperature)
     return found
 
 
-def _divergence(
-    answers: Sequence[Answer], replies: Sequence[Reply], first: Opened, temperature: float
-) -> float:
+def _divergence(answers: Sequence[Answer], first: Opened, temperature: float) -> float:
     """Nats a reply: the mean of ln p - ln p_first over the model's own samples, which is an
     estimate of KL(model || first)."""
-    device = next(first.model.parameters()).device
-    sums = list[float]()
+    device, sums = first.device, list[float]()
     with torch.no_grad(), evaluating(first.model):
-        for answer, reply in zip(answers, replies, strict=True):
+        for answer in answers:
+            reply = answer.reply
             tokens = torch.tensor([[*answer.prompt.ids, *reply.ids]], device=device)
             weight = torch.zeros(tokens.shape, device=device)
             weight[0, len(answer.prompt.ids) - 1 : -1] = 1.0
@@ -180,8 +173,7 @@ def _dev(opened: Opened, config: Config) -> dict[str, float]:
         return {}
     store = PackedStore(config.dev)
     problems(misfits(opened.model, opened.chat, store, "--dev"))
-    device = next(opened.model.parameters()).device
-    found = dev_loss(opened.model, store, micro_rows=ROWS, device=device, quiet=False)
+    found = dev_loss(opened.model, store, micro_rows=ROWS, device=opened.device, quiet=False)
     return {"dev_loss": found.loss}
 
 
@@ -198,12 +190,9 @@ def _pairs(opened: Opened, first: Opened | None, config: Config) -> dict[str, fl
     judge: Judge = partial(judge_rewards, margin=0.0, centre=0.0)
     if not opened.model.config.score:
         complete = partial(with_reference, reference=Reference(""))
-        judge = partial(
-            judge_replies, kind="simpo", beta=1.0, gamma=0.0, label_smoothing=0.0, sft_weight=0.0
-        )
-    evaluate = PairEvaluator(store, judge, complete, ROWS, order_in_words, quiet=False)
-    ranks = Ranks(device=next(opened.model.parameters()).device)
-    found = evaluate(opened.model, ranks, Stop(0.0)).metrics
+        judge = partial(judge_replies, objective=Objective("simpo", beta=1.0))
+    evaluate = PairEvaluator(store, judge, complete, ROWS, quiet=False)
+    found = evaluate(opened.model, Ranks(device=opened.device), Stop(0.0)).metrics
     names = ("pair_accuracy", "pair_accuracy_low", "pair_accuracy_high")
     pairs = len(store.document_rows) // 2
     return {"pairs": pairs, **{name: found[f"dev_{name}"] for name in names}}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from whet.compare.measure import Measured
-from whet.evaluate.statistics import gained_and_lost, mcnemar
+from whet.evaluate.answers import gained_and_lost, mcnemar
 
 COLUMNS = (
     # number, heading, how it is written

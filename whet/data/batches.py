@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.data.rows import Rows, shifted_weight
+from whet.data.layout import Rows, shifted_weight
 from whet.data.store import PackedStore
 
 
@@ -38,7 +38,6 @@ class Batch:
     total: float
     epoch: int  # from 0
     rows: np.ndarray  # (B,) row numbers in the file, -1 for an empty row
-    documents: np.ndarray  # numbers of the documents in the file's table
     plan: Any = None  # how the model lays the tokens out, if the stage has worked it out on the CPU
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What a stage needs besides, by name: (B, T), a number for each place, or (B, S + 1), one for
@@ -127,15 +126,15 @@ def read_batch(store: PackedStore, rows: np.ndarray, *, total: float, epoch: int
 
     Its `extra` are pairs, margins or labels where the file has them.
     """
-    documents = store.document_ids(rows)
-    batch = make_batch(store.rows(rows), rows, total=total, epoch=epoch, documents=documents)
+    batch = make_batch(store.rows(rows), rows, total=total, epoch=epoch)
+    if store.kind not in ("preferences", "labels"):
+        return batch
     extra = {name: torch.from_numpy(values) for name, values in _extra_of(store, rows).items()}
     return dataclasses.replace(batch, extra=extra)
 
 
 def _extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What the kind of a packed file adds to a batch of `rows`, float32; of texts and rollouts
-    nothing.
+    """What pairs and labelled replies add to a batch of `rows`, float32.
 
     A row of `preferences` holds whole pairs: documents 2p + 1 and 2p + 2 are the chosen and the
     rejected reply of its pair p (from 0). `pairs` (B, P) is 1 where the row has that pair and
@@ -143,8 +142,6 @@ def _extra_of(store: PackedStore, rows: np.ndarray) -> dict[str, np.ndarray]:
     Of `labels`, `labels` (B, S + 1) is 1 for a good document, -1 for a bad one and 0 where there is
     none: column s is document s of the row, column 0 the padding.
     """
-    if store.kind not in ("preferences", "labels"):
-        return {}
     row, segment, ids = store.documents_in(rows)
     most = int(segment.max(initial=0))
     if store.kind == "labels":
@@ -166,7 +163,6 @@ def make_batch(
     *,
     total: float,
     epoch: int = 0,
-    documents: np.ndarray | None = None,
 ) -> Batch:
     """Shift by one, positions that restart in each document, and everything as tensors."""
     tokens = torch.from_numpy(read.tokens).long()
@@ -180,7 +176,6 @@ def make_batch(
         total=total,
         epoch=epoch,
         rows=np.asarray(rows),
-        documents=np.zeros(0, np.int64) if documents is None else documents,
     )
 
 
@@ -209,12 +204,19 @@ def micro_batch_count(global_rows: int, world_size: int, micro_batch_size: int) 
     return -(-share // micro_batch_size)
 
 
+def shares_of(n_rows: int, rank: int, world_size: int, micro_batch_size: int) -> list[np.ndarray]:
+    """The rows of a rank's micro-batches of a whole file; equally many on every rank."""
+    mine = np.arange(rank, n_rows, world_size)
+    count = micro_batch_count(n_rows, world_size, micro_batch_size)
+    return [mine[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(count)]
+
+
 def micro_batches(batch: Batch, micro_batch_size: int, count: int | None = None) -> list[Batch]:
     """Cut a rank's share into `count` micro-batches of equal shape, on the batch's device.
 
     Missing rows are filled with empty ones (segment 0, weight 0, row -1). All ranks must pass the
     same `count` (`micro_batch_count`), so that all of them do the same number of backward passes;
-    None takes as few as hold the batch. The documents of each are those of the whole share.
+    None takes as few as hold the batch.
     """
     n = len(batch.tokens)
     size = min(micro_batch_size, max(n, 1))

@@ -7,13 +7,14 @@ searched for such runs, since a system prompt or an answer may contain the quest
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from whet.chat.conversation import Conversation, RawText
+from whet.chat.conversation import Conversation, Origin, RawText
 from whet.data.formats import Datum, to_example
-from whet.data.reader import parse, read_units
+from whet.data.reader import read_each, read_units
 from whet.errors import UserError
 
 GRAM = 13
@@ -75,18 +76,18 @@ def read_evaluations(paths: Iterable[str]) -> Evaluations:
     under one of QUESTION_KEYS (SVAMP's Body and Question are joined)."""
     evaluations = Evaluations()
     for path in paths:
-        for unit in read_units(path):
-            where = f"{path}:{unit.line}"
-            try:
-                record = parse(unit)
-            except UserError as error:
-                raise UserError(f"{where}: {error} (--decontaminate)") from None
-            evaluations.add(_question(record, where), where)
+        try:
+            for question, at in read_each(Path(path), read_units(path), _question):
+                evaluations.add(question, at.where)
+        except UserError as error:
+            lines = [f"{line} (--decontaminate)" for line in str(error).splitlines()]
+            raise UserError("\n".join(lines)) from None
     return evaluations
 
 
-def _question(record: Any, where: str) -> str:
-    """The question of one evaluation record: the user's first words, or a field of that name."""
+def _question(record: dict[str, Any], at: Origin) -> tuple[str, Origin]:
+    """The question of one evaluation record, the user's first words or a field of that name; and
+    its place."""
     try:
         datum = to_example(record)
     except UserError:
@@ -94,16 +95,15 @@ def _question(record: Any, where: str) -> str:
     if isinstance(datum, Conversation):
         for message in datum.messages:
             if message["role"] == "user":
-                return str(message["content"])
+                return str(message["content"]), at
     if isinstance(datum, RawText):
-        return datum.text
-    if isinstance(record, Mapping):
-        fields = {str(key).lower(): value for key, value in record.items()}
-        for key in QUESTION_KEYS:
-            if isinstance(fields.get(key), str):
-                body = fields.get("body")
-                return f"{body} {fields[key]}" if isinstance(body, str) else fields[key]
-    raise UserError(
-        f"{where}: holds no question (--decontaminate); expected a conversation or one of the "
-        f"fields {', '.join(QUESTION_KEYS)}"
+        return datum.text, at
+    fields = {str(key).lower(): value for key, value in record.items()}
+    for key in QUESTION_KEYS:
+        if isinstance(fields.get(key), str):
+            body = fields.get("body")
+            return (f"{body} {fields[key]}" if isinstance(body, str) else fields[key]), at
+    raise at.error(
+        "holds no question; expected a conversation or one of the fields "
+        f"{', '.join(QUESTION_KEYS)}"
     )

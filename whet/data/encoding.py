@@ -18,9 +18,9 @@ from whet.chat.certificate import Refusal, refusal_of
 from whet.chat.chat import Chat
 from whet.chat.conversation import MESSAGE_KEYS, Conversation, RawText, Tokenised
 from whet.chat.encode import Encoded, EncodeOptions, Example, encode_many
-from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations
 from whet.data.formats import IDS_KEYS, MASK_KEYS, Datum, to_example
+from whet.data.layout import KINDS
 from whet.data.preferences import Preference
 from whet.data.reader import GOES_ON, Block, Unit, parse
 from whet.data.record import renamed, rest

@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from whet.chat.certificate import REASONS, Refusal
-from whet.chat.conversation import place
+from whet.chat.conversation import Origin
 from whet.config import problems
 from whet.data.decontaminate import Evaluations
 from whet.data.mixing import CONTAMINATED, DUPLICATE, FATES, KEPT, OVERLONG
@@ -73,9 +73,7 @@ def _without_repetition(refusals: list[Refusal]) -> list[str]:
     return shown
 
 
-def records(
-    tables: Tables, paths: tuple[str, ...], context_length: int, evaluations: Evaluations | None
-) -> list[Refusal]:
+def records(tables: Tables, evaluations: Evaluations | None) -> list[Refusal]:
     """Why lines and examples are left out: refused lines first, at most KEPT_REFUSALS of them, and
     as many examples that were left out for another reason."""
     found = list(tables.spool.refusals)
@@ -83,14 +81,15 @@ def records(
     left = np.flatnonzero(np.isin(fate, (DUPLICATE, CONTAMINATED, OVERLONG)))
     for i in left[:KEPT_REFUSALS]:
         conversation = tables.conversations[examples["conversation"][i]]
-        source, line = paths[conversation["source"]], int(conversation["line"])
+        source, line = tables.paths[conversation["source"]], int(conversation["line"])
         if fate[i] == OVERLONG:
-            reason = f"{int(tables.selection.needed[i]):,} tokens, and a row has {context_length:,}"
+            needed, width = int(tables.selection.needed[i]), tables.config.context_length
+            reason = f"{needed:,} tokens, and a row has {width:,}"
         elif fate[i] == CONTAMINATED and evaluations:
             reason = f"shares a question with {evaluations.names[conversation['question']]}"
         else:
             reason = "is the same as an earlier conversation"
-        message = f"{place(source, line)}: {reason}"
+        message = f"{Origin(source, line).where}: {reason}"
         found.append(Refusal(FATES[int(fate[i])], message, source, line))
     return found
 
@@ -105,22 +104,19 @@ def stop_at_overlong(tables: Tables, left_out: list[Refusal]) -> None:
         problems([*shown[:SHOWN], advice])
 
 
-def fates(tables: Tables, truncate: bool) -> str:
-    """How many examples had which fate, for instance `12 overlong, 3 duplicate`.
-
-    `truncate`: long examples were cut where they can be, so only longer rows help.
-    """
+def fates(tables: Tables) -> str:
+    """How many examples had which fate, for instance `12 overlong, 3 duplicate`."""
     fate = tables.selection.fate
     counts = np.bincount(fate, minlength=len(FATES))
     text = ", ".join(f"{n:,} {name}" for name, n in zip(FATES, counts, strict=True) if n)
     if counts[OVERLONG]:
         shortest = tables.selection.needed[fate == OVERLONG].min()
-        text += f" (the shortest has {shortest:,} tokens; {_ways_to_fit(truncate)})"
+        text += f" (the shortest has {shortest:,} tokens; {_ways_to_fit(tables)})"
     return text
 
 
-def notes(tables: Tables, left_out: list[Refusal], truncate: bool) -> list[str]:
-    """What the user should know besides the account, one line each; arguments as above."""
+def notes(tables: Tables, left_out: list[Refusal]) -> list[str]:
+    """What the user should know besides the account, one line each."""
     spool, selection = tables.spool, tables.selection
     lines = [f"{n:,} {what}" for what, n in sorted(spool.notes.items()) if n]
     for kind, n in spool.refused_by_kind().items():
@@ -133,7 +129,7 @@ def notes(tables: Tables, left_out: list[Refusal], truncate: bool) -> list[str]:
         what = WORDS[name]
         if fate == OVERLONG:
             longest = selection.needed[of_fate].max()
-            what += f", the longest has {longest:,} tokens; {_ways_to_fit(truncate)}"
+            what += f", the longest has {longest:,} tokens; {_ways_to_fit(tables)}"
         lines.append(f"{of_fate.sum():,} examples left out: {what}")
         if fate == CONTAMINATED:
             lines += _some([r.message for r in left_out if r.kind == name])
@@ -153,7 +149,7 @@ def _some(reasons: list[str]) -> list[str]:
     return [*(f"  {reason}" for reason in reasons[:SAME]), *more]
 
 
-def _ways_to_fit(truncate: bool) -> str:
-    if truncate:
+def _ways_to_fit(tables: Tables) -> str:
+    if tables.cuts:
         return "nothing of them fits whole: raise --context_length"
     return "see --context_length and --overlong truncate"

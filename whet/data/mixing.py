@@ -10,7 +10,7 @@ import numpy as np
 
 from whet.data.encoding import KIND_NAMES
 from whet.errors import UserError
-from whet.flags.choices import Overlong
+from whet.flags.prepare import Config
 
 KEPT, DUPLICATE, CONTAMINATED, NOT_DRAWN, OVERLONG = range(5)
 FATES = ("kept", "duplicate", "contaminated", "not_drawn", "overlong")
@@ -32,22 +32,19 @@ def select(
     conversations: np.ndarray,
     examples: np.ndarray,
     runs: np.ndarray,
-    *,
+    config: Config,
     weights: list[float],
-    context_length: int,
-    overlong: Overlong,
-    dev_fraction: float,
-    seed: int,
 ) -> Selection:
     """Decide about every example; tables as in `whet.data.encoding`, `weights` by source.
 
     Duplicates and contaminated conversations go first, then the dev part is held out, then the rest
     is mixed by weight, and what is too long for a row is treated last.
     """
+    context_length, seed = config.context_length, config.seed
     fate = np.full(len(conversations), KEPT)
     fate[duplicates(conversations["digest"])] = DUPLICATE
     fate[(fate == KEPT) & (conversations["question"] >= 0)] = CONTAMINATED
-    dev = hold_out(conversations["opening"], fate == KEPT, dev_fraction, seed)
+    dev = hold_out(conversations["opening"], fate == KEPT, config.dev_fraction, seed)
     copies = dev.astype(np.int64)
     for source, weight in enumerate(weights):
         own = np.flatnonzero((conversations["source"] == source) & (fate == KEPT) & ~dev)
@@ -62,7 +59,7 @@ def select(
     selection = Selection(fate[owner], length.copy(), copies[owner], dev[owner], needed)
     for i in np.flatnonzero((selection.fate == KEPT) & (needed > context_length)):
         kept = 0
-        if overlong == "truncate" and not paired[i]:
+        if config.overlong == "truncate" and not paired[i]:
             first = int(examples["first_run"][i])
             kept = whole_turns(runs[first : first + int(examples["n_runs"][i])], context_length)
         selection.kept[i] = kept

@@ -158,8 +158,3 @@ def _places(patterns: list[tuple[Pattern, int]]) -> tuple[np.ndarray, np.ndarray
     row = np.repeat(np.asarray(one_row, np.int64), times_of) + nth
     start_of = np.repeat(np.asarray(one_start, np.int64), times_of)
     return row, start_of, np.repeat(np.asarray(one_length, np.int64), times_of)
-
-
-def fill(lengths: np.ndarray, packing: Packing, capacity: int) -> float:
-    """The share of the rows' places that hold a token (1.0 is full)."""
-    return float(np.sum(lengths)) / max(1, packing.n_rows * capacity)

@@ -17,6 +17,7 @@ from whet.data.record import (
     Record,
     conversation_of,
     first_of,
+    nested,
     one_of,
     rest,
     text_of,
@@ -29,8 +30,6 @@ LABELS = {1: 1.0, 0: 0.0, "true": 1.0, "false": 0.0, "True": 1.0, "False": 0.0}
 """Good and bad; True and 1 are one key. Tables without truth values hold numbers or texts."""
 SCORES = (("chosen_score", "score_chosen", "chosen_rating"),
           ("rejected_score", "score_rejected", "rejected_rating"))  # fmt: skip
-IN_JSON = re.compile(r'\[\s*\{\s*"(role|content|from|value)"\s*:')
-"""How messages begin that a table without nested types holds as a text."""
 SPEAKERS = re.compile(r"\n\n(Human|Assistant):[ ]?")
 
 
@@ -109,14 +108,14 @@ def _without_common(
 
 def _messages(value: Any, key: str, role: str, at: Origin) -> Messages:
     """A text, one message or several -> messages; a text without a speaker is `role`'s."""
-    if isinstance(value, str):
-        if SPEAKERS.match(value):
-            return _transcript(value, is_prompt=role == "user")
-        if key not in ("messages", "conversations") and not IN_JSON.match(value):
-            if role == "user" and not value.strip():
-                raise at.error(f"{key} is empty")
-            return [{"role": role, "content": value}]
-        value = from_json(value, key, at.where)
+    if isinstance(value, str) and SPEAKERS.match(value):
+        return _transcript(value, is_prompt=role == "user")
+    is_list = key in ("messages", "conversations")
+    value = from_json(value, key, at.where) if is_list else nested(value, key, at)
+    if isinstance(value, str) and not is_list:
+        if role == "user" and not value.strip():
+            raise at.error(f"{key} is empty")
+        return [{"role": role, "content": value}]
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
         raise at.error(f"{key} must be a text or a list of messages, got {shown(value)}")

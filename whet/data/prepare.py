@@ -17,33 +17,30 @@ from pathlib import Path
 import numpy as np
 
 from whet.chat.certificate import Refusal
-from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer, read_date
-from whet.chat.conversation import place
+from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
+from whet.chat.conversation import Origin
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
-from whet.config import check, collected, problems
+from whet.config import check, problems
 from whet.data.account import SourceAccount, accounts_of, table, totals
-from whet.data.check import KINDS
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import KIND_NAMES, BlockEncoder
-from whet.data.formats import FIELDS, FORMATS
+from whet.data.formats import FIELDS
+from whet.data.layout import KINDS
 from whet.data.left_out import fates, notes, records, stop_at_overlong, stop_at_refusals
 from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
-from whet.data.reader import Source, check_path, parse_sources, read_blocks
+from whet.data.reader import Source, parse_sources, read_blocks
 from whet.data.record import read_fields
-from whet.data.store import PACKED
 from whet.data.writing import Spool, Tables, write_packed
 from whet.errors import UserError
-from whet.files import nearest, unwritable
-from whet.flags.prepare import Config
-from whet.hub import check_name, find_model
+from whet.files import nearest
+from whet.flags.prepare import Config, flaws
+from whet.hub import find_model
 from whet.progress import say, track
 
 SMALL_BYTES = 8 << 20
 """Below this size of all input, starting worker processes takes longer than they save."""
-GIVEN = "(given)"
-"""In place of a tokenizer's name where a caller hands over the tokenizer itself."""
 
 
 def main(config: Config) -> int:
@@ -89,42 +86,8 @@ def prepare_text(config: Config, chat: Chat, quiet: bool = False) -> list[Source
 
 def examine(config: Config) -> list[Source]:
     """The sources; raises UserError with all that is wrong with the flags, before they are read."""
-    found: list[str] = []
-    if not config.data:
-        found.append("--data: name at least one file")
-    sources: list[Source] = []
-    with collected(found):
-        sources = parse_sources(config.data)
-    for path in config.decontaminate:
-        with collected(found):
-            check_path(path, "--decontaminate")
-    with collected(found):
-        check(config)
-    if config.dev_fraction < 1 and bool(config.dev_out) != bool(config.dev_fraction):
-        found.append("--dev_out and --dev_fraction belong together: give both or neither")
-    with collected(found):
-        read_variables(config.template_kwargs)
-    with collected(found):
-        if config.date:
-            read_date(config.date)
-    with collected(found):
-        if config.chat_template:
-            find_template(config.chat_template)
-    if config.format and config.format not in FORMATS:
-        found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
-    with collected(found):
-        read_fields(config.fields, FIELDS)
-    inputs = [*(source.path for source in sources), *config.decontaminate, config.tokenizer]
-    found += unwritable("--out", config.out, inputs, PACKED)
-    if config.dev_out:
-        found += unwritable("--dev_out", config.dev_out, [*inputs, config.out], PACKED)
-    with collected(found):
-        if not config.tokenizer:
-            raise UserError("--tokenizer: name the directory of the model's tokenizer")
-        if config.tokenizer != GIVEN:
-            check_name(config.tokenizer)
-    problems(found)
-    return sources
+    check(config, flaws(config))
+    return parse_sources(config.data)
 
 
 def _prepare(
@@ -139,7 +102,7 @@ def _prepare(
     config = dataclasses.replace(config, date=config.date or chat.today.isoformat())
     encoder = BlockEncoder(
         chat=chat,
-        options=_encode_options(config),
+        options=EncodeOptions(config.train_on, config.rewritten_turns, config.special_in_content),
         paths=tuple(source.path for source in sources),
         context_length=config.context_length,
         format=config.format,
@@ -153,23 +116,14 @@ def _prepare(
         for name in (of_file or name for name, of_file in encoder.fields.items()):
             if not spool.renamed[name]:
                 raise UserError(f"--fields {config.fields}: no record has a field {name}")
-        conversations, examples, runs = spool.tables()
-        _check_one_kind(conversations, encoder.paths)
-        selection = select(
-            conversations,
-            examples,
-            runs,
-            weights=[source.weight for source in sources],
-            context_length=config.context_length,
-            overlong=config.overlong,
-            dev_fraction=config.dev_fraction,
-            seed=config.seed,
-        )
-        tables = Tables(spool, conversations, examples, runs, selection)
-        left_out = records(tables, encoder.paths, config.context_length, evaluations)
+        arrays = spool.tables()
+        _check_one_kind(arrays[0], encoder.paths)
+        selection = select(*arrays, config, [source.weight for source in sources])
+        tables = Tables(config, encoder.paths, spool, *arrays, selection)
+        left_out = records(tables, evaluations)
         if config.overlong == "error":
             stop_at_overlong(tables, left_out)
-        accounts = _write(config, sources, chat, tables, left_out, quiet)
+        accounts = _write(tables, sources, chat, left_out, quiet)
         if not quiet and not text_only:
             _say_what_is_next(config, tables.kind)
         return accounts
@@ -179,10 +133,10 @@ def _check_one_kind(conversations: np.ndarray, paths: tuple[str, ...]) -> None:
     """Raise UserError for a mixture of texts, pairs and labelled replies: no command trains it."""
     kinds, first = np.unique(conversations["kind"], return_index=True)
     if len(kinds) > 1:
+        firsts = [Origin(paths[c["source"]], int(c["line"])) for c in conversations[first]]
         found = [
-            f"{place(paths[conversations['source'][i]], int(conversations['line'][i]))} is of "
-            f"{KIND_NAMES[kind]} ({KINDS[KIND_NAMES[kind]]})"
-            for kind, i in zip(kinds, first, strict=True)
+            f"{at.where} is of {KIND_NAMES[kind]} ({KINDS[KIND_NAMES[kind]]})"
+            for kind, at in zip(kinds, firsts, strict=True)
         ]
         problems([*found, "a packed file holds one kind: prepare them apart, or see --format"])
 
@@ -203,11 +157,6 @@ def check_positions(directory: Path, context_length: int) -> None:
             )
 
 
-def _cuts(config: Config, tables: Tables) -> bool:
-    """Whether nothing more than now can be made to fit by cutting."""
-    return config.overlong == "truncate" or tables.kind == "preferences"
-
-
 def _say_what_is_next(config: Config, kind: str) -> None:
     """The commands that usually follow."""
     files = f"--data {config.out}" + (f" --dev {config.dev_out}" if config.dev_out else "")
@@ -215,15 +164,6 @@ def _say_what_is_next(config: Config, kind: str) -> None:
     command = {"text": "sft", "preferences": "dpo", "labels": "dpo --loss kto"}[kind]
     say(f"next: whet inspect {config.out}")
     say(f"      whet {command} --model {config.tokenizer} {files} --out runs/{command.split()[0]}")
-
-
-def _encode_options(config: Config) -> EncodeOptions:
-    return EncodeOptions(
-        train_on=config.train_on,
-        rewritten_turns=config.rewritten_turns,
-        special_in_content=config.special_in_content,
-        uncertain="drop",  # the workers hand refusals on; `stop_at_refusals` judges them
-    )
 
 
 def _workers(config: Config, sources: list[Source]) -> int:
@@ -255,24 +195,20 @@ def _encode(
 
 
 def _write(
-    config: Config,
-    sources: list[Source],
-    chat: Chat,
-    tables: Tables,
-    left_out: list[Refusal],
-    quiet: bool,
+    tables: Tables, sources: list[Source], chat: Chat, left_out: list[Refusal], quiet: bool
 ) -> list[SourceAccount]:
     """Write the dev file, if one is wanted, and the training file; print their accounts."""
+    config = tables.config
     written = tables.selection.fate == KEPT
     outputs = [(config.dev_out, tables.selection.dev)] if config.dev_out else []
     outputs.append((config.out, ~tables.selection.dev))
     for path, side in reversed(outputs):
         if not (written & side & (tables.trained > 0)).any():
-            empty = f"--data: no record in {', '.join(source.path for source in sources)}"
+            empty = f"--data: no record in {', '.join(tables.paths)}"
             if refusals := tables.spool.refusals:
                 n = tables.spool.refused.total()
                 empty = f"{n:,} lines refused, such as {refusals[0].message}"
-            reason = fates(tables, _cuts(config, tables)) or empty
+            reason = fates(tables) or empty
             what = "to train on" if path == config.out else f"for --dev_out {path}"
             raise UserError(f"nothing is left {what}: {reason}")
     tokenizer = chat.tokenizer
@@ -282,9 +218,9 @@ def _write(
         "pad_id": pad_id,
         "tokenizer_hash": tokenizer.hash,
         "template_hash": chat.template.hash,
-        "chat": chat.as_dict(),
-        "sources": [source.path for source in sources],
-        "source_sha256": [_sha256(source.path) for source in sources],
+        "chat": chat.record(),
+        "sources": list(tables.paths),
+        "source_sha256": [_sha256(path) for path in tables.paths],
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k != "workers"},
     }
     accounts: list[SourceAccount] = []
@@ -295,13 +231,13 @@ def _write(
         account = {"sources": [vars(a) for a in accounts], "total": vars(total)}
         chosen, refusals = np.flatnonzero(side & written), left_out if training else []
         own = {**attrs, "account": account}
-        n_rows = write_packed(path or "", tables, chosen, config, own, refusals, quiet)
+        n_rows = write_packed(path or "", tables, chosen, own, refusals, quiet)
         if not quiet:
             filled = (total.trained + total.context) / (n_rows * config.context_length)
             say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
             say(table(accounts))
     if not quiet:
-        for line in notes(tables, left_out, _cuts(config, tables)):
+        for line in notes(tables, left_out):
             say(line)
     return accounts
 

@@ -9,12 +9,13 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
+from whet.chat.conversation import Origin
 from whet.config import collected, problems
 from whet.errors import UserError
 
@@ -23,6 +24,9 @@ BLOCK_BYTES = 1 << 18
 PIECE_CHARS = 1 << 18  # a long .txt document is encoded in pieces of about this size
 GOES_ON = "whet: the text goes on"  # a field that no data file has
 COMPRESSED = (".gz", ".zst")
+SHOWN = 20
+"""Lines that are named where many cannot be read."""
+T = TypeVar("T")
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
 
 
@@ -132,6 +136,27 @@ def read_units(path: str) -> Iterator[Unit]:
         _check_encoding(path, file.peek(4)[:4])
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         yield from (_json_units if kind == ".json" else _text_units)(path, text)
+
+
+def read_each(path: Path, units: Iterable[Unit], read: Callable[[Any, Origin], T]) -> list[T]:
+    """`read(record, origin)` of each of a file's records.
+
+    Raises UserError with file and line of those that it refuses, the first SHOWN of them.
+    """
+    found, refused = list[T](), list[str]()
+    for unit in units:
+        at = Origin(str(path), unit.line)
+        try:
+            record = parse(unit)
+            if not isinstance(record, dict):
+                raise UserError(f"expected an object, got {type(record).__name__}")
+            found.append(read(record, at))
+        except UserError as error:
+            refused.append(str(at.error(str(error).removeprefix(f"{at.where}: "))))
+    if len(refused) > SHOWN:
+        refused[SHOWN:] = [f"{path}: {len(refused) - SHOWN:,} further lines cannot be read"]
+    problems(refused)
+    return found
 
 
 def parse(unit: Unit) -> Any:
@@ -286,8 +311,17 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
             return
 
 
+BINARY = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+"""How files of other kinds begin, and what their names must end in."""
+
+
 def _check_encoding(path: str, begin: bytes) -> None:
-    """Name UTF-16 and UTF-32, which Windows writes and which no JSON reader takes."""
+    """Name files that are no text under a text's name, and UTF-16 and UTF-32, which Windows writes
+    and which no JSON reader takes."""
+    for magic, ending in BINARY.items():
+        if begin.startswith(magic):
+            wanted = f"{path}{ending}" if ending in COMPRESSED else f"NAME{ending}"
+            raise UserError(f"{path}: is a {ending} file by its content; name it {wanted}")
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in begin[:4]:
         raise UserError(
             f"{path}: is UTF-16 or UTF-32; Whet reads UTF-8: iconv -f UTF-16 -t UTF-8 {path}"

@@ -1,5 +1,6 @@
 """A record of a data file: its fields under Whet's names, and the messages that they hold."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", *CALLING), "assistant"),
     **dict.fromkeys(("observation", "function_response", "tool_response", "tool"), "tool"),
 }
+IN_JSON = re.compile(r'\[\s*\{\s*"(role|content|from|value)"\s*:')
+"""How messages begin that a table without nested types holds as a text."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "trainable", "training")
 
@@ -68,8 +71,11 @@ def one_of(record: Record, names: Sequence[str], at: Origin) -> Any:
     return values[0] if values else None
 
 
-def conversation_of(messages: Any, record: Record, at: Origin, *used: str | None) -> Conversation:
-    """Messages with the record's tools, documents and system prompt."""
+def conversation_of(
+    messages: Any, record: Record, at: Origin, *used: str | None, asks: bool = False
+) -> Conversation:
+    """Messages with the record's tools, documents and system prompt; `asks`: they end with what a
+    reply is asked to."""
     said = one_of(record, SYSTEM_KEYS, at)
     if said is not None:
         if not isinstance(said, str):
@@ -91,6 +97,7 @@ def conversation_of(messages: Any, record: Record, at: Origin, *used: str | None
         documents=record.get("documents"),
         at=at,
         extra=rest(record, *used, *TOOLS_KEYS, *SYSTEM_KEYS, "documents"),
+        asks=asks,
     )
 
 
@@ -116,6 +123,12 @@ def turn_of(turn: Any, where: str, at: Origin) -> Message:
         message["content"] = ""
         message["tool_calls"] = calls_in_text(value, f"{where} ({speaker})", at)
     return message
+
+
+def nested(value: Any, name: str, at: Origin) -> Any:
+    """`value`, parsed if it is the JSON text of messages; another text is what somebody says."""
+    is_json = isinstance(value, str) and IN_JSON.match(value)
+    return from_json(value, name, at.where) if is_json else value
 
 
 def calls_in_text(value: str, where: str, at: Origin) -> list[Any]:
@@ -179,9 +192,7 @@ def renamed_message(
 
 def check_meaning(record: Record, at: Origin) -> None:
     """Refuse fields that say something of the training which Whet does not do."""
-    for name in MEDIA:
-        if record.get(name) not in (None, "", [], {}):
-            raise at.error(f"has {name}, and Whet trains on text alone{UNUSED % name}")
+    check_asked(record, at, UNUSED)
     for name in WEIGHTS:
         value = record.get(name)
         if value is not None and not (isinstance(value, int | float) and value == 1):
@@ -189,10 +200,19 @@ def check_meaning(record: Record, at: Origin) -> None:
                 f"{name} {shown(value)} of a whole record is not read; give each message a weight"
                 + UNUSED % name
             )
-    if record.get("chat_template_kwargs") not in (None, "", {}, "{}"):
+
+
+def check_asked(record: Record, at: Origin, way_out: str = "%.0s") -> None:
+    """Refuse fields that change what the model reads in a way that Whet does not know; `way_out`
+    says, given a field's name, how it is left out."""
+    for name in MEDIA:
+        if record.get(name) not in (None, "", [], {}):
+            raise at.error(f"has {name}, and Whet trains on text alone" + way_out % name)
+    name = "chat_template_kwargs"
+    if record.get(name) not in (None, "", {}, "{}"):
         raise at.error(
-            "has chat_template_kwargs, and template variables are the same for all records: give "
-            "them as --template_kwargs" + UNUSED % "chat_template_kwargs"
+            f"has {name}, and template variables are the same for all records: give them to "
+            "whet prepare as --template_kwargs" + way_out % name
         )
 
 

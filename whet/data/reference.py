@@ -2,13 +2,13 @@
 
 A safetensors file: for each packed file a tensor (documents,) float64, named by the packed file's
 fingerprint, of the sum of weight x ln p(token) over the document; for KTO another one, whose name
-ends in ` mismatched`, of the documents that `whet.data.rows.mismatched` makes of them; and in its
+ends in ` mismatched`, of the documents that `mismatched` makes of them; and in its
 metadata the fingerprint of the model that gave them. Numbers of another model or of other data are
 refused.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from whet.data.layout import Rows
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.files import replaced
@@ -29,14 +30,16 @@ class Reference:
 
     model: str
     """Fingerprint of the model."""
+    kinds: tuple[str, ...] = ("",)
+    """Of which documents of each file: as they are (""), MISMATCHED."""
     logp: dict[str, np.ndarray] = field(default_factory=dict)
-    """Fingerprint of a packed file -> (documents,) float64."""
+    """Fingerprint of a packed file, and kind -> (documents,) float64."""
 
     def rows(
         self, store: PackedStore, rows: np.ndarray, segments: int, kind: str = ""
     ) -> np.ndarray:
         """(B, segments + 1) float64 for some rows of `store`: column s is document s, column 0 the
-        padding; 0 where there is no document. `kind` is "", or MISMATCHED."""
+        padding; 0 where there is no document."""
         found = np.zeros((len(rows), segments + 1))
         if (name := store.fingerprint + kind) in self.logp:
             row, segment, number = store.documents_in(rows)
@@ -50,10 +53,8 @@ class Reference:
             safetensors.numpy.save_file(self.logp, aside, metadata={"model": self.model})
 
 
-def read_reference(
-    path: Path, model: str, stores: dict[str, PackedStore], kinds: Sequence[str] = ("",)
-) -> Reference:
-    """Read a file that must hold the numbers of this model and of these kinds, for all stores (by
+def read_reference(path: Path, wanted: Reference, stores: Mapping[str, PackedStore]) -> Reference:
+    """Read a file that must hold the numbers of the model and kinds `wanted`, for all stores (by
     flag).
 
     Raises UserError if it is damaged, of another model, or lacks the numbers of a store.
@@ -64,15 +65,42 @@ def read_reference(
             logp = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: is no file of reference log-probabilities ({error})") from None
-    if made_by != model:
+    if made_by != wanted.model:
         raise UserError(
             f"{path}: was computed by another model than --model, or in another precision; leave "
             "it out to compute it again"
         )
-    for (flag, store), kind in product(stores.items(), kinds):
+    for (flag, store), kind in product(stores.items(), wanted.kinds):
         if logp.get(store.fingerprint + kind, np.zeros(0)).shape != store.document_rows.shape:
             raise UserError(
                 f"{path}: holds no{kind} replies of {flag} {store.path}, or of the file that it "
                 "was before; leave it out to compute it again"
             )
-    return Reference(made_by, logp)
+    return replace(wanted, logp=logp)
+
+
+def mismatched(read: Rows, size: int) -> Rows:
+    """The rows with each reply after the prompt of the unit before it; units have `size` documents.
+
+    A document's reply begins with its first trained token. Each row has the documents, numbers and
+    tokens that it had, in another order; rows with a single unit have nothing to exchange and
+    become empty.
+    """
+    found = Rows(*(np.zeros_like(array) for array in read))
+    for row, segments in enumerate(read.segment_ids):
+        count, end = int(segments.max(initial=0)), 0
+        if count <= size:
+            continue
+        places = [np.flatnonzero(segments == number + 1) for number in range(count)]
+        trained = [read.loss_mask[row, p] != 0 for p in places]
+        border = [int(t.argmax()) if t.any() else len(t) for t in trained]
+        for number in range(count):
+            other = (number + size) % count
+            prompt, reply = places[number][: border[number]], places[other][border[other] :]
+            here = slice(end, end + len(prompt) + len(reply))
+            taken = np.concatenate([prompt, reply])
+            found.tokens[row, here] = read.tokens[row, taken]
+            found.loss_mask[row, here] = read.loss_mask[row, taken]
+            found.segment_ids[row, here] = number + 1
+            end = here.stop
+    return found

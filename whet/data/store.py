@@ -16,8 +16,19 @@ from typing import Any
 import h5py
 import numpy as np
 
-from whet.data.check import FORMAT_VERSION, REFUSAL, check_file, read_attributes
-from whet.data.rows import DOCUMENT, LARGEST_ID, Rows, Scan, row_weights, scan_rows
+from whet.config import packed_file
+from whet.data.layout import (
+    DOCUMENT,
+    FORMAT_VERSION,
+    LARGEST_ID,
+    REFUSAL,
+    Rows,
+    Scan,
+    check_file,
+    read_attributes,
+    row_weights,
+    scan_rows,
+)
 from whet.errors import UserError
 from whet.files import full_disk_reported, replaced
 
@@ -125,14 +136,16 @@ class PackedStore:
     def __init__(self, path: str | Path, kinds: Collection[str] = ("text",)) -> None:
         self.path = Path(path)
         self._kinds = tuple(kinds)
-        if self.path.is_dir():
-            raise UserError(f"{path}: is a directory; expected a packed file of `whet prepare`")
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file; `whet prepare` makes packed files")
+        if wrong := packed_file(self.path):
+            raise UserError(f"{path}: {wrong}")
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
-            raise UserError(f"{path}: is not a readable HDF5 file ({error})") from None
+            why = f"is damaged ({error})"
+            if not h5py.is_hdf5(path):
+                makes = f"`whet prepare --data {path}` makes a packed file of conversations"
+                why = f"is no packed file; {makes}"
+            raise UserError(f"{path}: {why}") from None
         with self._undamaged():
             self.attrs = read_attributes(self._file)
             check_file(str(self.path), self._file, self.attrs, self._kinds)
@@ -213,13 +226,9 @@ class PackedStore:
         within = np.arange(len(row)) - np.searchsorted(row, row)
         return row, within + 1, first[row] + within
 
-    def document_ids(self, rows: np.ndarray) -> np.ndarray:
-        """The numbers, in `documents`, of the documents of `rows`, row after row."""
-        return self.documents_in(rows)[2]
-
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
         """The entries of `documents` that lie in `rows`, row after row; none without a table."""
-        return self.documents[self.document_ids(rows)] if len(self.documents) else self.documents
+        return self.documents[self.documents_in(rows)[2]] if len(self.documents) else self.documents
 
     @property
     def fingerprint(self) -> str:

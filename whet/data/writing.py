@@ -81,11 +81,12 @@ class Spool:
             kinds[kind] += n
         return kinds
 
-    def tables(self) -> list[np.ndarray]:
+    def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All conversations, examples and runs; ends the adding."""
         with self._as_user_error():
             self._file.flush()
-        return [np.concatenate(self._tables.pop(name)) for name in TABLES]
+        conversations, examples, runs = map(np.concatenate, self._tables.values())
+        return conversations, examples, runs
 
     def tokens(self, offset: int, length: int) -> np.ndarray:
         """Tokens offset..offset+length, int32."""
@@ -110,6 +111,9 @@ class Spool:
 class Tables:
     """The tables of all examples (`whet.data.encoding`), their tokens, and what becomes of them."""
 
+    config: Config
+    paths: tuple[str, ...]
+    """Of the sources."""
     spool: Spool
     conversations: np.ndarray
     examples: np.ndarray
@@ -121,6 +125,11 @@ class Tables:
         """What the examples of a conversation are to each other: the same for all."""
         kinds = self.conversations["kind"]
         return KIND_NAMES[int(kinds[0]) if len(kinds) else 0]
+
+    @property
+    def cuts(self) -> bool:
+        """Whether nothing more than now can be made to fit by cutting."""
+        return self.config.overlong == "truncate" or self.kind == "preferences"
 
     @cached_property
     def trained(self) -> np.ndarray:
@@ -136,14 +145,13 @@ def write_packed(
     path: str | Path,
     tables: Tables,
     members: np.ndarray,
-    config: Config,
     attrs: Mapping[str, Any],
     refusals: Sequence[Refusal],
     quiet: bool = False,
 ) -> int:
     """Pack the examples `members`, each as often as it has copies, and write them with the
     attributes `attrs`; returns the number of rows."""
-    kind = tables.kind
+    kind, config = tables.kind, tables.config
     size = 2 if kind == "preferences" else 1  # examples that stand side by side
     units = members.reshape(-1, size)
     units = np.repeat(units, tables.selection.copies[units[:, 0]], axis=0)

@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +55,21 @@ def run(out: Path, seed: int, size: Size) -> dict[str, Any]:
     made = _make_world(out, seed, size)
     _show_world(made)
     _pretrain("2/5", out, seed, size)
+    show = partial(run_command, out=out, seed=seed)
     title("3/5  Preparing the pairs", "Only the tokens of the answers will be trained.")
-    run_command(
+    show(
         "prepare",
         prepare,
         "--data {out}/world/pairs.jsonl --tokenizer {out}/base --context_length 256 "
         "--out {out}/sft_packed.h5 --dev_out {out}/sft_dev_packed.h5 --dev_fraction 0.03",
-        out=out,
     )
     title("4/5  Fine-tuning (SFT)", "The base learns that a question wants an answer.")
-    run_command(
+    show(
         "sft",
         sft,
         "--model {out}/base --data {out}/sft_packed.h5 --dev {out}/sft_dev_packed.h5 "
         "--out {out}/sft --lr 1e-3 --epochs 1 --batch_size 4 "
         "--eval_every 0 --save_every 0 --samples 0 --seed {seed}",
-        out=out,
-        seed=seed,
     )
     title("5/5  Measuring", f"{size.test} new problems for each model, answered greedily.")
     base, tuned = (_measure(out, name) for name in ("base", "sft"))
@@ -102,12 +101,11 @@ def _pretrain(number: str, out: Path, seed: int, size: Size) -> None:
     run_command(
         "pretrain",
         pretrain,
-        "--data {out}/world/prose.jsonl --out {out}/base --vocab_size 512 --width {width} "
-        "--layers {layers} --context_length 256 --batch_size 2 --lr 3e-3 --final_lr 0.02 "
+        "--data {out}/world/prose.jsonl --out {out}/base --vocab_size 512 --width {size.width} "
+        "--layers {size.layers} --context_length 256 --batch_size 2 --lr 3e-3 --final_lr 0.02 "
         "--eval_every 0 --save_every 0 --samples 0 --seed {seed}",
         out=out,
-        width=size.width,
-        layers=size.layers,
+        size=size,
         seed=seed,
     )
 
@@ -211,15 +209,11 @@ def _show_result(
         say(f"  {label:<48}{first:>12}{second:>14}")
     say(f"\nQuestion\n{wrapped(problem.question)}")
     for label, name in (("The base answers", "base"), ("The fine-tuned model answers", "sft")):
-        say(f"\n{label}\n{wrapped(_first_answer(out, name))}")
+        record = next(world.read_lines(out / f"{name}_answers.jsonl"))
+        say(f"\n{label}\n{wrapped(record['reply'])}")
     say(f"\nThe base, asked in its own way: {problem.story} …\n{wrapped(continued)}")
     say("\nSFT taught it to answer. Counting it had learnt before. Chat on:\n")
     chat = [whet(), "chat", str(out / "sft")]
     serve = [whet(), "serve", str(out / "base"), str(out / "sft")]  # side by side in the browser
     for words in (chat, [*chat, "--prompt", problem.question], serve):
         say(textwrap.indent(folded(words), "  "))
-
-
-def _first_answer(out: Path, name: str) -> str:
-    with open(out / f"{name}_answers.jsonl", encoding="utf-8") as file:
-        return json.loads(file.readline())["reply"]

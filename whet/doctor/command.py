@@ -17,16 +17,15 @@ from typing import Any
 import torch
 
 from whet.chat.chat import load_tokenizer
-from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
-from whet.config import problems
-from whet.data.check import KINDS
+from whet.data.layout import KINDS
 from whet.data.store import PackedStore
-from whet.doctor import generating, numbers, runs, saving, stages, templates
-from whet.doctor.finding import Finding, failed
+from whet.doctor import numbers, runs, saving, stages, templates
 from whet.doctor.subject import (
+    Finding,
     Setting,
     Subject,
+    failed,
     first_layers,
     read_conversations,
     sample_rows,
@@ -48,7 +47,7 @@ CHECKS: list[tuple[str, Check]] = [
     ("packed rows", numbers.packed_equals_alone),
     ("saving", saving.saved_equals_loaded),
     ("export", saving.export_agrees),
-    ("generation", generating.cache_equals_none),
+    ("generation", numbers.cache_equals_none),
     ("preferences and rewards", stages.losses_and_samples),
 ]
 PROCESS_CHECKS: list[tuple[str, Check]] = [("processes", runs.processes_agree)]
@@ -56,7 +55,6 @@ PROCESS_CHECKS: list[tuple[str, Check]] = [("processes", runs.processes_agree)]
 
 def main(config: Config) -> int:
     """`whet doctor`: 0 if nothing fails, 1 if anything does."""
-    check(config)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="whet-doctor-") as scratch:
         subject = admit(config, Path(scratch))
@@ -78,16 +76,10 @@ def main(config: Config) -> int:
     return 1 if count["fail"] else 0
 
 
-def check(config: Config) -> None:
-    """Refuse what cannot be examined, all at once."""
-    found = []
-    if config.device == "cuda" and not torch.cuda.is_available():
-        found.append("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
-    problems(found)
-
-
 def admit(config: Config, scratch: Path) -> Subject:
     """Open model, tokenizer and data, and make the rows that the checks use."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
     path = find_model(config.model)
     store = PackedStore(config.data, KINDS) if config.data else None
     chat = None
@@ -102,17 +94,16 @@ def admit(config: Config, scratch: Path) -> Subject:
         if not isinstance(model, Transformer):
             raise UserError("--layers: only Whet's own families can be cut; leave it out")
         model = first_layers(model, config.layers)
-    options = EncodeOptions()
     vocabulary = model.config.vocab_size
     row_tokens = min(config.row_tokens, model.config.max_positions)
-    rows = sample_rows(vocabulary, row_tokens, store, data, chat, options)
+    rows = sample_rows(vocabulary, row_tokens, store, data, chat)
     largest = max(int(document.ids.max()) for row in rows for document in row)
     if largest >= vocabulary:
         raise UserError(
             f"--data or --conversations: holds the id {largest}, the model has {vocabulary} rows "
             "in its embedding; use the model's own tokenizer"
         )
-    return Subject(model, chat, store, data, options, rows, row_tokens, settings(config), scratch)
+    return Subject(model, chat, store, data, rows, row_tokens, settings(config), scratch)
 
 
 def settings(config: Config) -> list[Setting]:

@@ -1,19 +1,32 @@
-"""Losses, gradients and logits of this model on this device: packed, and each document alone.
+"""Losses, gradients and logits of this model on this device: packed, and each document alone; and
+generation with the cache against a forward pass over the whole text.
 
 Two gradients are compared without holding both: the first is negated where it lies, the second
 added to it. What remains is their difference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from whet.data.batches import Batch
-from whet.doctor.finding import BOUNDS, Finding, judge, worse
-from whet.doctor.subject import DOCUMENTS_PER_ROW, Document, Setting, Subject, alone
+from whet.doctor.subject import (
+    DOCUMENTS_PER_ROW,
+    Difference,
+    Document,
+    Finding,
+    Setting,
+    Subject,
+    alone,
+    failed,
+    judge,
+    prompt_of,
+    worse,
+)
+from whet.generate.engine import evaluating, generate
 from whet.model.decoder import Transformer
 from whet.stages import packed
 from whet.train.distributed import gradient_norm
@@ -22,14 +35,11 @@ from whet.train.step import autocast
 Tell = Callable[[str], None]
 Half = Callable[[], float]
 """Adds its gradient to the parameters' and returns its loss."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Relative differences of two ways to the same loss."""
-
-    loss: float
-    gradient: float
+NEW_TOKENS = 16
+PROMPTS = 5
+CHOSEN_BOUND = 1e-3
+"""By how much, in natural logarithms, a chosen token may lie below the likeliest: where two are
+equally likely, rounding chooses."""
 
 
 def compare(model: Transformer, one: Half, other: Half) -> Difference:
@@ -46,6 +56,12 @@ def compare(model: Transformer, one: Half, other: Half) -> Difference:
     return Difference(relative(first - second, second), relative(left, before))
 
 
+def judge_both(claim: str, found: Difference, setting: Setting, note: str) -> Iterator[Finding]:
+    """The findings of a loss and of its gradient."""
+    yield judge(f"{claim}: loss", found.loss, setting.bounds.loss, note)
+    yield judge(f"{claim}: gradient", found.gradient, setting.bounds.gradient, note)
+
+
 def relative(difference: float, size: float) -> float:
     """|difference| / |size|, and 0 of 0 is 0."""
     return abs(difference) / abs(size) if size else (0.0 if difference == 0 else float("inf"))
@@ -60,12 +76,8 @@ def packed_equals_alone(subject: Subject, tell: Tell) -> Iterator[Finding]:
             partial(_packed_half, model, batch, setting),
             partial(_alone_half, model, subject.trained, batch.total, setting),
         )
-        bounds, where = (
-            BOUNDS[setting.precision],
-            f"{DOCUMENTS_PER_ROW} documents a row, {setting.name}",
-        )
-        yield judge("packed equals separate: loss", found.loss, bounds.loss, where)
-        yield judge("packed equals separate: gradient", found.gradient, bounds.gradient, where)
+        where = f"{DOCUMENTS_PER_ROW} documents a row, {setting.name}"
+        yield from judge_both("packed equals separate", found, setting, where)
         yield _no_leak(model, batch, setting)
 
 
@@ -109,12 +121,31 @@ def _no_leak(model: Transformer, batch: Batch, setting: Setting) -> Finding:
             change = (packed.token_loss(model, changed).nll - nll).abs()
             leak = worse(leak, float(change[~inside].max()))
     if not moved > 0:
-        return Finding(
-            claim, "fail", note=f"changing a document moves nothing at all, {setting.name}"
-        )
+        return failed(claim, f"changing a document moves nothing at all, {setting.name}")
     return judge(claim, leak, 0.0, f"its own move by up to {moved:.2g}, {setting.name}")
 
 
 def _first_row_logits(model: Transformer, batch: Batch) -> Tensor:
     """(1, T, V): all logits of all rows would be too many for a large vocabulary."""
     return model(batch.tokens[:1], None, batch.segments[:1]).float()
+
+
+@torch.no_grad()
+def cache_equals_none(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
+    """Greedy replies of the batched engine, judged by the logits of a forward without cache."""
+    device = subject.settings[0].device
+    model = subject.model.to(device)
+    room = max(1, model.config.max_positions - NEW_TOKENS)
+    prompts = [prompt_of(document)[:room] for document in subject.trained[:PROMPTS]]
+    # Fewer rows than prompts: rows of the cache are used again.
+    replies = generate(model, prompts, max_new_tokens=NEW_TOKENS, stop_ids=(), batch_size=2)
+    worst = 0.0
+    with evaluating(model):
+        for prompt, reply in zip(prompts, replies, strict=True):
+            text = torch.tensor([prompt + reply], device=device)
+            logits = model(text)[0, len(prompt) - 1 : -1].float()
+            chosen = logits.gather(1, text[0, len(prompt) :, None])[:, 0]
+            worst = worse(worst, float((logits.amax(1) - chosen).max()))
+    count = sum(map(len, replies))
+    note = f"{count} tokens of {len(prompts)} replies, {subject.settings[0].name}"
+    yield judge("the cache chooses the tokens that no cache would", worst, CHOSEN_BOUND, note)

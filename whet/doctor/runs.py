@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 import whet
-from whet.doctor.finding import BOUNDS, Finding, judge, skipped, worse
-from whet.doctor.subject import Subject
+from whet.doctor.subject import BOUNDS, Finding, Subject, judge, skipped, worse
 from whet.model.decoder import Transformer
 
 AGREE = "two ranks give the losses of one"
@@ -30,7 +29,7 @@ def processes_agree(subject: Subject, tell: Callable[[str], None]) -> Iterator[F
     """The same steps by `whet sft` in one process, in two, and killed on the way; CPU, float32."""
     if subject.is_large and not isinstance(subject.model, Transformer):
         why = "too large for processes of its own, and only Whet's own families can be cut"
-        yield from (skipped(claim, why) for claim in (AGREE, RESUMED))
+        yield from skipped(why, AGREE, RESUMED)
         return
     one, two, killed = (subject.scratch / name for name in ("one", "two", "killed"))
     tell(f"{STEPS} steps, one process")
@@ -43,7 +42,7 @@ def processes_agree(subject: Subject, tell: Callable[[str], None]) -> Iterator[F
     tell("a run that is killed")
     words = [*command(subject, killed), "--save_every", "1", "--resume"]
     if not kill(words, lambda: (killed / "state" / f"step_{KILLED_AT:08d}").exists()):
-        yield skipped(RESUMED, "the run ended before it could be killed")
+        yield from skipped("the run ended before it could be killed", RESUMED)
         return
     run(words)
     files = ("metrics.jsonl", "ledger.bin", "model.safetensors")
@@ -54,24 +53,14 @@ def processes_agree(subject: Subject, tell: Callable[[str], None]) -> Iterator[F
 
 def command(subject: Subject, out: Path) -> list[str]:
     """The words after `whet` of a run of a few steps."""
-    flags = {
-        "model": subject.small_model()[0],
-        "data": subject.packed_file(),
-        "out": out,
-        "lr": 1e-4,
-        "schedule": "constant",
-        "warmup": 0,
-        "epochs": STEPS,
-        "max_steps": STEPS,
-        "batch_size": BATCH,
-        "micro_batch_size": 1,
-        "eval_every": 0,
-        "samples": 0,
-        "save_every": 0,
-        "precision": "float32",
-        "device": "cpu",
-    }
-    return ["sft", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
+    places = {"model": subject.small_model()[0], "data": subject.packed_file(), "out": out}
+    words = (
+        f"--lr 1e-4 --schedule constant --warmup 0 --epochs {STEPS} --max_steps {STEPS} "
+        f"--batch_size {BATCH} --micro_batch_size 1 --eval_every 0 --samples 0 --save_every 0 "
+        "--precision float32 --device cpu"
+    )
+    given = [word for key, path in places.items() for word in (f"--{key}", str(path))]
+    return ["sft", *given, *words.split()]
 
 
 def run(words: list[str], ranks: int = 1) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.doctor.finding import Finding, judge, skipped, worse
-from whet.doctor.subject import Subject
+from whet.doctor.subject import Finding, Subject, judge, skipped, worse
 from whet.model.decoder import Transformer
 from whet.model.foreign_files import quiet_transformers
 from whet.model.hf.families import OWN_LAYOUT
@@ -47,10 +46,8 @@ def logits(model: Any, subject: Subject) -> list[Tensor]:
 def export_agrees(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
     """transformers opens the saved directory and computes and tokenises the same."""
     opens, same_ids = "transformers computes the same logits", "transformers tokenises the same"
-    why = _no_transformers(subject)
-    if why:
-        yield skipped(opens, why)
-        yield skipped(same_ids, why)
+    if why := _no_transformers(subject):
+        yield from skipped(why, opens, same_ids)
         return
     transformers = quiet_transformers()
     directory, version = str(subject.saved_model()), f"transformers {transformers.__version__}"
@@ -63,7 +60,7 @@ def export_agrees(subject: Subject, tell: Callable[[str], None]) -> Iterator[Fin
     worst /= math.sqrt(sum(float(b.norm()) ** 2 for _, b in pairs)) or 1.0
     yield judge(opens, worst, EXPORT_BOUND, version)
     if subject.chat is None:
-        yield skipped(same_ids, "the model has no tokenizer")
+        yield from skipped("the model has no tokenizer", same_ids)
         return
     other = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     tokenizer = subject.chat.tokenizer

@@ -17,15 +17,26 @@ from torch import Tensor
 from whet.data.batches import Batch
 from whet.data.reference import Reference, read_reference
 from whet.data.store import PackedStore, new_store
-from whet.doctor.finding import BOUNDS, Finding, judge, skipped, worse
-from whet.doctor.numbers import compare
-from whet.doctor.subject import Document, Setting, Subject, alone, first_layers, prompt_of
+from whet.doctor.numbers import NEW_TOKENS, compare, judge_both
+from whet.doctor.subject import (
+    Document,
+    Finding,
+    Setting,
+    Subject,
+    alone,
+    first_layers,
+    judge,
+    prompt_of,
+    skipped,
+    worse,
+)
 from whet.flags import grpo as flags
 from whet.flags.choices import PolicyLoss
 from whet.flags.dpo import Loss
 from whet.generate.engine import Reply, sample
 from whet.model.decoder import Transformer, run_batch
 from whet.model.embedding import add_score
+from whet.rl.preference_loss import Objective
 from whet.rl.prompts import Prompt, Prompts
 from whet.rl.rollout_file import Rollout, lay_out, write_rollout
 from whet.rl.sampling import Sample
@@ -36,17 +47,12 @@ from whet.stages.reward import last_tokens
 from whet.train.distributed import Ranks, gradient_norm
 from whet.train.step import autocast
 
-NEW_TOKENS = 16
 PROMPTS = 4
 GROUP = 2
 PADDING = 37
 BETA = 0.1
 STARTS: tuple[tuple[Loss, float], ...] = (("dpo", math.log(2)), ("ipo", 1 / (4 * BETA**2)))
 """The loss of a pair where the model is its own reference."""
-MISMATCH = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""Mean difference of ln p of a sampled token: rounding, in the precision of the products."""
-START = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-"""By how much, of their size, first losses and cached log-probabilities may differ."""
 
 
 def losses_and_samples(subject: Subject, tell: Callable[[str], None]) -> Iterator[Finding]:
@@ -54,7 +60,7 @@ def losses_and_samples(subject: Subject, tell: Callable[[str], None]) -> Iterato
     for setting in subject.settings:
         model = subject.model.to(setting.device)
         yield from _token_losses(model, subject.trained[0], setting)
-        yield _rewards(model, subject, setting)
+        yield from _rewards(model, subject, setting)
         yield from _pairs(model, subject, setting)
         tell(f"sampling, {setting.name}")
         yield from _policy(model, subject, setting)
@@ -78,20 +84,17 @@ def _token_losses(model: Transformer, document: Document, setting: Setting) -> I
         return float(loss.detach())
 
     found = compare(model, partial(half, fused), partial(half, whole))
-    bounds = BOUNDS[setting.precision]
-    yield judge("token losses equal full logits: loss", found.loss, bounds.loss, setting.name)
-    yield judge(
-        "token losses equal full logits: gradient", found.gradient, bounds.gradient, setting.name
-    )
+    yield from judge_both("token losses equal full logits", found, setting, setting.name)
 
 
 @torch.no_grad()
-def _rewards(model: Transformer, subject: Subject, setting: Setting) -> Finding:
+def _rewards(model: Transformer, subject: Subject, setting: Setting) -> Iterator[Finding]:
     """Scores of random weights in the place of the head, read at the end of each document: packed
     with others, followed by padding, and alone."""
     claim = "a reward is the same packed, padded and alone"
     if not isinstance(model, Transformer):
-        return skipped(claim, "scores need one of Whet's own families")
+        yield from skipped("scores need one of Whet's own families", claim)
+        return
     scored = first_layers(model, model.config.n_layers)
     add_score(scored)
     torch.nn.init.normal_(scored.score.weight, generator=torch.Generator().manual_seed(0))
@@ -111,7 +114,7 @@ def _rewards(model: Transformer, subject: Subject, setting: Setting) -> Finding:
                 worst = worse(worst, abs(found - reward))
                 largest = max(largest, abs(reward))
     note = f"{len(subject.documents)} documents, {setting.name}"
-    return judge(claim, worst / (largest or 1.0), START[setting.precision], note)
+    yield judge(claim, worst / (largest or 1.0), setting.bounds.loss, note)
 
 
 @torch.no_grad()
@@ -121,20 +124,17 @@ def _pairs(model: Transformer, subject: Subject, setting: Setting) -> Iterator[F
     store, path = _pairs_file(subject), subject.scratch / "reference.safetensors"
     ranks, stores = Ranks(device=setting.device), {"--data": store}
     with autocast(setting.device, setting.dtype):
-        compute_reference(
-            stores, Reference("it"), path, model, ranks, kinds=("",), micro_rows=1, quiet=True
-        )
-        complete = partial(with_reference, reference=read_reference(path, "it", stores))
+        wanted = Reference("it")
+        compute_reference(stores, wanted, path, model, ranks, micro_rows=1, quiet=True)
+        complete = partial(with_reference, reference=read_reference(path, wanted, stores))
         rows = np.arange(len(store))
         batch = batch_of_rows(store, rows, len(rows), complete, setting.device)
         now = replies_of(model, batch)[0]
         losses = {
-            kind: judge_replies(
-                model, batch, kind=kind, beta=BETA, gamma=0, label_smoothing=0, sft_weight=0
-            ).loss
+            kind: judge_replies(model, batch, objective=Objective(kind, BETA)).loss
             for kind, _ in STARTS
         }
-    bound, note = START[setting.precision], f"{len(store)} pairs, {setting.name}"
+    bound, note = setting.bounds.loss, f"{len(store)} pairs, {setting.name}"
     gap = float(now.change.abs().max() / now.logp.abs().max())
     yield judge("cached reference log-probs are those on the fly", gap, bound, note)
     worst = max(float((losses[kind] / start - 1).abs().max()) for kind, start in STARTS)
@@ -175,12 +175,10 @@ def _policy(model: Transformer, subject: Subject, setting: Setting) -> Iterator[
 
     found = compare(model, partial(loss, "clip", batch), partial(loss, None, batch))
     total, count = gaps[0]
-    bound, note = MISMATCH[setting.precision], f"{int(count)} tokens, {setting.name}"
+    bound, note = setting.bounds.gradient, f"{int(count)} tokens, {setting.name}"
     yield judge("the sampler's log-probs are the trainer's", float(total / count), bound, note)
-    bound = BOUNDS[setting.precision].gradient
-    yield judge(
-        "the first policy step: ratio 1, SFT's gradient", found.gradient, bound, setting.name
-    )
+    claim = "the first policy step: ratio 1, SFT's gradient"
+    yield judge(claim, found.gradient, bound, setting.name)
     model.zero_grad(set_to_none=True)
     loss(None, _rollout(asked, replies, lambda k: 0.3, subject.scratch).to(setting.device))
     norm = float(gradient_norm(list(model.parameters())))
@@ -198,7 +196,7 @@ def _rollout(
         [Sample(i, replies[GROUP * i + k], reward(k), {}) for k in range(GROUP)]
         for i in range(len(asked))
     ]
-    config = flags.Config(model="", prompts=path, out=folder, max_new_tokens=NEW_TOKENS)
-    write_rollout(path, lay_out(groups, prompts, config, "plain", 0), prompts, {}, {})
+    config = flags.Config(model="", prompts=path, out=folder, advantage="plain")
+    write_rollout(path, lay_out(groups, prompts, config, 0), prompts, {}, {})
     (batch,) = Rollout(path, 0).batches(0, Ranks(), len(replies), 0)
     return batch

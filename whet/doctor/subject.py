@@ -1,4 +1,5 @@
-"""What is examined: the user's model, a few rows made of his own documents, his machine.
+"""What is examined, the user's model, a few rows made of his own documents, his machine; and what
+a check finds: a claim, the measured difference, its bound, and the verdict.
 
 Documents are cut to a few dozen tokens around the place where their training begins, so that a
 check costs seconds whatever the file's context length: no claim depends on the length.
@@ -6,11 +7,11 @@ check costs seconds whatever the file's context length: no claim depends on the 
 Shape letters: B rows, T tokens, n tokens of a document.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from whet.chat.certificate import Refusal
 from whet.chat.chat import Chat
-from whet.chat.encode import Datum, EncodeOptions, encode_many
+from whet.chat.conversation import Origin
+from whet.chat.encode import Datum, encode_many
 from whet.data.batches import Batch, make_batch
+from whet.data.encoding import sides_of
 from whet.data.formats import to_example
-from whet.data.preferences import Preference
-from whet.data.reader import parse, read_units
+from whet.data.reader import read_each, read_units
 from whet.data.store import PackedStore, Rows, new_store, row_weights
 from whet.errors import UserError
 from whet.model.decoder import Transformer
@@ -36,6 +38,59 @@ SCANNED_ROWS = 256  # of the packed file, evenly spread
 SCANNED_CONVERSATIONS = 200
 LARGE = 200_000_000
 """Parameters above which the checks that run processes take the first two layers only."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the doctor's table."""
+
+    claim: str
+    """What Whet promises, as a sentence without a full stop."""
+    verdict: Literal["pass", "fail", "skipped"]
+    measured: float | None = None
+    """The difference that was seen; None where nothing was measured."""
+    bound: float | None = None
+    """The largest difference that still passes."""
+    note: str = ""
+    """On what it was measured, why it was skipped, or how it failed."""
+
+
+def judge(claim: str, measured: float, bound: float, note: str = "") -> Finding:
+    """Pass if `measured` is at most `bound`; NaN fails."""
+    verdict: Literal["pass", "fail"] = "pass" if measured <= bound else "fail"
+    return Finding(claim, verdict, float(measured), float(bound), note)
+
+
+def skipped(why: str, *claims: str) -> list[Finding]:
+    """Claims that cannot be tried here."""
+    return [Finding(claim, "skipped", note=why) for claim in claims]
+
+
+def failed(claim: str, how: str) -> Finding:
+    """A claim whose check ended without a number."""
+    return Finding(claim, "fail", note=how)
+
+
+def worse(one: float, other: float) -> float:
+    """The larger of two differences; NaN, which `max` may lose, is the largest."""
+    return one if one != one or one > other else other
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative differences of two ways to the same loss, as measured or as rounding explains them
+    where the same is summed in another order. Log-probs of single tokens count as gradients do."""
+
+    loss: float
+    gradient: float
+
+
+BOUNDS = {
+    # Some 20 times and 200 times what is seen (docs/doctor.md), as depth and vocabulary add to it.
+    torch.float32: Difference(1e-5, 1e-4),
+    # bf16 has 8 bits: each product is rounded by up to 0.4 %.
+    torch.bfloat16: Difference(1e-2, 1e-1),
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +111,9 @@ class Setting:
     """Of autocast; None is float32."""
 
     @property
-    def precision(self) -> torch.dtype:
-        return self.dtype or torch.float32
+    def bounds(self) -> Difference:
+        """The largest differences that still pass."""
+        return BOUNDS[self.dtype or torch.float32]
 
 
 @dataclass
@@ -69,7 +125,6 @@ class Subject:
     store: PackedStore | None
     data: list[Datum]
     """The first conversations of --conversations."""
-    options: EncodeOptions
     rows: list[list[Document]]
     """What the packed rows are made of; the last row is left untrained on purpose."""
     row_tokens: int
@@ -172,16 +227,12 @@ def first_layers(model: Transformer, n: int) -> Transformer:
 
 def read_conversations(path: Path, format: str | None) -> list[Datum]:
     """The first conversations of a data file; raises UserError for the first that is none."""
-    data: list[Datum] = []
-    for unit in read_units(str(path)):
-        if len(data) == SCANNED_CONVERSATIONS:
-            break
-        try:
-            datum = to_example(parse(unit), format, str(path), unit.line)
-            data += datum.sides if isinstance(datum, Preference) else [datum]
-        except UserError as error:
-            where = f"{path}:{unit.line}: "
-            raise UserError(where + str(error).removeprefix(where)) from None
+
+    def read(record: dict[str, Any], at: Origin) -> Sequence[Datum]:
+        return sides_of(to_example(record, format, at.source, at.line))
+
+    units = itertools.islice(read_units(str(path)), SCANNED_CONVERSATIONS)
+    data = [datum for sides in read_each(path, units, read) for datum in sides]
     if not data:
         raise UserError(f"--conversations {path}: holds nothing")
     return data
@@ -193,7 +244,6 @@ def sample_rows(
     store: PackedStore | None,
     data: Sequence[Datum],
     chat: Chat | None,
-    options: EncodeOptions,
 ) -> list[list[Document]]:
     """Rows of documents from the packed file, else of the conversations, else of random ids."""
     longest = row_tokens // DOCUMENTS_PER_ROW
@@ -201,7 +251,7 @@ def sample_rows(
     if store is not None:
         found = list(_stored(store))
     elif data and chat is not None:
-        results = encode_many(data, chat, dataclasses.replace(options, uncertain="drop"))
+        results = encode_many(data, chat)
         refused = [result for result in results if isinstance(result, Refusal)]
         found = [
             Document(example.ids.astype(np.int64), example.loss_mask)

@@ -1,4 +1,4 @@
-"""From the text of a reply to the number it states, and from counts to an interval. Pure text.
+"""From the text of a reply to the number it states, and what counts of right and wrong replies say.
 
 Where a reply states its answer, in this order:
 
@@ -16,6 +16,7 @@ figure ("25 %" is 25), as in GSM8K's own answers.
 
 import math
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 _CURRENCY = r"\\?[$€£¥₹]"
@@ -37,15 +38,9 @@ _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE
 _THINKING = re.compile(r"<think>.*?(?:</think>|\Z)|\A.*?</think>", re.DOTALL | re.IGNORECASE)
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _PLAINER = str.maketrans(
-    {
-        "\u2212": "-",
-        "\u2010": "-",
-        "\u2011": "-",
-        "\ufe63": "-",
-        "\uff0d": "-",
-    }  # ways to write minus
+    dict.fromkeys("\u2212\u2010\u2011\ufe63\uff0d", "-")  # ways to write minus
     | {"¼": " 1/4", "½": " 1/2", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "\u2044": "/"}
-    | {"\u00a0": " ", "\u202f": " ", "\u2009": " "}
+    | dict.fromkeys("\u00a0\u202f\u2009", " ")
 )
 _SPACED_THOUSANDS = re.compile(r"(?<=[0-9])[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))")
 
@@ -85,6 +80,27 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
     low = 0.0 if correct == 0 else max(0.0, middle - half)  # exact ends, free of rounding
     high = 1.0 if correct == n else min(1.0, middle + half)
     return low, high
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The probability that at least one of k replies is right, from n samples of which `correct`
+    are: 1 - C(n - correct, k) / C(n, k), without bias (arXiv:2107.03374 eq. 1)."""
+    if not 0 < k <= n:
+        raise ValueError(f"pass@{k} needs from 1 to n = {n}")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def gained_and_lost(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
+    """How many problems only `after` has right, and how many only `before`."""
+    pairs = list(zip(before, after, strict=True))
+    return sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The exact two-sided p-value of McNemar's test (1947): how often chance alone would divide the
+    problems on which two models differ at least as unevenly. 1 if they differ on none."""
+    n, least = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
 
 
 def _stated_number(text: str) -> str | None:

@@ -3,14 +3,14 @@
 import time
 from typing import Any
 
-from whet.chat.template import read_variables
 from whet.config import problems
 from whet.data.store import PackedStore
-from whet.evaluate.dev import dev_loss, misfits, template_misfit
+from whet.evaluate.dev import dev_loss
 from whet.evaluate.gsm8k import Sample, gsm8k_accuracy, load_gsm8k, write_samples
 from whet.files import replaced, write_json
 from whet.flags.eval import Config
-from whet.generate.opened import Opened, open_model
+from whet.generate.opened import Opened, open_asked
+from whet.model.open import misfits, template_misfit
 from whet.progress import say
 
 
@@ -22,8 +22,7 @@ def main(config: Config) -> int:
     # Both files before the model: a typing error shows at once.
     questions = load_gsm8k(config.gsm8k, config.limit) if config.gsm8k else None
     store = PackedStore(config.dev) if config.dev else None
-    variables = read_variables(config.template_kwargs)
-    opened = open_model(config.run, config.tokenizer, config.device, config.precision, variables)
+    opened = open_asked(config.run, config)
     if store is not None:
         numbers |= _measure_loss(store, opened, config.micro_rows)
     if questions is not None:
@@ -39,15 +38,9 @@ def main(config: Config) -> int:
             f"{found.unanswered:,} without a number, {found.unstopped:,} without an end"
         )
         samples = found.samples
-        numbers |= {
-            "gsm8k": str(config.gsm8k),
-            "accuracy": found.accuracy,
-            "interval_95": [found.low, found.high],
-            "correct": found.correct,
-            "n": found.n,
-            "unanswered": found.unanswered,
-            "unstopped": found.unstopped,
-        }
+        names = ("accuracy", "correct", "n", "unanswered", "unstopped")
+        numbers |= {"gsm8k": str(config.gsm8k), "interval_95": [found.low, found.high]}
+        numbers |= {name: getattr(found, name) for name in names}
     numbers["seconds"] = round(time.monotonic() - started, 3)
     if config.json:
         with replaced(config.json) as aside:
@@ -62,12 +55,11 @@ def _measure_loss(store: PackedStore, opened: Opened, micro_rows: int) -> dict[s
     problems(misfits(model, chat, store, "--dev"))
     for line in template_misfit(chat, store, "--dev", "what the model is asked with"):
         say(f"note: {line}")
-    device = next(model.parameters()).device
     found = dev_loss(
         model,
         store,
         micro_rows=micro_rows,
-        device=device,
+        device=opened.device,
         stop_ids=chat.stop_ids,
         quiet=False,
     )

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.chat.chat import Chat, defaults_of
-from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
+from whet.data.batches import Batch, micro_batches, read_batch, shares_of
 from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.generate.engine import evaluating
@@ -71,7 +70,7 @@ def dev_loss(
     total = float(store.loss_tokens.sum())
     if total == 0:
         raise UserError(f"{store.path}: no token in it is trained, so it has no dev loss")
-    mine = np.arange(rank, len(store), world_size)
+    shares = shares_of(len(store), rank, world_size, micro_rows)
     names = class_names(store)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     table = np.zeros((len(store), 6))
@@ -79,10 +78,9 @@ def dev_loss(
     with (
         torch.no_grad(),
         evaluating(model),
-        track("Dev loss", len(mine), unit="rows", quiet=quiet) as progress,
+        track("Dev loss", sum(map(len, shares)), unit="rows", quiet=quiet) as progress,
     ):
-        for i in range(micro_batch_count(len(store), world_size, micro_rows)):
-            rows = mine[i * micro_rows : (i + 1) * micro_rows]
+        for rows in shares:
             whole = micro_batches(read_batch(store, rows, total=total), micro_rows, 1)[0]
             classes = torch.from_numpy(classes_of(whole, store, names)).to(device)
             batch = whole.to(device)
@@ -90,7 +88,7 @@ def dev_loss(
             parts.append(_row_sums(found, batch.targets, batch.weight, stops)[: len(rows)])
             _add(by_class, classes, found.nll)
             progress.advance(len(rows))
-    table[mine] = torch.cat(parts).cpu().numpy()  # the one wait for the device
+    table[np.concatenate(shares)] = torch.cat(parts).cpu().numpy()  # the one wait for the device
     flat = [*table.flatten().tolist(), *by_class[:-1].flatten().tolist()]
     flat = list(reduce(flat)) if reduce is not None else flat
     sums = np.reshape(flat[: table.size], table.shape).sum(axis=0)
@@ -158,70 +156,6 @@ def _add(by_class: Tensor, classes: Tensor, nll: Tensor) -> None:
     values = torch.stack([nll.double(), torch.ones_like(nll, dtype=torch.float64)], dim=-1)
     for each in classes:
         by_class.index_add_(0, each.flatten(), values.flatten(0, 1))
-
-
-ANOTHER_TEMPLATE = "another chat template"
-
-
-def template_difference(one: Chat, other: Chat) -> str:
-    """How the templates of chat `one` and what they set differ from those of `other`; "" if they
-    do not."""
-    found = [
-        defaults_of(str(chat.as_dict()[key]))
-        for chat in (one, other)
-        for key in ("template", "tool_template")
-    ]
-    mine, my_tools, theirs, their_tools = found
-    if (mine[1], my_tools[1]) != (theirs[1], their_tools[1]):
-        return ANOTHER_TEMPLATE
-    if mine[0] == theirs[0]:
-        return ""
-    said = [", ".join(f"{k} = {v}" for k, v in d.items()) or "none" for d in (mine[0], theirs[0])]
-    return f"the template variables {said[0]} instead of {said[1]}"
-
-
-def template_misfit(chat: Chat, store: PackedStore, flag: str, whose: str) -> list[str]:
-    """A line if the packed file was rendered with another template than `chat`'s, the chat of
-    `whose`."""
-    if "chat" not in store.attrs:
-        return []
-    rendered = chat.rendering_as(store.attrs["chat"], str(store.path))
-    difference = template_difference(rendered, chat)
-    return [f"{flag} {store.path}: was rendered with {difference}, unlike {whose}"] * bool(
-        difference
-    )
-
-
-def misfits(model: Transformer, chat: Chat | None, store: PackedStore, flag: str) -> list[str]:
-    """Why a packed file, given by `flag`, does not fit this model: a line for each reason."""
-    found, config, attrs = [], model.config, store.attrs
-    if chat and attrs.get("tokenizer_hash") not in (None, chat.tokenizer.hash):
-        template = (attrs.get("settings") or {}).get("chat_template")
-        found.append(
-            f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "
-            "prepare` again with --tokenizer on the model's directory"
-            + (f", or, as there, add --chat_template {template}" if template else "")
-        )
-    needed = attrs.get("vocab_size", 0)
-    if needed > config.vocab_size:
-        found.append(
-            f"{flag} {store.path}: its tokenizer has {needed:,} ids, the model's embedding "
-            f"{config.vocab_size:,} rows; prepare it with the model's own tokenizer"
-        )
-    elif "vocab_size" not in attrs:  # a file that others made
-        low, high = store.id_range
-        if low < 0 or high >= config.vocab_size:
-            found.append(
-                f"{flag} {store.path}: holds token ids from {low:,} to {high:,}, the model's "
-                f"embedding {config.vocab_size:,} rows"
-            )
-    if config.max_positions and store.context_length > config.max_positions:
-        found.append(
-            f"{flag} {store.path}: rows of {store.context_length:,} tokens, but the model has "
-            f"{config.max_positions:,} positions; prepare with --context_length "
-            f"{config.max_positions} or less"
-        )
-    return found
 
 
 def _row_sums(found: TokenLoss, targets: Tensor, weight: Tensor, stops: Tensor) -> Tensor:

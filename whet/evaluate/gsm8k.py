@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from whet.chat.chat import Chat
+from whet.chat.conversation import Origin
 from whet.chat.encode import encode_prompt
-from whet.data.reader import Unit, parse, read_units
+from whet.data.reader import read_each, read_units
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number, wilson
 from whet.files import replaced
 from whet.generate.engine import generate
+from whet.generate.text import opened_thought
 from whet.model.decoder import Transformer
 from whet.progress import track
 
@@ -112,10 +114,7 @@ def gsm8k_accuracy(
 def _judge(problem: Problem, prompt: Sequence[int], reply: list[int], chat: Chat) -> Sample:
     stopped = bool(reply) and reply[-1] in chat.stop_ids
     text = chat.tokenizer.decode(reply[:-1] if stopped else reply, skip_special=False)
-    # A template may begin the thinking for the model; then the reply holds its end only.
-    asked = chat.tokenizer.decode(list(prompt[-16:]), skip_special=False)
-    inside = asked.rstrip().endswith("<think>")
-    extracted = extract_answer(f"<think>{text}" if inside else text)
+    extracted = extract_answer(opened_thought(chat.tokenizer, prompt) + text)
     right = same_number(extracted, problem.gold)
     return Sample(problem.line, problem.question, text, extracted, problem.gold, right, stopped)
 
@@ -130,7 +129,7 @@ def load_gsm8k(path: str | Path, limit: int | None = None) -> list[Problem]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a file of problems, such as GSM8K's test")
-    problems = [_problem(unit, path) for unit in itertools.islice(read_units(str(path)), limit)]
+    problems = read_each(path, itertools.islice(read_units(str(path)), limit), _problem)
     if not problems:
         raise UserError(f"{path}: no problems in it; expected JSON lines with question and answer")
     return problems
@@ -143,29 +142,22 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
             file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
 
-def _problem(unit: Unit, path: Path) -> Problem:
-    where = f"{path}:{unit.line}"
-    try:
-        record = parse(unit)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object, got {type(record).__name__}")
+def _problem(record: dict[str, Any], at: Origin) -> Problem:
     if {"question", "answer"} <= record.keys():
         question, answer = record["question"], record["answer"]
     elif {"Body", "Question", "Answer"} <= record.keys():
         question, answer = svamp_question(record), record["Answer"]
     else:
         raise UserError(
-            f"{where}: expected the fields question and answer (or SVAMP's Body, Question and "
+            "expected the fields question and answer (or SVAMP's Body, Question and "
             f"Answer), got {', '.join(map(str, record)) or 'none'}"
         )
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{where}: the question must be a text, got {question!r}")
+        raise UserError(f"the question must be a text, got {question!r}")
     gold = extract_answer(str(answer)) if isinstance(answer, str | int | float) else None
     if gold is None or not same_number(gold, gold):
-        raise UserError(f"{where}: no number in the answer {answer!r}; expected, say, '#### 18'")
-    return Problem(question, gold, unit.line)
+        raise UserError(f"no number in the answer {answer!r}; expected, say, '#### 18'")
+    return Problem(question, gold, at.line)
 
 
 def svamp_question(record: dict[str, Any]) -> str:

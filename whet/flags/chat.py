@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import POSITIONAL, Place, above_0, from_0, from_1, share
+from whet.config import POSITIONAL, Place, With, above_0, from_0, from_1, share
 from whet.flags.use import Asked
 from whet.hub import known_model
 
@@ -22,9 +22,9 @@ class Config(Asked):
     """System message before the conversation."""
     temperature: Annotated[float, from_0] = 0.0
     """0 always takes the likeliest token; 1 samples from the model's own probabilities."""
-    top_k: Annotated[int | None, from_1] = None
+    top_k: Annotated[int | None, from_1, With("temperature")] = None
     """Sample among the so many likeliest tokens only."""
-    top_p: Annotated[float | None, above_0, share] = None
+    top_p: Annotated[float | None, above_0, share, With("temperature")] = None
     """Sample among the likeliest tokens that together have this probability only."""
     seed: Annotated[int, from_0] = 0
     """Seed of the sampling."""
@@ -34,9 +34,6 @@ class Config(Asked):
 
 def flaws(config: Config) -> list[str]:
     """Flags that do not go together."""
-    found = []
     if config.raw and config.system:
-        found.append("--system belongs to a conversation; --raw has none")
-    if config.temperature == 0 and (config.top_k or config.top_p):
-        found.append("--top_k and --top_p need a --temperature above 0")
-    return found
+        return ["--system belongs to a conversation; --raw has none"]
+    return []

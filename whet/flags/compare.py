@@ -9,12 +9,13 @@ from whet.config import (
     OutputFile,
     PackedFile,
     Place,
+    With,
     above_0,
     from_0,
     in_folder,
 )
 from whet.flags.policy import known_reward, named_twice
-from whet.flags.use import Problems, Where
+from whet.flags.use import GSM8K, Problems, Where
 from whet.hub import known_model
 
 
@@ -27,15 +28,15 @@ class Config(Where, Problems):
 
     models: Annotated[tuple[Place, ...], POSITIONAL, known_model]
     """Run folders, model directories or Hub names, in the order in which they were made."""
-    samples: Annotated[int, from_0] = 0
+    samples: Annotated[int, from_0, GSM8K] = 0
     """Also sample each problem so often: pass@1 to pass@samples, and how far a model has moved."""
-    temperature: Annotated[float, above_0] = 1.0
+    temperature: Annotated[float, above_0, With("samples")] = 1.0
     """Of the samples."""
     dev: PackedFile | None = None
     """Packed file to measure the loss on."""
     pairs: PackedFile | None = None
     """Packed file of preference pairs: how often the chosen reply is preferred."""
-    reward: Annotated[tuple[str, ...], known_reward] = ()
+    reward: Annotated[tuple[str, ...], known_reward, GSM8K] = ()
     """Mean rewards of the greedy replies, as in `whet grpo`; a reward model's directory, too."""
     seed: Annotated[int, from_0] = 0
     """Seed of the samples."""
@@ -52,9 +53,6 @@ def flaws(config: Config) -> list[str]:
         found.append("no models: give run folders, as in whet compare runs/base runs/sft")
     if not (config.gsm8k or config.dev or config.pairs):
         found.append("nothing to compare: give --gsm8k FILE, --dev FILE or --pairs FILE")
-    for name in ("samples", "reward"):
-        if getattr(config, name) and config.gsm8k is None:
-            found.append(f"--{name}: needs the problems of --gsm8k FILE")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         found.append("whet compare runs in one process; start it without torchrun")
     return found

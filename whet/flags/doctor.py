@@ -10,6 +10,7 @@ from whet.config import (
     OutputFile,
     PackedFile,
     Place,
+    With,
     at_least,
     from_1,
     in_folder,
@@ -28,7 +29,7 @@ class Config:
     """Packed file made by `whet prepare`."""
     conversations: InputFile | None = None
     """The conversations themselves: their template is examined."""
-    format: str | None = None
+    format: Annotated[str | None, With("conversations")] = None
     """Format of --conversations; by default it is recognised."""
     tokenizer: InputDir | None = None
     """Tokenizer directory; by default the model's own."""

@@ -9,10 +9,11 @@ from whet.config import (
     OutputFile,
     PackedFile,
     Place,
+    With,
     from_1,
     in_folder,
 )
-from whet.flags.use import Asked, Problems
+from whet.flags.use import GSM8K, Asked, Problems
 from whet.hub import known_model
 
 
@@ -26,9 +27,9 @@ class Config(Asked, Problems):
     """Packed file to measure the loss on, made by `whet prepare`."""
     json: Annotated[OutputFile | None, in_folder] = None
     """Write the numbers here."""
-    samples: Annotated[OutputFile | None, in_folder] = None
+    samples: Annotated[OutputFile | None, in_folder, GSM8K] = None
     """Write every question, reply, extracted and gold answer here, one JSON object a line."""
-    micro_rows: Annotated[int, from_1] = 4
+    micro_rows: Annotated[int, from_1, With("dev")] = 4
     """Rows of the packed file in one forward."""
 
 
@@ -37,8 +38,6 @@ def flaws(config: Config) -> list[str]:
     found = []
     if config.gsm8k is None and config.dev is None:
         found.append("nothing to measure: give --gsm8k FILE, --dev FILE, or both")
-    if config.samples and config.gsm8k is None:
-        found.append("--samples: there are samples with --gsm8k only")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         found.append("whet eval runs in one process; start it without torchrun")
     return found

@@ -47,6 +47,13 @@ def flaws(config: Config) -> list[str]:
     found = policy_flaws(config)
     if config.group_size < 2:
         found.append(f"--group_size {config.group_size}: a group needs at least 2 replies")
+    bounds = {"loss": "clip", "clip_low": None, "clip_high": None}
+    if config.updates == 1:
+        found += [
+            f"--{name}: bounds a rollout's later updates, and there is one; add --updates 2"
+            for name, default in bounds.items()
+            if getattr(config, name) != default
+        ]
     if config.kl and config.shard:
         found.append("--kl and --shard exclude each other: the reference is a model of each rank")
     return found

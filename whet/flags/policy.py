@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
-from whet.config import FIRST, FREE, InputFile, above_0, from_1
+from whet.config import FIRST, FREE, InputFile, With, above_0, from_1
 from whet.errors import UserError
-from whet.flags.choices import Normalize, Truncated
+from whet.flags.choices import Advantage, Normalize, Truncated
 from whet.flags.training import tuning_flaws
 
 BUILT_IN = ("correct", "format", "length")
@@ -76,7 +76,7 @@ class Prompts:
     """JSON lines with prompt, messages or question, and a gold number where a reward needs one."""
     dev: Annotated[InputFile | None, FIRST] = None
     """Held-out prompts, answered greedily at each evaluation."""
-    dev_limit: Annotated[int, from_1] = 200
+    dev_limit: Annotated[int, from_1, With("dev")] = 200
     """How many of them."""
     reward: Annotated[tuple[str, ...], FIRST, known_reward] = ("correct",)
     """What replies are worth: the sum of NAME or NAME=WEIGHT, each correct, format, length,
@@ -89,6 +89,10 @@ class Prompts:
 class Sampling:
     """Rollouts."""
 
+    # Of the stages that have no such flags.
+    advantage: ClassVar[Advantage] = "plain"
+    refill: ClassVar[bool] = False
+    passes: ClassVar[int] = 1
     group_size: Annotated[int, FIRST, from_1] = 8
     """Replies sampled for each prompt; --batch_size is the number of prompts."""
     max_new_tokens: Annotated[int, FIRST, from_1] = 256
@@ -113,7 +117,7 @@ class Sampling:
     rollout_url: Annotated[str | None, server_root, FREE] = None
     """A running vLLM or SGLang server that samples instead, such as http://127.0.0.1:8000; it must
     see --out under the same path."""
-    rollout_seconds: Annotated[float, above_0, FREE] = 600.0
+    rollout_seconds: Annotated[float, above_0, FREE, With("rollout_url")] = 600.0
     """How long that server may be silent on the replies to one prompt."""
 
 

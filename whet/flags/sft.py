@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import FIRST, InputFile, PackedFile, above_0
+from whet.config import FIRST, InputFile, PackedFile, With, above_0
 from whet.flags.training import Memory, Model, TrainSettings, Tuning, tuning_flaws
 
 
@@ -17,7 +17,7 @@ class Data:
     """Packed file to evaluate on."""
     gsm8k_dev: InputFile | None = None
     """GSM8K-like problems to answer at each evaluation."""
-    gsm8k_limit: Annotated[int, above_0] = 100
+    gsm8k_limit: Annotated[int, above_0, With("gsm8k_dev")] = 100
     """How many of them."""
 
 

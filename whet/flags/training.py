@@ -19,6 +19,7 @@ from whet.config import (
     PLACE,
     InputDir,
     Place,
+    With,
     above_0,
     below_1,
     from_0,
@@ -111,6 +112,12 @@ class Optimizer:
     seed: Annotated[int, from_0] = 0
     """Seed of the data order and of everything random."""
 
+    @property
+    def micro_rows(self) -> int:
+        """--micro_batch_size, which has a value from the start of training on."""
+        assert self.micro_batch_size is not None, "resolved before"
+        return self.micro_batch_size
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -171,8 +178,8 @@ class Memory:
     work."""
     auto: Annotated[bool, FREE] = False
     """Measure first, as `whet plan` does, and take its --micro_batch_size and --recompute."""
-    memory_gb: Annotated[float | None, above_0, FREE] = None
-    """Memory that --auto and `whet plan` may use on a rank; by default what there is."""
+    memory_gb: Annotated[float | None, above_0, FREE, With("auto")] = None
+    """Memory that --auto may use on a rank; by default what there is."""
 
 
 @dataclass(kw_only=True)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import InputDir, InputFile, from_1
+from whet.config import InputDir, InputFile, With, from_1
 from whet.flags.choices import Device, Precision
+
+GSM8K = With("gsm8k")
 
 
 @dataclass(kw_only=True)
@@ -33,10 +35,10 @@ class Problems:
     """Word problems."""
 
     gsm8k: InputFile | None = None
-    """Problems to answer: GSM8K's test.jsonl, SVAMP, or prompts with a gold number."""
-    limit: Annotated[int | None, from_1] = None
+    """Problems to answer: GSM8K's test.jsonl, SVAMP, or other questions with a number as answer."""
+    limit: Annotated[int | None, from_1, GSM8K] = None
     """Only the first so many problems."""
-    max_new_tokens: Annotated[int, from_1] = 256
+    max_new_tokens: Annotated[int, from_1, GSM8K] = 256
     """Longest reply."""
-    batch_size: Annotated[int, from_1] = 32
+    batch_size: Annotated[int, from_1, GSM8K] = 32
     """Problems that are answered at once."""

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 
 from whet.chat.chat import Chat
 from whet.chat.encode import encode_prompt
-from whet.chat.template import read_variables
 from whet.errors import UserError
 from whet.flags.chat import Config
 from whet.generate.engine import Sampling, stream
-from whet.generate.opened import open_model
+from whet.generate.opened import open_asked
 from whet.generate.text import TextStream
 from whet.model.decoder import Transformer
 
@@ -26,9 +25,7 @@ HELP = "/reset forgets the conversation, /exit leaves; Ctrl-C stops a reply"
 
 def main(config: Config) -> int:
     """Run `whet chat`."""
-    variables = read_variables(config.template_kwargs)
-    opened = open_model(config.run, config.tokenizer, config.device, config.precision, variables)
-    talk = Talk(*opened, config)
+    talk = Talk(*open_asked(config.run, config), config)
     answer = talk.continue_text if config.raw else talk.answer
     if config.prompt is not None:
         _print_pieces(answer(config.prompt))

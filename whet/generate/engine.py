@@ -4,15 +4,14 @@ Each prompt takes one of the running `Rows`. When its reply has ended, the next 
 Prompts run longest first, since those that start together are padded to the longest of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from whet.errors import UserError
-from whet.generate.rows import GREEDY, Piece, Row, Rows, Sampling, choose, draws_of, padded
+from whet.generate.rows import Piece, Row, Rows, Sampling
 from whet.model.decoder import Transformer
 from whet.progress import Progress
 
@@ -55,12 +54,8 @@ def generate(
     Raises UserError for a prompt that leaves no room for a reply.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    replies: list[list[int]] = [[] for _ in prompts]
-    for piece in _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size):
-        replies[piece.index].extend(piece.tokens)
-        if piece.ended and progress is not None:
-            progress.advance(1)
-    return replies
+    pieces = _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size)
+    return [ids for ids, _ in _whole(pieces, len(prompts), progress)]
 
 
 def sample(
@@ -79,19 +74,26 @@ def sample(
     What is sampled for a prompt depends on its key alone. There is no top-k and no top-p: the
     trainer's probabilities are those of the whole vocabulary. Else as `generate`.
     """
-    ids: list[list[int]] = [[] for _ in prompts]
-    logp: list[list[float]] = [[] for _ in prompts]
     sampling = Sampling(temperature)
-    for piece in _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size, keys=keys):
-        ids[piece.index] += piece.tokens
-        logp[piece.index] += piece.logp
+    pieces = _decode(model, prompts, max_new_tokens, stop_ids, sampling, batch_size, keys=keys)
+    return [
+        Reply(ids, logp, bool(ids) and ids[-1] in set(stop_ids))
+        for ids, logp in _whole(pieces, len(prompts), progress)
+    ]
+
+
+def _whole(
+    pieces: Iterable[Piece], count: int, progress: Progress | None
+) -> list[tuple[list[int], list[float]]]:
+    """The tokens of each reply, and their log-probabilities, of its pieces."""
+    found: list[tuple[list[int], list[float]]] = [([], []) for _ in range(count)]
+    for piece in pieces:
+        ids, logp = found[piece.index]
+        ids += piece.tokens
+        logp += piece.logp
         if piece.ended and progress is not None:
             progress.advance(1)
-    stops = set(stop_ids)
-    return [
-        Reply(reply, numbers, bool(reply) and reply[-1] in stops)
-        for reply, numbers in zip(ids, logp, strict=True)
-    ]
+    return found
 
 
 def stream(
@@ -102,43 +104,11 @@ def stream(
     stop_ids: Sequence[int],
     sampling: Sampling,
 ) -> Iterator[int]:
-    """The tokens of one reply as they come; as `generate` otherwise."""
+    """The tokens of one reply as they come; else as `generate`."""
     for piece in _decode(
         model, [prompt], max_new_tokens, stop_ids, sampling, batch_size=1, check_every=1
     ):
         yield from piece.tokens
-
-
-def generate_without_cache(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    sampling: Sampling = GREEDY,
-) -> list[list[int]]:
-    """What `generate` must equal: every token from a forward over the whole text so far."""
-    device = next(model.parameters()).device
-    texts = [list(prompt) for prompt in prompts]
-    room = [_room(model, prompt, i, max_new_tokens) for i, prompt in enumerate(prompts)]
-    draws = torch.stack([draws_of((sampling.seed, i), max_new_tokens) for i in range(len(prompts))])
-    live = [i for i in range(len(prompts)) if room[i] > 0]
-    with torch.no_grad(), evaluating(model):
-        while live:
-            tokens, last = padded([texts[i] for i in live], device)
-            segments = torch.arange(tokens.shape[1], device=device) <= last
-            logits = model(tokens, segments=segments.long(), logits_at=last)[:, 0]
-            step = torch.tensor([len(texts[i]) - len(prompts[i]) for i in live])
-            uniform = draws[live].gather(1, step[:, None])[:, 0].to(device)
-            chosen = choose(logits, uniform, sampling).tolist()
-            for i, token in zip(live, chosen, strict=True):
-                texts[i].append(token)
-            live = [
-                i
-                for i, token in zip(live, chosen, strict=True)
-                if token not in stop_ids and len(texts[i]) < len(prompts[i]) + room[i]
-            ]
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def _decode(

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 from whet.chat.chat import Chat, load_tokenizer
+from whet.chat.template import read_variables
 from whet.errors import UserError
 from whet.flags.choices import Device, Precision
+from whet.flags.use import Asked
 from whet.hub import find_model
 from whet.model.decoder import Transformer
 from whet.model.lora.read import tokenizer_home
@@ -19,6 +21,17 @@ class Opened(NamedTuple):
 
     model: Transformer
     chat: Chat
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
+
+
+def open_asked(path: str | Path, config: Asked) -> Opened:
+    """`open_model` as the flags of a command say that uses a model."""
+    variables = read_variables(config.template_kwargs)
+    return open_model(path, config.tokenizer, config.device, config.precision, variables)
 
 
 def open_model(

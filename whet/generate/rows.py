@@ -145,7 +145,7 @@ class Rows:
             )
         if any(row.sampling.temperature > 0 for row in group):
             count = self.draws.shape[1]
-            draws = torch.stack([draws_of(row.key, count) for row in group])
+            draws = torch.stack([uniforms(row.key, count) for row in group])
             self.draws[new] = draws.to(self.device)
         self.drawn[new] = 0
         self.position[new] = last[each, 0]
@@ -266,11 +266,6 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         top_k=sampling.top_k,
         top_p=sampling.top_p,
     )
-
-
-def draws_of(key: tuple[int, ...], count: int) -> Tensor:
-    """The `count` uniform numbers of the prompt with this key."""
-    return torch.from_numpy(uniforms(key, count))
 
 
 def padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

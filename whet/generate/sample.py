@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
+def uniforms(key: tuple[int, ...], count: int) -> Tensor:
     """The `count` numbers in [0, 1), float32, of the prompt with this key, such as (seed, index);
     its token t uses number t."""
-    return np.random.default_rng(key).random(count, dtype=np.float32)
+    return torch.from_numpy(np.random.default_rng(key).random(count, dtype=np.float32))
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

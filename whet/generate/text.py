@@ -9,6 +9,13 @@ WINDOW = 64
 KEPT = 8
 
 
+def opened_thought(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
+    """`<think>` where the prompt ends with it: the template begins the thinking for the model, so
+    that the reply holds its end only. Else nothing."""
+    asked = tokenizer.decode(prompt[-16:], skip_special=False)
+    return "<think>" if asked.rstrip().endswith("<think>") else ""
+
+
 class TextStream:
     """Decodes token by token; half a character waits for its other half.
 

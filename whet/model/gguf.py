@@ -75,7 +75,7 @@ def write_gguf(
 
     `tokenizer` are the metadata of its tokenizer. One tensor at a time is in memory. The file is
     read back and each tensor compared. Raises UserError for a model that llama.cpp would compute
-    otherwise, RuntimeError if what is read back differs.
+    differently, RuntimeError if what is read back differs.
     """
     gguf, config = library(), model.config
     problems([f"--to gguf: {problem}" for problem in misfits(config)])

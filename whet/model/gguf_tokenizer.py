@@ -7,9 +7,11 @@ merges, a piece's score is minus the rank of its merge, which gives the same ord
 """
 
 import json
+import re
 from typing import Any
 
 from whet.chat.chat import Chat
+from whet.chat.dialect import beginning_of
 from whet.errors import UserError
 from whet.model.config import ModelConfig
 
@@ -48,7 +50,7 @@ def tokenizer_metadata(chat: Chat, rows: int) -> dict[str, Any]:
         else (CONTROL if added[number] or number in chat.control.values() else USER_DEFINED)
         if number in added
         else BYTE
-        if model.get("byte_fallback") and _is_byte(text)
+        if model.get("byte_fallback") and re.fullmatch("<0x..>", text)
         else NORMAL
         for number, text in enumerate(pieces)
     ]
@@ -78,10 +80,6 @@ def tokenizer_metadata(chat: Chat, rows: int) -> dict[str, Any]:
     values["ggml.add_eos_token"] = False
     values["chat_template"] = chat.template.source
     return values
-
-
-def _is_byte(text: str) -> bool:
-    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
 def _splitting(described: dict[str, Any]) -> str:
@@ -138,7 +136,7 @@ def ollama_template(chat: Chat) -> str | None:
     first, whole, instructed = rendered
     before, _, after = first.partition("Qqq.")
     between = whole.partition("Www.")[2].partition("Eee.")[0]
-    header = _shared(before, between)
+    header = beginning_of(before[::-1], between[::-1])[::-1]  # the end that both have
     opening, end = before.removesuffix(header), between.removesuffix(header)
     turn = instructed.removeprefix(opening).removesuffix(f"{header}Qqq.{after}")
     texts = (opening, header, after, end, turn)
@@ -156,11 +154,3 @@ def ollama_template(chat: Chat) -> str | None:
     }
     cases = [f'{{{{ if eq .Role "{role}" }}}}{text}{{{{ end }}}}' for role, text in parts.items()]
     return f"{opening}{{{{ range .Messages }}}}{''.join(cases)}{{{{ end }}}}"
-
-
-def _shared(one: str, other: str) -> str:
-    """The longest end that both texts have."""
-    length = 0
-    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-        length += 1
-    return one[len(one) - length :]

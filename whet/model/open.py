@@ -1,10 +1,13 @@
-"""Opening any model: one of Whet's own families, another architecture, or an adapter on either."""
+"""Opening any model: one of Whet's own families, another architecture, or an adapter on either; and
+whether a packed file fits it."""
 
 from pathlib import Path
 from typing import cast
 
 import torch
 
+from whet.chat.chat import Chat
+from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.files import read_json
 from whet.hub import is_adapter
@@ -78,3 +81,45 @@ def is_foreign(path: Path) -> bool:
         return False
     family = read_json(file).get("model_type")
     return family is None or (isinstance(family, str) and family not in FAMILIES)
+
+
+def template_misfit(chat: Chat, store: PackedStore, flag: str, whose: str) -> list[str]:
+    """A line if the packed file was rendered with another template than `chat`'s, the chat of
+    `whose`."""
+    if "chat" not in store.attrs:
+        return []
+    difference = chat.rendering_as(store.attrs["chat"], str(store.path)).difference(chat)
+    line = f"{flag} {store.path}: was rendered with {difference}, unlike {whose}"
+    return [line] if difference else []
+
+
+def misfits(model: Transformer, chat: Chat | None, store: PackedStore, flag: str) -> list[str]:
+    """Why a packed file, given by `flag`, does not fit this model: a line for each reason."""
+    found, config, attrs = [], model.config, store.attrs
+    if chat and attrs.get("tokenizer_hash") not in (None, chat.tokenizer.hash):
+        template = (attrs.get("settings") or {}).get("chat_template")
+        found.append(
+            f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "
+            "prepare` again with --tokenizer on the model's directory"
+            + (f", or, as there, add --chat_template {template}" if template else "")
+        )
+    needed = attrs.get("vocab_size", 0)
+    if needed > config.vocab_size:
+        found.append(
+            f"{flag} {store.path}: its tokenizer has {needed:,} ids, the model's embedding "
+            f"{config.vocab_size:,} rows; prepare it with the model's own tokenizer"
+        )
+    elif "vocab_size" not in attrs:  # a file that others made
+        low, high = store.id_range
+        if low < 0 or high >= config.vocab_size:
+            found.append(
+                f"{flag} {store.path}: holds token ids from {low:,} to {high:,}, the model's "
+                f"embedding {config.vocab_size:,} rows"
+            )
+    if config.max_positions and store.context_length > config.max_positions:
+        found.append(
+            f"{flag} {store.path}: rows of {store.context_length:,} tokens, but the model has "
+            f"{config.max_positions:,} positions; prepare with --context_length "
+            f"{config.max_positions} or less"
+        )
+    return found

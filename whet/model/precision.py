@@ -41,20 +41,19 @@ def quiet_torchao() -> None:
     warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
 
 
-def use_float8(model: nn.Module, device: torch.device, *, emulate: bool = False) -> None:
-    """Replace the trained linear modules of the layers. `emulate` computes on any device, slowly,
-    the numbers that float8 would give.
+def use_float8(model: nn.Module, device: torch.device) -> None:
+    """Replace the trained linear modules of the layers.
 
     Raises UserError where the device has no float8 products or torchao is not installed.
     """
-    if not emulate and (device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < HOPPER:
         raise UserError(
             f"--float8: needs a CUDA device of compute capability 9.0 (Hopper) or newer, not "
             f"{device.type}; --precision bf16 runs everywhere"
         )
     quiet_torchao()
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8 import convert_to_float8_training
     except ImportError:
         raise UserError("--float8: torchao is not installed; pip install 'whet[cuda]'") from None
 
@@ -63,6 +62,4 @@ def use_float8(model: nn.Module, device: torch.device, *, emulate: bool = False)
             return False
         return module.weight.requires_grad and all(n % MULTIPLE == 0 for n in module.weight.shape)
 
-    convert_to_float8_training(
-        model, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate)
-    )
+    convert_to_float8_training(model, module_filter_fn=fits)

@@ -11,9 +11,9 @@ from whet.chat.chat import Chat
 from whet.chat.conversation import Conversation
 from whet.chat.encode import Datum, Encoded, encode_chat
 from whet.data.formats import to_example
+from whet.data.layout import DOCUMENT
 from whet.data.preferences import Preference
 from whet.data.reader import parse, read_units
-from whet.data.rows import DOCUMENT
 from whet.errors import UserError
 from whet.report.pieces import token_texts, visible
 from whet.report.sheet import Sheet
@@ -78,8 +78,8 @@ def conversation_lines(shown: EncodedLine, ink: Ink) -> Iterator[str]:
             yield f"{number:>3}  {role:<10} {what}"
     yield ""
     yield rule("certificate", ink)
-    for name, told in certificate_facts(shown.encoded.certificate, len(examples)).items():
-        yield f"{name + ':':<24}{told}"
+    for name, said in certificate_facts(shown.encoded.certificate, len(examples)).items():
+        yield f"{name + ':':<24}{said}"
 
 
 def turns(shown: EncodedLine) -> list[tuple[int, str, str]]:

@@ -1,6 +1,7 @@
 """A packed file -> a Sheet."""
 
 import hashlib
+from contextlib import suppress
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from whet.chat.certificate import REASONS
 from whet.chat.chat import BUILT_IN
-from whet.chat.conversation import place
+from whet.chat.conversation import Origin
 from whet.data.account import SourceAccount, totals
 from whet.data.left_out import WORDS
 from whet.data.store import PackedStore
@@ -36,7 +37,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
     shown = documents[here].copy()
     notes = _notes(store)[here] if store.kind != "text" else []
     shown["row"] -= first
-    decoder, told = _tokenizer(store, tokenizer)
+    decoder, said = _tokenizer(store, tokenizer)
     index, texts = token_texts(rows.tokens, decoder)
     accounts, left_out = _accounts(store), _left_out(store)
     fills = np.bincount(documents["row"], documents["length"], len(store))
@@ -45,7 +46,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         tokens=rows.tokens,
         mask=rows.loss_mask,
         documents=shown,
-        sources=_sources(store),
+        sources=store.sources,
         index=index,
         texts=texts,
         lengths=documents["length"],
@@ -53,7 +54,7 @@ def read_sheet(store: PackedStore, first: int, end: int, tokenizer: Path | None)
         trained=int(documents["trained"].sum()),
         first=first,
         notes=notes,
-        facts={"tokenizer": told, **_facts(store)},
+        facts={"tokenizer": said, **_facts(store)},
         accounts=accounts,
         left_out=left_out,
         left_out_counts=_left_out_counts(accounts),
@@ -88,10 +89,15 @@ def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | No
     if path is None:
         gone = f"{recorded} is not there" if recorded else "the file names none"
         return None, f"none, ids are shown ({gone}; --tokenizer DIR gives one)"
+    from whet.chat.chat import Chat, add_chat_tokens
     from whet.chat.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(path)
     expected = store.attrs.get("tokenizer_hash")
+    given = store.attrs.get("settings", {}).get("chat_template")
+    if given and tokenizer.hash != expected:  # as `whet prepare` adds what the base lacks
+        with suppress(UserError):
+            tokenizer = add_chat_tokens(Chat(tokenizer), given)[0].tokenizer
     if expected and tokenizer.hash != expected:
         if wanted:
             raise UserError(
@@ -100,10 +106,6 @@ def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | No
             )
         return None, f"none, ids are shown ({path} has changed since the file was made)"
     return tokenizer, str(path)
-
-
-def _sources(store: PackedStore) -> list[str]:
-    return [str(source) for source in store.attrs.get("sources", [])]
 
 
 def _facts(store: PackedStore) -> dict[str, str]:
@@ -138,7 +140,7 @@ def _left_out(store: PackedStore) -> list[LeftOut]:
     found = []
     for record in store.refusals:
         source, line = record["source"], record["line"]
-        reason = record["reason"].removeprefix(f"{place(source, line)}: ")
+        reason = record["reason"].removeprefix(f"{Origin(source, line).where}: ")
         found.append(LeftOut(source, line, reason))
     return found
 

@@ -5,20 +5,19 @@ A run is read from its folder as far as it has been written: it may still be tra
 
 import contextlib
 import json
+import math
 import statistics
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from whet.errors import UserError
-from whet.files import short_names, write_text
+from whet.files import read_json, short_names, write_text
 from whet.progress import duration
-from whet.report.curves import Line, chart
-from whet.report.markup import STYLE, fill, table
+from whet.report.markup import STYLE, fill
 
 SOURCES = "dev_loss/source/"
 KNOWN = {"step", "epoch", "tokens", "trained_tokens", "skipped", "seconds", "trained_per_s"}
@@ -28,6 +27,13 @@ SAMPLES_SHOWN = 12
 """Evaluations of which samples are shown: the first, the last, and some between."""
 GENERATIONS = 8
 """Of a model's ancestors, at most so many are followed."""
+WIDTH, HEIGHT = 400, 220
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
+MOST_POINTS = 400
+SMOOTHED_FROM = 60
+"""Points from which a noisy curve is drawn faint, below its running mean."""
+MOST_MARKS = 40
+"""Points, of a curve that is not noisy, up to which each has a mark with its value."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,15 @@ class Run:
     def finished(self) -> bool:
         """Whether the final model has been written."""
         return bool(self.ancestors and self.ancestors[0].get("metrics"))
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether there is something to compare: a plan, and steps that took their time."""
+        return isinstance(self.about.get("plan"), dict) and bool(self.values("seconds"))
+
+    def values(self, key: str) -> list[float]:
+        """The values of a number, in order."""
+        return [value for _, value in self.points(key)]
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a number, wherever it is logged."""
@@ -104,9 +119,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+    with contextlib.suppress(UserError):
+        return read_json(path)
     return {}
 
 
@@ -147,62 +161,53 @@ def write_page(paths: Sequence[Path], out: Path | None = None, refresh: int = 0)
 def page(runs: Sequence[Run], refresh: int = 0) -> str:
     """The whole page as text."""
     names = short_names([str(run.path) for run in runs])
-    here = Path(__file__)
+    named, here = list(zip(names, runs, strict=True)), Path(__file__)
     return fill(
         here.with_name("run.html"),
         [STYLE, here.with_name("run.css")],
-        title=escape(", ".join(names)),
-        refresh=f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
-        summary=_summary(runs, names),
-        plans="".join(_plan(r, name) for r, name in zip(runs, names, strict=True)),
-        curves="".join(_curves(runs, names)),
-        samples="".join(_samples(r, name) for r, name in zip(runs, names, strict=True)),
-        incidents=_incidents(runs, names),
-        lineage="".join(_lineage(r, name) for r, name in zip(runs, names, strict=True)),
-        settings=_settings(runs, names),
+        names=names,
+        refresh=refresh,
+        summary=[(name, *_summary(run)) for name, run in named],
+        plans=[(name, _plan(run, run.about["plan"])) for name, run in named if run.is_planned],
+        figures=_figures(named),
+        samples=[(name, _samples(run)) for name, run in named if run.samples],
+        incidents=[
+            (name, *(found.get(key, "") for key in ("step", "reason", "replay")))
+            for name, run in named
+            for found in run.incidents
+        ],
+        lineage=[(name, [_origin(known) for known in run.ancestors]) for name, run in named],
+        settings=_settings(runs),
         time=time.strftime("%Y-%m-%d %H:%M:%S"),
     )
 
 
-def _summary(runs: Sequence[Run], names: Sequence[str]) -> str:
-    head = ("run", "stage", "steps", "time", "train loss", "dev loss", "best dev loss", "state")
-    rows = []
-    for run, name in zip(runs, names, strict=True):
-        seconds = [value for _, value in run.points("seconds")]
-        dev = [value for _, value in run.points("dev_loss")]
-        loss = [value for _, value in run.points("train_loss")]
-        cells = [
-            run.about.get("command", "?"),
-            f"{run.step:,}" + (f" of {run.total:,}" if run.total else ""),
-            duration(sum(seconds)),
-            f"{loss[-1]:.4f}" if loss else "–",
-            f"{dev[-1]:.4f}" if dev else "–",
-            f"{min(dev):.4f}" if dev else "–",
-            "finished" if run.finished else _unfinished(run, seconds),
-        ]
-        rows.append([name, *cells])
-    return table("Runs", head, rows)
+def _summary(run: Run) -> list[str]:
+    """Command, steps, time, losses and state of a run."""
+    seconds, dev, loss = (run.values(key) for key in ("seconds", "dev_loss", "train_loss"))
+    state = "finished" if run.finished else "not finished"
+    if run.total and seconds and not run.finished:
+        left = (run.total - run.step) * statistics.median(seconds)
+        state += f", {duration(left)} of steps left"
+    losses = [values[-1:] for values in (loss, dev)] + [sorted(dev)[:1]]
+    return [
+        run.about.get("command", "?"),
+        f"{run.step:,}" + (f" of {run.total:,}" if run.total else ""),
+        duration(sum(seconds)),
+        *(f"{found[0]:.4f}" if found else "–" for found in losses),
+        state,
+    ]
 
 
-def _unfinished(run: Run, seconds: Sequence[float]) -> str:
-    if not run.total or not seconds:
-        return "not finished"
-    left = (run.total - run.step) * statistics.median(seconds)
-    return f"not finished, {duration(left)} of steps left"
-
-
-def _plan(run: Run, name: str) -> str:
+def _plan(run: Run, plan: dict[str, Any]) -> list[list[str]]:
     """What `whet plan` or --auto measured before a run, and what the run has taken so far."""
-    plan, seconds = run.about.get("plan"), [value for _, value in run.points("seconds")]
-    if not isinstance(plan, dict) or not seconds:
-        return ""
+    seconds, rates = run.values("seconds"), run.values("tokens_per_s")
     typical, count = statistics.median(seconds), run.total or len(seconds)
-    rates = [rate for _, rate in run.points("tokens_per_s")]
     tokens = sum(rate * taken for rate, taken in zip(rates, seconds, strict=False))
     whole = sum(seconds) + (count - len(seconds)) * typical
-    peak = max((value for _, value in run.points("memory_gb")), default=0.0)
+    peak = max(run.values("memory_gb"), default=0.0)
     step = plan["seconds_per_step"]
-    rows = [
+    return [
         [what, shown(planned), shown(found), f"{100 * (found / planned - 1):+.0f} %"]
         for what, planned, found, shown in (
             ("peak memory", plan["memory_gb"], peak, "{:.2f} GB".format),
@@ -211,15 +216,13 @@ def _plan(run: Run, name: str) -> str:
             (f"{count:,} steps", count * step, whole, duration),
         )
     ]
-    title = f"The plan against what happened: {name}"
-    return table(title, ("number", "plan", "run", "off"), rows, kind="number")
 
 
-def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+def _figures(named: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
     """The figures, those that most people look at first."""
-    several = len(runs) > 1
+    several = len(named) > 1
 
-    def lines(keys: dict[str, str], **rest: Any) -> list[Line]:
+    def lines(keys: dict[str, str]) -> list[Line]:
         """A curve for each run and key; of one run each key has its own colour."""
         return [
             Line(
@@ -229,84 +232,194 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
                 dashed=several and j > 0,
                 noisy=key in ("train_loss", "grad_norm", "tokens_per_s"),
             )
-            for i, (run, name) in enumerate(zip(runs, names, strict=True))
+            for i, (name, run) in enumerate(named)
             for j, (key, word) in enumerate(keys.items())
         ]
 
-    found = list(dict.fromkeys(key for run in runs for key in run.numbers()))
+    found = list(dict.fromkeys(key for _, run in named for key in run.numbers()))
     sources = {key: key.removeprefix(SOURCES) for key in found if key.startswith(SOURCES)}
     other = [k for k in found if k not in KNOWN | DRAWN and not k.startswith("dev_loss/")]
+    loss = {"train_loss": "train", "dev_loss": "dev"}
     stop = {"dev_stop_probability": "at the end of replies", "dev_stop_inside": "before it"}
-    return [
-        chart(
-            "Loss",
-            lines({"train_loss": "train", "dev_loss": "dev"}),
-            "nats a trained token, by step",
+    figures = [
+        figure("Loss", lines(loss), "nats a trained token, by step"),
+        figure(
+            "Dev loss by source", lines(sources if len(sources) > 1 else {}), "nats a trained token"
         ),
-        chart("Dev loss by source", lines(sources), "nats a trained token")
-        if len(sources) > 1
-        else "",
-        chart("Stop token", lines(stop), "probability, over the dev file"),
-        chart("Learning rate", lines({"lr": ""})),
-        chart("Gradient norm", lines({"grad_norm": ""}), "before clipping", log=True),
-        chart("Speed", lines({"tokens_per_s": ""}), "tokens a second, all ranks"),
-        chart("Memory", lines({"memory_gb": ""}), "peak of the first rank, GB"),
-        *(chart(key, lines({key: ""})) for key in other),
+        figure("Stop token", lines(stop), "probability, over the dev file"),
+        figure("Learning rate", lines({"lr": ""})),
+        figure("Gradient norm", lines({"grad_norm": ""}), "before clipping", log=True),
+        figure("Speed", lines({"tokens_per_s": ""}), "tokens a second, all ranks"),
+        figure("Memory", lines({"memory_gb": ""}), "peak of the first rank, GB"),
+        *(figure(key, lines({key: ""})) for key in other),
     ]
+    return [each for each in figures if each is not None]
 
 
-def _samples(run: Run, name: str) -> str:
-    """Replies to the same prompts, as they change."""
+def _samples(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Replies to the same prompts, as they change: some of each prompt's samples, the last one
+    among them."""
     prompts: dict[str, list[dict[str, Any]]] = {}
     for sample in run.samples:
         prompts.setdefault(str(sample.get("prompt", "")), []).append(sample)
-    parts: list[str] = []
     for prompt, found in prompts.items():
-        last = len(found) - 1
-        chosen = {i * last // max(SAMPLES_SHOWN - 1, 1) for i in range(SAMPLES_SHOWN)}
-        rows = "".join(
-            f'<tr><th scope="row">{found[i]["step"]:,}</th>'
-            f'<td class="words">{escape(str(found[i].get("reply", "")))}</td></tr>'
-            for i in sorted(chosen)
-        )
-        expected = escape(str(found[-1].get("expected", "")))
-        parts.append(
-            f"<details{'' if parts else ' open'}>"
-            f"<summary>{escape(prompt[-120:].strip())}</summary>"
-            f'<p class="flow note">{escape(prompt)}</p><table><thead><tr><th scope="col">step</th>'
-            f'<th scope="col" class="words">reply</th></tr></thead><tbody>{rows}'
-            f'<tr class="total"><th scope="row">data</th><td class="words">{expected}</td></tr>'
-            "</tbody></table></details>"
-        )
-    title = f"Samples over time: {escape(name)}"
-    return f"<section><h2>{title}</h2>{''.join(parts)}</section>" if parts else ""
+        chosen = {i * (len(found) - 1) // (SAMPLES_SHOWN - 1) for i in range(SAMPLES_SHOWN)}
+        prompts[prompt] = [found[i] for i in sorted(chosen)]
+    return prompts
 
 
-def _incidents(runs: Sequence[Run], names: Sequence[str]) -> str:
-    rows = [
-        [name, f"{i.get('step', '?')}", str(i.get("reason", "")), str(i.get("replay", ""))]
-        for run, name in zip(runs, names, strict=True)
-        for i in run.incidents
-    ]
-    return table("Steps that were not applied", ("run", "step", "reason", "look at it"), rows)
+def _origin(known: dict[str, Any]) -> list[str]:
+    """Of a model: where it is, the stage that made it, its data, and its base."""
+    data = known.get("data", "")
+    data = ", ".join(data) if isinstance(data, list) else str(data)
+    return [known["path"], str(known.get("stage", "?")), data, str(known.get("base") or "")]
 
 
-def _lineage(run: Run, name: str) -> str:
-    """From the model back to its base, and the data of each."""
-    rows = []
-    for known in run.ancestors:
-        data = known.get("data", "")
-        data = ", ".join(data) if isinstance(data, list) else str(data)
-        base = str(known.get("base") or "")
-        rows.append([known["path"], str(known.get("stage", "?")), data, base])
-    return table(f"What trained on what: {name}", ("model", "stage", "data", "started from"), rows)
-
-
-def _settings(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _settings(runs: Sequence[Run]) -> list[list[str]]:
     """One run's settings; of several those that differ."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
     rows = [[key, *(str(run.settings.get(key, "–")) for run in runs)] for key in keys]
-    if len(runs) > 1:
-        rows = [row for row in rows if len(set(row[1:])) > 1]
-    title = "Settings" if len(runs) == 1 else "Settings that differ"
-    return table(title, ("flag", *names), rows)
+    return rows if len(runs) == 1 else [row for row in rows if len(set(row[1:])) > 1]
+
+
+# ---- Curves, for parts.html to draw as SVG, readable at the width of a phone ----
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: `points` are (step, value), in order of the steps."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int = 0
+    """A number of the page's palette."""
+    dashed: bool = False
+    noisy: bool = False
+
+
+def figure(
+    title: str, lines: Sequence[Line], note: str = "", log: bool = False
+) -> dict[str, Any] | None:
+    """What `parts.html` draws all `lines` from; None if none of them has a point."""
+    if log:
+        lines = [replace(line, points=[p for p in line.points if p[1] > 0]) for line in lines]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
+    frame = _Frame(min(xs), max(xs), *_bounds(min(ys), max(ys), log), log)
+    return {
+        "title": title,
+        "note": note,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "levels": [
+            (round(frame.y(value), 1), _short(value))
+            for value in _ticks(frame.low, frame.high, frame.log)
+        ],
+        "steps": _steps(frame),
+        "lines": [_drawn(line, frame) for line in lines],
+    }
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where values lie in the drawing."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    log: bool
+
+    def x(self, value: float) -> float:
+        share = (value - self.left) / ((self.right - self.left) or 1)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        low, high, value = self.low, self.high, value
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return HEIGHT - BOTTOM - (value - low) / ((high - low) or 1) * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """The points of a polyline."""
+        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+
+
+def _bounds(low: float, high: float, log: bool) -> tuple[float, float]:
+    if log:
+        return low / 1.1, high * 1.1
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 1
+    return (low - room if low < 0 or low > 0.3 * high else 0.0), high + room
+
+
+def _steps(frame: _Frame) -> list[tuple[float, str, str]]:
+    """Where the first, the middle and the last step stand, aligned to that place, and their
+    numbers."""
+    steps = sorted({frame.left, (frame.left + frame.right) // 2, frame.right})
+    anchors = ["start", *["middle"] * (len(steps) - 2), "end"]
+    return [(round(frame.x(s), 1), a, f"{s:,.0f}") for s, a in zip(steps, anchors, strict=False)]
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    """Three to six round numbers between the two."""
+    if log and high / low > 30:
+        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+        return [10.0**power for power in powers]
+    size = (high - low) / 4 or 1
+    unit = 10 ** math.floor(math.log10(size))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= size * 0.99)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _short(value: float) -> str:
+    """Four digits, from 10,000 to 999,999 all of them."""
+    if value and not 1e-3 <= abs(value) < 1e6:
+        digits, power = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def _drawn(line: Line, frame: _Frame) -> dict[str, Any]:
+    """A curve: its paths, the faint ones first, and marks where a value can be pointed at."""
+    points, noisy = _thinned(line.points), line.noisy and len(line.points) >= SMOOTHED_FROM
+    paths = [(noisy, frame.path(points))]
+    if noisy:
+        paths.append((False, frame.path(_thinned(_running_mean(line.points)))))
+    marks = [] if noisy or len(points) > MOST_MARKS else points
+    return {
+        "name": line.name,
+        "classes": f"curve c{line.colour % 8}{' dashed' if line.dashed else ''}",
+        "last": _short(line.points[-1][1]),
+        "paths": paths,
+        "marks": [
+            (round(frame.x(x), 1), round(frame.y(y), 1), f"{line.name}, step {x:,.0f}: {y:.5g}")
+            for x, y in marks
+        ],
+    }
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Few points that keep the least and the largest value of each stretch."""
+    size = max(1, -(-2 * len(points) // MOST_POINTS))
+    kept: list[tuple[float, float]] = []
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Exponential, over about a twentieth of the run, without a bias at its beginning."""
+    keep = 1 - 20 / max(len(points), 21)
+    total = weight = 0.0
+    found = []
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1
+        found.append((x, total / weight))
+    return found

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from whet.chat.conversation import place
+from whet.chat.conversation import Origin
 from whet.data.account import table
 from whet.files import short_names
 from whet.report.sheet import Sheet, document_name
@@ -83,8 +83,10 @@ def header_lines(sheet: Sheet, ink: Ink) -> Iterator[str]:
         for kind, count in sheet.left_out_counts.items():
             yield f"  {count:,}: {kind}"
         yield ""
-        told = dict.fromkeys(f"{place(o.source, o.line)}: {o.reason}" for o in sheet.left_out)
-        yield from (f"  {line}" for line in list(told)[:LEFT_OUT_SHOWN])
+        said = dict.fromkeys(
+            f"{Origin(o.source, o.line).where}: {o.reason}" for o in sheet.left_out
+        )
+        yield from (f"  {line}" for line in list(said)[:LEFT_OUT_SHOWN])
         if sum(sheet.left_out_counts.values()) > LEFT_OUT_SHOWN:
             yield "  … --html shows more"
 
@@ -109,13 +111,13 @@ def row_lines(sheet: Sheet, row: int, ink: Ink) -> Iterator[str]:
         start, length = int(document["start"]), int(document["length"])
         where = document_name(document, labels)
         end = start + length
-        told = f"{where}: {length:,} tokens, {int(document['trained']):,} trained"
+        said = f"{where}: {length:,} tokens, {int(document['trained']):,} trained"
         weights = np.setdiff1d(sheet.mask[row, start:end], (0, 1))
         if len(weights):
-            told += f", weights other than 1: {', '.join(f'{weight:g}' for weight in weights[:5])}"
+            said += f", weights other than 1: {', '.join(f'{weight:g}' for weight in weights[:5])}"
         if sheet.notes:
-            told = f"{sheet.notes[number]}: {told}"
-        yield rule(told, ink)
+            said = f"{sheet.notes[number]}: {said}"
+        yield rule(said, ink)
         yield spans_text(sheet.text(row, start, end), sheet.mask[row, start:end], ink)
     if filled < sheet.width:
         yield rule(f"padding: {sheet.width - filled:,} places", ink)

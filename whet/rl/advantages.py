@@ -46,18 +46,18 @@ def informative(rewards: Tensor) -> Tensor:
 
 
 def gae(
-    rewards: Tensor, values: Tensor, lengths: Tensor, *, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, inside: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv:1506.02438 eq. 16) of S replies of up to T tokens.
+    """Generalised advantage estimation (arXiv:1506.02438 eq. 16) of the replies in some rows.
 
-    rewards and values (S, T): of the first `lengths` (S,) tokens of each row; what follows is not
-    read. The value after the last token is 0: the reply has ended. Returns (advantages, returns),
-    both (S, T) and 0 after the lengths, with
+    rewards and values (S, T) of the tokens that are `inside` (S, T) bool: runs of them are replies,
+    and at least one other place stands between two; what lies there is not read. The value after
+    the last token of a reply is 0: it has ended. Returns (advantages, returns), both (S, T) and 0
+    outside, with
 
         delta_t = rewards_t + gamma values_(t+1) - values_t
         advantage_t = delta_t + gamma lam advantage_(t+1),  return_t = advantage_t + values_t
     """
-    inside = torch.arange(rewards.shape[1], device=rewards.device) < lengths[:, None]
     values = torch.where(inside, values, 0.0)
     delta = torch.where(inside, rewards, 0.0) - values
     delta[:, :-1] += gamma * values[:, 1:]
@@ -65,9 +65,9 @@ def gae(
     advantages = torch.zeros_like(delta)
     running = delta.new_zeros(len(delta))
     for t in reversed(range(delta.shape[1])):
-        running = delta[:, t] + gamma * lam * running
+        running = (delta[:, t] + gamma * lam * running) * inside[:, t]
         advantages[:, t] = running
-    return advantages, torch.where(inside, advantages + values, 0.0)
+    return advantages, advantages + values
 
 
 def whitened(advantages: Tensor, weight: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whet.data.batches import Batch, make_batch, micro_batch_count, micro_batches
-from whet.data.rows import Rows
+from whet.data.batches import Batch, make_batch, micro_batches, shares_of
+from whet.data.layout import Rows
+from whet.flags.ppo import Config
 from whet.generate.engine import evaluating
 from whet.model.attention import planned
 from whet.model.decoder import Transformer, run_batch
@@ -22,6 +23,8 @@ from whet.rl.rollout_file import Layout
 from whet.train.distributed import Ranks, gather, unwrap
 
 Completed = tuple[dict[str, np.ndarray], dict[str, float]]
+Reference = Callable[[nn.Module, Batch], Tensor]
+"""(model in training, batch) -> -ln p (B, T) of the model that training begins with."""
 
 
 class ActorCritic(nn.Module):
@@ -53,64 +56,45 @@ class ActorCritic(nn.Module):
         return [*self.policy.layers, *self.critic.layers]
 
 
-def policy_of(model: nn.Module) -> Any:
-    """The policy alone, without wrapper and critic."""
-    inner: Any = unwrap(model)
-    return inner.policy if isinstance(inner, ActorCritic) else inner
-
-
 def judged_places(
     layout: Layout,
     model: nn.Module,
     ranks: Ranks,
     *,
-    reference: Callable[[nn.Module, Batch], Tensor] | None,
-    kl: float,
-    gamma: float,
-    lam: float,
-    micro_batch_size: int,
+    config: Config,
+    reference: Reference | None,
 ) -> Completed:
     """What PPO needs of each reply token of a rollout, and numbers for the log.
 
-    The reward of a token is -kl (ln p - ln p_reference), that of a reply's last token the reply's
-    own besides. Gives, as they stand in the file, `values`, `returns` and `token_advantages`
-    (rows, T): the critic's values, and what `gae` makes of rewards and values, the advantages with
-    mean 0 and variance 1 over the rollout's trained tokens. All ranks call it.
+    The reward of a token is -kl (ln p - ln p_reference), kl being the flag; the reply's own comes
+    to that of its last token. Gives, as they stand in the file, `values`, `returns` and
+    `token_advantages` (rows, T): the critic's values, and what `gae` makes of rewards and values,
+    the advantages with mean 0 and variance 1 over the rollout's trained tokens. All ranks call it.
     """
-    values, reference_nll = _read_places(layout, model, ranks, reference, micro_batch_size)
-    names = ("values", "returns", "token_advantages")
-    made = {name: np.zeros(layout.tokens.shape, np.float32) for name in names}
-    kept = [d for d in layout.documents if d.weight]
-    if not kept:  # all replies were cut, and `--truncated mask` trains none of them
-        return made, {}
-    lengths = torch.tensor([len(d.reply) for d in kept])
-    shape = (len(kept), int(lengths.max()))
-    rewards = torch.zeros(shape, dtype=torch.float64)
-    old, weight, change = (torch.zeros_like(rewards) for _ in range(3))
-    for i, document in enumerate(kept):
-        n, before = len(document.reply), range(document.reply.start - 1, document.reply.stop - 1)
-        places = (document.row, before)
-        old[i, :n] = torch.from_numpy(values[places])
-        weight[i, :n] = document.weight
-        if reference is not None:
-            logp = layout.logp[document.row, document.reply]
-            change[i, :n] = torch.from_numpy(logp + reference_nll[places])
-        rewards[i, :n] = -kl * change[i, :n]
-        rewards[i, n - 1] += document.sample.reward
-    advantages, returns = gae(rewards, old, lengths, gamma=gamma, lam=lam)
-    for i, document in enumerate(kept):
-        n, here = len(document.reply), (document.row, document.reply)
-        parts = (old, returns, whitened(advantages, weight))
-        for name, part in zip(names, parts, strict=True):
-            made[name][here] = part[i, :n].numpy()
-    inside = weight != 0
+    values, reference_nll = _read_places(layout, model, ranks, reference, config.micro_rows)
+    # A value stands at the place before its token, where the model predicts the token.
+    old, nll = (torch.from_numpy(np.roll(x, 1, 1)).double() for x in (values, reference_nll))
+    weight = torch.from_numpy(layout.mask)
+    inside, change = weight != 0, torch.zeros_like(old)
+    if reference is not None:
+        change = torch.where(inside, torch.from_numpy(layout.logp) + nll, 0.0)
+    rewards = -config.kl * change
+    for document in layout.documents:
+        if document.weight:
+            rewards[document.row, document.end - 1] += document.sample.reward
+    advantages, returns = gae(rewards, old, inside, gamma=config.gamma, lam=config.gae_lambda)
+    old = torch.where(inside, old, 0.0)
+    made = {"values": old, "returns": returns, "token_advantages": whitened(advantages, weight)}
+    places = {name: x.numpy().astype(np.float32) for name, x in made.items()}
+    if not inside.any():  # all replies were cut, and `--truncated mask` trains none of them
+        return places, {}
     numbers = {
         "explained_variance": _explained(returns[inside], old[inside]),
         "value": float(old[inside].mean()),
     }
     if reference is not None:
         numbers["kl"] = float(change[inside].mean())
-    return made, numbers
+    return places, numbers
 
 
 def _explained(returns: Tensor, values: Tensor) -> float:
@@ -123,18 +107,16 @@ def _read_places(
     layout: Layout,
     model: nn.Module,
     ranks: Ranks,
-    reference: Callable[[nn.Module, Batch], Tensor] | None,
+    reference: Reference | None,
     micro_batch_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The critic's values, and -ln p under the reference, (rows, T) each, at the place before each
     token; every rank runs its rows and gets all."""
     inner: Any = unwrap(model)
-    n_rows = len(layout.tokens)
-    mine = np.arange(ranks.rank, n_rows, ranks.size)
+    shares = shares_of(len(layout.tokens), ranks.rank, ranks.size, micro_batch_size)
     found = list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
     with torch.no_grad(), evaluating(inner):
-        for i in range(micro_batch_count(n_rows, ranks.size, micro_batch_size)):
-            rows = mine[i * micro_batch_size : (i + 1) * micro_batch_size]
+        for rows in shares:
             read = Rows(layout.tokens[rows], layout.mask[rows], layout.segments[rows])
             whole = micro_batches(make_batch(read, rows, total=1.0), micro_batch_size, 1)[0]
             batch = planned(whole).to(ranks.device)

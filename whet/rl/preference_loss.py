@@ -20,17 +20,26 @@ which a share e is wrong (cDPO, ericmitchell.ai/cdpo.pdf eq. 3). `sft_weight` a 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
-NEEDS_REFERENCE = ("dpo", "ipo", "kto")
-SMOOTHED = ("dpo", "simpo")
+from whet.flags.dpo import WITHOUT_REFERENCE, Loss
+
 NEAREST_TO_0 = -1e-6
 """ORPO's odds are infinite for a reply that is certain, so its mean ln p stays below this."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, by the table above."""
+
+    kind: Loss
+    beta: float
+    gamma: float = 0.0
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Replies:
 def preference_loss(
     chosen: Replies,
     rejected: Replies,
-    kind: Kind,
+    kind: Loss,
     *,
     beta: float,
     gamma: float = 0.0,
@@ -100,9 +109,9 @@ def kto_loss(replies: Replies, desirable: Tensor | bool, beta: float, z: Tensor 
     return 1 - torch.sigmoid(torch.where(good, above, -above))
 
 
-def implicit_reward(replies: Replies, kind: Kind, beta: float) -> Tensor:
+def implicit_reward(replies: Replies, kind: Loss, beta: float) -> Tensor:
     """(P,) what the loss takes for the reward of each reply; its order decides pair accuracy."""
-    return beta * (replies.change if kind in NEEDS_REFERENCE else replies.mean).detach()
+    return beta * (replies.mean if kind in WITHOUT_REFERENCE else replies.change).detach()
 
 
 def reward_model_loss(

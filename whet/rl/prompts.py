@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 
 from whet.chat.chat import Chat
-from whet.chat.conversation import Message, shown
+from whet.chat.conversation import Message, Origin, shown
 from whet.chat.encode import encode_prompt
-from whet.data.reader import Unit, parse, read_units
-from whet.data.record import SYSTEM_KEYS, first_of
+from whet.data.reader import SHOWN, read_each, read_units
+from whet.data.record import check_asked, conversation_of, first_of, nested
 from whet.errors import UserError
-from whet.evaluate.answers import extract_answer
+from whet.evaluate.answers import extract_answer, same_number
 from whet.evaluate.gsm8k import svamp_question
 from whet.progress import track
 
 GOLD_FIELDS = ("gold", "answer", "solution", "ground_truth")
-SHOWN = 20  # lines that are named where many have the same fault
 
 
 @dataclass(frozen=True)
@@ -85,23 +84,23 @@ def load_prompts(
     """The first `limit` prompts of a file with their ids, and notes on those that were left out.
 
     A line is an object with `prompt` (a text or a list of messages), `messages`, `question` (GSM8K)
-    or `Body` and `Question` (SVAMP). The gold number stands in `gold`, `answer`, `solution` or
-    `ground_truth`. Prompts of more than `longest` tokens are left out. `needs_gold` is the reward
-    that needs a gold number, "" if none does. Raises UserError that names file and line.
+    or `Body` and `Question` (SVAMP). The gold number stands in the first field that a line has of
+    GOLD_FIELDS. Prompts of more than `longest` tokens are left out. `needs_gold` is the reward that
+    needs a gold number, "" if none does. Raises UserError that names file and lines.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file; expected JSON lines with prompt or question")
     units = list(itertools.islice(read_units(str(path)), limit))
-    found, too_long = list[Prompt](), list[int]()
     with track("Reading prompts", total=len(units), unit="prompts", quiet=quiet) as progress:
-        for unit in units:
-            prompt = _prompt(unit, path, chat)
+
+        def read(record: dict[str, Any], at: Origin) -> Prompt:
             progress.advance(1)
-            if longest is not None and len(prompt.ids) > longest:
-                too_long.append(unit.line)
-            else:
-                found.append(prompt)
+            return _prompt(record, at, chat)
+
+        read_all = read_each(path, units, read)
+    found = [p for p in read_all if longest is None or len(p.ids) <= longest]
+    too_long = [p.line for p in read_all if longest is not None and len(p.ids) > longest]
     if needs_gold and (lines := [p.line for p in found if p.gold is None]):
         raise UserError(
             f"{flag} {path}: the reward {needs_gold} needs a gold number in one of "
@@ -123,22 +122,20 @@ def _lines(lines: list[int]) -> str:
     return f"line {shown} has" if len(lines) == 1 else f"lines {shown} have"
 
 
-def _prompt(unit: Unit, path: Path, chat: Chat) -> Prompt:
-    where = f"{path}:{unit.line}"
-    try:
-        record = parse(unit)
-        if not isinstance(record, dict):
-            raise UserError(f"expected an object, got {type(record).__name__}")
-        messages = _messages(record)
-        ids = encode_prompt(messages, chat, tools=record.get("tools") or None, go_on=False)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return Prompt(ids, messages, _gold(record), record, unit.line)
+def _prompt(record: dict[str, Any], at: Origin, chat: Chat) -> Prompt:
+    check_asked(record, at)
+    conversation = conversation_of(_messages(record, at), record, at, asks=True)
+    if conversation.messages[-1]["role"] == "assistant":
+        raise at.error(
+            "the messages end with the assistant's; expected them to end with what it is asked"
+        )
+    ids = encode_prompt(conversation, chat, go_on=False)
+    return Prompt(ids, conversation.messages, _gold(record), record, at.line)
 
 
-def _messages(record: dict[str, Any]) -> list[Message]:
+def _messages(record: dict[str, Any], at: Origin) -> list[Any]:
     name = first_of(record, ("prompt", "messages", "question"))
-    asked = record[name] if name else None
+    asked = nested(record[name], name, at) if name else None
     if name is None and {"Body", "Question"} <= record.keys():
         name, asked = "Question", svamp_question(record)
     if name is None:
@@ -148,23 +145,13 @@ def _messages(record: dict[str, Any]) -> list[Message]:
         asked = [{"role": "user", "content": asked}]
     if not isinstance(asked, list) or not asked:
         raise UserError(f"{name} must be a text or a list of messages, got {shown(asked)}")
-    if isinstance(asked[-1], dict) and asked[-1].get("role") == "assistant":
-        raise UserError(
-            "the messages end with the assistant's; expected them to end with what it is asked"
-        )
-    system = first_of(record, SYSTEM_KEYS)
-    said = record[system] if system else ""
-    if not said:
-        return asked
-    if not isinstance(said, str):
-        raise UserError(f"{system} must be a text, got {shown(said)}")
-    if isinstance(asked[0], dict) and asked[0].get("role") == "system":
-        raise UserError(f"has a field {system} and a system turn; keep one of them")
-    return [{"role": "system", "content": said}, *asked]
+    return asked
 
 
 def _gold(record: dict[str, Any]) -> str | None:
     name = first_of(record, (*GOLD_FIELDS, "Answer"))
     value = record[name] if name else None
-    usable = isinstance(value, str | int | float) and not isinstance(value, bool)
-    return extract_answer(str(value)) if usable else None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    number = extract_answer(str(value))
+    return number if same_number(number, number) else None

@@ -38,6 +38,10 @@ other models by whole units."""
 MOVED = 0.01
 """The steps of training are small, and stale weights stay below `BOUND` for long. But a server that
 says bit for bit what it said when the trainer's ln p were so far away has not loaded anything."""
+GROWN = 10.0
+"""One that has loaded only a part shows it by a distance that is above `MOVED` and so many times
+that of the first rollout: as far as kernels differ. vLLM 0.32.0 on a CPU reloads an embedding, for
+one, but not the head that is tied to it."""
 
 Write = Callable[[nn.Module, Path, dict[str, float]], None]
 
@@ -47,19 +51,24 @@ class Remote:
     """A server as the sampler of a run. Every rank has one."""
 
     server: Server
-    folder: Path
-    """Where weights are handed over; the server must see it under the same path."""
+    config: Any
+    """The flags of the stage."""
     write: Write
     """Write the model, or its adapter, into a directory; all ranks call it, rank 0 writes."""
     has_adapter: bool
     probe: Sequence[int]
     """The tokens of a prompt, of which ln p is compared."""
     max_positions: int
-    max_new_tokens: int
-    temperature: float
     stop_ids: tuple[int, ...]
     before: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     """ln p of the probe's prompt, of server and trainer, when the server's last changed."""
+    usual: float | None = None
+    """How far apart a token they were at the first rollout."""
+
+    @property
+    def folder(self) -> Path:
+        """Where weights are handed over; the server must see it under the same path."""
+        return self.config.out / "rollouts" / "weights"
 
     def connect(self, longest: int) -> str:
         """See that the server is there and fits, and name it. `longest`: tokens of a prompt.
@@ -67,7 +76,7 @@ class Remote:
         Raises UserError.
         """
         self.server.connect()
-        wanted = min(longest + self.max_new_tokens, self.max_positions)
+        wanted = min(longest + self.config.max_new_tokens, self.max_positions)
         if self.server.room is not None and self.server.room < wanted:
             raise self.server.error(
                 f"takes texts of {self.server.room:,} tokens, prompt and reply need {wanted:,}: "
@@ -83,8 +92,8 @@ class Remote:
         """
         found: Any = None
         name = f"whet-{secrets.token_hex(4)}-{rollout:07d}" if self.has_adapter else "model"
-        name = from_first(name, ranks, ranks.background)
-        old, directory = self.server.adapter, (self.folder / name).resolve()
+        name = from_first(name, ranks, ranks.setup)
+        directory = (self.folder / name).resolve()
         try:
             self.write(policy, directory, {})
             if ranks.first and self.has_adapter:
@@ -96,16 +105,17 @@ class Remote:
                 found = (request.ids, *self.server.judge(request))
         except UserError as error:
             found = str(error)
-        found = from_first(found, ranks, ranks.background)
+        found = from_first(found, ranks, ranks.setup)
         if isinstance(found, str):
             raise UserError(found)
         ids, fixed, reply = found
         own = self._own(policy, ids, reply.ids)
-        if wrong := from_first(self._verdict(fixed, reply, own), ranks, ranks.background):
+        if wrong := from_first(self._verdict(fixed, reply, own), ranks, ranks.setup):
             raise self.server.error(wrong)
         self.server.adapter = name if self.has_adapter else ""
-        if old and ranks.first:
-            shutil.rmtree(self.folder / old, ignore_errors=True)
+        for old in self.folder.iterdir() if ranks.first else ():  # a killed run has left its own
+            if old.name != name:
+                shutil.rmtree(old, ignore_errors=True)
 
     def sample(
         self,
@@ -118,14 +128,14 @@ class Remote:
         What is sampled depends on the key, as far as the server keeps to its seed. Raises UserError
         for a server that is dead, slow, or answers something else.
         """
-        count = sum(map(len, cohorts))
+        count, most = sum(map(len, cohorts)), self.config.max_new_tokens
         pool = ThreadPoolExecutor(min(CONNECTIONS, max(1, count)))
         try:
             running = [
                 [
                     pool.submit(
                         self.server.sample,
-                        self._request(ids, self.max_new_tokens, group_size, request_seed(key)),
+                        self._request(ids, most, group_size, request_seed(key)),
                     )
                     for ids, key in cohort
                 ]
@@ -145,7 +155,7 @@ class Remote:
 
     def _request(self, ids: list[int], room: int, n: int, seed: int) -> Request:
         room = min(room, self.max_positions - len(ids))
-        return Request(ids, n, room, self.temperature, self.stop_ids, seed)
+        return Request(ids, n, room, self.config.temperature, self.stop_ids, seed)
 
     @torch.no_grad()
     def _own(self, policy: Any, ids: list[int], reply: list[int]) -> list[float]:
@@ -155,32 +165,32 @@ class Remote:
             logits = policy(tokens)[0, :-1].float()
         cut, targets = len(ids) - 1, tokens[0, 1:]
         fixed = log_probabilities(logits[:cut], targets[:cut], 1.0)
-        drawn = log_probabilities(logits[cut:], targets[cut:], self.temperature)
+        drawn = log_probabilities(logits[cut:], targets[cut:], self.config.temperature)
         return torch.cat([fixed, drawn]).tolist()
 
     def _verdict(self, fixed: list[float], reply: Reply, own: list[float]) -> str:
         """What is wrong with the server's numbers; nothing if they are the trainer's."""
         ours, drawn = own[: len(fixed)], own[len(fixed) :]
-        if not (gap := _distance(fixed, ours)) <= BOUND:
+        if fixed != self.before[0]:
+            self.before = fixed, ours
+        gap = _distance(fixed, ours)
+        self.usual = gap if self.usual is None else self.usual
+        unmoved = _distance(ours, self.before[1]) > MOVED
+        partly = gap > max(MOVED, GROWN * self.usual)
+        if unmoved or partly or not gap <= BOUND:
+            base = "; is it the server of --model's base?" if self.has_adapter else ""
             return (
-                "the server still answers with other weights: its ln p of a prompt's tokens are "
-                f"{np.mean(fixed):.4f} on average, the trainer's {np.mean(ours):.4f}, "
-                f"{gap:.2g} apart a token (at most {BOUND:g})"
+                "the server answers with other weights: its ln p of a prompt's tokens are "
+                f"{np.mean(fixed):.4f} on average{', as before' * unmoved}, the trainer's "
+                f"{np.mean(ours):.4f}, {gap:.2g} apart a token, {self.usual:.2g} at the first "
+                f"rollout{base}"
             )
         if not (gap := _distance(reply.logp, drawn)) <= BOUND:
             return (
-                f"the log-probs of its samples are not those of --temperature {self.temperature:g}:"
-                f" {np.mean(reply.logp):.4f} on average, the trainer's {np.mean(drawn):.4f}; vLLM "
-                "needs --logprobs-mode processed_logprobs"
-            )
-        then, before = self.before
-        if fixed != then:
-            self.before = (fixed, ours)
-        elif (moved := _distance(ours, before)) > MOVED:
-            return (
-                "the server still answers with other weights: its ln p of a prompt's tokens "
-                f"are {np.mean(fixed):.4f} on average, as before, the trainer's have moved from "
-                f"{np.mean(before):.4f} to {np.mean(ours):.4f}, {moved:.2g} a token"
+                f"the log-probs of its samples are {np.mean(reply.logp):.4f} on average, the "
+                f"trainer's at --temperature {self.config.temperature:g} {np.mean(drawn):.4f}: "
+                "vLLM needs --logprobs-mode processed_logprobs, SGLang an environment without "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB; or it samples by keys cached with other weights"
             )
         return ""
 

@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, same_number
 from whet.flags.choices import Device, Precision
 from whet.flags.policy import parse_reward
-from whet.generate.engine import evaluating
+from whet.generate.engine import Reply, evaluating
 from whet.generate.opened import open_model
+from whet.generate.rows import padded
 from whet.rl.prompts import Prompt
 
 NEEDS_GOLD = ("correct", "format")
@@ -50,11 +51,9 @@ class Answer:
     """A sampled reply as rewards see it."""
 
     prompt: Prompt
-    ids: list[int]
-    """With the stop token, if it was reached."""
+    reply: Reply
     text: str
     """Without the stop token; begins with `<think>` where the prompt has opened it."""
-    stopped: bool
 
 
 Score = Callable[[Sequence[Answer]], list[float]]
@@ -84,18 +83,19 @@ def open_rewards(
     `seconds` is how long a function of the user's may take for one call.
     """
     found = []
+    own: dict[str, Score] = {
+        "correct": correct,
+        "format": in_form,
+        "length": Length(max_new_tokens),
+    }
     shown = short_names([parse_reward(text)[0] for text in texts])
     for text in texts:
         name, weight = parse_reward(text)
         score: Score
-        if name == "correct":
-            score = correct
-        elif name == "format":
-            score = in_form
-        elif name == "length":
-            score = Length(max_new_tokens)
+        if name in own:
+            score = own[name]
         elif name.rpartition(":")[0].endswith(".py"):
-            score = stack.enter_context(PythonReward(name, seconds))
+            score = stack.enter_context(closing(PythonReward(name, seconds)))
         else:
             score = reward_model(name, chat, device, precision)
         found.append(Reward(shown[name], weight, score))
@@ -124,12 +124,8 @@ def total_rewards(
                     f"--reward {name}: gave {value} for a reply to line {answer.prompt.line}; "
                     f"expected a finite number (the reply: {answer.text[:80]!r})"
                 )
-    weights = {reward.name: reward.weight for reward in rewards}
-    sums = [
-        sum(weights[name] * values[i] for name, values in parts.items())
-        for i in range(len(answers))
-    ]
-    return sums, parts
+    count = range(len(answers))
+    return [sum(r.weight * parts[r.name][i] for r in rewards) for i in count], parts
 
 
 def correct(answers: Sequence[Answer]) -> list[float]:
@@ -140,7 +136,7 @@ def correct(answers: Sequence[Answer]) -> list[float]:
 def in_form(answers: Sequence[Answer]) -> list[float]:
     """1.0 where a right reply stopped and marked its answer exactly once."""
     return [
-        right * float(answer.stopped and len(_IN_FORM.findall(answer.text)) == 1)
+        right * float(answer.reply.stopped and len(_IN_FORM.findall(answer.text)) == 1)
         for answer, right in zip(answers, correct(answers), strict=True)
     ]
 
@@ -153,7 +149,7 @@ class Length:
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         quarter = max(1.0, self.longest / 4)
-        over = [(len(a.ids) - (self.longest - quarter)) / quarter for a in answers]
+        over = [(len(a.reply.ids) - (self.longest - quarter)) / quarter for a in answers]
         return [-min(1.0, max(0.0, x)) for x in over]
 
 
@@ -170,7 +166,7 @@ class PythonReward:
     def __init__(self, place: str, seconds: float) -> None:
         self.place, self.seconds = place, seconds
         file, _, name = place.rpartition(":")
-        self._process = subprocess.Popen(
+        self._process: Any = subprocess.Popen(
             [sys.executable, "-m", "whet.rl.reward_process", file, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -186,12 +182,6 @@ class PythonReward:
         except UserError:
             self.close()
             raise
-
-    def __enter__(self) -> "PythonReward":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the process, and those that it has started."""
@@ -213,9 +203,8 @@ class PythonReward:
             "prompts": [answer.prompt.messages for answer in answers],
             "completions": [answer.text for answer in answers],
             "gold": [answer.prompt.gold for answer in answers],
-            "stopped": [answer.stopped for answer in answers],
+            "stopped": [answer.reply.stopped for answer in answers],
         }
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # a dead process is reported below
             self._process.stdin.write(json.dumps(columns, default=str) + "\n")
             self._process.stdin.flush()
@@ -223,7 +212,6 @@ class PythonReward:
         return rewards
 
     def _answer(self, task: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
         if not self._selector.select(self.seconds):
             self.close()
             raise UserError(
@@ -262,7 +250,7 @@ def reward_model(directory: str, chat: Chat, device: torch.device, precision: Pr
     limit = opened.model.config.max_positions
 
     def score(answers: Sequence[Answer]) -> list[float]:
-        texts = [[*answer.prompt.ids, *answer.ids] for answer in answers]
+        texts = [[*answer.prompt.ids, *answer.reply.ids] for answer in answers]
         if (longest := max(map(len, texts))) > limit:
             raise UserError(
                 f"--reward {directory}: has {limit:,} positions, and a reply with its prompt has "
@@ -279,12 +267,7 @@ def reward_model(directory: str, chat: Chat, device: torch.device, precision: Pr
 
 def _last_scores(model: Any, texts: list[list[int]], device: torch.device) -> list[float]:
     """The score at the last token of each text, run together as documents of rows of their own."""
-    longest = max(map(len, texts))
-    tokens = torch.zeros(len(texts), longest, dtype=torch.long)
-    segments, weight = torch.zeros_like(tokens), torch.zeros(tokens.shape)
-    for i, text in enumerate(texts):
-        tokens[i, : len(text)] = torch.tensor(text)
-        segments[i, : len(text)] = 1
-        weight[i, len(text) - 1] = 1.0
-    scores = model(tokens.to(device), None, segments.to(device), weight=weight.to(device))
+    tokens, last = padded(texts, device)
+    places = torch.arange(tokens.shape[1], device=device)
+    scores = model(tokens, None, (places <= last).long(), weight=(places == last).float())
     return scores.sum(1).tolist()

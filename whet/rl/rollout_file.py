@@ -26,7 +26,6 @@ from torch import Tensor
 from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
 from whet.data.packing import pack
 from whet.data.store import DOCUMENT, PackedStore, new_store
-from whet.flags.choices import Advantage
 from whet.model.attention import planned
 from whet.rl.advantages import group_advantages
 from whet.rl.policy_loss import token_weights
@@ -40,7 +39,7 @@ SHORTEST_ROW = 256
 """Rows are at least so long, so that short replies share one."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Document:
     """One reply after its prompt, and where it stands."""
 
@@ -48,9 +47,9 @@ class Document:
     number: int
     """Of the sample in its group."""
     ids: list[int]
-    weight: float
-    """Of each token of the reply."""
     advantage: float
+    weight: float = 0.0
+    """Of each token of the reply."""
     row: int = 0
     start: int = 0
 
@@ -89,25 +88,35 @@ def lay_out(
     groups: Sequence[Sequence[Sample]],
     prompts: Prompts,
     config: PolicyConfig,
-    advantage: Advantage,
     pad_id: int,
 ) -> Layout:
     """Put samples into rows: the groups are dealt to the updates in turn, and each update has rows
     of its own."""
-    updates = range(config.updates)
-    parts = [_part(groups, prompts, config, advantage, update) for update in updates]
-    length = max(SHORTEST_ROW, *(len(d.ids) for documents, _ in parts for d in documents))
-    placed, ends = list[Document](), [0]
-    for documents, _ in parts:
-        if not documents:  # a short rollout at the end of an epoch: this update trains nothing
-            ends.append(ends[-1])
-            continue
-        packing = pack(np.array([len(d.ids) for d in documents]), length, config.seed)
-        rows = (packing.row + ends[-1]).tolist()
-        where = zip(documents, rows, packing.start.tolist(), strict=True)
-        own = [replace(d, row=row, start=start) for d, row, start in where]
+    rewards = torch.tensor([[s.reward for s in group] for group in groups], dtype=torch.float64)
+    advantages = group_advantages(rewards, config.advantage).tolist()
+    dealt = [
+        [
+            Document(s, k, [*prompts.prompts[s.prompt].ids, *s.reply.ids], advantages[g][k])
+            for g in range(update, len(groups), config.updates)
+            for k, s in enumerate(groups[g])
+        ]
+        for update in range(config.updates)
+    ]
+    length = max(SHORTEST_ROW, *(len(d.ids) for own in dealt for d in own))
+    placed, ends, totals = list[Document](), [0], list[float]()
+    for own in dealt:  # none where a short rollout ends an epoch: then an update trains nothing
+        # A masked reply is in neither sum: not in the losses, not in what they are divided by.
+        kept = [d for d in own if config.truncated != "mask" or d.sample.reply.stopped]
+        lengths = torch.tensor([len(d.reply) for d in kept])
+        weights, total = token_weights(lengths, config.normalize, config.max_new_tokens)
+        for d, weight in zip(kept, weights.tolist(), strict=True):
+            d.weight = weight
+        packing = pack(np.array([len(d.ids) for d in own]), length, config.seed)
+        for d, row, start in zip(own, packing.row.tolist(), packing.start.tolist(), strict=True):
+            d.row, d.start = ends[-1] + row, start
         placed += sorted(own, key=lambda d: (d.row, d.start))
         ends.append(ends[-1] + packing.n_rows)
+        totals.append(total)
     shape = (ends[-1], length)
     tokens, segments = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
     mask, logp = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -116,32 +125,7 @@ def lay_out(
         segments[d.row, d.start : d.end] = segments[d.row].max() + 1
         mask[d.row, d.reply] = d.weight
         logp[d.row, d.reply] = d.sample.reply.logp
-    totals = [total for _, total in parts]
     return Layout(placed, tokens, segments, mask, logp, ends[1:], totals)
-
-
-def _part(
-    groups: Sequence[Sequence[Sample]],
-    prompts: Prompts,
-    config: PolicyConfig,
-    advantage: Advantage,
-    update: int,
-) -> tuple[list[Document], float]:
-    """The documents of an update, and what their weights are divided by."""
-    rewards = torch.tensor([[s.reward for s in group] for group in groups], dtype=torch.float64)
-    advantages = group_advantages(rewards, advantage).tolist()
-    documents, lengths = list[Document](), list[int]()
-    for g in range(update, len(groups), config.updates):
-        for k, sample in enumerate(groups[g]):
-            ids = [*prompts.prompts[sample.prompt].ids, *sample.reply.ids]
-            kept = config.truncated != "mask" or sample.reply.stopped
-            documents.append(Document(sample, k, ids, float(kept), advantages[g][k]))
-            lengths.append(len(sample.reply.ids) if kept else 0)
-    # A masked reply is in neither sum: not in the losses, not in what they are divided by.
-    counted = torch.tensor([n for n in lengths if n])
-    weights, total = token_weights(counted, config.normalize, config.max_new_tokens)
-    each = iter(weights.tolist())
-    return [replace(d, weight=next(each)) if d.weight else d for d in documents], total
 
 
 def write_rollout(
@@ -163,17 +147,10 @@ def write_rollout(
         "places": list(places),
         **attrs,
     }
+    lines = [prompts.prompts[d.sample.prompt].line for d in layout.documents]
     table = [
-        (
-            d.row,
-            d.start,
-            len(d.ids),
-            len(d.reply) if d.weight else 0,
-            0,
-            prompts.prompts[d.sample.prompt].line,
-            d.number,
-        )
-        for d in layout.documents
+        (d.row, d.start, len(d.ids), len(d.reply) if d.weight else 0, 0, line, d.number)
+        for d, line in zip(layout.documents, lines, strict=True)
     ]
     with new_store(path, *layout.tokens.shape, weighted=True, attrs=said) as writer:
         writer.write_rows(layout.tokens, layout.mask, layout.segments)

@@ -14,16 +14,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from whet.chat.chat import Chat
 from whet.data.batches import Batch, global_batch_rows, steps_per_epoch
 from whet.errors import UserError
-from whet.flags.choices import Advantage
 from whet.generate.engine import Reply
 from whet.progress import say
-from whet.rl.critic import Completed, policy_of
+from whet.rl.critic import Completed
 from whet.rl.prompts import Prompts
-from whet.rl.remote import Remote
-from whet.rl.rewards import Reward
 from whet.rl.rollout_file import (
     ROWS,
     Layout,
@@ -33,7 +29,7 @@ from whet.rl.rollout_file import (
     rollout_path,
     write_rollout,
 )
-from whet.rl.sampling import PolicyConfig, Sample, sample_groups
+from whet.rl.sampling import PolicyConfig, Sample, Sampler, policy_of
 from whet.train.distributed import Ranks, from_first, is_sharded
 from whet.train.evaluation import Meeting
 from whet.train.signals import Stop
@@ -50,24 +46,22 @@ MANY = 0.5
 class Rollouts:
     """The `documents`, `before_step` and `batches` of a stage that trains a policy."""
 
-    prompts: Prompts
-    config: PolicyConfig
-    advantage: Advantage
-    rewards: Sequence[Reward]
-    chat: Chat
+    sampler: Sampler
     ranks: Ranks
-    passes: int = 1
-    """How often each reply is trained."""
-    refill: bool = False
     complete: Complete | None = None
     """What else a stage needs of each token: numbers (rows, T) by name, and some for the log."""
-    quiet: bool = True
-    remote: Remote | None = None
-    """The server that samples, if it is not this process."""
     current: Rollout | None = None
     known: dict[int, np.ndarray] = field(default_factory=dict)
     """The prompt of each document of rollouts whose steps the ledger may not have written yet."""
     reported_cut: bool = False
+
+    @property
+    def prompts(self) -> Prompts:
+        return self.sampler.prompts
+
+    @property
+    def config(self) -> PolicyConfig:
+        return self.sampler.config
 
     @property
     def folder(self) -> Path:
@@ -77,7 +71,7 @@ class Rollouts:
     @property
     def per_rollout(self) -> int:
         """Optimizer steps of a rollout."""
-        return self.config.updates * self.passes
+        return self.config.updates * self.config.passes
 
     @property
     def rollouts_per_epoch(self) -> int:
@@ -101,7 +95,8 @@ class Rollouts:
                     f"gone: remove the states after step {step - update} from "
                     f"{self.folder.parent / 'state'}, and --resume makes it again"
                 ) from None
-            self.known[number] = self._prompts_of(self.current)
+            lines = self.current.store.documents["line"]
+            self.known[number] = self.current.by_segment(lines)
         return made
 
     def batches(self, step: int) -> list[Batch]:
@@ -112,16 +107,14 @@ class Rollouts:
         return self._batches(self.current, update, number // self.rollouts_per_epoch)
 
     def _batches(self, rollout: Rollout, update: int, epoch: int) -> list[Batch]:
-        micro_batch_size = self.config.micro_batch_size
-        assert micro_batch_size is not None, "resolved before"
-        return rollout.batches(update % self.config.updates, self.ranks, micro_batch_size, epoch)
+        update %= self.config.updates
+        return rollout.batches(update, self.ranks, self.config.micro_rows, epoch)
 
     def dry_steps(self, model: nn.Module) -> list[list[Batch]]:
         """This rank's micro-batches of a rollout whose replies are all as long as they may be."""
-        chosen = global_batch_rows(len(self.prompts), self.config.batch_size, self.config.seed, 0)
         most = policy_of(model).config.max_positions
         groups = list[list[Sample]]()
-        for number in chosen.tolist():
+        for number in self._chosen(0):
             n = min(self.config.max_new_tokens, most - len(self.prompts.prompts[number].ids))
             reply = Reply([self._pad_id] * n, [0.0] * n, True)
             worth = [float(k % 2) for k in range(self.config.group_size)]
@@ -138,21 +131,20 @@ class Rollouts:
         self, number: int, path: Path, model: nn.Module, ranks: Ranks, stop: Stop
     ) -> dict[str, float]:
         self.current = None
-        policy, meeting = policy_of(model), Meeting(stop, ranks)
-        whole = self.remote is None and is_sharded(model)  # then all ranks make each forward pass
+        policy, meeting, remote = policy_of(model), Meeting(stop, ranks), self.sampler.remote
+        whole = remote is None and is_sharded(model)  # then all ranks make each forward pass
         share = Ranks(device=ranks.device) if whole else ranks
-        if self.remote is not None:
-            self.remote.sync(policy, number, ranks)
-        size, seed = self.config.batch_size, self.config.seed
-        chosen = global_batch_rows(len(self.prompts), size, seed, number).tolist()
-        groups = self._sample(policy, chosen, number, share, meeting)
+        if remote is not None:
+            remote.sync(policy, number, ranks)
+        chosen = self._chosen(number)
+        groups = self.sampler.groups(policy, chosen, number, share, meeting)
         asked = len(groups)
-        for turn in range(REFILLS if self.refill else 0):
+        for turn in range(REFILLS if self.config.refill else 0):
             wanted = len(chosen) - len(live := [g for g in groups if _is_informative(g)])
             others = self._others(number, turn, {s.prompt for g in groups for s in g}, wanted)
             if not others:
                 break
-            groups = live + self._sample(policy, others, number, share, meeting)
+            groups = live + self.sampler.groups(policy, others, number, share, meeting)
             asked += len(others)
         metrics = numbers_of(groups, asked)
         layout = self._lay_out(groups[: len(chosen)])
@@ -164,38 +156,26 @@ class Rollouts:
                 self._write(path, number, layout, places)
             except UserError as error:
                 failed = str(error)
-        if failed := from_first(failed, ranks, ranks.background):
+        if failed := from_first(failed, ranks, ranks.setup):
             raise UserError(failed)
         self._report(metrics)
         return metrics
 
     @property
     def _pad_id(self) -> int:
-        tokenizer = self.chat.tokenizer
+        tokenizer = self.sampler.chat.tokenizer
         return tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id or 0
 
     def _lay_out(self, groups: Sequence[Sequence[Sample]]) -> Layout:
-        return lay_out(groups, self.prompts, self.config, self.advantage, self._pad_id)
+        return lay_out(groups, self.prompts, self.config, self._pad_id)
 
     def _completed(self, layout: Layout, model: nn.Module, ranks: Ranks) -> Completed:
         return ({}, {}) if self.complete is None else self.complete(layout, model, ranks)
 
-    def _sample(
-        self, policy: Any, chosen: Sequence[int], number: int, share: Ranks, meeting: Meeting
-    ) -> list[list[Sample]]:
-        return sample_groups(
-            policy,
-            self.prompts,
-            chosen,
-            number,
-            self.config,
-            self.rewards,
-            self.chat,
-            share,
-            meeting,
-            self.quiet,
-            self.remote,
-        )
+    def _chosen(self, number: int) -> list[int]:
+        """The prompts of a rollout."""
+        size, seed = self.config.batch_size, self.config.seed
+        return global_batch_rows(len(self.prompts), size, seed, number).tolist()
 
     def _others(self, number: int, turn: int, used: set[int], wanted: int) -> list[int]:
         """Further prompts for a rollout, by (seed, rollout, turn)."""
@@ -209,7 +189,7 @@ class Rollouts:
     ) -> None:
         """Write rollout `number`, and remove those that are neither among the newest so many up to
         it nor needed by a saved state."""
-        tokenizer = self.chat.tokenizer
+        tokenizer = self.sampler.chat.tokenizer
         attrs = {
             "tokenizer_hash": tokenizer.hash,
             "vocab_size": tokenizer.vocab_size,
@@ -225,7 +205,7 @@ class Rollouts:
                 file.unlink(missing_ok=True)
 
     def _report(self, metrics: Mapping[str, float]) -> None:
-        if metrics["truncated"] > MANY and not self.reported_cut and not self.quiet:
+        if metrics["truncated"] > MANY and not self.reported_cut and not self.sampler.quiet:
             self.reported_cut = True
             say(
                 f"note: {metrics['truncated']:.0%} of the replies were cut at --max_new_tokens "
@@ -260,10 +240,6 @@ class Rollouts:
     def find(self, file: str, line: int) -> np.ndarray:
         """The prompts of a line."""
         return self.prompts.find(file, line)
-
-    def _prompts_of(self, rollout: Rollout) -> np.ndarray:
-        """(rows, S + 1) the line of each document's prompt."""
-        return rollout.by_segment(rollout.store.documents["line"])
 
 
 def numbers_of(groups: Sequence[Sequence[Sample]], asked: int) -> dict[str, float]:

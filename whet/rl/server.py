@@ -10,8 +10,10 @@ import json
 import math
 import os
 import socket
-from contextlib import suppress
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -24,6 +26,9 @@ KEY = "WHET_ROLLOUT_KEY"
 PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 """The whole vocabulary's probabilities."""
+FULL, PAUSE = 503, 0.5
+"""What a server answers whose queue is full (vLLM's --max-num-queued-reqs, SGLang's
+--max-queued-requests), and the seconds until it is asked again for what it cannot do yet."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class Server:
             return
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
         self._change("/collective_rpc", body)
-        self._change("/reset_prefix_cache", {})  # its keys belong to the weights before
+        # Keys of the weights before. They stay while a request runs, say of a run that was killed.
+        self._change("/reset_prefix_cache", {}, patient=True)
 
     def load_adapter(self, name: str, directory: Path) -> None:
         """Have it take an adapter under a name, and forget the one before."""
@@ -86,33 +92,39 @@ class Server:
         self._change(f"{prefix}/load_lora_adapter", body)
         before, self.adapter = self.adapter, name
         if before:
-            self._change(f"{prefix}/unload_lora_adapter", {"lora_name": before})
+            with suppress(UserError):  # it may have made room by itself (--max-loaded-loras)
+                self._change(f"{prefix}/unload_lora_adapter", {"lora_name": before})
 
     def sample(self, request: Request) -> list[Reply]:
         """The replies to a prompt. Raises UserError for anything but `n` whole ones."""
-        if self.kind == "vllm":
-            answer = self.call("/v1/completions", self._for_vllm(request))
-            choices = self._listed(answer, "choices", request.n)
-            choices.sort(key=lambda choice: choice.get("index", 0))
-        else:
-            answer = self.call("/generate", self._for_sglang(request))
-            choices = self._listed(answer, None, request.n)
-        return [self._reply(choice, request) for choice in choices]
+        with self._reading():
+            return [self._reply(choice, request) for choice in self._choices(request)]
 
     def judge(self, request: Request) -> tuple[list[float], Reply]:
-        """ln p of each token of a prompt but the first, at temperature 1, and a reply to it."""
-        n = len(request.ids)
+        """ln p of each token of a prompt but the first, at temperature 1, and a reply to it.
+
+        The reply comes first, by the keys and values that the server has cached if it has; the
+        numbers of a prompt's tokens are always computed.
+        """
+        (reply,), n = self.sample(request), len(request.ids)
+        short = replace(request, room=1)
+        with self._reading():
+            if self.kind == "vllm":
+                (choice,) = self._choices(short, prompt_logprobs=1)
+                table = self._listed(choice, "prompt_logprobs", n)
+                pairs = zip(table[1:], request.ids[1:], strict=True)
+                return [float(entries[str(i)]["logprob"]) for entries, i in pairs], reply
+            (choice,) = self._choices(short, logprob_start_len=0)
+            table = self._listed(choice["meta_info"], "input_token_logprobs", n)
+            return [float(entry[0]) for entry in table[1:]], reply
+
+    def _choices(self, request: Request, **more: int) -> list[Any]:
+        """The `n` replies of the server, as it gives them. `more` is asked for besides."""
         if self.kind == "vllm":
-            body = {**self._for_vllm(request), "prompt_logprobs": 1}
-            (choice,) = self._listed(self.call("/v1/completions", body), "choices", 1)
-            table = self._listed(choice, "prompt_logprobs", n)[1:]
-            found = [t[str(i)]["logprob"] for t, i in zip(table, request.ids[1:], strict=True)]
-        else:
-            body = {**self._for_sglang(request), "logprob_start_len": 0}
-            (choice,) = self._listed(self.call("/generate", body), None, 1)
-            entries = self._listed(choice.get("meta_info"), "input_token_logprobs", n)
-            found = [entry[0] for entry in entries[1:]]
-        return found, self._reply(choice, request)
+            answer = self.call("/v1/completions", self._for_vllm(request) | more)
+            return self._listed(answer, "choices", request.n)
+        answer = self.call("/generate", self._for_sglang(request) | more)
+        return self._listed(answer, None, request.n)
 
     def stop(self) -> None:
         """Give up all requests under way: their threads end with a UserError."""
@@ -129,8 +141,25 @@ class Server:
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The answer to a request: JSON, or text where it is none.
 
-        Raises UserError if there is no server, no answer in time, or one that says no.
+        A server that has no room now is asked again for as long as an answer may take. Raises
+        UserError if there is no server, no answer in time, or one that says no.
         """
+        until = time.monotonic() + self.seconds
+        while True:
+            status, text = self._ask(path, body)
+            if status != FULL or self.stopped or time.monotonic() > until:
+                break
+            time.sleep(PAUSE)
+        try:
+            answer = json.loads(text) if text.strip() else None
+        except ValueError:
+            answer = text
+        if status >= 400:
+            raise self.error(f"answered {path} with {status}: {_said(answer)}{_hint(path, status)}")
+        return answer
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
+        """Status and text of the answer to one request."""
         where = urlsplit(self.url)
         secure = where.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -146,7 +175,7 @@ class Server:
                 raise ConnectionAbortedError("given up")
             connection.request("GET" if data is None else "POST", where.path + path, data, headers)
             response = connection.getresponse()
-            status, text = response.status, response.read().decode(errors="replace")
+            return response.status, response.read().decode(errors="replace")
         except TimeoutError as error:
             late = f"did not answer {path} within --rollout_seconds {self.seconds:g}"
             raise self.error(late) from error
@@ -156,19 +185,28 @@ class Server:
         finally:
             self.open.discard(connection)
             connection.close()
-        try:
-            answer = json.loads(text) if text.strip() else None
-        except ValueError:
-            answer = text
-        if status >= 400:
-            raise self.error(f"answered {path} with {status}: {_said(answer)}{_hint(path, status)}")
-        return answer
 
-    def _change(self, path: str, body: dict[str, Any]) -> None:
-        """A request that changes something; the answer may say that it did not."""
-        answer = self.call(path, body)
-        if isinstance(answer, dict) and answer.get("success") is False:
-            raise self.error(f"{path} failed: {_said(answer)}")
+    def _change(self, path: str, body: dict[str, Any], *, patient: bool = False) -> None:
+        """A request that changes something; the answer may say that it did not.
+
+        If `patient`, ask again for as long as an answer may take.
+        """
+        until = time.monotonic() + (self.seconds if patient else 0)
+        while isinstance(answer := self.call(path, body), dict) and answer.get("success") is False:
+            if time.monotonic() > until:
+                raise self.error(f"{path} failed: {_said(answer)}")
+            time.sleep(PAUSE)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Raise UserError where an answer is not of the form that is read in the block."""
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self.error(
+                f"gave an answer of an unknown form ({type(error).__name__}: {error}): it is too "
+                "old, or too new"
+            ) from error
 
     def _for_vllm(self, request: Request) -> dict[str, Any]:
         return {
@@ -204,16 +242,15 @@ class Server:
     def _reply(self, choice: Any, request: Request) -> Reply:
         """One reply of an answer, checked."""
         if self.kind == "vllm":
-            ids = choice.get("token_ids")
-            if ids is None:
+            if choice.get("token_ids") is None:
                 raise self.error("gives no token_ids: it is too old; vLLM 0.10.2 or newer does")
-            logp = (choice.get("logprobs") or {}).get("token_logprobs") or []
-            reason = choice.get("finish_reason")
+            ids, logp = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            reason = choice["finish_reason"]
         else:
-            meta = choice.get("meta_info") or {}
-            entries = meta.get("output_token_logprobs") or []
-            ids, logp = [entry[1] for entry in entries], [entry[0] for entry in entries]
-            reason = (meta.get("finish_reason") or {}).get("type")
+            meta = choice["meta_info"]
+            ids = [entry[1] for entry in meta["output_token_logprobs"]]
+            logp = [entry[0] for entry in meta["output_token_logprobs"]]
+            reason = meta["finish_reason"]["type"]
         if not 1 <= len(ids) <= request.room or len(logp) != len(ids):
             raise self.error(
                 f"gave a reply of {len(ids)} tokens with {len(logp)} log-probs; 1 to "
@@ -250,12 +287,15 @@ def _said(answer: Any) -> str:
 
 
 def _hint(path: str, status: int) -> str:
-    """What a server lacks that does not know an endpoint."""
+    """What a server lacks that does not know an endpoint, or does not do what it is asked for."""
     if status == 401:
         return f"; its key is read from the environment variable {KEY}"
-    if status in (404, 405) and path == "/collective_rpc":
-        return "; start vLLM with VLLM_SERVER_DEV_MODE=1, or train an adapter"
-    if path.endswith("load_lora_adapter"):
+    if path == "/collective_rpc":
+        return (
+            "; a whole model needs vLLM 0.16 or newer, started with VLLM_SERVER_DEV_MODE=1; or "
+            "train an adapter"
+        )
+    if path.endswith("/load_lora_adapter"):
         return (
             "; vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and "
             "--max-lora-rank, SGLang --enable-lora and --max-lora-rank"

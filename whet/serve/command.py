@@ -6,7 +6,6 @@ import socket
 import sys
 import time
 
-from whet.chat.template import read_variables
 from whet.errors import UserError
 from whet.flags.serve import Config
 
@@ -26,9 +25,8 @@ def main(config: Config) -> int:
         raise UserError(f"{error.name} is not installed; pip install 'whet[serve]'") from None
     from whet.serve.models import open_models
 
-    variables = read_variables(config.template_kwargs)
     with contextlib.closing(listen(config.host, config.port)) as listening:
-        models = open_models(config, variables, int(time.time()))
+        models = open_models(config, int(time.time()))
         app = Server(models, config.api_key, config.timeout).app()
         settings = uvicorn.Config(
             app,

@@ -16,7 +16,7 @@ from whet.chat.encode import encode_chat, encode_prompt
 from whet.errors import UserError
 from whet.files import short_names
 from whet.flags.serve import Config
-from whet.generate.opened import open_model
+from whet.generate.opened import open_asked
 from whet.report.conversation import EncodedLine, certificate_facts, turns
 from whet.report.pieces import token_pieces, token_texts
 from whet.serve.requests import ApiError
@@ -124,7 +124,7 @@ class Served:
         return self.chats[key]
 
 
-def open_models(config: Config, variables: dict[str, Any], now: int) -> dict[str, Served]:
+def open_models(config: Config, now: int) -> dict[str, Served]:
     """The models by name: the last part of each path, where these differ.
 
     Raises UserError for what cannot be opened, and for a model that is named twice.
@@ -135,8 +135,7 @@ def open_models(config: Config, variables: dict[str, Any], now: int) -> dict[str
     names = short_names([os.path.abspath(path) for path in paths])
     found: dict[str, Served] = {}
     for path, name in zip(paths, names, strict=True):
-        place = (config.tokenizer, config.device, config.precision)
-        model, chat = open_model(path, *place, variables)
+        model, chat = open_asked(path, config)
         stops = set(chat.stop_ids)
         context = min(config.context_length, model.config.max_positions)
         worker = Worker(model, stops, context, config.batch_size, config.queue)

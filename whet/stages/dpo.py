@@ -10,7 +10,7 @@ loss leaves open is where the probability goes: both replies may become unlikely
 rejected one does so faster. So the chosen reply's own log-probability is logged, and said in words.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -21,86 +21,54 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whet.data.batches import Batch, make_batch, per_document
-from whet.data.reference import MISMATCHED, Reference, read_reference
-from whet.data.rows import Rows, mismatched
+from whet.data.batches import Batch, make_batch, per_document, shares_of
+from whet.data.layout import Rows
+from whet.data.reference import MISMATCHED, Reference, mismatched, read_reference
 from whet.data.store import PackedStore
-from whet.flags.dpo import Config, Loss
+from whet.flags.dpo import WITHOUT_REFERENCE, Config
 from whet.generate.engine import evaluating
 from whet.model.decoder import run_batch
 from whet.model.lora.lora import adapters
 from whet.progress import track
-from whet.rl.preference_loss import (
-    NEEDS_REFERENCE,
-    Replies,
-    implicit_reward,
-    kto_loss,
-    preference_loss,
-)
-from whet.stages.opening import open_for_training
-from whet.stages.packed import batches_of_step, order_of
-from whet.stages.pairs import (
-    Judged,
-    batch_of_rows,
-    open_pairs,
-    order_in_words,
-    pair_stage,
-    rows_of_file,
-    sides,
-    units_of,
-)
+from whet.rl.preference_loss import Objective, Replies, implicit_reward, kto_loss, preference_loss
+from whet.stages.model import open_for_training, run_tuned
+from whet.stages.packed import batches_of_step
+from whet.stages.pairs import Judged, batch_of_rows, open_pairs, pair_stage, sides, units_of
 from whet.train.distributed import Ranks, sum_over_ranks, unwrap
-from whet.train.proposal import with_proposal
 from whet.train.resume import weights_fingerprint
-from whet.train.session import run_stage
 from whet.train.signals import Stop
-from whet.train.stage import Documents, Evaluation, Stage
+from whet.train.stage import Evaluation, Stage
 
 ADAPTER_LR = 1e-5
-FORGOTTEN = 0.5
-"""Nats a token by which the chosen replies may become less likely before it is said: then each of
-their tokens has lost 40 % of its probability."""
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
     """Open the pairs, the model and the reference, and check that they fit together."""
     found = list[str]()
-    kinds = ("preferences", "labels") if config.loss == "kto" else ("preferences",)
-    stores = open_pairs(config, found, kinds)
+    units = ("preferences", "labels") if config.loss == "kto" else ("preferences",)
+    stores = open_pairs(config, found, units)
     opened = open_for_training(config, ranks, found, stores, adapter_lr=ADAPTER_LR)
     beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
     gamma = (beta / 2 if config.gamma is None else config.gamma) if config.loss == "simpo" else 0.0
-    judge = partial(
-        judge_replies,
-        kind=config.loss,
-        beta=beta,
-        gamma=gamma,
-        label_smoothing=config.label_smoothing,
-        sft_weight=config.sft_weight,
-    )
+    objective = Objective(config.loss, beta, gamma, config.label_smoothing, config.sft_weight)
     z = Baseline() if config.loss == "kto" else None
-    judge = partial(judge, z=z)
-    reference = Reference("")
-    made = config.out / "reference.safetensors"
-    if config.loss in NEEDS_REFERENCE:
-        model = f"{model_fingerprint(opened.model)} {config.precision}"
-        reference.model = model
-        if config.reference is not None:
-            reference = read_reference(config.reference, model, stores, kinds_of(z))
-        elif made.exists() and (config.out / "config.toml").exists():
-            reference = read_reference(made, model, stores, kinds_of(z))
+    judge = partial(judge_replies, objective=objective, z=z)
+    kinds = ("",) if z is None else ("", MISMATCHED)
+    reference, made = Reference("", kinds), config.out / "reference.safetensors"
+    if config.loss not in WITHOUT_REFERENCE:
+        reference.model = f"{model_fingerprint(opened.model)} {config.precision}"
+        is_begun = made.exists() and (config.out / "config.toml").exists()
+        if path := config.reference or (made if is_begun else None):
+            reference = read_reference(path, reference, stores)
     complete = partial(with_reference, reference=reference)
-    words = partial(in_words, of_pairs=stores["--data"].kind == "preferences")
-    stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo", words)
-    if config.loss in NEEDS_REFERENCE and not reference.logp:
-        assert config.micro_batch_size is not None, "resolved before"
+    stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo")
+    if config.loss not in WITHOUT_REFERENCE and not reference.logp:
         start = partial(
             compute_reference,
             stores,
             reference,
             made,
-            kinds=kinds_of(z),
-            micro_rows=config.micro_batch_size,
+            micro_rows=config.micro_rows,
             quiet=config.quiet or not ranks.first,
         )
         stage = replace(stage, at_start=start)
@@ -140,45 +108,31 @@ def judge_replies(
     model: nn.Module,
     batch: Batch,
     *,
-    kind: Loss,
-    beta: float,
-    gamma: float,
-    label_smoothing: float,
-    sft_weight: float,
+    objective: Objective,
     z: "Baseline | None" = None,
 ) -> Judged:
     """The loss of the pairs, or of the labelled replies, of a batch."""
     both, nll = replies_of(model, batch)
-    baseline = z.value if z is not None else 0.0
+    kind, baseline = objective.kind, z.value if z is not None else 0.0
     if "labels" in batch.extra:
-        labels = batch.extra["labels"][:, 1:]
-        return _judge_labelled(both, nll, labels, beta, sft_weight, baseline)
+        return _judge_labelled(both, nll, batch.extra["labels"][:, 1:], objective, baseline)
     parts = [sides(x) for x in (both.logp, both.reference, both.tokens)]
     chosen, rejected = (Replies(*(part[i] for part in parts)) for i in (0, 1))
-    loss = preference_loss(
-        chosen,
-        rejected,
-        kind,
-        beta=beta,
-        gamma=gamma,
-        label_smoothing=label_smoothing,
-        sft_weight=sft_weight,
-        z=baseline,
-    )
+    loss = preference_loss(chosen, rejected, **vars(objective), z=baseline)
     numbers = {"chosen_logp": chosen.logp.detach(), "rejected_logp": rejected.logp.detach()}
-    if kind in NEEDS_REFERENCE:
+    if kind not in WITHOUT_REFERENCE:
         numbers |= _changes(chosen)
-    better, worse = (implicit_reward(side, kind, beta) for side in (chosen, rejected))
+    better, worse = (implicit_reward(side, kind, objective.beta) for side in (chosen, rejected))
     return Judged(loss, better, worse, nll, numbers)
 
 
 def _judge_labelled(
-    both: Replies, nll: Tensor, labels: Tensor, beta: float, sft_weight: float, z: float
+    both: Replies, nll: Tensor, labels: Tensor, objective: Objective, z: float
 ) -> Judged:
     """KTO of single replies: a good one, or the model against a bad one, stands as chosen."""
     replies = Replies(*(x[:, 1:] for x in (both.logp, both.reference, both.tokens)))
-    good = labels > 0
-    loss = kto_loss(replies, good, beta, z) - sft_weight * replies.mean * good
+    good, beta = labels > 0, objective.beta
+    loss = kto_loss(replies, good, beta, z) - objective.sft_weight * replies.mean * good
     reward = implicit_reward(replies, "kto", beta) * labels
     numbers = _changes(replies, torch.where(good, 0.0, torch.nan))
     return Judged(loss, reward, torch.zeros_like(reward), nll, numbers)
@@ -199,7 +153,6 @@ def compute_reference(
     model: nn.Module,
     ranks: Ranks,
     *,
-    kinds: Sequence[str],
     micro_rows: int,
     quiet: bool,
 ) -> None:
@@ -208,12 +161,12 @@ def compute_reference(
     All ranks call it, each with its rows; all do the same number of forward passes.
     """
     inner: Any = unwrap(model)
-    rows = len(kinds) * sum(len(store) for store in stores.values()) // ranks.size
+    rows = len(reference.kinds) * sum(len(store) for store in stores.values()) // ranks.size
     with track("Reference log-probabilities", rows, "rows", quiet) as progress:
-        for store, kind in product(stores.values(), kinds):
+        for store, kind in product(stores.values(), reference.kinds):
             empty = partial(with_reference, reference=Reference(""), kind=kind)
             logp = np.zeros(len(store.document_rows))
-            for share in rows_of_file(store, ranks, micro_rows):
+            for share in shares_of(len(store), ranks.rank, ranks.size, micro_rows):
                 batch = batch_of_rows(store, share, micro_rows, empty, ranks.device)
                 with torch.no_grad(), evaluating(inner):
                     found = replies_of(inner, batch)[0].logp.cpu().numpy()
@@ -248,11 +201,6 @@ class Baseline:
         self.value = max(0.0, total / count) if count else 0.0
 
 
-def kinds_of(z: Baseline | None) -> tuple[str, ...]:
-    """Of which documents the reference is needed."""
-    return ("",) if z is None else ("", MISMATCHED)
-
-
 def with_baseline(
     stage: Stage,
     config: Config,
@@ -263,27 +211,28 @@ def with_baseline(
 ) -> Stage:
     """The stage with `z` measured over the whole global batch before each step, and over the whole
     dev file before it is evaluated: so it depends on neither micro-batches nor ranks."""
-    store, dev, micro_rows = stores["--data"], stores.get("--dev"), config.micro_batch_size
-    assert micro_rows is not None, "resolved before"
+    store, dev, micro_rows = stores["--data"], stores.get("--dev"), config.micro_rows
     complete = partial(with_reference, reference=reference, kind=MISMATCHED)
-    order, of_data = order_of(config, store), partial(complete, store)
+    of_data = partial(complete, store)
 
     def before_step(step: int, model: nn.Module, ranks: Ranks, stop: Stop) -> dict[str, float]:
-        batches = batches_of_step(step, **order, store=store, ranks=ranks, complete=of_data)
+        batches = batches_of_step(step, config=config, store=store, ranks=ranks, complete=of_data)
         z.measure(model, batches, ranks)
         return {"kl": z.value}
 
     def evaluate(model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        if dev is not None:
-            shares = rows_of_file(dev, ranks, micro_rows)
-            each = (batch_of_rows(dev, s, micro_rows, complete, ranks.device) for s in shares)
-            z.measure(model, each, ranks)
+        assert dev is not None, "a stage without it evaluates nothing"
+        assert stage.evaluate is not None
+        shares = shares_of(len(dev), ranks.rank, ranks.size, micro_rows)
+        each = (batch_of_rows(dev, s, micro_rows, complete, ranks.device) for s in shares)
+        z.measure(model, each, ranks)
         return stage.evaluate(model, ranks, stop)
 
     alone = "no row holds replies to other prompts, so KTO's baseline stays 0; prepare longer rows"
     notes = [("note", alone)] if units_of(store).max() <= 1 else []
     header = [*stage.header, *notes]
-    return replace(stage, before_step=before_step, evaluate=evaluate, header=header)
+    measured = evaluate if stage.evaluate is not None else None
+    return replace(stage, before_step=before_step, evaluate=measured, header=header)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -300,29 +249,6 @@ def model_fingerprint(model: nn.Module) -> str:
     )
 
 
-def in_words(metrics: dict[str, float], *, of_pairs: bool) -> str:
-    """An evaluation's numbers for people, and what they warn of."""
-    words = order_in_words(metrics, of_pairs)
-    change = metrics.get("dev_chosen_change_a_token")
-    if change is None:
-        return words
-    kind = "chosen" if of_pairs else "good"
-    if (share := metrics.get("dev_chosen_less_likely")) is not None:
-        words += f"; {100 * share:.0f} % of the {kind} replies have become less likely"
-    if change < -FORGOTTEN:
-        words += (
-            f", by {-change:.2g} nats a token: the model forgets how to write them, whatever the "
-            "margin says; take a lower --lr, a larger --beta, or --sft_weight 1"
-        )
-    return words
-
-
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return PackedStore(config.data, ("preferences", "labels"))
-
-
 def main(config: Config) -> int:
     """`whet dpo`."""
-    fit = partial(with_proposal, build=build) if config.auto else None
-    return run_stage(config, "dpo", build, fit)
+    return run_tuned(config, "dpo", build)

@@ -10,7 +10,6 @@ gradient is that of SFT with the advantage as each token's weight, and SFT's own
 it. With more updates the ratio to the sampling policy is bounded by `--loss`.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
@@ -25,15 +24,13 @@ from whet.flags.grpo import Config
 from whet.generate.engine import evaluating
 from whet.model.decoder import run_batch
 from whet.model.lora.lora import without_adapters
-from whet.rl.critic import policy_of
+from whet.rl.critic import Reference
 from whet.rl.policy_loss import USUAL_CLIP, divergence, k3, policy_term, truncated_ratio
-from whet.rl.prompts import Prompts
-from whet.stages.opening import open_for_training
+from whet.rl.sampling import policy_of
+from whet.stages.model import open_for_training, run_tuned
 from whet.stages.policy import ADAPTER_LR, policy_stage
 from whet.train.distributed import Ranks
-from whet.train.proposal import with_proposal
-from whet.train.session import run_stage
-from whet.train.stage import Documents, Stage, Sums
+from whet.train.stage import Stage, Sums
 
 RATIO_CAP = 2.0
 """The ratio of trainer's to sampler's probability counts up to this much (arXiv:2510.18855)."""
@@ -46,9 +43,8 @@ def build(config: Config, ranks: Ranks) -> Stage:
     if config.kl:
         has_adapter = opened.lora is not None
         reference = frozen_reference(opened.model, has_adapter, config.temperature)
-    low, high = USUAL_CLIP[config.loss]
-    low = low if config.clip_low is None else config.clip_low
-    high = high if config.clip_high is None else config.clip_high
+    given = zip((config.clip_low, config.clip_high), USUAL_CLIP[config.loss], strict=True)
+    low, high = (usual if own is None else own for own, usual in given)
     loss = partial(
         grpo_loss,
         kind=None if config.updates == 1 else config.loss,
@@ -59,15 +55,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
         reference=reference,
         ratio_cap=None if config.rollout_url is None else RATIO_CAP,
     )
-    return policy_stage(
-        config,
-        ranks,
-        opened,
-        loss,
-        name="grpo",
-        advantage=config.advantage,
-        refill=config.refill,
-    )
+    return policy_stage(config, ranks, opened, loss, name="grpo")
 
 
 def grpo_loss(
@@ -79,7 +67,7 @@ def grpo_loss(
     high: float,
     temperature: float,
     kl: float = 0.0,
-    reference: Callable[[nn.Module, Batch], Tensor] | None = None,
+    reference: Reference | None = None,
     ratio_cap: float | None = None,
 ) -> Sums:
     """The policy loss of a micro-batch, see `whet.rl.policy_loss`; `kind` None is on-policy.
@@ -124,13 +112,9 @@ def grpo_loss(
     return Sums((batch.weight * term).sum(), nll, named)
 
 
-def frozen_reference(
-    model: nn.Module, has_adapter: bool, temperature: float
-) -> Callable[[nn.Module, Batch], Tensor]:
-    """(model in training, batch) -> -ln p (B, T) of the model that training begins with.
-
-    Under an adapter that is the base, with the adapter switched off; else a copy of the weights.
-    """
+def frozen_reference(model: nn.Module, has_adapter: bool, temperature: float) -> Reference:
+    """The model as it is now: under an adapter the base, with the adapter switched off; else a copy
+    of the weights."""
     copy = None if has_adapter else deepcopy(model).requires_grad_(False).eval()
 
     def reference(model: nn.Module, batch: Batch) -> Tensor:
@@ -144,10 +128,4 @@ def frozen_reference(
 
 def main(config: Config) -> int:
     """`whet grpo`."""
-    fit = partial(with_proposal, build=build) if config.auto else None
-    return run_stage(config, "grpo", build, fit)
-
-
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return Prompts(config.prompts, [])
+    return run_tuned(config, "grpo", build)

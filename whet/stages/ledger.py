@@ -1,12 +1,18 @@
 """`whet ledger RUN`: which documents a step saw, and which steps saw a document."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from whet.data.layout import KINDS
+from whet.data.store import PackedStore
 from whet.errors import UserError
 from whet.flags.ledger import Config
 from whet.progress import say
+from whet.rl.prompts import Prompts
+from whet.rl.sampling import PolicyConfig
+from whet.stages import pretrain
 from whet.stages.replay import run_settings
 from whet.train.ledger import RECORD, describe
 from whet.train.stage import Documents
@@ -41,13 +47,21 @@ def main(config: Config) -> int:
 
 def open_ledger(run: Path) -> tuple[np.ndarray, Documents]:
     """The records of a run, and the documents that they name."""
-    settings, module = run_settings(run)
+    settings, _ = run_settings(run)
     try:
         raw = (run / "ledger.bin").read_bytes()
     except OSError as error:
         raise UserError(f"{run}: is not the folder of a run with a ledger ({error})") from None
     whole = len(raw) - len(raw) % RECORD.itemsize  # a running process may be writing
-    return np.frombuffer(raw[:whole], RECORD), module.documents(settings)
+    return np.frombuffer(raw[:whole], RECORD), documents_of(settings)
+
+
+def documents_of(settings: Any) -> Documents:
+    """What the ledger of a run with these settings names."""
+    if isinstance(settings, PolicyConfig):
+        return Prompts(settings.prompts, [])
+    is_text = isinstance(settings, pretrain.Config)
+    return PackedStore(pretrain.packed(settings) if is_text else settings.data, KINDS)
 
 
 def documents_at(place: str, documents: Documents) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from whet.chat.chat import Chat
 from whet.config import collected
-from whet.data.batches import Batch, micro_batch_count, micro_batches, read_batch
+from whet.data.batches import Batch, micro_batches, read_batch, shares_of
 from whet.data.store import PackedStore
 from whet.evaluate.answers import wilson
 from whet.evaluate.dev import source_labels
@@ -26,13 +26,17 @@ from whet.flags.training import TrainSettings
 from whet.generate.engine import evaluating
 from whet.model.attention import planned
 from whet.progress import track
-from whet.stages.opening import Opened
-from whet.stages.packed import batches_of_step, data_in_words, order_of, writer
+from whet.stages.model import Opened, writer
+from whet.stages.packed import batches_of_step, data_in_words, facts_of, rows_used, steps_of_epoch
 from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
 from whet.train.evaluation import Meeting, sample_replies
 from whet.train.session import total_steps
 from whet.train.signals import Stop
 from whet.train.stage import Evaluation, Stage, Sums
+
+FORGOTTEN = 0.5
+"""Nats a token by which the chosen replies may become less likely before it is said: then each of
+their tokens has lost 40 % of its probability."""
 
 
 @dataclass(frozen=True)
@@ -111,30 +115,25 @@ def pair_stage(
     judge: Judge,
     complete: Callable[[PackedStore, Batch], Batch],
     stage: str,
-    words: Callable[[dict[str, float]], str],
     next_command: str = "whet chat {run}",
 ) -> Stage:
     """The stage that minimises the mean of `judge`'s loss over the pairs of a step.
 
-    `complete` adds to a batch of some rows what the judge needs; `words` says an evaluation's
-    numbers in words.
+    `complete` adds to a batch of some rows what the judge needs.
     """
     store, dev = stores["--data"], stores.get("--dev")
-    units = units_of(store)
-    order = order_of(config, store)
+    units, used = units_of(store), rows_used(config, store)
     unit = "pairs" if store.kind == "preferences" else "replies"
-    count = f"{units[: order['n_rows']].sum():,.0f} {unit}"
-    steps = -(-order["n_rows"] // config.batch_size)
-    lineage = {"stage": stage, **opened.lineage}
-    save = writer(config, opened.model, opened.chat, store, lineage, opened.lora)
+    count = f"{units[:used].sum():,.0f} {unit}"
+    save = writer(config, opened, stage, facts_of(store))
     return Stage(
         model=opened.model,
         documents=store,
         dev=dev,
-        total_steps=total_steps(config, steps),
+        total_steps=total_steps(config, steps_of_epoch(config, store)),
         batches=partial(
             batches_of_step,
-            **order,
+            config=config,
             store=store,
             ranks=ranks,
             weights=units,
@@ -142,12 +141,13 @@ def pair_stage(
         ),
         loss_fn=partial(sums, judge=judge),
         unit=unit,
-        evaluate=PairEvaluator(
+        evaluate=None
+        if dev is None
+        else PairEvaluator(
             dev,
             judge,
             complete,
-            order["micro_batch_size"],
-            words,
+            config.micro_rows,
             chat=None if getattr(opened.model.config, "score", False) else opened.chat,
             n_samples=config.samples,
             quiet=config.quiet or not ranks.first,
@@ -157,13 +157,6 @@ def pair_stage(
         rehearse=save.rehearse,
         header=[*opened.header, *data_in_words(config, store, dev, count)],
     )
-
-
-def rows_of_file(store: PackedStore, ranks: Ranks, micro_rows: int) -> list[np.ndarray]:
-    """The rows of this rank's micro-batches of the whole file; equally many on every rank."""
-    mine = np.arange(ranks.rank, len(store), ranks.size)
-    count = micro_batch_count(len(store), ranks.size, micro_rows)
-    return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(count)]
 
 
 def batch_of_rows(
@@ -182,11 +175,10 @@ def batch_of_rows(
 class PairEvaluator:
     """The judge's numbers over a dev file, and pair accuracy by source with its interval."""
 
-    dev: PackedStore | None
+    dev: PackedStore
     judge: Judge
     complete: Callable[[PackedStore, Batch], Batch]
     micro_rows: int
-    words: Callable[[dict[str, float]], str]
     chat: Chat | None = None
     """For sample replies."""
     n_samples: int = 0
@@ -194,8 +186,6 @@ class PairEvaluator:
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
-        if self.dev is None:
-            return Evaluation()
         inner: Any = unwrap(model)
         meeting = Meeting(stop, ranks)
         with meeting.after_forwards(inner), evaluating(inner), torch.no_grad():
@@ -212,14 +202,14 @@ class PairEvaluator:
         right, pairs = parts["dev_pair_accuracy"]
         low, high = wilson(right, int(pairs))
         metrics |= {"dev_pair_accuracy_low": low, "dev_pair_accuracy_high": high}
-        return Evaluation(metrics, samples, self.words(metrics))
+        of_pairs = self.dev.kind == "preferences"
+        return Evaluation(metrics, samples, in_words(metrics, of_pairs))
 
     def _table(self, model: Any, ranks: Ranks) -> dict[str, np.ndarray]:
         """Name -> (sum, count) over this rank's pairs."""
-        assert self.dev is not None
         labels = dict.fromkeys(source_labels(self.dev))
         found = {f"dev_pair_accuracy/source/{label}": np.zeros(2) for label in labels}
-        shares = rows_of_file(self.dev, ranks, self.micro_rows)
+        shares = shares_of(len(self.dev), ranks.rank, ranks.size, self.micro_rows)
         with track("Judging pairs", len(self.dev) // ranks.size, "rows", self.quiet) as progress:
             for rows in shares:
                 batch = batch_of_rows(self.dev, rows, self.micro_rows, self.complete, ranks.device)
@@ -239,7 +229,6 @@ class PairEvaluator:
 
     def _labels(self, batch: Batch, real: np.ndarray) -> list[str | None]:
         """The source of each pair that is there, in the order of `real`."""
-        assert self.dev is not None
         row, pair = np.nonzero(real)
         if not len(self.dev.documents):
             return [None] * len(row)
@@ -250,14 +239,24 @@ class PairEvaluator:
         return [labels[s] if 0 <= s < len(labels) else None for s in sources]
 
 
-def order_in_words(metrics: dict[str, float], of_pairs: bool = True) -> str:
-    """How often the chosen reply is put first, or a labelled one on its side, for people."""
+def in_words(metrics: dict[str, float], of_pairs: bool) -> str:
+    """An evaluation's numbers for people: how often the chosen reply is put first, or a labelled
+    one on its side; how the chosen ones have changed, and what that warns of."""
     low, high = (100 * metrics[f"dev_pair_accuracy_{end}"] for end in ("low", "high"))
     share = f"{100 * metrics['dev_pair_accuracy']:.1f} %"
-    what, each = f"{share} of the replies are judged as they are labelled", "reply"
+    what, each, kind = f"{share} of the replies are judged as they are labelled", "reply", "good"
     if of_pairs:
-        what, each = f"the chosen reply is put first in {share} of the pairs", "pair"
-    return (
+        what = f"the chosen reply is put first in {share} of the pairs"
+        each, kind = "pair", "chosen"
+    words = (
         f"{what} ({low:.1f} to {high:.1f} %), loss {metrics['dev_loss']:.4f} a {each}, margin "
         f"{metrics['dev_margin']:.3g}"
     )
+    if (less := metrics.get("dev_chosen_less_likely")) is not None:
+        words += f"; {100 * less:.0f} % of the {kind} replies have become less likely"
+    if (change := metrics.get("dev_chosen_change_a_token", 0.0)) < -FORGOTTEN:
+        words += (
+            f", by {-change:.2g} nats a token: the model forgets how to write them, whatever the "
+            "margin says; take a lower --lr, a larger --beta, or --sft_weight 1"
+        )
+    return words

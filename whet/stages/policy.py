@@ -1,29 +1,24 @@
 """A stage that trains a policy on rewards for its own replies: what GRPO and PPO share."""
 
-import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 from torch import nn
 
 from whet.chat.chat import Chat
-from whet.config import as_toml, collected, problems
+from whet.config import collected, problems
 from whet.data.batches import Batch
 from whet.errors import UserError
-from whet.flags.choices import Advantage
 from whet.flags.policy import parse_reward
-from whet.model.hf.weights import saved_as
-from whet.rl.evaluation import PolicyEvaluator
 from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.remote import Remote
 from whet.rl.rewards import NEEDS_GOLD, open_rewards
 from whet.rl.rollouts import Complete, Rollouts
-from whet.rl.sampling import PolicyConfig
+from whet.rl.sampling import PolicyConfig, Sampler
 from whet.rl.server import Server
-from whet.stages.opening import Opened
-from whet.stages.saving import ModelWriter
+from whet.stages.model import Opened, writer
 from whet.train.distributed import Ranks
 from whet.train.session import total_steps
 from whet.train.stage import Stage, Sums
@@ -39,9 +34,6 @@ def policy_stage(
     loss_fn: Callable[[nn.Module, Batch], Sums],
     *,
     name: str,
-    advantage: Advantage,
-    refill: bool = False,
-    passes: int = 1,
     complete: Complete | None = None,
 ) -> Stage:
     """The stage that samples replies to `config.prompts`, and trains them with `loss_fn`.
@@ -61,24 +53,27 @@ def policy_stage(
         seconds=config.reward_seconds,
         device=ranks.device,
     )
-    save = _writer(config, opened, prompts, name)
-    remote, sampler = None, "by this process"
+    facts = {
+        "prompts": str(config.prompts),
+        "reward": list(config.reward),
+        "data_hash": prompts.fingerprint,
+        "tokenizer_hash": chat.tokenizer.hash,
+    }
+    save = writer(config, opened, name, facts)
+    remote, by_whom = None, "by this process"
     if config.rollout_url is not None:
-        remote = _remote(config, opened, prompts, save)
-        sampler = remote.connect(max(len(prompt.ids) for prompt in prompts.prompts))
-    rollouts = Rollouts(
-        prompts,
-        config,
-        advantage,
-        terms,
-        chat,
-        ranks,
-        passes=passes,
-        refill=refill,
-        complete=complete,
-        quiet=quiet,
-        remote=remote,
-    )
+        remote = Remote(
+            Server(config.rollout_url.rstrip("/"), config.rollout_seconds),
+            config,
+            replace(save, out_ckpt=None),
+            opened.lora is not None,
+            prompts.prompts[0].ids,
+            opened.model.config.max_positions,
+            tuple(chat.stop_ids),
+        )
+        by_whom = remote.connect(max(len(prompt.ids) for prompt in prompts.prompts))
+    sampler = Sampler(prompts, config, terms, chat, quiet, remote)
+    rollouts = Rollouts(sampler, ranks, complete)
     updates = f"{rollouts.per_rollout} updates" if rollouts.per_rollout > 1 else "1 update"
     a_rollout = min(config.batch_size, len(prompts))
     return Stage(
@@ -88,9 +83,7 @@ def policy_stage(
         total_steps=total_steps(config, rollouts.rollouts_per_epoch * rollouts.per_rollout),
         batches=rollouts.batches,
         loss_fn=loss_fn,
-        evaluate=PolicyEvaluator(
-            dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
-        ),
+        evaluate=None if dev is None else replace(sampler, prompts=dev).evaluate,
         save_model=save,
         rehearse=save.rehearse,
         before_step=rollouts.before_step,
@@ -104,7 +97,7 @@ def policy_stage(
             (
                 "rollout",
                 f"{a_rollout} prompts x {config.group_size} replies of up to "
-                f"{config.max_new_tokens} tokens, {updates}, {sampler}",
+                f"{config.max_new_tokens} tokens, {updates}, {by_whom}",
             ),
             ("reward", " + ".join(f"{term.weight:g} x {term.name}" for term in terms)),
             *(("note", note) for note in notes),
@@ -117,53 +110,13 @@ def _open_prompts(
 ) -> tuple[Prompts, Prompts | None, list[str]]:
     names = [parse_reward(text)[0] for text in config.reward]
     needs_gold = next((name for name in names if name in NEEDS_GOLD), "")
-    options: dict[str, Any] = {
-        "longest": max_positions - 1,
-        "needs_gold": needs_gold,
-        "quiet": quiet,
-    }
-    dev, found, notes = None, list[str](), list[str]()
-    prompts = None
-    with collected(found):
-        limit = config.overfit_rows
-        prompts, notes = load_prompts(config.prompts, chat, limit=limit, **options)
-    with collected(found):
-        if config.dev is not None:
-            limit = config.dev_limit
-            dev, more = load_prompts(config.dev, chat, limit=limit, flag="--dev", **options)
-            notes += more
+    load = partial(load_prompts, longest=max_positions - 1, needs_gold=needs_gold, quiet=quiet)
+    loaded, found, notes = dict[str, Prompts](), list[str](), list[str]()
+    training = "--prompts", config.prompts, config.overfit_rows
+    for flag, path, limit in (training, ("--dev", config.dev, config.dev_limit)):
+        with collected(found):
+            if path is not None:
+                loaded[flag], more = load(path, chat, limit=limit, flag=flag)
+                notes += more
     problems(found)
-    assert prompts is not None
-    return prompts, dev, notes
-
-
-def _remote(config: PolicyConfig, opened: Opened, prompts: Prompts, save: ModelWriter) -> Remote:
-    """The server that samples, with what each rank needs to ask it."""
-    assert opened.chat is not None
-    assert config.rollout_url is not None
-    return Remote(
-        Server(config.rollout_url.rstrip("/"), config.rollout_seconds),
-        config.out / "rollouts" / "weights",
-        replace(save, out_ckpt=None),
-        opened.lora is not None,
-        prompts.prompts[0].ids,
-        opened.model.config.max_positions,
-        config.max_new_tokens,
-        config.temperature,
-        tuple(opened.chat.stop_ids),
-    )
-
-
-def _writer(config: PolicyConfig, opened: Opened, prompts: Prompts, name: str) -> ModelWriter:
-    assert opened.chat is not None
-    lineage = {
-        "stage": name,
-        **opened.lineage,
-        "prompts": str(config.prompts),
-        "reward": list(config.reward),
-        "data_hash": prompts.fingerprint,
-        "tokenizer_hash": opened.chat.tokenizer.hash,
-        "config_hash": hashlib.sha256(as_toml(config).encode()).hexdigest(),
-    }
-    dtype = saved_as("same", opened.model.config.hf)
-    return ModelWriter(opened.chat, lineage, config.out_ckpt, config.out, opened.lora, dtype)
+    return loaded["--prompts"], loaded.get("--dev"), notes

@@ -14,23 +14,18 @@ from typing import Any
 
 from torch import nn
 
-from whet.chat.chat import Chat
 from whet.config import problems
 from whet.data.batches import Batch
 from whet.flags.ppo import Config
 from whet.model.decoder import run_batch
-from whet.model.lora.lora import LoRA
-from whet.rl.critic import ActorCritic, judged_places, policy_of
+from whet.rl.critic import ActorCritic, judged_places
 from whet.rl.policy_loss import policy_term, value_loss
-from whet.rl.prompts import Prompts
+from whet.rl.sampling import policy_of
 from whet.stages.grpo import frozen_reference
-from whet.stages.opening import Opened, open_for_training
+from whet.stages.model import ModelWriter, Opened, open_for_training, run_tuned
 from whet.stages.policy import ADAPTER_LR, policy_stage
-from whet.stages.saving import ModelWriter
 from whet.train.distributed import Ranks, unwrap
-from whet.train.proposal import with_proposal
-from whet.train.session import run_stage
-from whet.train.stage import Documents, Stage, Sums
+from whet.train.stage import Stage, Sums
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
@@ -43,35 +38,25 @@ def build(config: Config, ranks: Ranks) -> Stage:
     if config.kl:
         reference = frozen_reference(opened.model, opened.lora is not None, config.temperature)
     model = ActorCritic(opened.model, critic.model)
-    loss = partial(
-        ppo_loss,
-        low=config.clip_low,
-        high=config.clip_high,
-        value_clip=config.value_clip,
-        value_weight=config.value_weight,
-        temperature=config.temperature,
-    )
-    assert config.micro_batch_size is not None, "resolved before"
-    complete = partial(
-        judged_places,
-        reference=reference,
-        kl=config.kl,
-        gamma=config.gamma,
-        lam=config.gae_lambda,
-        micro_batch_size=config.micro_batch_size,
-    )
     stage = policy_stage(
         config,
         ranks,
         opened,
-        loss,
+        partial(ppo_loss, config=config),
         name="ppo",
-        advantage="plain",
-        passes=config.passes,
-        complete=complete,
+        complete=partial(judged_places, config=config, reference=reference),
     )
     start = ("critic", f"{config.critic or config.model}, learning rate x {config.critic_lr:g}")
-    save = partial(save_both, policy=stage.save_model, chat=opened.chat, lora=critic.lora)
+    write: Any = stage.save_model
+    lineage = {"stage": "critic", "base": write.lineage["base"]}
+    write_critic = ModelWriter(opened.chat, lineage, lora=critic.lora)
+
+    def save(model: nn.Module, directory: Path, metrics: dict[str, float]) -> None:
+        """The policy as the model, and the critic in `critic/` beside it."""
+        inner: Any = unwrap(model)
+        write(inner.policy, directory, metrics)
+        write_critic(inner.critic, directory / "critic", metrics)
+
     return replace(
         stage,
         model=model,
@@ -91,46 +76,22 @@ def _open_critic(config: Config, ranks: Ranks, opened: Opened) -> Opened:
     return critic
 
 
-def ppo_loss(
-    model: nn.Module,
-    batch: Batch,
-    *,
-    low: float,
-    high: float,
-    value_clip: float,
-    value_weight: float,
-    temperature: float,
-) -> Sums:
+def ppo_loss(model: nn.Module, batch: Batch, *, config: Config) -> Sums:
     """The losses of policy and critic of a micro-batch, see `whet.rl.policy_loss`."""
-    found, values = run_batch(model, batch, per_token=True, temperature=temperature)
-    sampled, nll = batch.extra["sampled"], found.nll.detach()
-    part = policy_term(found.nll, sampled, batch.extra["advantage"], "clip", low=low, high=high)
-    old, returns = batch.extra["values"], batch.extra["returns"]
-    errors = value_loss(values, old, returns, value_clip)
+    found, values = run_batch(model, batch, per_token=True, temperature=config.temperature)
+    names = ("sampled", "advantage", "values", "returns")
+    sampled, advantage, old, returns = (batch.extra[name] for name in names)
+    nll, low, high = found.nll.detach(), config.clip_low, config.clip_high
+    part = policy_term(found.nll, sampled, advantage, "clip", low=low, high=high)
+    errors = value_loss(values, old, returns, config.value_clip)
     count = (batch.weight != 0).sum().double()
     named = {
         "mismatch": ((sampled - nll).abs().sum().double(), count),
         "clipped": ((part.clipped * (batch.weight != 0)).sum().double(), count),
         "value_loss": (errors.detach().sum().double(), count),
     }
-    loss = (batch.weight * (part.term + value_weight * errors)).sum()
+    loss = (batch.weight * (part.term + config.value_weight * errors)).sum()
     return Sums(loss, nll, named)
-
-
-def save_both(
-    model: nn.Module,
-    directory: Path,
-    metrics: dict[str, float],
-    *,
-    policy: Any,
-    chat: Chat | None,
-    lora: LoRA | None,
-) -> None:
-    """Write the policy as the model, and the critic into `critic/` beside it."""
-    inner: Any = unwrap(model)
-    policy(inner.policy, directory, metrics)
-    lineage = {"stage": "critic", "base": policy.lineage["base"]}
-    ModelWriter(chat, lineage, lora=lora)(inner.critic, directory / "critic", metrics)
 
 
 def main(config: Config) -> int:
@@ -138,10 +99,4 @@ def main(config: Config) -> int:
     critic = f"re:^critic[.]={config.critic_lr:g}"
     if critic not in config.lr_groups:  # a resumed run's own flags have it
         config = replace(config, lr_groups=(*config.lr_groups, critic))
-    fit = partial(with_proposal, build=build) if config.auto else None
-    return run_stage(config, "ppo", build, fit)
-
-
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return Prompts(config.prompts, [])
+    return run_tuned(config, "ppo", build)

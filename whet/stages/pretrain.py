@@ -10,20 +10,21 @@ from pathlib import Path
 
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.tokenizer import train_tokenizer
-from whet.data.prepare import GIVEN, examine, prepare_text
+from whet.data.prepare import examine, prepare_text
 from whet.data.reader import parse, parse_source, read_units
 from whet.data.store import PackedStore
+from whet.flags.prepare import GIVEN
 from whet.flags.prepare import Config as PrepareConfig
 from whet.flags.pretrain import Config
 from whet.model.config import llama
 from whet.model.decoder import Transformer, init_weights
 from whet.progress import track
-from whet.stages.opening import describe
+from whet.stages.model import Opened, describe
 from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
 from whet.train.resume import continues
 from whet.train.session import run_stage
-from whet.train.stage import Documents, Stage
+from whet.train.stage import Stage
 
 TOKENIZER_CHARACTERS = 50_000_000
 """Text that a new tokenizer is learnt from; more changes its merges hardly at all."""
@@ -46,15 +47,16 @@ def _is_prepared(config: Config) -> bool:
     """Whether an earlier process of this run made the files. Without a config.toml it got no
     further, and it may have had other flags."""
     begun = continues(config) and (config.out / "config.toml").exists()
-    dev = _packed_dev(config).exists() or not config.dev_fraction
-    return begun and _packed(config).exists() and dev
+    dev = packed_dev(config).exists() or not config.dev_fraction
+    return begun and packed(config).exists() and dev
 
 
-def _packed(config: Config) -> Path:
+def packed(config: Config) -> Path:
+    """Where the packed text lies."""
     return config.out / "packed.h5"
 
 
-def _packed_dev(config: Config) -> Path:
+def packed_dev(config: Config) -> Path:
     return config.out / "packed_dev.h5"
 
 
@@ -63,9 +65,9 @@ def _preparing(config: Config) -> PrepareConfig:
     return PrepareConfig(
         data=config.data,
         tokenizer=GIVEN,
-        out=str(_packed(config)),
+        out=str(packed(config)),
         context_length=config.context_length,
-        dev_out=str(_packed_dev(config)) if config.dev_fraction else None,
+        dev_out=str(packed_dev(config)) if config.dev_fraction else None,
         dev_fraction=config.dev_fraction,
         seed=config.seed,
     )
@@ -88,7 +90,8 @@ def _make_chat(config: Config) -> Chat:
 def texts_of(data: tuple[str, ...], characters: int = TOKENIZER_CHARACTERS) -> Iterator[str]:
     """The texts of the files, up to so many characters in all."""
     left = characters
-    for unit in itertools.chain.from_iterable(read_units(parse_source(d).path) for d in data):
+    files = [parse_source(argument).path for argument in data]
+    for unit in itertools.chain.from_iterable(map(read_units, files)):
         if left <= 0:
             return
         record = parse(unit)
@@ -101,9 +104,9 @@ def texts_of(data: tuple[str, ...], characters: int = TOKENIZER_CHARACTERS) -> I
 def build(config: Config, ranks: Ranks) -> Stage:
     """A random Transformer over the packed text."""
     chat = load_tokenizer(config.out / "tokenizer")
-    store = PackedStore(_packed(config))
-    has_dev = config.dev_fraction and _packed_dev(config).exists()
-    dev = PackedStore(_packed_dev(config)) if has_dev else None
+    store = PackedStore(packed(config))
+    has_dev = config.dev_fraction and packed_dev(config).exists()
+    dev = PackedStore(packed_dev(config)) if has_dev else None
     model = Transformer(
         llama(
             chat.tokenizer.vocab_size,
@@ -116,27 +119,15 @@ def build(config: Config, ranks: Ranks) -> Stage:
         )
     )
     init_weights(model, config.seed)
-    return packed_stage(
-        config,
-        ranks,
-        model,
-        chat,
-        store,
-        dev,
-        lineage={"stage": "pretrain", "data": list(config.data)},
-        header=[("model", f"new: {describe(model)}")],
-    )
+    lineage, header = {"data": list(config.data)}, [("model", f"new: {describe(model)}")]
+    opened = Opened(model, chat, None, lineage, header)
+    return packed_stage(config, ranks, opened, "pretrain", store, dev)
 
 
 def check(config: Config) -> None:
     """Refuse what `whet prepare` would refuse of the text, unless it is prepared already."""
     if not _is_prepared(config):
         examine(_preparing(config))
-
-
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return PackedStore(_packed(config))
 
 
 def main(config: Config) -> int:

@@ -21,12 +21,10 @@ from whet.data.store import PackedStore
 from whet.flags.reward import Config
 from whet.model.decoder import run_batch
 from whet.rl.preference_loss import reward_model_loss
-from whet.stages.opening import open_for_training
-from whet.stages.pairs import Judged, open_pairs, order_in_words, pair_stage, sides
+from whet.stages.model import open_for_training, run_tuned
+from whet.stages.pairs import Judged, open_pairs, pair_stage, sides
 from whet.train.distributed import Ranks
-from whet.train.proposal import with_proposal
-from whet.train.session import run_stage
-from whet.train.stage import Documents, Stage
+from whet.train.stage import Stage
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
@@ -46,7 +44,6 @@ def build(config: Config, ranks: Ranks) -> Stage:
         judge,
         at_last_tokens,
         "reward",
-        order_in_words,
         "whet grpo --reward {run} --model … --prompts …",
     )
 
@@ -76,12 +73,6 @@ def judge_rewards(model: nn.Module, batch: Batch, *, margin: float, centre: floa
     return Judged(loss, chosen.detach(), rejected.detach(), nll)
 
 
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return PackedStore(config.data, ("preferences",))
-
-
 def main(config: Config) -> int:
     """`whet reward`."""
-    fit = partial(with_proposal, build=build) if config.auto else None
-    return run_stage(config, "reward", build, fit)
+    return run_tuned(config, "reward", build)

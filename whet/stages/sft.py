@@ -7,18 +7,14 @@ everything else. The context is read but not learnt. What changes is less what t
 what it does with it: it answers, in the answer's form, and stops.
 """
 
-from functools import partial
-
 from whet.config import collected, problems
 from whet.data.store import PackedStore
 from whet.evaluate.gsm8k import Problem, load_gsm8k
 from whet.flags.sft import Config
-from whet.stages.opening import open_for_training
+from whet.stages.model import open_for_training, run_tuned
 from whet.stages.packed import packed_stage
 from whet.train.distributed import Ranks
-from whet.train.proposal import with_proposal
-from whet.train.session import run_stage
-from whet.train.stage import Documents, Stage
+from whet.train.stage import Stage
 
 
 def build(config: Config, ranks: Ranks) -> Stage:
@@ -34,26 +30,10 @@ def build(config: Config, ranks: Ranks) -> Stage:
     opened = open_for_training(config, ranks, found, data)
     if questions and opened.chat is None:
         problems([f"--gsm8k_dev: {config.model} holds no tokenizer; add --tokenizer DIR"])
-    return packed_stage(
-        config,
-        ranks,
-        opened.model,
-        opened.chat,
-        data["--data"],
-        data.get("--dev"),
-        lineage={"stage": "sft", **opened.lineage},
-        lora=opened.lora,
-        header=opened.header,
-        questions=questions,
-    )
-
-
-def documents(config: Config) -> Documents:
-    """What the ledger of a run with these settings names."""
-    return PackedStore(config.data)
+    store, dev = data["--data"], data.get("--dev")
+    return packed_stage(config, ranks, opened, "sft", store, dev, questions)
 
 
 def main(config: Config) -> int:
     """`whet sft`."""
-    fit = partial(with_proposal, build=build) if config.auto else None
-    return run_stage(config, "sft", build, fit)
+    return run_tuned(config, "sft", build)

@@ -33,9 +33,11 @@ class Ranks:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     background: dist.ProcessGroup | None = None
-    """A gloo group of its own for saves: they run beside the steps and must not mix with them."""
+    """A gloo group for saves alone: their thread runs beside the steps and must not mix with them.
+    """
     setup: dist.ProcessGroup | None = None
-    """A gloo group for what comes before the steps: all wait while rank 0 tokenises for hours."""
+    """A gloo group for what comes before and between the steps: all wait while rank 0 tokenises for
+    hours, or hands weights to a server."""
 
     @property
     def first(self) -> bool:
@@ -247,11 +249,8 @@ def scale_gradients(parameters: Sequence[nn.Parameter], norm: torch.Tensor, clip
 
 def sum_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
     """Element-wise sum of `values` over the ranks, in float64."""
-    if ranks.size == 1:
-        return list(values)
     total = torch.tensor(list(values), dtype=torch.float64, device=ranks.device)
-    dist.all_reduce(total)
-    return total.tolist()
+    return add_over_ranks(total, ranks).tolist()
 
 
 def add_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -119,6 +119,7 @@ def train(
         while True:
             at_end = facts.step == stage.total_steps
             to_evaluate = at_end or facts.step == 0 or _due(facts.step, settings.eval_every)
+            to_evaluate = to_evaluate and stage.evaluate is not None
             decays = settings.schedule == "wsd" and facts.step == facts.decay_step
             due = at_end or decays or _due(facts.step, settings.save_every)
             to_save = settings.save_every and due
@@ -200,8 +201,8 @@ def _evaluate(
     stage: Stage, run: RunFolder, stop: Stop, ranks: Ranks, dtype: torch.dtype | None
 ) -> int:
     """Evaluate and log; returns the signal's number if it was cut short, and logs nothing then."""
-    facts = run.facts
-    evaluate = partial(stage.evaluate, stage.model, ranks, stop)
+    assert stage.evaluate is not None, "the caller asks"
+    facts, evaluate = run.facts, partial(stage.evaluate, stage.model, ranks, stop)
     found = _between_steps(evaluate, stage, stop, ranks, dtype)
     if found is None:
         return stop.number or signal.SIGTERM

@@ -162,8 +162,9 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 def check_same_inputs(before: Facts, now: Facts, config: TrainSettings) -> None:
     """Refuse to go on with other files under the same names."""
+    data = getattr(config, "data", None) or getattr(config, "prompts", "the data")
     what = {
-        "data": f"{getattr(config, 'data', 'the data')}: is not the file",
+        "data": f"{data}: is not the file",
         "dev": f"{getattr(config, 'dev', 'the dev data')}: is not the file",
         "frozen": f"{getattr(config, 'model', 'the model')}: does not hold the frozen weights",
     }

@@ -153,8 +153,9 @@ class RunFolder:
         if self.ranks.first and not self.quiet:
             say(text)
 
-    def take(self, about: dict[str, Any], config: Any) -> None:
-        """Make the folder this process's own: `about` into run.json, `config` into config.toml.
+    def open(self, about: dict[str, Any], config: Any) -> None:
+        """Make the folder this process's own: `about` into run.json, `config` into config.toml, and
+        the other files fit `facts`, cut where they were written after that step.
 
         Raises UserError if it can't be written, or another process trains in it.
         """
@@ -166,18 +167,6 @@ class RunFolder:
             with replaced(self.path / "run.json") as aside:
                 write_json(aside, about)
             save(config, self.path / "config.toml")
-        except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be written: {error.strerror}") from None
-
-    def open(self) -> None:
-        """Make the files fit `facts`: cut what was written after that step.
-
-        Raises UserError if they can't be written.
-        """
-        if not self.ranks.first:
-            return
-        try:
-            self.states.mkdir(parents=True, exist_ok=True)
             state.clean(self.states)
             for folder in (self.path, self.path / "best"):
                 remove_leftovers(folder, locked=self.lock is not None)

@@ -121,8 +121,7 @@ def _train(
         run.facts.total_steps = stage.total_steps
         run.facts.decay_step = optim.decay_begin(stage.total_steps, config.schedule, config.warmup)
         known = {"total_steps": stage.total_steps, "plan": planned(config, ranks.size)}
-        run.take(about(command) | known, config)
-        run.open()
+        run.open(about(command) | known, config)
         if ranks.first:
             values = {key: str(value) for key, value in dataclasses.asdict(config).items()}
             run.curves = open_curves(run.path, run.facts.step, config.wandb_project, values)

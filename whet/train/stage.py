@@ -73,8 +73,9 @@ class Stage:
     batches: Callable[[int], list[Batch]]
     """Step (from 0) -> this rank's micro-batches of that global batch, on the CPU."""
     loss_fn: Callable[[nn.Module, Batch], Sums]
-    evaluate: Callable[[nn.Module, Ranks, Stop], Evaluation]
-    """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop."""
+    evaluate: Callable[[nn.Module, Ranks, Stop], Evaluation] | None
+    """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop.
+    None where there is nothing to measure."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
     rows: str = "rows"

@@ -6,6 +6,7 @@ and sliding windows.
 
 import math
 from collections.abc import Set
+from functools import partial
 from typing import Any
 
 from whet.config import problems
@@ -80,6 +81,8 @@ SHARED = {
     "partial_rotary_factor",
     "original_max_position_embeddings",
 }
+RAMP = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+"""Where llama3 and yarn begin and end to stretch: keys with the names of fields of `Rope`."""
 LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
@@ -164,10 +167,13 @@ def read_layers(
     keys: Keys, n_layers: int, head_size: int, max_positions: int
 ) -> tuple[tuple[Rope | None, ...], tuple[int | None, ...]]:
     """(rotary positions, sliding window) of each layer. Raises UserError for what is not known."""
-    turns = _turning_layers(keys, n_layers)
-    window = keys.take("sliding_window")
-    keys.same("sliding_window_size", window)  # an older name, which files have beside the other
-    slides = _sliding_layers(keys, turns)
+    turns, slides, window = [True] * n_layers, [False] * n_layers, None
+    if "no_rope_layer_interval" in keys.defaults:
+        turns = _turning_layers(keys, n_layers)
+    if "windows" in keys.defaults:
+        window = keys.take("sliding_window")
+        keys.same("sliding_window_size", window)  # an older name, which files have beside the other
+        slides = _sliding_layers(keys, turns)
     full, sliding = _ropes(keys, head_size, max_positions)
     ropes = tuple(
         (sliding if slide else full) if turn else None
@@ -180,12 +186,12 @@ def read_layers(
 def _turning_layers(keys: Keys, n_layers: int) -> list[bool]:
     """Which layers have rotary positions (SmolLM3 leaves out every fourth)."""
     said, interval = keys.take("no_rope_layers"), keys.take("no_rope_layer_interval")
-    if "no_rope_layer_interval" in keys.defaults and (type(interval) is not int or interval < 1):
+    if type(interval) is not int or interval < 1:
         raise UserError(
             f"config.json: no_rope_layer_interval is {interval!r}; expected a whole number above 0"
         )
     if said is None:
-        return [not interval or (layer + 1) % interval != 0 for layer in range(n_layers)]
+        return [(layer + 1) % interval != 0 for layer in range(n_layers)]
     if len(said) < n_layers:
         raise UserError(f"config.json: no_rope_layers is {said!r}; expected {n_layers} entries")
     return [bool(used) for used in said[:n_layers]]  # 1 means: with rotary positions
@@ -193,7 +199,7 @@ def _turning_layers(keys: Keys, n_layers: int) -> list[bool]:
 
 def _sliding_layers(keys: Keys, turns: list[bool]) -> list[bool]:
     """Which layers have the sliding window, if there is one."""
-    rule, layers = keys.defaults.get("windows"), range(len(turns))
+    rule, layers = keys.defaults["windows"], range(len(turns))
     pattern = keys.take("sliding_window_pattern")
     first, used = keys.take("max_window_layers", 28), keys.flag("use_sliding_window")
     types = keys.take("layer_types")
@@ -224,36 +230,30 @@ def _ropes(keys: Keys, head_size: int, max_positions: int) -> tuple[Rope, Rope]:
     fraction = keys.number("partial_rotary_factor", 1.0)
     original = keys.take("original_max_position_embeddings")
     scaling, parameters = keys.take("rope_scaling"), keys.take("rope_parameters")
-    if local_theta is not None:
-        by_type = _by_layer_kind(scaling or {}, parameters or {})
-    else:
-        by_type = dict.fromkeys(LAYER_KINDS, scaling or parameters or {})
-        if any(isinstance(value, dict) for value in (parameters or {}).values()):
-            raise UserError(
-                f"config.json: rope_parameters has {', '.join(parameters)}; expected the same for "
-                "all layers"
-            )
-    thetas = {"full_attention": theta, "sliding_attention": local_theta or theta}
-    full, sliding = (
-        _read_rope(
-            by_type[kind],
-            thetas[kind],
-            None if "partial_rotary_factor" in keys.unread else fraction,
-            head_size,
-            max_positions,
-            original,
-            keys.defaults.get("rope_kinds", tuple(KINDS)),
-        )
-        for kind in thetas
+    read = partial(
+        _read_rope,
+        fraction=None if "partial_rotary_factor" in keys.unread else fraction,
+        head_size=head_size,
+        max_positions=max_positions,
+        original=original,
+        kinds=keys.defaults.get("rope_kinds", tuple(KINDS)),
     )
-    return full, sliding
+    if local_theta is not None:
+        full, sliding = _by_layer_kind(scaling or {}, parameters or {})
+        return read(full, theta), read(sliding, local_theta)
+    if any(isinstance(value, dict) for value in (parameters or {}).values()):
+        raise UserError(
+            f"config.json: rope_parameters has {', '.join(parameters)}; expected the same for "
+            "all layers"
+        )
+    same = read(scaling or parameters or {}, theta)
+    return same, same
 
 
-def _by_layer_kind(
-    scaling: dict[str, Any], parameters: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """{kind of layer: its rotary settings}, where they differ (Gemma 3); `scaling` holds for the
-    full layers, on top of `parameters`. Raises UserError for what transformers would not use."""
+def _by_layer_kind(scaling: dict[str, Any], parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rotary settings of each of `LAYER_KINDS`, where they differ (Gemma 3); `scaling` holds
+    for the full layers, on top of `parameters`. Raises UserError for what transformers would not
+    use."""
     if parameters and not (set(parameters) <= set(LAYER_KINDS) and "full_attention" in parameters):
         raise UserError(
             f"config.json: rope_parameters has {', '.join(parameters)}; expected "
@@ -261,9 +261,8 @@ def _by_layer_kind(
         )
     if "type" in scaling and "rope_type" not in scaling:
         raise UserError("config.json: rope_scaling has type; this model_type reads rope_type")
-    found = {kind: dict(parameters.get(kind) or {}) for kind in LAYER_KINDS}
-    found["full_attention"] |= scaling
-    return found
+    full, sliding = (dict(parameters.get(kind) or {}) for kind in LAYER_KINDS)
+    return [full | scaling, sliding]
 
 
 def _read_rope(
@@ -321,10 +320,7 @@ def _read_rope(
         kind=kind,
         factor=1.0 if kind == "default" else factor,
         original_positions=0 if kind in ("default", "linear") else before,
-        low_freq_factor=part.number("low_freq_factor", 1.0),
-        high_freq_factor=part.number("high_freq_factor", 4.0),
-        beta_fast=part.number("beta_fast", 32.0),
-        beta_slow=part.number("beta_slow", 1.0),
+        **{name: part.number(name, 1.0) for name in RAMP if scaling.get(name) is not None},
         truncate=bool(scaling.get("truncate", True)),
         short_factors=tuple(scaling.get("short_factor") or ()),
         long_factors=tuple(scaling.get("long_factor") or ()),

@@ -260,20 +260,23 @@ def write_directory(
 
     One shard at a time is in memory; a new one begins before the present would pass `shard_bytes`.
     """
-    shards = _plan_shards(sizes, shard_bytes)
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    plan = split_state_dict_into_shards_factory(
+        dict(sizes),
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     total = sum(sizes.values())
-    weight_map: dict[str, str] = {}
     with track("Saving", total / 1e9, "GB", quiet=total < PROGRESS_FROM_BYTES) as progress:
-        for number, names in enumerate(shards, 1):
-            file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            file = directory / (SINGLE if len(shards) == 1 else file_name)
-            tensors = {name: make(name) for name in names}
+        for file_name, names in plan.filename_to_tensors.items():
+            tensors, file = {name: make(name) for name in names}, directory / file_name
             safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
             os.chmod(file, 0o666 & ~_umask())  # the library writes 0600
-            weight_map |= dict.fromkeys(names, file.name)
             progress.advance(sum(sizes[name] for name in names) / 1e9)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(directory / INDEX, index)
 
 
@@ -296,18 +299,6 @@ def _model_files(directory: Path) -> list[Path]:
         for file in directory.iterdir()
         if file.name == INDEX or file.name in named or _WEIGHTS.fullmatch(file.name)
     ]
-
-
-def _plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
 
 
 def _umask() -> int:

@@ -75,7 +75,9 @@ class LoRALinear(nn.Module):
         change = F.linear(low, self.b) * self.scale
         if self.magnitude is not None:
             ratio = self.magnitude / self._row_norms()
-            straight = F.linear(dropped, self.base.weight) if self.dropout else self._unbiased(y)
+            straight = y if self.base.bias is None else y - self.base.bias
+            if self.dropout:
+                straight = F.linear(dropped, self.base.weight)
             change = (ratio - 1.0) * straight + ratio * change
         return y + change.to(y.dtype)
 
@@ -92,9 +94,6 @@ class LoRALinear(nn.Module):
         """Lengths of the rows of W + s B A. No gradient flows through them, as DoRA's section 4.3
         proposes."""
         return (self.base.weight.float() + self.scale * (self.b @ self.a)).norm(dim=1)
-
-    def _unbiased(self, y: Tensor) -> Tensor:
-        return y if self.base.bias is None else y - self.base.bias
 
 
 def apply_lora(model: Transformer, lora: LoRA, new_rows: Sequence[int] = (), seed: int = 0) -> None:

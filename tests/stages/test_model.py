@@ -21,9 +21,8 @@ from whet.model.hf import checkpoint
 from whet.model.hf.checkpoint import save_model, save_pt
 from whet.model.lora.read import CONFIG, WEIGHTS
 from whet.model.open import load_backbone_from_ckpt
-from whet.stages import saving
-from whet.stages.opening import select_trainable
-from whet.stages.saving import ModelWriter
+from whet.stages import model as stage_model
+from whet.stages.model import ModelWriter, select_trainable
 from whet.train import loop, session
 from whet.train.distributed import Ranks
 from whet.train.run import RunFolder
@@ -207,13 +206,13 @@ def test_what_cannot_be_saved_is_not_trained(world, tmp_path, capsys, monkeypatc
 
 def test_a_rehearsal_writes_what_the_end_writes(world, tmp_path, monkeypatch):
     written = []
-    real = saving.save_model
+    real = stage_model.save_model
 
     def noting(model, directory, *args, **kwargs):
         real(model, directory, *args, **kwargs)
         written.append(sorted(path.name for path in directory.iterdir()))
 
-    monkeypatch.setattr(saving, "save_model", noting)
+    monkeypatch.setattr(stage_model, "save_model", noting)
     model = load_backbone_from_ckpt(world / "base")
     writer = ModelWriter(tiny.chat(), {"base": "x"}, out=tmp_path / "out")
     before = torch.get_rng_state()
@@ -222,7 +221,7 @@ def test_a_rehearsal_writes_what_the_end_writes(world, tmp_path, monkeypatch):
     writer(model, tmp_path / "out", {})
     assert written[0] == written[1]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    monkeypatch.setattr(saving, "REHEARSED_BYTES", 0)  # of a large model all but the weights
+    monkeypatch.setattr(stage_model, "REHEARSED_BYTES", 0)  # of a large model all but the weights
     writer.rehearse(model)
     assert written[2] == [name for name in written[0] if name != "model.safetensors"]
     with pytest.raises(UserError, match=r"could not be saved.*not JSON serializable"):

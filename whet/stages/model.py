@@ -1,42 +1,50 @@
-"""A model opened for training: what every stage that starts from a model does in the same way.
+"""The model of a stage: opened for training, and written. What all stages do in the same way.
 
 Flags and inputs are checked before the weights are read; then model, tokenizer and adapter are
-opened, what is not trained is frozen, and data that do not fit are refused.
+opened, what is not trained is frozen, and data that do not fit are refused. `ModelWriter` writes
+the model, whole or its adapter, with its lineage; and a `.pt` if asked.
 """
 
+import hashlib
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
-from whet.config import collected, problems
+from whet.chat.chat import ANOTHER_TEMPLATE, Chat, add_chat_tokens, read_chat
+from whet.config import as_toml, collected, problems
 from whet.data.store import PackedStore
 from whet.errors import UserError
-from whet.evaluate.dev import (
-    ANOTHER_TEMPLATE,
-    misfits,
-    template_difference,
-    template_misfit,
-)
-from whet.flags.training import parameters, unfit_flags
+from whet.files import nearest
+from whet.flags.training import TrainSettings, parameters, unfit_flags
 from whet.hub import find_model, is_adapter
 from whet.model.decoder import Transformer
 from whet.model.embedding import grow_embedding
-from whet.model.hf.checkpoint import NO_PT
-from whet.model.hf.weights import rounding
-from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, quantize_base
+from whet.model.hf.checkpoint import NO_PT, save_model, save_pt, saved_bytes
+from whet.model.hf.weights import rounding, saved_as
+from whet.model.lora.lora import LoRA, adapters, apply_lora, kind_of, merge_lora, quantize_base
 from whet.model.lora.read import base_of, continue_adapter, find_base, tokenizer_home
-from whet.model.open import is_foreign, load_backbone_from_ckpt
+from whet.model.lora.write import save_adapter
+from whet.model.open import is_foreign, load_backbone_from_ckpt, misfits, template_misfit
 from whet.tokenizer_files import find_convertible
-from whet.train.distributed import Ranks
+from whet.train.distributed import Ranks, is_first, unwrap, whole_weights
 from whet.train.optim import parse_lr_groups
+from whet.train.proposal import with_proposal
+from whet.train.session import run_stage
+from whet.train.stage import Stage
 
+C = TypeVar("C", bound=Any)
 USUAL_ADAPTER_LR = 1e-4
+REHEARSED_BYTES = 2_000_000_000
+"""Weights up to this size are written and read back before the first step: some seconds."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ def rendered_as_data(
     if "chat" not in trained.attrs:  # somebody else's, or text
         return chat
     rendered = chat.rendering_as(trained.attrs["chat"], str(trained.path))
-    if difference := template_difference(rendered, chat):
+    if difference := rendered.difference(chat):
         if chat_template is not None and difference == ANOTHER_TEMPLATE:
             found.append(
                 f"--chat_template {chat_template}: {trained.path} was rendered with another one; "
@@ -240,7 +248,13 @@ def find_chat(directory: Path | None, model: Path) -> Chat | None:
     """--tokenizer's, or the model's own; a `.pt` has none, and a directory may have none."""
     home = directory or (tokenizer_home(model) if is_adapter(model) else model)
     has_one = (home / "tokenizer.json").is_file() or find_convertible(home) is not None
-    return load_tokenizer(home) if directory or has_one else None
+    return read_chat(home) if directory or has_one else None
+
+
+def run_tuned(config: C, command: str, build: Callable[[C, Ranks], Stage]) -> int:
+    """`run_stage`, with the settings that fit into the memory where --auto asks for them."""
+    fit = partial(with_proposal, build=build) if config.auto else None
+    return run_stage(config, command, build, fit)
 
 
 def describe(model: Transformer) -> str:
@@ -250,3 +264,88 @@ def describe(model: Transformer) -> str:
         f"{count:,} parameters, {config.n_layers} layers of width {config.width}, "
         f"vocabulary {config.vocab_size:,}"
     )
+
+
+@dataclass(frozen=True)
+class ModelWriter:
+    """Writes the trained model, or its adapter, with its lineage; and the `.pt` if asked for."""
+
+    chat: Chat | None
+    lineage: dict[str, Any] = field(default_factory=dict)
+    out_ckpt: Path | None = None
+    """A `.pt` file besides, of the final model."""
+    out: Path | None = None
+    """The run folder, where the final model goes."""
+    lora: LoRA | None = None
+    dtype: torch.dtype | None = None
+    """What the weights are rounded to; None: as they are. An adapter stays in float32."""
+    without_weights: bool = False
+    """Write all but the weights: of large models a rehearsal does no more."""
+
+    def __call__(self, model: nn.Module, directory: Path, metrics: dict[str, float]) -> None:
+        """All ranks call it: a sharded model is gathered first. Only rank 0 writes."""
+        state = whole_weights(model)
+        if not is_first():
+            return
+        whole: Any = unwrap(model)
+        lineage = {**self.lineage, "metrics": metrics}
+        if self.lora is not None and getattr(whole.config, "score", False):
+            # PEFT would save the score beside the adapter; a whole model opens everywhere.
+            whole = deepcopy(whole).float()
+            merge_lora(whole)
+        elif self.lora is not None:
+            base = str(self.lineage["base"])
+            save_adapter(whole, directory, self.lora, base, self.chat, lineage, state=state)
+            return
+        save_model(
+            whole,
+            directory,
+            self.chat,
+            lineage,
+            self.dtype,
+            state=state,
+            without_weights=self.without_weights,
+        )
+        if self.out_ckpt is not None and directory == self.out and not self.without_weights:
+            step, stage = int(metrics.get("step", 0)), self.lineage["stage"]
+            save_pt(whole, self.out_ckpt, stage, step, metrics, self.dtype, state=state)
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Write beside `out` what will be written at the end, read it back and remove it.
+
+        On rank 0, before the model is spread. Of weights above `REHEARSED_BYTES` only the space is
+        looked for, and of other architectures the layout. Raises UserError for whatever fails: it
+        would have cost the training.
+        """
+        assert self.out is not None, "a rehearsal needs a run folder"
+        aside = nearest(self.out) / f".rehearsal.{os.getpid()}.saving"
+        trial = replace(
+            self,
+            out=aside,
+            out_ckpt=self.out_ckpt and aside / "model.pt",
+            without_weights=saved_bytes(model.state_dict(), self.dtype) > REHEARSED_BYTES,
+        )
+        try:
+            with torch.random.fork_rng(devices=[]):
+                trial(model, aside, {})
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # whatever it is, the end of the training would meet it
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            raise UserError(
+                f"--out {self.out}: the trained model could not be saved, so training does not "
+                f"begin: {reason}"
+            ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def writer(
+    config: TrainSettings, opened: Opened, stage: str, facts: Mapping[str, Any]
+) -> ModelWriter:
+    """Saves the model of `stage` with where it comes from: `facts` of its data, its base, and the
+    settings, as the SHA-256 of the run's config.toml."""
+    digest = hashlib.sha256(as_toml(config).encode()).hexdigest()
+    lineage = {"stage": stage, **facts, **opened.lineage, "config_hash": digest}
+    dtype = saved_as("same", opened.model.config.hf)
+    return ModelWriter(opened.chat, lineage, config.out_ckpt, config.out, opened.lora, dtype)
