@@ -133,8 +133,7 @@ def test_fused_gradient_agrees_with_finite_differences():
             step = torch.zeros(leaf.numel(), dtype=leaf.dtype)
             step[place] = 1e-2  # wide, as the sum is float32 by contract
             moved = [
-                [x + sign * step.view_as(x) if x is leaf else x for x in leaves]
-                for sign in (1, -1)
+                [x + sign * step.view_as(x) if x is leaf else x for x in leaves] for sign in (1, -1)
             ]
             slope = float((loss(*moved[0]) - loss(*moved[1])).detach() / 2e-2)
             assert slope == pytest.approx(float(found.flatten()[place]), abs=1e-3, rel=1e-2)
