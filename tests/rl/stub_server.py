@@ -126,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(
                 said("CUDA error: an illegal access\nmore", "InternalServerError", 500), 500
             )
+        elif samples and server.does("full") and server.calls.count((self.path, body)) == 1:
+            self.answer(said("too many requests", "ServiceUnavailableError", 503), 503)
         elif samples and server.does("slow"):
             time.sleep(9)
         elif samples and server.does("closed"):

@@ -62,15 +62,16 @@ def test_ppo_by_a_server(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault", "more"), [("vllm", "busy", {}), ("sglang", "room for one", LORA)]
+    ("kind", "fault", "more"),
+    [("vllm", "busy", {}), ("sglang", "full", {}), ("sglang", "room for one", LORA)],
 )
 def test_what_a_server_cannot_do_yet_or_has_done_already(world, tmp_path, kind, fault, more):
-    """vLLM keeps its cached keys while a request runs, and is asked again; SGLang makes room for
-    an adapter by itself."""
+    """vLLM keeps its cached keys while a request runs, and a queue may be full: both are asked
+    again. SGLang makes room for an adapter by itself."""
     with serving(world / "base", kind, fault=fault) as stub:
         assert main(command(world, tmp_path / "run", rollout_url=stub.url, **more)) == 0
     asked = [path for path, _ in stub.calls]
-    assert asked.count("/reset_prefix_cache") == (6 if kind == "vllm" else 0)
+    assert asked.count("/reset_prefix_cache") == (6 if fault == "busy" else 0)
 
 
 def test_a_replay_leaves_the_weights_of_the_run_alone(world, tmp_path):

@@ -1,7 +1,7 @@
 """`whet compare`: what each stage has changed, with intervals and an exact test."""
 
+import os
 from dataclasses import asdict
-from pathlib import Path
 
 from whet.chat.chat import load_tokenizer
 from whet.compare.measure import Measured, measure, prompts_of
@@ -9,7 +9,7 @@ from whet.compare.page import page
 from whet.compare.table import as_text, rows_of
 from whet.config import collected, problems
 from whet.data.store import PackedStore
-from whet.files import replaced, write_json, write_text
+from whet.files import replaced, short_names, write_json, write_text
 from whet.flags.compare import Config
 from whet.flags.policy import parse_reward
 from whet.generate.opened import Opened, open_model
@@ -24,10 +24,11 @@ def main(config: Config) -> int:
     _examine(config)
     measured = list[Measured]()
     first: Opened | None = None
-    for path in config.models:
+    names = short_names([os.path.normpath(path) for path in config.models])
+    for path, name in zip(config.models, names, strict=True):
         say(f"{path}:")
         opened = open_model(path, device=config.device, precision=config.precision, score=None)
-        measured.append(measure(_name(path, config.models), opened, first, config))
+        measured.append(measure(name, opened, first, config))
         if first is None and not opened.model.config.score:
             first = opened
     rows = rows_of(measured)
@@ -68,10 +69,3 @@ def _examine(config: Config) -> None:
             chat = load_tokenizer(tokenizer_home(find_model(config.models[0])))
             prompts_of(config, chat)
     problems(found)
-
-
-def _name(path: str, models: tuple[str, ...]) -> str:
-    """The folder's own name, where no other model has it."""
-    names = [Path(model).name for model in models]
-    name = Path(path).name
-    return name if names.count(name) == 1 else path

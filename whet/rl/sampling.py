@@ -143,6 +143,60 @@ class Sampler:
         ]
         return [samples[i : i + size] for i in range(0, len(samples), size)]
 
+    def evaluate(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
+        """Greedy replies to all prompts, their rewards, and how many are right. All ranks call it.
+
+        Raises Interrupted and UserError on all of them, see `Meeting`.
+        """
+        policy = policy_of(model)
+        share = Ranks(device=ranks.device) if is_sharded(model) else ranks
+        mine = range(share.rank, len(self.prompts), share.size)
+        given, most = (policy, self.prompts, self.chat, mine), self.config.max_new_tokens
+        with Meeting(stop, ranks).work(policy):
+            answers = answers_to(*given, max_new_tokens=most, quiet=self.quiet)
+            found = dict(zip(mine, self._numbers(answers), strict=True))
+        # Sharded ranks have answered all of them.
+        found = {i: row for part in gather(found, ranks) for i, row in part.items()}
+        rows = [found[i] for i in sorted(found)]
+        metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        words = f"held-out reward {metrics['dev_reward']:.4g}"
+        right = int(sum(row["dev_accuracy"] for row in rows))
+        if all(prompt.gold is not None for prompt in self.prompts.prompts):
+            low, high = wilson(right, len(rows))
+            metrics |= {"dev_low": low, "dev_high": high}
+            words += f", {right} of {len(rows)} right (95 % interval {low:.1%} to {high:.1%})"
+        else:
+            del metrics["dev_accuracy"]
+        words += f", {metrics['dev_reply_tokens']:.0f} tokens a reply"
+        if metrics["dev_truncated"]:
+            words += f", {metrics['dev_truncated']:.0%} cut at --max_new_tokens"
+        samples = [self._sample(answer) for answer in answers[: self.config.samples]]
+        return Evaluation(metrics, samples if ranks.first else [], words)
+
+    def _numbers(self, answers: Sequence[Answer]) -> list[dict[str, float]]:
+        """The metrics of each answer alone; all have the same names."""
+        sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
+        return [
+            {
+                "dev_reward": reward,
+                **{f"dev_reward/{name}": values[k] for name, values in parts.items()},
+                "dev_truncated": float(not answer.reply.stopped),
+                "dev_reply_tokens": float(len(answer.reply.ids)),
+                "dev_accuracy": right,
+            }
+            for k, (answer, reward, right) in enumerate(
+                zip(answers, sums, correct(answers), strict=True)
+            )
+        ]
+
+    def _sample(self, answer: Answer) -> dict[str, Any]:
+        decode = self.chat.tokenizer.decode
+        return {
+            "prompt": decode(answer.prompt.ids, skip_special=False),
+            "reply": decode(answer.reply.ids, skip_special=False),
+            "expected": answer.prompt.gold,
+        }
+
 
 def fill_cache(
     model: Any,
@@ -210,71 +264,3 @@ def answer_of(prompts: Prompts, number: int, reply: Reply, chat: Chat) -> Answer
     ids = reply.ids[:-1] if reply.stopped else reply.ids
     text = tokenizer.decode(ids, skip_special=False)
     return Answer(prompt, reply, opened_thought(tokenizer, prompt.ids) + text)
-
-
-@dataclass(frozen=True)
-class PolicyEvaluator:
-    """The evaluation of a stage that trains a policy."""
-
-    dev: Prompts
-    chat: Chat
-    rewards: Sequence[Reward]
-    max_new_tokens: int
-    n_samples: int = 3
-    quiet: bool = True
-
-    def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        """All ranks call it. Raises Interrupted and UserError on all of them, see `Meeting`."""
-        policy = policy_of(model)
-        share = Ranks(device=ranks.device) if is_sharded(model) else ranks
-        mine = range(share.rank, len(self.dev), share.size)
-        given, most = (policy, self.dev, self.chat, mine), self.max_new_tokens
-        with Meeting(stop, ranks).work(policy):
-            answers = answers_to(*given, max_new_tokens=most, quiet=self.quiet)
-            found = dict(zip(mine, self._numbers(answers), strict=True))
-        # Sharded ranks have answered all of them.
-        found = {i: row for part in gather(found, ranks) for i, row in part.items()}
-        rows = [found[i] for i in sorted(found)]
-        metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        words = f"held-out reward {metrics['dev_reward']:.4g}"
-        right = int(sum(row["dev_accuracy"] for row in rows))
-        if all(prompt.gold is not None for prompt in self.dev.prompts):
-            low, high = wilson(right, len(rows))
-            metrics |= {"dev_low": low, "dev_high": high}
-            words += f", {right} of {len(rows)} right (95 % interval {low:.1%} to {high:.1%})"
-        else:
-            del metrics["dev_accuracy"]
-        words += f", {metrics['dev_reply_tokens']:.0f} tokens a reply"
-        if metrics["dev_truncated"]:
-            words += f", {metrics['dev_truncated']:.0%} cut at --max_new_tokens"
-        samples = [self._sample(answer) for answer in answers[: self.n_samples]]
-        return Evaluation(metrics, samples if ranks.first else [], words)
-
-    def fill_cache(self, model: Any) -> None:
-        """Hold what an evaluation's longest replies hold."""
-        ids = sorted((prompt.ids for prompt in self.dev.prompts), key=len)[-BATCH:]
-        fill_cache(model, ids, self.max_new_tokens, 0.0, BATCH)
-
-    def _numbers(self, answers: Sequence[Answer]) -> list[dict[str, float]]:
-        """The metrics of each answer alone; all have the same names."""
-        sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
-        return [
-            {
-                "dev_reward": reward,
-                **{f"dev_reward/{name}": values[k] for name, values in parts.items()},
-                "dev_truncated": float(not answer.reply.stopped),
-                "dev_reply_tokens": float(len(answer.reply.ids)),
-                "dev_accuracy": right,
-            }
-            for k, (answer, reward, right) in enumerate(
-                zip(answers, sums, correct(answers), strict=True)
-            )
-        ]
-
-    def _sample(self, answer: Answer) -> dict[str, Any]:
-        decode = self.chat.tokenizer.decode
-        return {
-            "prompt": decode(answer.prompt.ids, skip_special=False),
-            "reply": decode(answer.reply.ids, skip_special=False),
-            "expected": answer.prompt.gold,
-        }

@@ -26,8 +26,9 @@ KEY = "WHET_ROLLOUT_KEY"
 PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 """The whole vocabulary's probabilities."""
-PAUSE = 0.2
-"""Seconds between two requests for what the server cannot do yet."""
+FULL, PAUSE = 503, 0.5
+"""What a server answers whose queue is full (vLLM's --max-num-queued-reqs, SGLang's
+--max-queued-requests), and the seconds until it is asked again for what it cannot do yet."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,25 @@ class Server:
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The answer to a request: JSON, or text where it is none.
 
-        Raises UserError if there is no server, no answer in time, or one that says no.
+        A server that has no room now is asked again for as long as an answer may take. Raises
+        UserError if there is no server, no answer in time, or one that says no.
         """
+        until = time.monotonic() + self.seconds
+        while True:
+            status, text = self._ask(path, body)
+            if status != FULL or self.stopped or time.monotonic() > until:
+                break
+            time.sleep(PAUSE)
+        try:
+            answer = json.loads(text) if text.strip() else None
+        except ValueError:
+            answer = text
+        if status >= 400:
+            raise self.error(f"answered {path} with {status}: {_said(answer)}{_hint(path, status)}")
+        return answer
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
+        """Status and text of the answer to one request."""
         where = urlsplit(self.url)
         secure = where.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -157,7 +175,7 @@ class Server:
                 raise ConnectionAbortedError("given up")
             connection.request("GET" if data is None else "POST", where.path + path, data, headers)
             response = connection.getresponse()
-            status, text = response.status, response.read().decode(errors="replace")
+            return response.status, response.read().decode(errors="replace")
         except TimeoutError as error:
             late = f"did not answer {path} within --rollout_seconds {self.seconds:g}"
             raise self.error(late) from error
@@ -167,13 +185,6 @@ class Server:
         finally:
             self.open.discard(connection)
             connection.close()
-        try:
-            answer = json.loads(text) if text.strip() else None
-        except ValueError:
-            answer = text
-        if status >= 400:
-            raise self.error(f"answered {path} with {status}: {_said(answer)}{_hint(path, status)}")
-        return answer
 
     def _change(self, path: str, body: dict[str, Any], *, patient: bool = False) -> None:
         """A request that changes something; the answer may say that it did not.
