@@ -80,7 +80,7 @@ class Server:
             raise self.error("is neither a vLLM nor an SGLang server: its /v1/models names neither")
         self.kind, self.base = bases[0]["owned_by"], str(bases[0].get("id"))
         room = bases[0].get("max_model_len")
-        self.room = room if isinstance(room, int) else None
+        self.room = room if type(room) is int else None
 
     def load_model(self, directory: Path) -> None:
         """Have it take the weights of a model directory."""
@@ -121,10 +121,10 @@ class Server:
                 (choice,) = self._choices(short, prompt_logprobs=1)
                 table = self._listed(choice, "prompt_logprobs", n)
                 pairs = zip(table[1:], request.ids[1:], strict=True)
-                return [float(entries[str(i)]["logprob"]) for entries, i in pairs], reply
+                return self._numbers([each[str(i)]["logprob"] for each, i in pairs]), reply
             (choice,) = self._choices(short, logprob_start_len=0)
             table = self._listed(choice["meta_info"], "input_token_logprobs", n)
-            return [float(entry[0]) for entry in table[1:]], reply
+            return self._numbers([entry[0] for entry in table[1:]]), reply
 
     def _choices(self, request: Request, **more: int) -> list[Any]:
         """The `n` replies of the server, as it gives them. `more` is asked for besides."""
@@ -264,15 +264,22 @@ class Server:
                 f"gave a reply of {len(ids)} tokens with {len(logp)} log-probs; 1 to "
                 f"{request.room} were asked for, each with its own"
             )
-        if not all(isinstance(x, int | float) and math.isfinite(x) for x in logp):
-            raise self.error("gave a log-prob that is no finite number")
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise self.error(f"gave tokens that are no ids: {str(ids)[:80]}")
+        logp = self._numbers(logp)
         stopped = ids[-1] in request.stop_ids
         if not stopped and reason != "length":
             raise self.error(
                 f"ended a reply ({reason}) with token {ids[-1]}, which is none of the chat's stop "
                 f"tokens {list(request.stop_ids)}"
             )
-        return Reply(list(ids), [float(x) for x in logp], stopped)
+        return Reply(list(ids), logp, stopped)
+
+    def _numbers(self, logp: list[Any]) -> list[float]:
+        """Log-probs, each a finite number."""
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in logp):
+            raise self.error("gave a log-prob that is no finite number")
+        return [float(x) for x in logp]
 
     def _listed(self, answer: Any, name: str | None, count: int | None = None) -> list[Any]:
         """A list that an answer must hold, of `count` entries: the answer itself without a name."""
