@@ -129,4 +129,4 @@ def policy_flaws(config: Any) -> list[str]:
             f"--updates {config.updates}: each trains its own share of the rollout's prompts, and "
             f"--batch_size {config.batch_size} are too few"
         )
-    return found + tuning_flaws(config, [config.prompts, config.dev])
+    return found + tuning_flaws(config)
