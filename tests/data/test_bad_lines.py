@@ -119,5 +119,5 @@ def test_all_wrong_flags_are_told_at_once(broken, tmp_path, monkeypatch):
     told = ("--data a.jsonl", "--data b.jsonl", "--decontaminate c.json", "--dev_fraction 2")
     told += ("--template_kwargs", "--date xx", "--chat_template d", "none: there is no such path")
     assert len(lines) == len(told)
-    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+    assert all(any(line.startswith(start) for line in lines) for start in told)
     assert list(tmp_path.iterdir()) == []

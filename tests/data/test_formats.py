@@ -143,6 +143,9 @@ def test_the_format_may_be_said():
         (None, "expected a JSON object"),
         ({}, "record is empty"),
         ({"foo": 1}, r'fields \["foo"\] fit no known format; name the format'),
+        ({"Query": "a", "answer": "b"}, "--fields prompt=Query,completion=answer"),
+        ({"data": [{"messages": []}]}, "the file must hold that list alone: jq .data"),
+        ({"prompt": "a", "accepted": "b", "rejected": "c"}, "--fields chosen=NAME"),
         ({"chosen": "a", "rejected": "b"}, "has no prompt; name the field"),
         ({"prompt": "q", "chosen": "a"}, "a pair needs `rejected`, too"),
         ({"instruction": "a", "instances": []}, "each of `instances` as a line"),
@@ -173,6 +176,7 @@ def test_the_format_may_be_said():
         ({"ids": [], "mask": []}, "ids is empty"),
         ({"ids": [1], "mask": [float("inf")]}, "finite weights"),
         ({"ids": [1], "mask": [-1.0]}, "finite weights of 0 or more, got -1.0"),
+        ({"ids": [1, 2], "labels": [True, 2]}, "labels must hold numbers alone, got true"),
         ({"ids": [1, 2], "labels": [2, -100]}, "label 1 is 2, neither the id 1"),
     ],
 )

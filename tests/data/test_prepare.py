@@ -21,9 +21,10 @@ from whet.data import reader
 from whet.data.account import totals
 from whet.data.batches import get_sft_batch_iterator
 from whet.data.formats import to_example
-from whet.data.prepare import GIVEN, Config, prepare, prepare_text
+from whet.data.prepare import Config, prepare, prepare_text
 from whet.data.store import PackedStore
 from whet.errors import UserError
+from whet.flags.prepare import GIVEN
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

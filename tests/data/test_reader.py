@@ -258,3 +258,10 @@ def test_utf_16_is_named(tmp_path, name, coding):
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(UserError, match="is UTF-16 or UTF-32; Whet reads UTF-8: iconv"):
         list(read_units(str(path)))
+
+
+def test_a_packed_file_under_the_name_of_a_text_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(UserError, match=r"is a \.gz file by its content; name it .*a\.jsonl\.gz"):
+        list(read_units(str(path)))

@@ -158,7 +158,7 @@ def broken(path, kind):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("no HDF5", "not a readable HDF5 file"),
+        ("no HDF5", "is no packed file; `whet prepare --data .*` makes a packed file"),
         ("no tokens", "no dataset 'tokens'"),
         ("no mask", "no dataset 'loss_mask'"),
         ("mask of text", "loss_mask must be numbers"),

@@ -222,3 +222,16 @@ def test_a_rollout_says_reward_and_advantage(packed, tmp_path, capsys, per_token
     assert f"── reward 1, {first}: " in out
     assert f"── reward 0, {second}: " in out
     assert "── reward -1, " in out
+
+
+def test_a_template_whose_tokens_the_base_lacks(tmp_path, tokenizer, capsys):
+    """`whet prepare --chat_template chatml` adds them: the file and a conversation show texts."""
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"prompt": "a question", "completion": "an answer"}) + "\n")
+    packed, base = tmp_path / "chatml.h5", tmp_path / "tokenizer"
+    made = ["--tokenizer", base, "--chat_template", "chatml"]
+    words = ["prepare", "--data", chats, *made, "--out", packed, "--context_length", "64"]
+    assert main(list(map(str, words))) == 0
+    capsys.readouterr()
+    assert inspect(packed) == inspect("--conversation", f"{chats}:1", *made) == 0
+    assert capsys.readouterr().out.count("⟦an answer<|im_end|>⟧") == 2

@@ -1,8 +1,8 @@
 """A server on loopback that speaks what `whet.rl.server` uses of vLLM and SGLang; Whet's engine
 answers. It can be told to misbehave.
 
-Its answers and refusals have the forms of vLLM 0.32.0, as recorded from a running server, and of
-SGLang 0.5.23, as its source has them.
+Its answers and refusals have the forms of vLLM 0.32.0 and SGLang 0.5.23, as recorded from running
+servers on 2026-11-30.
 """
 
 import json
@@ -50,10 +50,20 @@ class Stub(ThreadingHTTPServer):
     def does(self, fault):
         return self.fault == fault and self.loads > self.since
 
+    def refuse(self, why, code):
+        """SGLang says no more than the message, and always 400."""
+        if self.kind == "sglang":
+            raise RefusalError(400, {"error": {"message": why}})
+        raise RefusalError(code, said(why, code=code))
+
     def load(self, name, path):
         self.loads += 1
-        if not self.does("stale"):
-            self.models[name], self.before = load_backbone_from_ckpt(path), self.models[""]
+        if self.does("stale"):
+            return
+        model, self.before = load_backbone_from_ckpt(path), self.models[""]
+        if self.does("part"):
+            model.embed.load_state_dict(self.before.embed.state_dict())
+        self.models[name] = model
 
     def replies(self, name, ids, n, seed, room, temperature, stop_ids, judges):
         """(ids, logp, stopped) of each reply, and ln p of the prompt's tokens.
@@ -61,11 +71,9 @@ class Stub(ThreadingHTTPServer):
         If it `judges` a prompt it computes the keys of that prompt, and takes none from its cache.
         """
         if name not in self.models:
-            raise RefusalError(
-                404, said(f"The model `{name}` does not exist.", "NotFoundError", 404)
-            )
+            self.refuse(f"The model `{name}` does not exist.", 404)
         if len(ids) + room > self.room:
-            raise RefusalError(400, said(f"maximum context length is {self.room} tokens"))
+            self.refuse(f"maximum context length is {self.room} tokens", 400)
         cached = self.does("stale cache") and not judges
         model = self.before if cached else self.models[name]
         keys = [(*self.keys[seed], k) for k in range(n)]
@@ -118,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(
                 said("CUDA error: an illegal access\nmore", "InternalServerError", 500), 500
             )
+        elif samples and server.does("full") and server.calls.count((self.path, body)) == 1:
+            self.answer(said("too many requests", "ServiceUnavailableError", 503), 503)
         elif samples and server.does("slow"):
             time.sleep(9)
         elif samples and server.does("closed"):
@@ -152,7 +162,10 @@ class Handler(BaseHTTPRequestHandler):
     def unload_lora_adapter(self, body):
         name = body["lora_name"]
         if name not in self.server.models:
-            raise RefusalError(404, said(f"The lora adapter '{name}' cannot be found.", code=404))
+            if self.server.kind == "sglang":
+                told = {"success": False, "error_message": f"LoRA with name {name} does not exist."}
+                raise RefusalError(400, told | {"loaded_adapters": None})
+            self.server.refuse(f"The lora adapter '{name}' cannot be found.", 404)
         del self.server.models[name]
         self.changed(f"Success: LoRA adapter '{name}' removed successfully.")
 

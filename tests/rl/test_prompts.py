@@ -37,6 +37,12 @@ def load(tmp_path, chat):
         ({"prompt": [USER], "system": "be kind"}, [SYSTEM, USER], None),
         ({"messages": [SYSTEM, USER], "system_prompt": ""}, [SYSTEM, USER], None),
         ({"prompt": "2 + 3?", "gold": True}, [USER], None),
+        ({"prompt": "2 + 3?", "gold": "true"}, [USER], None),
+        ({"prompt": "2 + 3?", "gold": -0.0}, [USER], "-0.0"),
+        ({"prompt": "2 + 3?", "gold": 2e-7}, [USER], "0.0000002"),
+        ({"prompt": "2 + 3?", "gold": 1e100}, [USER], "1" + 100 * "0"),
+        ({"prompt": "2 + 3?", "gold": 2**70}, [USER], str(2**70)),
+        ({"prompt": json.dumps([SYSTEM, USER]), "gold": "1/0"}, [SYSTEM, USER], None),
     ],
 )
 def test_a_line_is_what_its_fields_say(load, line, messages, gold):
@@ -53,11 +59,22 @@ def test_a_line_is_what_its_fields_say(load, line, messages, gold):
         ({"prompt": [USER, {"role": "assistant", "content": "5"}]}, "end with the assistant's"),
         ({"prompt": [SYSTEM, USER], "system": "x"}, "has a field system and a system turn"),
         ({"prompt": "x", "system": 3}, "system must be a text, got 3"),
+        ({"prompt": "x", "images": ["a.png"]}, ":2: has images, and Whet trains on text alone"),
+        ({"prompt": "x", "functions": 3}, ":2: tools must be a list of objects, got 3"),
     ],
 )
 def test_what_is_no_prompt_is_refused_with_its_line(load, line, told):
     with pytest.raises(UserError, match=told):
         load({"prompt": "one"}, line)
+
+
+def test_all_bad_lines_are_told_at_once(load):
+    with pytest.raises(UserError) as caught:
+        load(*[{"text": "x"}] * 30)
+    told = str(caught.value).splitlines()
+    assert ":1: expected" in told[0]
+    assert len(told) == 21
+    assert told[-1].endswith("10 further lines cannot be read")
 
 
 def test_prompts_that_leave_no_room_are_left_out_and_told(load):

@@ -202,7 +202,7 @@ def test_a_function_that_hangs_is_ended(functions):
 
 
 def test_a_function_that_is_not_there(functions):
-    with pytest.raises(UserError, match="has no attribute 'nothing'"):
+    with pytest.raises(UserError, match=r"mine\.py has no function nothing"):
         functions("nothing")
 
 

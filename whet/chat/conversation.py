@@ -146,8 +146,11 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
         role = "tool"
     if role not in ROLES:
         known = ", ".join(ROLES)
-        what = "has no role" if role is None else f"has the unknown role {shown(role)}"
-        raise UserError(f"{at}: {what}; roles are {known}")
+        if role is None:
+            keys = shown(list(message))
+            way = "--fields role=NAME,content=NAME takes other names"
+            raise UserError(f"{at}: has no role, but {keys}; {way}")
+        raise UserError(f"{at}: has the unknown role {shown(role)}; roles are {known}")
     read = {
         key: value
         for key, value in message.items()

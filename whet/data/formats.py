@@ -53,9 +53,13 @@ FIELDS = tuple(
 )  # fmt: skip
 """The names that `--fields` can give to a file's own."""
 
+ASKED = ("prompt", "question", "query", "instruction", "input", "problem")
+REPLIED = ("completion", "response", "output", "answer", "solution", "reply", "target")
+"""What questions and answers are called elsewhere."""
 HINTS = (
     # what a record of another kind has: what to do with it
     ({"chosen"}, "a pair needs `rejected`, too; for SFT rename it: --fields completion=chosen"),
+    ({"rejected"}, "a pair needs `chosen`, too: --fields chosen=NAME"),
     ({"rejected_response"}, "a pair is read from the fields `chosen` and `rejected`: see --fields"),
     ({"instances"}, "write each of `instances` as a line with instruction, input and output"),
     ({"input_ids"}, "ids alone do not say what is trained; add `loss_mask` or `labels`"),
@@ -96,9 +100,27 @@ def detect_format(record: Record, source: str = "", line: int = 0) -> str:
     at = Origin(source, line)
     if not record:
         raise at.error("the record is empty ({}); expected a conversation's fields")
-    hint = next((text for fields, text in HINTS if fields <= record.keys()), "")
-    hint = hint or "name the format with --format or rename the fields; see docs/data.md"
-    raise at.error(f"fields {shown(list(record), 100)} fit no known format; {hint}")
+    there = {name: value for name, value in record.items() if value is not None}
+    hint = next((text for fields, text in HINTS if fields <= there.keys()), "")
+    hint = hint or _fields_hint(there)
+    raise at.error(f"fields {shown(list(there), 100)} fit no known format; {hint}")
+
+
+def _fields_hint(record: Record) -> str:
+    """What to do with fields that fit no format."""
+    asked, replied = (
+        next((name for name in record if str(name).lower() in names), None)
+        for names in (ASKED, REPLIED)
+    )
+    if asked and replied:
+        return f"for a question and its answer: --fields prompt={asked},completion={replied}"
+    for name, value in record.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            is_message = value[0].keys() & {"role", "from", "content", "value", "speaker", "text"}
+            if is_message:
+                return f"if {name} are the messages: --fields messages={name}"
+            return f"if {name} are the records, the file must hold that list alone: jq .{name}"
+    return "name the format with --format or the fields with --fields; see docs/data.md"
 
 
 def _is_labelled(record: Record) -> bool:
@@ -223,8 +245,8 @@ def _gsm8k(record: Record, at: Origin) -> Conversation:
     number = number.strip().replace(",", "")
     if not mark or not number:
         raise at.error(
-            "answer does not end in `#### N` as GSM8K's do; for other questions and answers name "
-            "the fields prompt and completion"
+            "answer does not end in `#### N` as GSM8K's do; for other questions and answers: "
+            "--fields prompt=question,completion=answer"
         )
     reasoning = CALCULATOR_MARK.sub("", reasoning).strip()
     answer = f"<think>{reasoning}</think><answer>{number}</answer>"

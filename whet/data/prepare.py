@@ -17,33 +17,30 @@ from pathlib import Path
 import numpy as np
 
 from whet.chat.certificate import Refusal
-from whet.chat.chat import Chat, add_chat_tokens, find_template, load_tokenizer, read_date
+from whet.chat.chat import Chat, add_chat_tokens, load_tokenizer
 from whet.chat.conversation import Origin
 from whet.chat.encode import EncodeOptions
 from whet.chat.template import read_variables
-from whet.config import check, collected, problems
+from whet.config import check, problems
 from whet.data.account import SourceAccount, accounts_of, table, totals
 from whet.data.decontaminate import Evaluations, read_evaluations
 from whet.data.encoding import KIND_NAMES, BlockEncoder
-from whet.data.formats import FIELDS, FORMATS
+from whet.data.formats import FIELDS
 from whet.data.layout import KINDS
 from whet.data.left_out import fates, notes, records, stop_at_overlong, stop_at_refusals
 from whet.data.mixing import KEPT, select
 from whet.data.parallel import ordered_map, start_server, usable_cores
-from whet.data.reader import Source, check_path, parse_sources, read_blocks
+from whet.data.reader import Source, parse_sources, read_blocks
 from whet.data.record import read_fields
-from whet.data.store import PACKED
 from whet.data.writing import Spool, Tables, write_packed
 from whet.errors import UserError
-from whet.files import nearest, unwritable
+from whet.files import nearest
 from whet.flags.prepare import Config, flaws
-from whet.hub import check_name, find_model
+from whet.hub import find_model
 from whet.progress import say, track
 
 SMALL_BYTES = 8 << 20
 """Below this size of all input, starting worker processes takes longer than they save."""
-GIVEN = "(given)"
-"""In place of a tokenizer's name where a caller hands over the tokenizer itself."""
 
 
 def main(config: Config) -> int:
@@ -66,7 +63,7 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
         start_server(BlockEncoder)  # it starts while the tokenizer is loaded
     directory = find_model(config.tokenizer, quiet=quiet, weights=False)
     check_positions(directory, config.context_length)
-    chat = load_tokenizer(directory)
+    chat = load_tokenizer(directory, config.chat_template)
     if config.chat_template:
         chat, added = add_chat_tokens(chat, config.chat_template)
         if added and not quiet:
@@ -89,40 +86,8 @@ def prepare_text(config: Config, chat: Chat, quiet: bool = False) -> list[Source
 
 def examine(config: Config) -> list[Source]:
     """The sources; raises UserError with all that is wrong with the flags, before they are read."""
-    found: list[str] = []
-    if not config.data:
-        found.append("--data: name at least one file")
-    sources: list[Source] = []
-    with collected(found):
-        sources = parse_sources(config.data)
-    for path in config.decontaminate:
-        with collected(found):
-            check_path(path, "--decontaminate")
-    with collected(found):
-        check(config, flaws(config))
-    with collected(found):
-        read_variables(config.template_kwargs)
-    with collected(found):
-        if config.date:
-            read_date(config.date)
-    with collected(found):
-        if config.chat_template:
-            _ = find_template(config.chat_template).described
-    if config.format and config.format not in FORMATS:
-        found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
-    with collected(found):
-        read_fields(config.fields, FIELDS)
-    inputs = [*(source.path for source in sources), *config.decontaminate, config.tokenizer]
-    found += unwritable("--out", config.out, inputs, PACKED)
-    if config.dev_out:
-        found += unwritable("--dev_out", config.dev_out, [*inputs, config.out], PACKED)
-    with collected(found):
-        if not config.tokenizer:
-            raise UserError("--tokenizer: name the directory of the model's tokenizer")
-        if config.tokenizer != GIVEN:
-            check_name(config.tokenizer)
-    problems(found)
-    return sources
+    check(config, flaws(config))
+    return parse_sources(config.data)
 
 
 def _prepare(
@@ -185,7 +150,7 @@ def check_positions(directory: Path, context_length: int) -> None:
     except (OSError, ValueError, AttributeError):
         return  # no model, or one that `whet sft` says more about
     for most in positions:
-        if isinstance(most, int) and most < context_length:
+        if type(most) is int and most < context_length:
             raise UserError(
                 f"--context_length {context_length}: the model in {directory} has {most:,} "
                 f"positions; take --context_length {most} or less"

@@ -311,8 +311,17 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
             return
 
 
+BINARY = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet"}
+"""How files of other kinds begin, and what their names must end in."""
+
+
 def _check_encoding(path: str, begin: bytes) -> None:
-    """Name UTF-16 and UTF-32, which Windows writes and which no JSON reader takes."""
+    """Name files that are no text under a text's name, and UTF-16 and UTF-32, which Windows writes
+    and which no JSON reader takes."""
+    for magic, ending in BINARY.items():
+        if begin.startswith(magic):
+            wanted = f"{path}{ending}" if ending in COMPRESSED else f"NAME{ending}"
+            raise UserError(f"{path}: is a {ending} file by its content; name it {wanted}")
     if begin[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in begin[:4]:
         raise UserError(
             f"{path}: is UTF-16 or UTF-32; Whet reads UTF-8: iconv -f UTF-16 -t UTF-8 {path}"

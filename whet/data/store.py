@@ -141,7 +141,11 @@ class PackedStore:
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
-            raise UserError(f"{path}: is not a readable HDF5 file ({error})") from None
+            why = f"is damaged ({error})"
+            if not h5py.is_hdf5(path):
+                makes = f"`whet prepare --data {path}` makes a packed file of conversations"
+                why = f"is no packed file; {makes}"
+            raise UserError(f"{path}: {why}") from None
         with self._undamaged():
             self.attrs = read_attributes(self._file)
             check_file(str(self.path), self._file, self.attrs, self._kinds)
@@ -318,7 +322,10 @@ class PackedStore:
 
     def _numbers(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         with self._undamaged():
-            found = np.asarray(self._file[name][...], np.float32)
+            data = self._file[name]
+            if data.dtype.kind not in ("biuf" if name == "labels" else "iuf"):
+                raise ValueError(f"{name} holds {data.dtype}, expected numbers")
+            found = np.asarray(data[...], np.float32)
             if found.shape != shape:
                 expected = " x ".join(map(str, shape))
                 raise ValueError(f"{name} has {found.shape} numbers, expected {expected}")

@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from whet.config import FIRST, PLACE, Place, at_least, below_1, from_0
+from whet.config import FIRST, PLACE, Place, at_least, below_1, collected, from_0
+from whet.errors import UserError
+from whet.files import unwritable
 from whet.flags.choices import Overlong, Refused
+from whet.hub import check_name
+
+GIVEN = "(given)"
+"""In place of a tokenizer's name where a caller hands over the tokenizer itself."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,44 @@ class Config:
 
 
 def flaws(config: Config) -> list[str]:
-    """Flags that do not go together."""
+    """What is wrong with the flags beside their values alone."""
+    from whet.chat.chat import find_template, read_date
+    from whet.chat.template import read_variables
+    from whet.data.formats import FIELDS, FORMATS
+    from whet.data.reader import check_path, parse_sources
+    from whet.data.record import read_fields
+    from whet.data.store import PACKED
+
+    found: list[str] = []
+    paths: list[str] = []
+    if not config.data:
+        found.append("--data: name at least one file")
+    with collected(found):
+        paths = [source.path for source in parse_sources(config.data)]
+    for path in config.decontaminate:
+        with collected(found):
+            check_path(path, "--decontaminate")
     if config.dev_fraction < 1 and bool(config.dev_out) != bool(config.dev_fraction):
-        return ["--dev_out and --dev_fraction belong together: give both or neither"]
-    return []
+        found.append("--dev_out and --dev_fraction belong together: give both or neither")
+    with collected(found):
+        read_variables(config.template_kwargs)
+    with collected(found):
+        if config.date:
+            read_date(config.date)
+    with collected(found):
+        if config.chat_template:
+            _ = find_template(config.chat_template).described
+    if config.format and config.format not in FORMATS:
+        found.append(f"--format {config.format}: formats are {', '.join(FORMATS)}")
+    with collected(found):
+        read_fields(config.fields, FIELDS)
+    inputs = [*paths, *config.decontaminate, config.tokenizer]
+    found += unwritable("--out", config.out, inputs, PACKED)
+    if config.dev_out:
+        found += unwritable("--dev_out", config.dev_out, [*inputs, config.out], PACKED)
+    with collected(found):
+        if not config.tokenizer:
+            raise UserError("--tokenizer: name the directory of the model's tokenizer")
+        if config.tokenizer != GIVEN:
+            check_name(config.tokenizer)
+    return found

@@ -21,13 +21,15 @@ PAGE_ROWS = 1000
 def main(config: Config) -> None:
     """Print or write what `config` asks for."""
     if config.conversation:
-        from whet.chat.chat import load_tokenizer
+        from whet.chat.chat import add_chat_tokens, load_tokenizer
         from whet.chat.template import read_variables
         from whet.report.conversation import conversation_lines, encode_line, encoded_sheet
 
         variables = read_variables(config.template_kwargs)
-        chat = load_tokenizer(_required(config.tokenizer), config.chat_template, variables)
-        shown = encode_line(config.conversation, chat)
+        chat = load_tokenizer(_required(config.tokenizer))
+        if config.chat_template:
+            chat, _ = add_chat_tokens(chat, config.chat_template)
+        shown = encode_line(config.conversation, chat.with_variables(variables))
         if config.html:
             _write(config.html, encoded_sheet(shown))
         else:

@@ -1,6 +1,7 @@
 """A packed file -> a Sheet."""
 
 import hashlib
+from contextlib import suppress
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -88,10 +89,15 @@ def _tokenizer(store: PackedStore, wanted: Path | None) -> tuple["Tokenizer | No
     if path is None:
         gone = f"{recorded} is not there" if recorded else "the file names none"
         return None, f"none, ids are shown ({gone}; --tokenizer DIR gives one)"
+    from whet.chat.chat import Chat, add_chat_tokens
     from whet.chat.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(path)
     expected = store.attrs.get("tokenizer_hash")
+    given = store.attrs.get("settings", {}).get("chat_template")
+    if given and tokenizer.hash != expected:  # as `whet prepare` adds what the base lacks
+        with suppress(UserError):
+            tokenizer = add_chat_tokens(Chat(tokenizer), given)[0].tokenizer
     if expected and tokenizer.hash != expected:
         if wanted:
             raise UserError(

@@ -24,7 +24,7 @@ def main(file: str, name: str) -> None:
         wanted = inspect.signature(function).parameters
         takes_all = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
     except BaseException as error:
-        _write(answers, {"error": _last_line(error)})
+        _write(answers, {"error": _last_line(error, file)})
         return
     _write(answers, {"ready": True})
     for line in asked:
@@ -34,7 +34,7 @@ def main(file: str, name: str) -> None:
             arguments = given if takes_all else {k: v for k, v in given.items() if k in wanted}
             answer = {"rewards": numbers(function(**arguments), len(given["completions"]))}
         except Exception as error:
-            answer = {"error": _last_line(error)}
+            answer = {"error": _last_line(error, file)}
         if os.getpid() != process:  # a fork of the function's, which has returned, too
             os._exit(0)
         _write(answers, answer)
@@ -55,7 +55,10 @@ def load(file: str, name: str) -> Any:
     sys.path.insert(0, str(Path(file).resolve().parent))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return getattr(module, name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise TypeError(f"{file} has no function {name}")
+    return function
 
 
 def numbers(found: Any, count: int) -> list[float]:
@@ -74,11 +77,11 @@ def _write(file: TextIO, content: dict[str, Any]) -> None:
     file.flush()
 
 
-def _last_line(error: BaseException) -> str:
-    """The error, with the place where it was raised if that is not in this file."""
+def _last_line(error: BaseException, file: str) -> str:
+    """The error, with the line of the user's file where it was raised or what raised it called."""
     frames = traceback.extract_tb(error.__traceback__)
-    is_own = not frames or frames[-1].filename == __file__
-    place = "" if is_own else f" ({frames[-1].filename}:{frames[-1].lineno})"
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    place = f" ({file}:{lines[-1]})" if lines else ""
     return " ".join(f"{type(error).__name__}: {error}{place}".split())
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from whet.chat.chat import Chat, load_tokenizer
 from whet.chat.tokenizer import train_tokenizer
-from whet.data.prepare import GIVEN, examine, prepare_text
+from whet.data.prepare import examine, prepare_text
 from whet.data.reader import parse, parse_source, read_units
 from whet.data.store import PackedStore
+from whet.flags.prepare import GIVEN
 from whet.flags.prepare import Config as PrepareConfig
 from whet.flags.pretrain import Config
 from whet.model.config import llama
