@@ -1,7 +1,7 @@
-"""What comes after SFT, on CPU in float32: Whet and TRL, same model and data, in turn, in one run.
+"""What comes after SFT, on CPU: Whet and TRL, same model, data and precision, in turn, in one run.
 
     python -m benchmarks.bench_stages dpo --rounds 3
-    python -m benchmarks.bench_stages reward
+    python -m benchmarks.bench_stages reward --precision bf16
     python -m benchmarks.bench_stages grpo
 
 Each round runs every side once as a process of its own, so that a slow minute of the machine meets
@@ -52,6 +52,7 @@ GROUP, NEW = 8, 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["dpo", "reward", "grpo"])
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4, help="rows, or prompts, of a step")
@@ -105,7 +106,7 @@ def run_whet(work: Path, args: Any, by_row: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         words = [args.kind, "--model", "model", "--out", str(out), "--quiet", "--lr", "1e-6"]
-        words += ["--precision", "float32", "--batch_size", str(args.rows), "--warmup", "0"]
+        words += ["--precision", args.precision, "--batch_size", str(args.rows), "--warmup", "0"]
         words += ["--max_steps", str(args.steps), "--eval_every", "0", "--save_every", "0"]
         if args.kind == "grpo":
             words += ["--prompts", "pairs.jsonl", "--reward", "reward.py:vowels"]
@@ -139,6 +140,7 @@ def run_trl(work: Path, args: Any, by_pair: bool) -> dict[str, Any]:
     words += [args.kind, "--work", str(work), "--steps", str(args.steps)]
     words += ["--batch_size", str(batch), "--pass_size", str(small if by_pair else batch)]
     words += ["--new_tokens", str(NEW), "--group_size", str(GROUP)]
+    words += ["--precision", args.precision]
     try:
         peak, printed, _ = run_process(words, work)
     finally:
@@ -155,6 +157,7 @@ def summary(side: str, args: argparse.Namespace, runs: list[dict[str, Any]]) -> 
     return {
         "benchmark": args.kind,
         "side": side,
+        "precision": args.precision,
         "counted": "sampled tokens" if args.kind == "grpo" else "pairs",
         "rows": args.rows,
         **spread("per_s", by_clock["seconds"], 3),

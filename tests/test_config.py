@@ -246,3 +246,9 @@ def test_what_is_wrong_is_said_beside_what_is_missing() -> None:
     assert "--model: is missing" in words
     assert "--seed 4294967296: expected 0 or more, below 2^31" in words
     assert "--lr -1.0" in words
+
+
+def test_a_whole_number_that_no_float_holds(tmp_path: Path) -> None:
+    for value in (10**400, -(10**309)):
+        with pytest.raises(UserError, match=r"key 'lr': expected a number, got -?10"):
+            read_toml(Config, toml(tmp_path, f"lr = {value}\n"))

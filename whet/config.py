@@ -304,7 +304,7 @@ def convert(value: Any, hint: Any, text: bool = False) -> tuple[Any, str | None]
     if text and hint in (int, float):
         with suppress(ValueError):
             return hint(value), None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) < 2**1023:  # more is no float
         return float(value), None
     if hint is Path and isinstance(value, str):
         return Path(os.path.expanduser(value)), None

@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch_size", type=int, required=True, help="pairs or replies of a step")
     parser.add_argument("--pass_size", type=int, required=True, help="so many in a forward pass")
+    parser.add_argument("--precision", choices=["float32", "bf16"], required=True)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--group_size", type=int, default=8)
     args = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
         "max_steps": args.steps,
         "learning_rate": 1e-6,
         "max_grad_norm": 1.0,
-        "bf16": False,
+        "bf16": args.precision == "bf16",
         "fp16": False,
         "use_cpu": True,
         "gradient_checkpointing": False,

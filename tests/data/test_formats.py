@@ -176,6 +176,7 @@ def test_the_format_may_be_said():
         ({"ids": [], "mask": []}, "ids is empty"),
         ({"ids": [1], "mask": [float("inf")]}, "finite weights"),
         ({"ids": [1], "mask": [-1.0]}, "finite weights of 0 or more, got -1.0"),
+        ({"ids": [1, 2], "labels": [True, 2]}, "labels must hold numbers alone, got true"),
         ({"ids": [1, 2], "labels": [2, -100]}, "label 1 is 2, neither the id 1"),
     ],
 )

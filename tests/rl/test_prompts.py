@@ -37,6 +37,11 @@ def load(tmp_path, chat):
         ({"prompt": [USER], "system": "be kind"}, [SYSTEM, USER], None),
         ({"messages": [SYSTEM, USER], "system_prompt": ""}, [SYSTEM, USER], None),
         ({"prompt": "2 + 3?", "gold": True}, [USER], None),
+        ({"prompt": "2 + 3?", "gold": "true"}, [USER], None),
+        ({"prompt": "2 + 3?", "gold": -0.0}, [USER], "-0.0"),
+        ({"prompt": "2 + 3?", "gold": 2e-7}, [USER], "0.0000002"),
+        ({"prompt": "2 + 3?", "gold": 1e100}, [USER], "1" + 100 * "0"),
+        ({"prompt": "2 + 3?", "gold": 2**70}, [USER], str(2**70)),
         ({"prompt": json.dumps([SYSTEM, USER]), "gold": "1/0"}, [SYSTEM, USER], None),
     ],
 )

@@ -15,8 +15,10 @@ from tests.stages.test_grpo import command, lines_of
 from whet.cli import main
 from whet.data.batches import make_batch
 from whet.data.layout import Rows
+from whet.errors import UserError
 from whet.flags.policy import server_root
 from whet.rl.rollout_file import Rollout
+from whet.rl.server import Request, Server
 from whet.stages.grpo import grpo_loss
 
 world = test_grpo.world
@@ -60,15 +62,16 @@ def test_ppo_by_a_server(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault", "more"), [("vllm", "busy", {}), ("sglang", "room for one", LORA)]
+    ("kind", "fault", "more"),
+    [("vllm", "busy", {}), ("sglang", "full", {}), ("sglang", "room for one", LORA)],
 )
 def test_what_a_server_cannot_do_yet_or_has_done_already(world, tmp_path, kind, fault, more):
-    """vLLM keeps its cached keys while a request runs, and is asked again; SGLang makes room for
-    an adapter by itself."""
+    """vLLM keeps its cached keys while a request runs, and a queue may be full: both are asked
+    again. SGLang makes room for an adapter by itself."""
     with serving(world / "base", kind, fault=fault) as stub:
         assert main(command(world, tmp_path / "run", rollout_url=stub.url, **more)) == 0
     asked = [path for path, _ in stub.calls]
-    assert asked.count("/reset_prefix_cache") == (6 if kind == "vllm" else 0)
+    assert asked.count("/reset_prefix_cache") == (6 if fault == "busy" else 0)
 
 
 def test_a_replay_leaves_the_weights_of_the_run_alone(world, tmp_path):
@@ -124,6 +127,7 @@ FAULTS = {
     "another form": "gave an answer of an unknown form",
     "production": "VLLM_SERVER_DEV_MODE=1",
     "before 0.16": "a whole model needs vLLM 0.16 or newer",
+    "elsewhere": "it must see --out under the same path",
 }
 
 
@@ -143,6 +147,43 @@ def test_a_server_that_fails_is_told_in_a_line_and_the_state_is_kept(
     # The first rollout was sound. Where weights are stale the probe may see it a step later.
     assert saved[-1] >= "step_00000001"
     assert main(command(world, out, lr=1e-2, epochs=4, max_steps=2, resume=True)) in (0, 2)
+
+
+FINE = {"token_ids": [7, 3], "logprobs": {"token_logprobs": [-1, -0.5]}, "finish_reason": "stop"}
+META = {"output_token_logprobs": [[-1.0, 7], [-0.5, 3]], "finish_reason": {"type": "stop"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "told"),
+    [
+        ("vllm", FINE | {"token_ids": ["7", "3"]}, "tokens that are no ids"),
+        ("vllm", FINE | {"token_ids": [True, 3]}, "tokens that are no ids"),
+        ("vllm", FINE | {"token_ids": [2.0, 3]}, "tokens that are no ids"),
+        ("vllm", FINE | {"token_ids": 7}, "an answer of an unknown form"),
+        ("vllm", FINE | {"logprobs": {"token_logprobs": [True, -1]}}, "no finite number"),
+        ("vllm", FINE | {"logprobs": {"token_logprobs": [float("nan"), -1]}}, "no finite number"),
+        ("vllm", FINE | {"logprobs": [-1, -1]}, "an answer of an unknown form"),
+        ("vllm", "a text", "an answer of an unknown form"),
+        ("sglang", {"meta_info": META | {"output_token_logprobs": [-1, -2]}}, "of an unknown form"),
+        ("sglang", {"meta_info": META | {"finish_reason": "stop"}}, "of an unknown form"),
+        ("sglang", None, "an answer of an unknown form"),
+    ],
+)
+def test_an_answer_of_another_form_is_told_in_a_line(monkeypatch, kind, choice, told):
+    server, request = Server("http://here", 1.0, kind), Request([5], 1, 4, 1.0, (3,), 0)
+    answers = {"vllm": {"choices": [choice]}, "sglang": [choice]}
+    monkeypatch.setattr(Server, "call", lambda *_: answers[kind])
+    for ask in (server.sample, server.judge):
+        with pytest.raises(UserError, match=told if ask == server.sample else "--rollout_url"):
+            ask(request)
+
+
+def test_an_answer_in_form_is_read(monkeypatch):
+    request = Request([5], 1, 4, 1.0, (3,), 0)
+    for kind, answer in (("vllm", {"choices": [FINE]}), ("sglang", [{"meta_info": META}])):
+        monkeypatch.setattr(Server, "call", lambda *_, found=answer: found)
+        (reply,) = Server("http://here", 1.0, kind).sample(request)
+        assert (reply.ids, reply.logp, reply.stopped) == ([7, 3], [-1.0, -0.5], True)
 
 
 @pytest.mark.parametrize(("fault", "lr"), [("stale", 2e-4), ("part", 1e-3)])

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -16,10 +17,12 @@ from tests.processes import CONTEXT, free_port, run_ranks, start, start_server, 
 from tests.train.test_distributed import become_a_rank
 from whet.cli import main
 from whet.data.store import PackedStore
+from whet.generate import rows
 from whet.rl.rollout_file import Rollout
 from whet.stages import grpo, ppo
 from whet.train import state as states
 from whet.train.distributed import Ranks
+from whet.train.signals import Stop
 
 REWARDS = """
 import time
@@ -40,6 +43,23 @@ def later(completions, calls=[]):
     calls.append(1)
     if len(calls) > 3:
         raise ValueError("enough")
+    return [float(len(text) % 3) for text in completions]
+
+def on_one_rank(completions, calls=[]):
+    # In evaluations alone: the rollouts of these tests are judged by rank 0.
+    import os
+    import pathlib
+
+    calls.append(1)
+    how = pathlib.Path(__file__).with_name("how")
+    if os.environ.get("RANK") == "1" and len(calls) == 2 and how.exists():
+        if how.read_text() == "raises":
+            raise ValueError("enough")
+        if how.read_text() == "dies":
+            os._exit(3)
+        if how.read_text() == "hangs":
+            time.sleep(60)
+        return [float("nan")] * len(completions)
     return [float(len(text) % 3) for text in completions]
 """
 
@@ -99,6 +119,11 @@ def test_a_rollout_holds_what_was_sampled(world, tmp_path, capsys):
     for number in set(store.documents["line"]):
         assert advantages[store.documents["line"] == number].sum() == pytest.approx(0, abs=1e-5)
     assert rollout.totals == [store.documents["trained"].sum()]
+    shutil.copy(rollout.store.path, tmp_path / "no.h5")
+    with h5py.File(tmp_path / "no.h5", "r+") as file:
+        del file.attrs["places"]
+    assert main(["inspect", str(tmp_path / "no.h5")]) == 2
+    assert "a rollout without places" in capsys.readouterr().err
     assert main(["inspect", str(rollout.store.path)]) == 0
     assert f"tokenizer {world / 'base'}" in " ".join(capsys.readouterr().out.split())
     assert main(["ledger", str(out), "--step", "1"]) == 0
@@ -238,6 +263,35 @@ def test_what_auto_measures_is_the_longest_rollout(world, tmp_path, module):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("module", [grpo, ppo])
+def test_what_auto_measures_holds_the_cache_of_the_longest_replies(
+    world, tmp_path, monkeypatch, module
+):
+    """Of a cohort, and of an evaluation: as much as any rollout of the run."""
+    held = []
+
+    class Watched(rows.Cache):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            held.append(sizes)
+
+    monkeypatch.setattr(rows, "Cache", Watched)
+    settings = module.Config(
+        model=str(world / "base"), prompts=world / "prompts.jsonl", out=tmp_path / "run",
+        reward=("length",), group_size=3, batch_size=5, max_new_tokens=8, updates=1, cohort=6,
+        micro_batch_size=1, precision="float32", quiet=True, dev=world / "prompts.jsonl",
+    )  # fmt: skip
+    stage = module.build(settings, Ranks())
+    stage.dry_rollout(stage.model)
+    dry, held[:] = [*held], []
+    for step in range(3):
+        stage.before_step(step, stage.model, Ranks(), Stop(0.0))
+    assert dry[0] == (6, max(slots for _, slots in held))
+    stage.evaluate(stage.model, Ranks(), Stop(0.0))
+    assert dry[1] == held[-1]
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+
+
 def test_a_reward_that_fails_later_loses_nothing(world, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(command(world, out, "later", cohort=64, epochs=3)) == 2
@@ -252,6 +306,28 @@ def test_a_reward_that_fails_in_an_evaluation_loses_nothing(world, tmp_path, cap
     assert "enough" in capsys.readouterr().err
     assert (tmp_path / "run" / "state" / "step_00000002").is_dir()
     assert len(lines_of(tmp_path / "run", "timing.jsonl")) == 2
+
+
+SAID = {"raises": "enough", "nan": "gave nan", "hangs": "took longer than 1", "dies": "ended (exit"}
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["raises", *(pytest.param(how, marks=pytest.mark.slow) for how in ("nan", "hangs", "dies"))],
+)
+def test_a_reward_that_fails_in_an_evaluation_of_one_rank_loses_nothing(world, tmp_path, how):
+    """Its second call on rank 1, after two steps: all ranks save, leave, and can go on."""
+    flags = {"cohort": 64, "max_steps": 3, "epochs": 3, "eval_every": 2, "reward_seconds": 1}
+    words = command(world, tmp_path / "run", "on_one_rank", dev=world / "prompts.jsonl", **flags)
+    (world / "how").write_text(how)
+    assert run_ranks([words], size=2, folder=tmp_path) == [2, 2]
+    (world / "how").unlink()
+    errors = [(tmp_path / f"rank{rank}.log").read_text().count("error: ") for rank in range(2)]
+    assert errors == [1, 0], "one line, not one of each rank"
+    assert SAID[how] in (tmp_path / "rank0.log").read_text()
+    assert (tmp_path / "run" / "state" / "step_00000002").is_dir()
+    assert run_ranks([[*words, "--resume"]], size=2, folder=tmp_path) == [0, 0]
+    assert [line["step"] for line in lines_of(tmp_path / "run", "timing.jsonl")] == [1, 2, 3]
 
 
 def test_refill_draws_until_groups_say_something(world, tmp_path):
@@ -282,6 +358,24 @@ def test_a_rollout_whose_replies_are_all_masked_trains_nothing(world, tmp_path, 
         assert line.get("truncated", 1) == 1
         assert line["trained_tokens"] == line["train_loss"] == line["grad_norm"] == 0
         assert "NaN" not in json.dumps(line)
+
+
+def test_a_lower_bound_that_bounds_nothing_is_refused(world, tmp_path, capsys):
+    flags = {"loss": "cispo", "clip_low": 0.1, "updates": 2}
+    assert main(command(world, tmp_path / "run", **flags)) == 2
+    assert "--clip_low: --loss cispo has no lower bound" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_the_divergence_is_from_where_training_begins(world, tmp_path, stage):
+    """Also of an adapter that is trained further: its base is another model."""
+    flags = {"lora_rank": 2, "lr": 0.1, "max_steps": 2, "epochs": 9}
+    assert main(command(world, tmp_path / "first", **flags)) == 0
+    for name in ("base", "first"):
+        model = {"model": world / "base", **flags} if name == "base" else {"model": tmp_path / name}
+        more = {"kl": 0.1, "updates": 1, **model, "max_steps": 1}
+        assert main([stage, *command(world, tmp_path / f"from_{name}", **more)[1:]]) == 0
+        assert abs(lines_of(tmp_path / f"from_{name}")[0]["kl"]) < 1e-6, name
 
 
 def test_what_does_not_fit_is_told_at_once(world, tmp_path, capsys):

@@ -10,7 +10,15 @@ from whet.train.run import planned
 
 
 def measured(rows: int, recompute: str) -> Cost:
-    sizes = {"peak": 9, "process": 1, "weights": 1, "gradients": 1, "optimizer": 1, "head": 1}
+    sizes = {
+        "peak": 9,
+        "stepped": 9,
+        "process": 1,
+        "weights": 1,
+        "gradients": 1,
+        "optimizer": 1,
+        "head": 1,
+    }
     times = {"micro_seconds": 0.5, "update_seconds": 1.0, "micro_flops": 1.0, "tokens": 8.0}
     counts = {"parameters": 2, "trained": 2, "steps": 3, "micros": 4}
     return Cost(rows=rows, recompute=recompute, **sizes, **times, **counts)

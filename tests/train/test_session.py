@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +16,17 @@ import torch
 
 from tests import tiny
 from tests.numerics.test_layouts import command
-from whet.cli import config_class, main
+from whet.cli import config_class, flags_of, main
+from whet.model.precision import quiet_torchao
 from whet.stages import packed
+from whet.train import session
 from whet.train.distributed import Ranks
+from whet.train.proposal import Plan, no_room
 from whet.train.session import out_of_memory
 from whet.train.state import saved_states
+
+NOTHING = Plan(None, None, 1e9)
+"""No setting fits."""
 
 
 def metrics(out):
@@ -136,6 +145,48 @@ def test_out_of_memory_names_flags_that_the_stage_has(stage, tmp_path):
         assert ("--shard" in told) == (stage != "ppo" and not more["shard"]), told
 
 
+LIGHT = [
+    {},
+    {"optimizer": "adamw8bit"},
+    {"shard": True},
+    {"lora_rank": 4},
+    {"lora_rank": 4, "lora_4bit": True},
+    {"train": "re:mlp"},
+    {"kl": 0.1},
+    {"lora_rank": 4, "optimizer": "adamw8bit"},
+]
+
+
+@pytest.mark.parametrize("command", ["dpo", "grpo", "ppo", "pretrain", "reward", "sft", "plan"])
+def test_what_is_advised_where_nothing_fits_is_taken(command, tmp_path):
+    """Each flag that the advice of a run names is one that the run itself would not refuse."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (text := tmp_path / "a.txt").write_text("a")
+    kind, flaws = config_class(command), flags_of(command).flaws
+    names = {field.name for field in dataclasses.fields(kind)}
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    models, advised = [{}, {"model": str(tmp_path / "adapter")}], set()
+    for flags in [more | model for more in LIGHT for model in models]:
+        values = dict.fromkeys(needed, "x") | {"out": tmp_path} | flags
+        if not values.keys() <= names:
+            continue
+        config = kind(**(values | ({"data": (str(text),)} if command == "pretrain" else {})))
+        if flaws(config):
+            continue
+        lean = dataclasses.replace(config, micro_batch_size=1)
+        if "recompute" in names:
+            lean = dataclasses.replace(lean, recompute="full")
+        for said in (out_of_memory(lean, command, Ranks(size=2)), no_room(NOTHING, lean)):
+            ways = re.findall(r"--(shard|optimizer|lora_rank)(?: (adamw8bit|16))?", said)
+            assert ways or "a smaller model" in said, said
+            for name, value in ways:
+                taken = {"16": 16, "": True}.get(value, value)
+                assert flaws(dataclasses.replace(lean, **{name: taken})) == [], (flags, said)
+                advised.add(name)
+    assert advised >= {"optimizer"}
+
+
 def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, capsys):
     """Neither into the run folder, nor the log, nor what a tracker is told of the run."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
@@ -152,6 +203,33 @@ def test_secrets_of_the_environment_are_written_nowhere(world, monkeypatch, caps
     assert "s3cr3t" not in written.out + written.err
     files = [path for path in (world / "other").rglob("*") if path.is_file()]
     assert not [path for path in files if b"s3cr3t" in path.read_bytes()]
+
+
+def test_a_first_step_that_compiles_says_so(world, monkeypatch, capsys):
+    """Else a minute without a word looks as if the run hung."""
+    monkeypatch.setattr(session, "compile_layers", lambda model: None)
+    for flags in ({}, {"compile": True}):
+        words = command(world, world / f"compiled{len(flags)}", max_steps=1, **flags)
+        assert main([word for word in words if word != "--quiet"]) == 0
+        said = "the first step compiles code" in capsys.readouterr().out
+        assert said == bool(flags)
+
+
+def test_torchao_is_quiet(caplog):
+    quiet_torchao()
+    logging.getLogger("torchao.kernel").warning("some of them do not fit this machine")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.warn("this uses _stable_hash_for_caching", stacklevel=1)
+    assert (caplog.records, told) == ([], [])
+
+
+@pytest.mark.slow
+def test_importing_torchao_says_nothing():
+    """Of its kernels that do not fit this machine, as nobody can mend them."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    code = "from whet.model.precision import quiet_torchao as q; q(); import torchao.optim"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
 
 def test_float8_is_refused_where_it_cannot_run(world, capsys):

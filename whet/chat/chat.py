@@ -330,7 +330,7 @@ def _own_templates(
         raise UserError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list of "
             f"objects with the texts name and template, got {shown(config['chat_template'])}; mend "
-            "it or give another with --chat_template"
+            "it, or prepare and train with another --chat_template"
         ) from None
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = read_text(file)
@@ -340,7 +340,7 @@ def _own_templates(
     if found and "default" not in found:
         raise UserError(
             f"{folder}: has the chat templates {', '.join(found)}, but none is called default; "
-            "give one with --chat_template"
+            "name one so, or prepare and train with a --chat_template"
         )
     if not found:
         return find_template("plain"), None

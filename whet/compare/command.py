@@ -1,15 +1,15 @@
 """`whet compare`: what each stage has changed, with intervals and an exact test."""
 
+import os
 from dataclasses import asdict
-from pathlib import Path
 
 from whet.chat.chat import load_tokenizer
-from whet.compare.measure import REWARD_SECONDS, Measured, measure, prompts_of
+from whet.compare.measure import Measured, measure, prompts_of
 from whet.compare.page import page
 from whet.compare.table import as_text, rows_of
 from whet.config import collected, problems
 from whet.data.store import PackedStore
-from whet.files import replaced, write_json, write_text
+from whet.files import replaced, short_names, write_json, write_text
 from whet.flags.compare import Config
 from whet.flags.policy import parse_reward
 from whet.generate.opened import Opened, open_model
@@ -24,10 +24,11 @@ def main(config: Config) -> int:
     _examine(config)
     measured = list[Measured]()
     first: Opened | None = None
-    for path in config.models:
+    names = short_names([os.path.normpath(path) for path in config.models])
+    for path, name in zip(config.models, names, strict=True):
         say(f"{path}:")
         opened = open_model(path, device=config.device, precision=config.precision, score=None)
-        measured.append(measure(_name(path, config.models), opened, first, config))
+        measured.append(measure(name, opened, first, config))
         if first is None and not opened.model.config.score:
             first = opened
     rows = rows_of(measured)
@@ -62,16 +63,9 @@ def _examine(config: Config) -> None:
     for place in (parse_reward(text)[0] for text in config.reward):
         with collected(found):
             if place.rpartition(":")[0].endswith(".py"):
-                PythonReward(place, REWARD_SECONDS).close()
+                PythonReward(place, config.reward_seconds).close()
     with collected(found):
         if config.gsm8k:
             chat = load_tokenizer(tokenizer_home(find_model(config.models[0])))
             prompts_of(config, chat)
     problems(found)
-
-
-def _name(path: str, models: tuple[str, ...]) -> str:
-    """The folder's own name, where no other model has it."""
-    names = [Path(model).name for model in models]
-    name = Path(path).name
-    return name if names.count(name) == 1 else path

@@ -31,7 +31,6 @@ from whet.train.distributed import Ranks
 from whet.train.signals import Stop
 
 ROWS = 4  # of a packed file in one forward
-REWARD_SECONDS = 600.0  # for a call of a reward function of the user's
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def measure(name: str, opened: Opened, first: Opened | None, config: Config) -> 
             opened.chat,
             stack,
             max_new_tokens=config.max_new_tokens,
-            seconds=REWARD_SECONDS,
+            seconds=config.reward_seconds,
             device=opened.device,
             precision=config.precision,
         )

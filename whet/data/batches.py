@@ -84,10 +84,8 @@ def get_sft_batch_iterator(
     store = path if isinstance(path, PackedStore) else PackedStore(path)
     n_rows = min(len(store), limit_rows or len(store))
     per_epoch = steps_per_epoch(n_rows, batch_size)
-    steps = itertools.count(start_step)
-    if epochs is not None:
-        steps = iter(range(start_step, epochs * per_epoch))  # type: ignore[assignment]
-    for step in steps:
+    last = None if epochs is None else epochs * per_epoch
+    for step in itertools.count(start_step) if last is None else range(start_step, last):
         whole = global_batch_rows(n_rows, batch_size, seed, step)
         total = float(store.loss_tokens[whole].sum())
         yield read_batch(store, whole[rank::world_size], total=total, epoch=step // per_epoch)

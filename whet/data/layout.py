@@ -36,6 +36,9 @@ ATTRIBUTES = {
     "source_sha256": list,
     "settings": dict,
     "account": dict,
+    "ends": list,
+    "totals": list,
+    "places": list,
 }
 """The attributes that later code reads, and their types."""
 REFUSAL = {"source": str, "line": int, "kind": str, "reason": str}
@@ -118,6 +121,8 @@ def check_file(path: str, file: h5py.File, attrs: dict[str, Any], kinds: Collect
     if kind not in kinds:
         what = KINDS.get(kind, "of a kind that this Whet does not know")
         raise UserError(f"{path}: holds {what}; expected {' or '.join(KINDS[k] for k in kinds)}")
+    if kind == "rollout" and (missing := {"ends", "totals", "places"} - attrs.keys()):
+        raise UserError(f"{path}: a rollout without {', '.join(sorted(missing))}: it is damaged")
 
 
 def _check_place(path: str, file: h5py.File, name: str) -> None:

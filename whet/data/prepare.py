@@ -63,7 +63,7 @@ def prepare(config: Config, quiet: bool = False) -> list[SourceAccount]:
         start_server(BlockEncoder)  # it starts while the tokenizer is loaded
     directory = find_model(config.tokenizer, quiet=quiet, weights=False)
     check_positions(directory, config.context_length)
-    chat = load_tokenizer(directory)
+    chat = load_tokenizer(directory, config.chat_template)
     if config.chat_template:
         chat, added = add_chat_tokens(chat, config.chat_template)
         if added and not quiet:
@@ -150,7 +150,7 @@ def check_positions(directory: Path, context_length: int) -> None:
     except (OSError, ValueError, AttributeError):
         return  # no model, or one that `whet sft` says more about
     for most in positions:
-        if isinstance(most, int) and most < context_length:
+        if type(most) is int and most < context_length:
             raise UserError(
                 f"--context_length {context_length}: the model in {directory} has {most:,} "
                 f"positions; take --context_length {most} or less"

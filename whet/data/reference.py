@@ -53,29 +53,34 @@ class Reference:
             safetensors.numpy.save_file(self.logp, aside, metadata={"model": self.model})
 
 
-def read_reference(path: Path, wanted: Reference, stores: Mapping[str, PackedStore]) -> Reference:
+def read_reference(
+    path: Path, wanted: Reference, stores: Mapping[str, PackedStore], without: str = "remove it"
+) -> Reference:
     """Read a file that must hold the numbers of the model and kinds `wanted`, for all stores (by
-    flag).
+    flag). `without`: what the user does to have them computed instead.
 
     Raises UserError if it is damaged, of another model, or lacks the numbers of a store.
     """
+    again = f"; {without}, and they are computed again"
     try:
         with safetensors.safe_open(path, "numpy") as file:
             made_by = (file.metadata() or {}).get("model", "")
             logp = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: is no file of reference log-probabilities ({error})") from None
+        what = "is no file of reference log-probabilities"
+        raise UserError(f"{path}: {what} ({error}){again}") from None
     if made_by != wanted.model:
         raise UserError(
-            f"{path}: was computed by another model than --model, or in another precision; leave "
-            "it out to compute it again"
+            f"{path}: was computed by another model than --model, or in another --precision: give "
+            f"the same{again}"
         )
     for (flag, store), kind in product(stores.items(), wanted.kinds):
-        if logp.get(store.fingerprint + kind, np.zeros(0)).shape != store.document_rows.shape:
-            raise UserError(
-                f"{path}: holds no{kind} replies of {flag} {store.path}, or of the file that it "
-                "was before; leave it out to compute it again"
-            )
+        if logp.get(store.fingerprint + kind, np.zeros(0)).shape == store.document_rows.shape:
+            continue
+        what = f"replies of {flag} {store.path}, or of the file that it was before"
+        if store.fingerprint in logp:
+            what = f"replies of {flag} {store.path} to other prompts, which --loss kto needs"
+        raise UserError(f"{path}: holds no {what}{again}")
     return replace(wanted, logp=logp)
 
 

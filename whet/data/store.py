@@ -322,7 +322,10 @@ class PackedStore:
 
     def _numbers(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         with self._undamaged():
-            found = np.asarray(self._file[name][...], np.float32)
+            data = self._file[name]
+            if data.dtype.kind not in ("biuf" if name == "labels" else "iuf"):
+                raise ValueError(f"{name} holds {data.dtype}, expected numbers")
+            found = np.asarray(data[...], np.float32)
             if found.shape != shape:
                 expected = " x ".join(map(str, shape))
                 raise ValueError(f"{name} has {found.shape} numbers, expected {expected}")

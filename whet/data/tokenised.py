@@ -64,7 +64,8 @@ def _numbers(record: Record, key: str, at: Origin, length: int | None = None) ->
         raise at.error(f"{key} must be a list of numbers, got {shown(values)}")
     if not set(map(type, values)) <= {int, float}:  # one by one takes ten times as long
         for value in values:
-            if not isinstance(value, int | float) or (isinstance(value, bool) and key in IDS_KEYS):
+            is_id = key == "labels" or key in IDS_KEYS  # in a mask true is 1
+            if not isinstance(value, int | float) or (isinstance(value, bool) and is_id):
                 raise at.error(f"{key} must hold numbers alone, got {shown(value)}")
     if length is not None and len(values) != length:
         raise at.error(f"{first_of(record, IDS_KEYS)} has {length} entries, {key} {len(values)}")

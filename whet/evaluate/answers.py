@@ -17,7 +17,9 @@ figure ("25 %" is 25), as in GSM8K's own answers.
 import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 _CURRENCY = r"\\?[$€£¥₹]"
 _NUMBER = re.compile(
@@ -58,6 +60,15 @@ def extract_answer(reply: str) -> str | None:
         return _stated_number(text.rpartition("####")[2].strip().partition("\n")[0])
     numbers = _numbers(text)
     return numbers[-1][1] if numbers else None
+
+
+def gold_of(value: Any) -> str | None:
+    """The right number that a field of a data file holds, a text or a number; None if none."""
+    if isinstance(value, str):
+        return extract_answer(value)
+    if type(value) not in (int, float) or not math.isfinite(value):
+        return None
+    return format(Decimal(repr(value)), "f")  # 1e-07 and 1e+300 in plain form
 
 
 def same_number(a: str | None, b: str | None) -> bool:

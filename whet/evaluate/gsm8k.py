@@ -16,7 +16,7 @@ from whet.chat.conversation import Origin
 from whet.chat.encode import encode_prompt
 from whet.data.reader import read_each, read_units
 from whet.errors import UserError
-from whet.evaluate.answers import extract_answer, same_number, wilson
+from whet.evaluate.answers import extract_answer, gold_of, same_number, wilson
 from whet.files import replaced
 from whet.generate.engine import generate
 from whet.generate.text import opened_thought
@@ -154,7 +154,7 @@ def _problem(record: dict[str, Any], at: Origin) -> Problem:
         )
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"the question must be a text, got {question!r}")
-    gold = extract_answer(str(answer)) if isinstance(answer, str | int | float) else None
+    gold = gold_of(answer)
     if gold is None or not same_number(gold, gold):
         raise UserError(f"no number in the answer {answer!r}; expected, say, '#### 18'")
     return Problem(question, gold, at.line)

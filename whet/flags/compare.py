@@ -38,6 +38,8 @@ class Config(Where, Problems):
     """Packed file of preference pairs: how often the chosen reply is preferred."""
     reward: Annotated[tuple[str, ...], known_reward, GSM8K] = ()
     """Mean rewards of the greedy replies, as in `whet grpo`; a reward model's directory, too."""
+    reward_seconds: Annotated[float, above_0] = 600.0
+    """How long a reward function of yours may take for one call: at most 64 replies."""
     seed: Annotated[int, from_0] = 0
     """Seed of the samples."""
     json: Annotated[OutputFile | None, in_folder] = None

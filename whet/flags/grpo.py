@@ -24,7 +24,7 @@ class Policy:
     """How far above 1; default: 0.28 (gspo: 0.0004; cispo: 4)."""
     kl: Annotated[float, from_0] = 0.0
     """Weight of the divergence from the model that training began with; needs a copy of it in
-    memory, but for an adapter."""
+    memory, but for a new adapter."""
     refill: bool = False
     """Draw further prompts in place of groups whose replies are all worth the same."""
 
@@ -54,6 +54,6 @@ def flaws(config: Config) -> list[str]:
             for name, default in bounds.items()
             if getattr(config, name) != default
         ]
-    if config.kl and config.shard:
-        found.append("--kl and --shard exclude each other: the reference is a model of each rank")
+    elif config.loss == "cispo" and config.clip_low is not None:
+        found.append("--clip_low: --loss cispo has no lower bound; leave it out")
     return found

@@ -1,6 +1,7 @@
 """The flags that stages share which train a policy on rewards for its own replies."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,5 +129,10 @@ def policy_flaws(config: Any) -> list[str]:
         found.append(
             f"--updates {config.updates}: each trains its own share of the rollout's prompts, and "
             f"--batch_size {config.batch_size} are too few"
+        )
+    if config.reward_seconds >= config.rank_timeout and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        found.append(
+            f"--reward_seconds {config.reward_seconds:g}: the other ranks wait no longer than "
+            f"--rank_timeout {config.rank_timeout:g}; raise that above it"
         )
     return found + tuning_flaws(config, [config.prompts, config.dev])

@@ -26,7 +26,7 @@ class Critic:
     """1 trusts the rewards alone, 0 the critic alone."""
     kl: Annotated[float, from_0] = 0.02
     """What a nat of distance from the model that training began with costs, within the reward;
-    above 0 it needs a copy of that model in memory, but for an adapter."""
+    above 0 it needs a copy of that model in memory, but for a new adapter."""
     clip_low: Annotated[float, from_0] = 0.2
     """How far below 1 the ratio to the sampling policy counts."""
     clip_high: Annotated[float, from_0] = 0.2
@@ -55,9 +55,4 @@ class Config(Memory, TrainSettings, Tuning, Critic, Sampling, Prompts, Model):
     """Optimizer steps of a rollout; each trains its own share of the prompts."""
 
 
-def flaws(config: Config) -> list[str]:
-    """Flags that do not go together."""
-    found = policy_flaws(config)
-    if config.shard:
-        found.append("--shard: policy and critic are two models; leave it out, or use whet grpo")
-    return found
+flaws = policy_flaws

@@ -6,7 +6,7 @@ from typing import Annotated
 from whet.config import FIRST, PLACE, InputDir, above_0, at_least, below_1, collected, from_0
 from whet.data.reader import parse_sources
 from whet.files import PT, unwritable
-from whet.flags.training import TrainSettings
+from whet.flags.training import TrainSettings, sharding_flaws
 
 SMALLEST_VOCABULARY = 257
 """Of a byte-level tokenizer: the bytes and the end of a text."""
@@ -50,7 +50,7 @@ class Config(TrainSettings, Text):
 
 def flaws(config: Config) -> list[str]:
     """Sizes that make no model, and files that are not there."""
-    found = []
+    found = sharding_flaws(config) if config.shard else []
     if config.heads > 0 and config.width % (2 * config.heads):
         found.append(f"--width {config.width}: must be a multiple of 2 x --heads {config.heads}")
     if config.kv_heads is not None and config.kv_heads > 0 and config.heads % config.kv_heads:

@@ -32,6 +32,4 @@ def flaws(config: Config) -> list[str]:
     found = tuning_flaws(config, [config.data, config.dev])
     if config.lora_4bit:
         found.append("--lora_4bit: a reward model is saved whole, and 4 bits are not its weights")
-    if config.lora_rank is not None and config.shard:
-        found.append("--shard: a reward model's adapter is merged on saving; leave out one of both")
     return found

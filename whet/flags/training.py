@@ -6,7 +6,6 @@ of its docstring. Nothing but data is inherited.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,22 +189,48 @@ class TrainSettings(Machine, Run, Optimizer):
 def tuning_flaws(config: Any, data: Sequence[Path | None]) -> list[str]:
     """What speaks against the flags of a stage that trains a model on `data`, before anything is
     opened; of a model on the Hub more is known when it is here."""
-    found: list[str] = []
+    found = sharding_flaws(config) if config.shard else []
     path = Path(config.model)
     if path.exists():
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
-        found += unfit_flags(config, ranks, path if is_adapter(path) else None)
+        found += unfit_flags(config, path if is_adapter(path) else None)
     if config.out_ckpt is not None:
         others = [config.model, *data, config.tokenizer, config.out]
         found += unwritable("--out_ckpt", config.out_ckpt, others, PT)
     return found
 
 
-def unfit_flags(config: Any, ranks: int, adapter: Path | None) -> list[str]:
+def sharding_flaws(config: Any) -> list[str]:
+    """What of these flags speaks against `--shard`."""
+    found = []
+    if hasattr(config, "critic"):
+        found.append("--shard: policy and critic are two models; leave it out, or use whet grpo")
+    elif getattr(config, "kl", 0.0):
+        found.append("--kl and --shard exclude each other: the reference is a model of each rank")
+    if hasattr(config, "centre") and config.lora_rank is not None:
+        found.append("--shard: a reward model's adapter is merged on saving; leave out one of both")
+    if getattr(config, "lora_4bit", False):
+        found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
+    if config.optimizer == "adamw8bit":
+        found.append("--optimizer adamw8bit: its blocks can't be sharded; leave out --shard")
+    return found
+
+
+def lighter(config: Any) -> list[str]:
+    """By what a new run would need less memory than one with these flags, as far as it takes it."""
+    found = [] if sharding_flaws(config) else ["--shard on more ranks"]
+    if config.optimizer == "adamw" and not config.shard:
+        found.append("--optimizer adamw8bit")
+    if getattr(config, "lora_rank", 0) is None:
+        adapted, path = dataclasses.replace(config, lora_rank=16), Path(config.model)
+        flaws = unfit_flags(adapted, path if path.exists() and is_adapter(path) else None)
+        if not flaws and not (config.shard and sharding_flaws(adapted)):
+            found.append("--lora_rank 16")
+    return found or ["a smaller model"]
+
+
+def unfit_flags(config: Any, adapter: Path | None) -> list[str]:
     """Flags of an adapter that would do nothing, or contradict the adapter itself."""
     found = []
-    if config.lora_4bit and config.shard and ranks > 1:
-        found.append("--lora_4bit and --shard exclude each other: packed weights can't be sharded")
     fields = [f for f in dataclasses.fields(config) if f.name.startswith("lora_")]
     given = [f.name for f in fields if getattr(config, f.name) != f.default]
     given = [name for name in given if name != "lora_4bit"]

@@ -51,7 +51,10 @@ def open_model(
     """
     path = find_model(path)
     if tokenizer is None and path.is_file():
-        raise UserError(f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer")
+        raise UserError(
+            f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer, or make a "
+            f"directory of both: whet export {path} --tokenizer DIR --out NEW"
+        )
     # The tokenizer first: it is quickly opened, and often what is wrong.
     chat = load_tokenizer(tokenizer or tokenizer_home(path), template_kwargs=template_kwargs)
     if device == "cuda" and not torch.cuda.is_available():
@@ -65,6 +68,6 @@ def open_model(
     if size > model.config.vocab_size:
         raise UserError(
             f"{tokenizer or path}: this tokenizer has {size:,} ids, the model {path} "
-            f"{model.config.vocab_size:,}; name the model's own with --tokenizer"
+            f"{model.config.vocab_size:,}; it needs the model's own"
         )
     return Opened(model.eval(), chat)

@@ -13,6 +13,7 @@ M packed tokens.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -240,15 +241,17 @@ class Transformer(nn.Module):
         if tokens.device.type == "cpu" and positions is None and self.prefixes_are_equal:
             plan = share_prefixes(plan, plan.pack(tokens))
         plan = plan.filled() if filled else plan
-        x = self._layers(plan.pack(tokens), plan, plan.trained if plan.kept is None else plan.kept)
-        if self.config.score:
+        keep = plan.trained if plan.kept is None else plan.kept
+        head = None if self.config.score else self._head_in_training().at(temperature)
+        x = self._layers(plan.pack(tokens), plan, keep, head)
+        if head is None:
             with torch.autocast(x.device.type, enabled=False):  # one row: in float32 at no cost
                 scores = F.linear(x.float(), self.score.weight.float())[:, 0]
                 return spread(scores, plan.trained_index, weight)
         assert targets is not None
         return token_loss(
             x,
-            self.output_head.at(temperature),
+            head,
             targets,
             weight,
             plan.trained_index,
@@ -256,9 +259,14 @@ class Transformer(nn.Module):
             watch=watch,
         )
 
-    def _layers(self, tokens: Tensor, plan: Plan, keep: Tensor | None = None) -> Tensor:
+    def _layers(
+        self, tokens: Tensor, plan: Plan, keep: Tensor | None = None, head: Head | None = None
+    ) -> Tensor:
         """tokens (M,) -> normed hidden states (M, D), in the last layer only of the rows `keep`."""
-        x = self.embed(tokens)
+        if head is None or head.tied is None:
+            x = self.embed(tokens)
+        else:
+            x = _TiedLookup.apply(head.matrix, tokens, head.tied)
         if self.config.embed_scale != 1.0:
             x = x * self.config.embed_scale
         if self.config.learned_positions:
@@ -295,6 +303,33 @@ class Transformer(nn.Module):
         if self.config.tied:
             return Head(self.embed.weight, None, cap, scale)
         return Head(self.head.weight, self.head.bias, cap, scale)
+
+    def _head_in_training(self) -> Head:
+        """The head, with the lookup's gradient in its own where both are one trained matrix."""
+        one = self.config.tied and isinstance(self.embed, nn.Embedding)
+        shared = one and self.embed.weight.requires_grad and torch.is_grad_enabled()
+        return replace(self.output_head, tied=[] if shared else None)
+
+
+class _TiedLookup(torch.autograd.Function):
+    """Rows of an embedding that is the head, too. Its backward runs after the head's, and adds to
+    that gradient in place: a second matrix of its size is what a step would peak with."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, tokens: Tensor, tied: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows, ctx.tied = len(matrix), tied
+        return F.embedding(tokens, matrix)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (tokens,) = ctx.saved_tensors
+        if not ctx.tied:  # nothing was asked of the head
+            dense = torch.ops.aten.embedding_dense_backward
+            return dense(gradient, tokens, ctx.rows, -1, False), None, None
+        total = ctx.tied.pop()
+        # Sorted by token on a GPU, and so the same each time, which index_add_ is not.
+        return total.index_put_((tokens,), gradient.to(total.dtype), accumulate=True), None, None
 
 
 @torch.no_grad()

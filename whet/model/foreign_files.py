@@ -40,7 +40,7 @@ def load_foreign(
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     except UNLIKE as error:
-        other = "" if dtype == torch.float32 else f" in {dtype}; --precision float32 may do"
+        other = "" if dtype == torch.float32 else f" in {dtype}; float32 may do"
         raise UserError(
             f"{directory}: {type(inner).__name__} does not run on tokens alone, as a causal "
             f"language model of transformers does ({_reason(error)}){other}; Whet can't train this "

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from whet.chat.chat import Chat
+from whet.chat.dialect import beginning_of
 from whet.errors import UserError
 from whet.model.config import ModelConfig
 
@@ -135,7 +136,7 @@ def ollama_template(chat: Chat) -> str | None:
     first, whole, instructed = rendered
     before, _, after = first.partition("Qqq.")
     between = whole.partition("Www.")[2].partition("Eee.")[0]
-    header = _shared(before, between)
+    header = beginning_of(before[::-1], between[::-1])[::-1]  # the end that both have
     opening, end = before.removesuffix(header), between.removesuffix(header)
     turn = instructed.removeprefix(opening).removesuffix(f"{header}Qqq.{after}")
     texts = (opening, header, after, end, turn)
@@ -153,11 +154,3 @@ def ollama_template(chat: Chat) -> str | None:
     }
     cases = [f'{{{{ if eq .Role "{role}" }}}}{text}{{{{ end }}}}' for role, text in parts.items()]
     return f"{opening}{{{{ range .Messages }}}}{''.join(cases)}{{{{ end }}}}"
-
-
-def _shared(one: str, other: str) -> str:
-    """The longest end that both texts have."""
-    length = 0
-    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-        length += 1
-    return one[len(one) - length :]

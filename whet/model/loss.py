@@ -108,7 +108,7 @@ def linear_cross_entropy(
     Returns the sum of token_weight * nll (float32, with gradients to hidden, matrix and bias) and
     nll (M,) float32, detached, 0 where token_weight is 0. Under autocast the products are done in
     its type; softmax, sums and the accumulated gradient of the matrix stay float32. M may be 0: the
-    sum is 0 with a gradient of 0.
+    sum is 0 with a gradient of 0. The graph gives its gradient once (no `retain_graph`).
     """
     chunk = chunk or chunk_tokens(len(head.matrix), hidden.device, product_type(hidden))
     if not torch.is_grad_enabled():
@@ -116,7 +116,7 @@ def linear_cross_entropy(
         # would make evaluation three times as slow.
         hidden, head = hidden.detach(), head.detached()
     loss, nll = _LinearCrossEntropy.apply(
-        hidden, head.matrix, head.bias, targets, token_weight, head.softcap, head.scale, chunk
+        hidden, head.matrix, head.bias, targets, token_weight, *head.options, chunk
     )
     return loss, nll
 
@@ -132,9 +132,7 @@ def linear_nll(
     saves one of them.
     """
     chunk = chunk or chunk_tokens(len(head.matrix), hidden.device, product_type(hidden))
-    nll: Tensor = _LinearNll.apply(
-        hidden, head.matrix, head.bias, targets, head.softcap, head.scale, chunk
-    )
+    nll: Tensor = _LinearNll.apply(hidden, head.matrix, head.bias, targets, *head.options, chunk)
     return nll
 
 
@@ -204,6 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         token_weight: Tensor,
         softcap: float | None,
         scale: float,
+        tied: list[Tensor] | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = product_type(hidden)
@@ -215,20 +214,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for part, x, found, slope in head.passes(hidden, targets, chunk):
                 nll[part] = found
                 gradients.add(part, x, slope, token_weight[part], head)
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
-        ctx.weight_dtype = weight.dtype
+        ctx.gradients, ctx.weight_dtype, ctx.tied = gradients, weight.dtype, tied
         nll.masked_fill_(token_weight == 0, 0.0)
         ctx.mark_non_differentiable(nll)
         return (nll * token_weight).sum(), nll
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Not in place: the same graph may be asked for its gradient twice.
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy gives its gradient once: make the loss again")
+        # In place, and so once: a second matrix of the head's size is what a step would peak with.
+        gradients, ctx.gradients = ctx.gradients, None
         hidden, weight, bias = (
-            g if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors
+            g if g is None else g.mul_(grad_loss.to(g.dtype))
+            for g in (gradients.hidden, gradients.weight, gradients.bias)
         )
-        weight = weight if weight is None else weight.to(ctx.weight_dtype)
-        return hidden, weight, bias, None, None, None, None, None
+        return (
+            hidden,
+            _left(weight, ctx.weight_dtype, ctx.tied),
+            bias,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _LinearNll(torch.autograd.Function):
@@ -243,9 +254,11 @@ class _LinearNll(torch.autograd.Function):
         targets: Tensor,
         softcap: float | None,
         scale: float,
+        tied: list[Tensor] | None,
         chunk: int,
     ) -> Tensor:
         ctx.dtype, ctx.options, ctx.chunk = product_type(hidden), (softcap, scale), chunk
+        ctx.tied = tied
         ctx.save_for_backward(hidden, weight, bias, targets)
         with torch.autocast(hidden.device.type, enabled=False):
             head = Head(weight.to(ctx.dtype), bias, *ctx.options)
@@ -262,9 +275,17 @@ class _LinearNll(torch.autograd.Function):
             gradients = _Gradients.of(ctx.needs_input_grad, hidden, weight, bias)
             for part, x, _, slope in head.passes(hidden, targets, ctx.chunk):
                 gradients.add(part, x, slope, grad_nll[part].float(), head)
-        found = gradients.weight
-        found = found if found is None else found.to(weight.dtype)
-        return gradients.hidden, found, gradients.bias, None, None, None, None
+        found = _left(gradients.weight, weight.dtype, ctx.tied)
+        return gradients.hidden, found, gradients.bias, None, None, None, None, None
+
+
+def _left(gradient: Tensor | None, dtype: torch.dtype, tied: list[Tensor] | None) -> Tensor | None:
+    """The gradient of the head's matrix in `dtype`; None where it is left in `tied` instead."""
+    gradient = None if gradient is None else gradient.to(dtype)
+    if gradient is None or tied is None:
+        return gradient
+    tied.append(gradient)
+    return None
 
 
 @dataclass(frozen=True)
@@ -276,6 +297,13 @@ class Head:
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    tied: list[Tensor] | None = None
+    """Where the backward pass leaves the matrix's gradient; None: it returns it."""
+
+    @property
+    def options(self) -> tuple[float | None, float, list[Tensor] | None]:
+        """All but the matrix and the bias."""
+        return self.softcap, self.scale, self.tied
 
     def at(self, temperature: float) -> "Head":
         """The head whose logits are divided by `temperature`."""
@@ -392,10 +420,10 @@ def _softmax_minus_target(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in place where the types agree, without a second matrix of that size."""
+    """total += a @ b, in place where the types agree, else 2^22 numbers at a time."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
-    rows = max(1, 2**25 // total.shape[1])
+    rows = max(1, 2**22 // total.shape[1])
     for start in range(0, len(total), rows):
         total[start : start + rows] += a[start : start + rows] @ b

@@ -101,7 +101,7 @@ def misfits(model: Transformer, chat: Chat | None, store: PackedStore, flag: str
         found.append(
             f"{flag} {store.path}: was made with another tokenizer than the model's; run `whet "
             "prepare` again with --tokenizer on the model's directory"
-            + (f", or, as there, add --chat_template {template}" if template else "")
+            + (f", or train, as there, with --chat_template {template}" if template else "")
         )
     needed = attrs.get("vocab_size", 0)
     if needed > config.vocab_size:

@@ -126,7 +126,8 @@ def certificate_facts(certificate: Certificate, n_examples: int) -> dict[str, st
     facts["context"] = context
     if certificate.untrained_turns:
         left_out = ", ".join(map(str, certificate.untrained_turns))
-        facts["turns left out"] = f"{left_out}, which the template rewrites: --rewritten_turns last"
+        how = "whet prepare --rewritten_turns last"
+        facts["turns left out"] = f"{left_out}, which the template rewrites: {how}"
     if certificate.today:
         facts["date for the template"] = certificate.today
     return facts

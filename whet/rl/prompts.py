@@ -16,7 +16,7 @@ from whet.chat.encode import encode_prompt
 from whet.data.reader import SHOWN, read_each, read_units
 from whet.data.record import check_asked, conversation_of, first_of, nested
 from whet.errors import UserError
-from whet.evaluate.answers import extract_answer, same_number
+from whet.evaluate.answers import gold_of, same_number
 from whet.evaluate.gsm8k import svamp_question
 from whet.progress import track
 
@@ -150,8 +150,5 @@ def _messages(record: dict[str, Any], at: Origin) -> list[Any]:
 
 def _gold(record: dict[str, Any]) -> str | None:
     name = first_of(record, (*GOLD_FIELDS, "Answer"))
-    value = record[name] if name else None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    number = extract_answer(str(value))
+    number = gold_of(record[name]) if name else None
     return number if same_number(number, number) else None

@@ -20,6 +20,7 @@ from whet.generate.engine import Reply
 from whet.progress import say
 from whet.rl.critic import Completed
 from whet.rl.prompts import Prompts
+from whet.rl.rewards import Answer, PythonReward
 from whet.rl.rollout_file import (
     ROWS,
     Layout,
@@ -29,7 +30,7 @@ from whet.rl.rollout_file import (
     rollout_path,
     write_rollout,
 )
-from whet.rl.sampling import PolicyConfig, Sample, Sampler, policy_of
+from whet.rl.sampling import PolicyConfig, Sample, Sampler, cohorts_of, fill_cache, policy_of
 from whet.train.distributed import Ranks, from_first, is_sharded
 from whet.train.evaluation import Meeting
 from whet.train.signals import Stop
@@ -127,6 +128,23 @@ class Rollouts:
             rollout = Rollout(path, 0)
             return [self._batches(rollout, update, 0) for update in range(len(layout.ends))]
 
+    def dry_rollout(self, model: nn.Module) -> None:
+        """Generate and judge a cohort of the longest replies to the longest prompts."""
+        policy, config, size = policy_of(model), self.config, self.config.group_size
+        n_prompts = min(config.batch_size, len(self.prompts))
+        longest = sorted(self.prompts.prompts, key=lambda prompt: -len(prompt.ids))
+        cohort = longest[: len(cohorts_of(n_prompts, size, config.cohort)[0])]
+        if self.sampler.remote is None:
+            ids = [prompt.ids for prompt in cohort for _ in range(size)]
+            fill_cache(policy, ids, config.max_new_tokens, config.temperature, len(ids))
+        for prompt in cohort:
+            n = min(config.max_new_tokens, policy.config.max_positions - len(prompt.ids))
+            reply = Reply([self._pad_id] * n, [0.0] * n, True)
+            answers = [Answer(prompt, reply, "")] * size
+            for reward in self.sampler.rewards:
+                if not isinstance(reward.score, PythonReward):  # which others may count
+                    reward.score(answers)
+
     def _make(
         self, number: int, path: Path, model: nn.Module, ranks: Ranks, stop: Stop
     ) -> dict[str, float]:
@@ -138,15 +156,15 @@ class Rollouts:
             remote.sync(policy, number, ranks)
         chosen = self._chosen(number)
         groups = self.sampler.groups(policy, chosen, number, share, meeting)
-        asked = len(groups)
+        asked = {*chosen}
         for turn in range(REFILLS if self.config.refill else 0):
             wanted = len(chosen) - len(live := [g for g in groups if _is_informative(g)])
-            others = self._others(number, turn, {s.prompt for g in groups for s in g}, wanted)
+            others = self._others(number, turn, asked, wanted)
             if not others:
                 break
             groups = live + self.sampler.groups(policy, others, number, share, meeting)
-            asked += len(others)
-        metrics = numbers_of(groups, asked)
+            asked.update(others)
+        metrics = numbers_of(groups, len(asked))
         layout = self._lay_out(groups[: len(chosen)])
         places, more = self._completed(layout, model, ranks)
         metrics |= more

@@ -16,7 +16,6 @@ import numpy as np
 from torch import nn
 
 from whet.chat.chat import Chat
-from whet.errors import UserError
 from whet.evaluate.answers import wilson
 from whet.flags import grpo, ppo
 from whet.generate.engine import Reply, sample
@@ -32,6 +31,8 @@ from whet.train.stage import Evaluation
 
 PolicyConfig = grpo.Config | ppo.Config
 """The flags of a stage that trains a policy: how it samples, and what becomes of samples."""
+BATCH = 32
+"""Prompts that an evaluation answers at once."""
 PENALTY = 1.0
 """What a cut reply loses under `--truncated penalty`."""
 
@@ -73,35 +74,30 @@ class Sampler:
 
         `share` says which cohorts this rank generates: all of them where each forward pass is a
         collective of all ranks. They come from `model`, or from `remote`. All ranks call it. Raises
-        UserError, on all of them, if a reward or the server fails on one.
+        UserError, on all of them, if a reward or the server fails on one, see `Meeting`.
         """
         size = self.config.group_size
         cohorts = cohorts_of(len(chosen), size, self.config.cohort)
         mine = range(share.rank, len(cohorts), share.size)
         asked = [[chosen[i] for i in cohorts[c]] for c in mine]
         n_mine = sum(map(len, asked)) * size
-        found, errors = dict[int, list[list[Sample]]](), list[str]()
+        found = dict[int, list[list[Sample]]]()
         with (
-            meeting.after_forwards(model),
+            meeting.work(model),
             track(f"Rollout {rollout + 1}", n_mine, "replies", self.quiet) as progress,
         ):
             if self.remote is None:
                 made = self._generate(model, asked, rollout, progress)
             else:
                 made = self._fetch(self.remote, asked, rollout, progress)
-            try:
-                with closing(made):
-                    for c, numbers, replies in zip(mine, asked, made, strict=True):
-                        found[c] = self._judged(numbers, replies)
-                        if self.remote is not None:
-                            meeting.look()
-            except UserError as error:
-                errors += str(error).splitlines()
-        meeting.end_part()
-        everybody = gather((found, errors), meeting.ranks)
-        if said := [line for _, lines in everybody for line in lines]:
-            raise UserError("\n".join(dict.fromkeys(said)))
-        whole = {c: groups for part, _ in everybody for c, groups in part.items()}
+            with closing(made):
+                # Where each forward pass is a collective, no reward may fail between two of them.
+                replied = made if share.size == meeting.ranks.size else iter([*made])
+                for c, numbers, replies in zip(mine, asked, replied, strict=True):
+                    found[c] = self._judged(numbers, replies)
+                    if self.remote is not None:
+                        meeting.look()
+        whole = {c: groups for part in gather(found, meeting.ranks) for c, groups in part.items()}
         return [group for c in range(len(cohorts)) for group in whole[c]]
 
     def _generate(
@@ -147,6 +143,82 @@ class Sampler:
         ]
         return [samples[i : i + size] for i in range(0, len(samples), size)]
 
+    def evaluate(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
+        """Greedy replies to all prompts, their rewards, and how many are right. All ranks call it.
+
+        Raises Interrupted and UserError on all of them, see `Meeting`.
+        """
+        policy = policy_of(model)
+        share = Ranks(device=ranks.device) if is_sharded(model) else ranks
+        mine = range(share.rank, len(self.prompts), share.size)
+        given, most = (policy, self.prompts, self.chat, mine), self.config.max_new_tokens
+        with Meeting(stop, ranks).work(policy):
+            answers = answers_to(*given, max_new_tokens=most, quiet=self.quiet)
+            found = dict(zip(mine, self._numbers(answers), strict=True))
+        # Sharded ranks have answered all of them.
+        found = {i: row for part in gather(found, ranks) for i, row in part.items()}
+        rows = [found[i] for i in sorted(found)]
+        metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        words = f"held-out reward {metrics['dev_reward']:.4g}"
+        right = int(sum(row["dev_accuracy"] for row in rows))
+        if all(prompt.gold is not None for prompt in self.prompts.prompts):
+            low, high = wilson(right, len(rows))
+            metrics |= {"dev_low": low, "dev_high": high}
+            words += f", {right} of {len(rows)} right (95 % interval {low:.1%} to {high:.1%})"
+        else:
+            del metrics["dev_accuracy"]
+        words += f", {metrics['dev_reply_tokens']:.0f} tokens a reply"
+        if metrics["dev_truncated"]:
+            words += f", {metrics['dev_truncated']:.0%} cut at --max_new_tokens"
+        samples = [self._sample(answer) for answer in answers[: self.config.samples]]
+        return Evaluation(metrics, samples if ranks.first else [], words)
+
+    def _numbers(self, answers: Sequence[Answer]) -> list[dict[str, float]]:
+        """The metrics of each answer alone; all have the same names."""
+        sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
+        return [
+            {
+                "dev_reward": reward,
+                **{f"dev_reward/{name}": values[k] for name, values in parts.items()},
+                "dev_truncated": float(not answer.reply.stopped),
+                "dev_reply_tokens": float(len(answer.reply.ids)),
+                "dev_accuracy": right,
+            }
+            for k, (answer, reward, right) in enumerate(
+                zip(answers, sums, correct(answers), strict=True)
+            )
+        ]
+
+    def _sample(self, answer: Answer) -> dict[str, Any]:
+        decode = self.chat.tokenizer.decode
+        return {
+            "prompt": decode(answer.prompt.ids, skip_special=False),
+            "reply": decode(answer.reply.ids, skip_special=False),
+            "expected": answer.prompt.gold,
+        }
+
+
+def fill_cache(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+) -> None:
+    """Hold what `sample` holds when all replies are as long as they may be: begun with all but the
+    last two tokens, since the cache is what counts."""
+    most = model.config.max_positions
+    ends = [min(len(prompt) + max_new_tokens, most) for prompt in prompts]
+    sample(
+        model,
+        [[*p, *p[-1:] * (end - 2 - len(p))] for p, end in zip(prompts, ends, strict=True)],
+        keys=[(i,) for i in range(len(prompts))],
+        max_new_tokens=2,
+        stop_ids=(),
+        temperature=temperature,
+        batch_size=batch_size,
+    )
+
 
 def cohorts_of(n_prompts: int, group_size: int, cohort: int) -> list[range]:
     """The prompts of each cohort: whole groups, at most `cohort` sequences if a group fits."""
@@ -164,7 +236,7 @@ def answers_to(
     seed: int = 0,
     temperature: float = 0.0,
     max_new_tokens: int,
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     quiet: bool = False,
 ) -> list[Answer]:
     """The model's replies to the prompts `numbers`, `copies` of each, as rewards see them;
@@ -192,67 +264,3 @@ def answer_of(prompts: Prompts, number: int, reply: Reply, chat: Chat) -> Answer
     ids = reply.ids[:-1] if reply.stopped else reply.ids
     text = tokenizer.decode(ids, skip_special=False)
     return Answer(prompt, reply, opened_thought(tokenizer, prompt.ids) + text)
-
-
-@dataclass(frozen=True)
-class PolicyEvaluator:
-    """The evaluation of a stage that trains a policy."""
-
-    dev: Prompts
-    chat: Chat
-    rewards: Sequence[Reward]
-    max_new_tokens: int
-    n_samples: int = 3
-    quiet: bool = True
-
-    def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
-        meeting, policy = Meeting(stop, ranks), policy_of(model)
-        share = Ranks(device=ranks.device) if is_sharded(model) else ranks
-        mine = range(share.rank, len(self.dev), share.size)
-        given, most = (policy, self.dev, self.chat, mine), self.max_new_tokens
-        with meeting.after_forwards(policy):
-            answers = answers_to(*given, max_new_tokens=most, quiet=self.quiet)
-        found = dict(zip(mine, self._numbers(answers), strict=True))
-        meeting.end_part()
-        # Sharded ranks have answered all of them.
-        found = {i: row for part in gather(found, ranks) for i, row in part.items()}
-        rows = [found[i] for i in sorted(found)]
-        metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        words = f"held-out reward {metrics['dev_reward']:.4g}"
-        right = int(sum(row["dev_accuracy"] for row in rows))
-        if all(prompt.gold is not None for prompt in self.dev.prompts):
-            low, high = wilson(right, len(rows))
-            metrics |= {"dev_low": low, "dev_high": high}
-            words += f", {right} of {len(rows)} right (95 % interval {low:.1%} to {high:.1%})"
-        else:
-            del metrics["dev_accuracy"]
-        words += f", {metrics['dev_reply_tokens']:.0f} tokens a reply"
-        if metrics["dev_truncated"]:
-            words += f", {metrics['dev_truncated']:.0%} cut at --max_new_tokens"
-        samples = [self._sample(answer) for answer in answers[: self.n_samples]]
-        return Evaluation(metrics, samples if ranks.first else [], words)
-
-    def _numbers(self, answers: Sequence[Answer]) -> list[dict[str, float]]:
-        """The metrics of each answer alone; all have the same names."""
-        sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
-        return [
-            {
-                "dev_reward": reward,
-                **{f"dev_reward/{name}": values[k] for name, values in parts.items()},
-                "dev_truncated": float(not answer.reply.stopped),
-                "dev_reply_tokens": float(len(answer.reply.ids)),
-                "dev_accuracy": right,
-            }
-            for k, (answer, reward, right) in enumerate(
-                zip(answers, sums, correct(answers), strict=True)
-            )
-        ]
-
-    def _sample(self, answer: Answer) -> dict[str, Any]:
-        decode = self.chat.tokenizer.decode
-        return {
-            "prompt": decode(answer.prompt.ids, skip_special=False),
-            "reply": decode(answer.reply.ids, skip_special=False),
-            "expected": answer.prompt.gold,
-        }

@@ -23,11 +23,20 @@ from whet.generate.engine import Reply
 
 KEY = "WHET_ROLLOUT_KEY"
 """The environment variable that holds the server's API key, if it wants one."""
+NEEDS = {
+    "/collective_rpc": "a whole model needs vLLM 0.16 or newer, VLLM_SERVER_DEV_MODE=1; and ",
+    "/v1/load_lora_adapter": "it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora, "
+    "--max-lora-rank; and ",
+    "/load_lora_adapter": "it needs --enable-lora, --max-lora-rank, --lora-target-modules; and ",
+    "/update_weights_from_disk": "",
+}
+"""What a server must be started with to take weights, by endpoint."""
 PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 """The whole vocabulary's probabilities."""
-PAUSE = 0.2
-"""Seconds between two requests for what the server cannot do yet."""
+FULL, PAUSE = 503, 0.5
+"""What a server answers whose queue is full (vLLM's --max-num-queued-reqs, SGLang's
+--max-queued-requests), and the seconds until it is asked again for what it cannot do yet."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Server:
             raise self.error("is neither a vLLM nor an SGLang server: its /v1/models names neither")
         self.kind, self.base = bases[0]["owned_by"], str(bases[0].get("id"))
         room = bases[0].get("max_model_len")
-        self.room = room if isinstance(room, int) else None
+        self.room = room if type(room) is int else None
 
     def load_model(self, directory: Path) -> None:
         """Have it take the weights of a model directory."""
@@ -112,10 +121,10 @@ class Server:
                 (choice,) = self._choices(short, prompt_logprobs=1)
                 table = self._listed(choice, "prompt_logprobs", n)
                 pairs = zip(table[1:], request.ids[1:], strict=True)
-                return [float(entries[str(i)]["logprob"]) for entries, i in pairs], reply
+                return self._numbers([each[str(i)]["logprob"] for each, i in pairs]), reply
             (choice,) = self._choices(short, logprob_start_len=0)
             table = self._listed(choice["meta_info"], "input_token_logprobs", n)
-            return [float(entry[0]) for entry in table[1:]], reply
+            return self._numbers([entry[0] for entry in table[1:]]), reply
 
     def _choices(self, request: Request, **more: int) -> list[Any]:
         """The `n` replies of the server, as it gives them. `more` is asked for besides."""
@@ -140,8 +149,25 @@ class Server:
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The answer to a request: JSON, or text where it is none.
 
-        Raises UserError if there is no server, no answer in time, or one that says no.
+        A server that has no room now is asked again for as long as an answer may take. Raises
+        UserError if there is no server, no answer in time, or one that says no.
         """
+        until = time.monotonic() + self.seconds
+        while True:
+            status, text = self._ask(path, body)
+            if status != FULL or self.stopped or time.monotonic() > until:
+                break
+            time.sleep(PAUSE)
+        try:
+            answer = json.loads(text) if text.strip() else None
+        except ValueError:
+            answer = text
+        if status >= 400:
+            raise self.error(f"answered {path} with {status}: {_said(answer)}{_hint(path, status)}")
+        return answer
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
+        """Status and text of the answer to one request."""
         where = urlsplit(self.url)
         secure = where.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -157,7 +183,7 @@ class Server:
                 raise ConnectionAbortedError("given up")
             connection.request("GET" if data is None else "POST", where.path + path, data, headers)
             response = connection.getresponse()
-            status, text = response.status, response.read().decode(errors="replace")
+            return response.status, response.read().decode(errors="replace")
         except TimeoutError as error:
             late = f"did not answer {path} within --rollout_seconds {self.seconds:g}"
             raise self.error(late) from error
@@ -167,13 +193,6 @@ class Server:
         finally:
             self.open.discard(connection)
             connection.close()
-        try:
-            answer = json.loads(text) if text.strip() else None
-        except ValueError:
-            answer = text
-        if status >= 400:
-            raise self.error(f"answered {path} with {status}: {_said(answer)}{_hint(path, status)}")
-        return answer
 
     def _change(self, path: str, body: dict[str, Any], *, patient: bool = False) -> None:
         """A request that changes something; the answer may say that it did not.
@@ -245,15 +264,22 @@ class Server:
                 f"gave a reply of {len(ids)} tokens with {len(logp)} log-probs; 1 to "
                 f"{request.room} were asked for, each with its own"
             )
-        if not all(isinstance(x, int | float) and math.isfinite(x) for x in logp):
-            raise self.error("gave a log-prob that is no finite number")
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise self.error(f"gave tokens that are no ids: {str(ids)[:80]}")
+        logp = self._numbers(logp)
         stopped = ids[-1] in request.stop_ids
         if not stopped and reason != "length":
             raise self.error(
                 f"ended a reply ({reason}) with token {ids[-1]}, which is none of the chat's stop "
                 f"tokens {list(request.stop_ids)}"
             )
-        return Reply(list(ids), [float(x) for x in logp], stopped)
+        return Reply(list(ids), logp, stopped)
+
+    def _numbers(self, logp: list[Any]) -> list[float]:
+        """Log-probs, each a finite number."""
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in logp):
+            raise self.error("gave a log-prob that is no finite number")
+        return [float(x) for x in logp]
 
     def _listed(self, answer: Any, name: str | None, count: int | None = None) -> list[Any]:
         """A list that an answer must hold, of `count` entries: the answer itself without a name."""
@@ -279,14 +305,6 @@ def _hint(path: str, status: int) -> str:
     """What a server lacks that does not know an endpoint, or does not do what it is asked for."""
     if status == 401:
         return f"; its key is read from the environment variable {KEY}"
-    if path == "/collective_rpc":
-        return (
-            "; a whole model needs vLLM 0.16 or newer, started with VLLM_SERVER_DEV_MODE=1; or "
-            "train an adapter"
-        )
-    if path.endswith("/load_lora_adapter"):
-        return (
-            "; vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and "
-            "--max-lora-rank, SGLang --enable-lora and --max-lora-rank"
-        )
-    return ""
+    if path not in NEEDS:
+        return ""
+    return f"; {NEEDS[path]}it must see --out under the same path"

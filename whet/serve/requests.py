@@ -44,10 +44,22 @@ def _kind(kind: type, what: str) -> Callable[[Any], str]:
 
 
 def _only(*values: Any) -> Callable[[Any], str]:
-    """For what Whet does not do: no other value than those that ask for nothing."""
-    return lambda v: (
-        "" if v in values else f"{' or '.join(map(repr, values))} (others are not supported)"
+    """For what Whet does not do: no other value than those that ask for nothing. A number is no
+    truth value, though Python takes 1 and True for one."""
+    what = f"{' or '.join(map(repr, values))} (others are not supported)"
+
+    def is_one(value: Any, other: Any) -> bool:
+        return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+    return lambda value: "" if any(is_one(value, other) for other in values) else what
+
+
+def _stream_options(value: Any) -> str:
+    known = ("include_usage", "include_obfuscation")
+    good = isinstance(value, dict) and all(
+        name in known and isinstance(on, bool) for name, on in value.items()
     )
+    return "" if good else f"an object of {' and '.join(known)}, each true or false"
 
 
 def _anything(value: Any) -> str:
@@ -78,7 +90,7 @@ _count = _number(1, 1 << 30, whole=True)
 COMMON: Fields = {
     "model": _kind(str, "a text"),
     "stream": _flag,
-    "stream_options": _object,
+    "stream_options": _stream_options,
     "stop": _stops,
     "temperature": _number(0, 2),
     "top_p": _number(0, 1),
@@ -166,8 +178,6 @@ def settings(given: dict[str, Any]) -> Settings:
     options = given.get("stream_options", {})
     if options and not given.get("stream"):
         raise ApiError(400, "stream_options: needs stream to be true", "stream_options")
-    for name in options.keys() - {"include_usage", "include_obfuscation"}:
-        raise ApiError(400, f"stream_options: there is no such field {name}", "stream_options")
     top_k, top_p = given.get("top_k", -1), given.get("top_p", 1)
     sampling = Sampling(float(given.get("temperature", 1)), top_k if top_k > 0 else None, top_p)
     stop = given.get("stop", [])
@@ -179,5 +189,5 @@ def settings(given: dict[str, Any]) -> Settings:
         next(iter(longest), None),
         top,
         given.get("stream", False),
-        bool(options.get("include_usage")),
+        options.get("include_usage", False),
     )

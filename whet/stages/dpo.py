@@ -33,7 +33,15 @@ from whet.progress import track
 from whet.rl.preference_loss import Objective, Replies, implicit_reward, kto_loss, preference_loss
 from whet.stages.model import open_for_training, run_tuned
 from whet.stages.packed import batches_of_step
-from whet.stages.pairs import Judged, batch_of_rows, open_pairs, pair_stage, sides, units_of
+from whet.stages.pairs import (
+    Judged,
+    batch_of_rows,
+    forgetting,
+    open_pairs,
+    pair_stage,
+    sides,
+    units_of,
+)
 from whet.train.distributed import Ranks, sum_over_ranks, unwrap
 from whet.train.resume import weights_fingerprint
 from whet.train.signals import Stop
@@ -59,9 +67,12 @@ def build(config: Config, ranks: Ranks) -> Stage:
         reference.model = f"{model_fingerprint(opened.model)} {config.precision}"
         is_begun = made.exists() and (config.out / "config.toml").exists()
         if path := config.reference or (made if is_begun else None):
-            reference = read_reference(path, reference, stores)
+            without = "leave out --reference" if config.reference else "remove it"
+            reference = read_reference(path, reference, stores, without)
     complete = partial(with_reference, reference=reference)
     stage = pair_stage(config, ranks, opened, stores, judge, complete, "dpo")
+    of_pairs = stores["--data"].kind == "preferences"
+    stage = replace(stage, warn=partial(forgetting, of_pairs=of_pairs))
     if config.loss not in WITHOUT_REFERENCE and not reference.logp:
         start = partial(
             compute_reference,

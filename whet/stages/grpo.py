@@ -41,8 +41,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
     opened = open_for_training(config, ranks, [], {}, adapter_lr=ADAPTER_LR)
     reference = None
     if config.kl:
-        has_adapter = opened.lora is not None
-        reference = frozen_reference(opened.model, has_adapter, config.temperature)
+        reference = frozen_reference(opened.model, config)
     given = zip((config.clip_low, config.clip_high), USUAL_CLIP[config.loss], strict=True)
     low, high = (usual if own is None else own for own, usual in given)
     loss = partial(
@@ -112,16 +111,17 @@ def grpo_loss(
     return Sums((batch.weight * term).sum(), nll, named)
 
 
-def frozen_reference(model: nn.Module, has_adapter: bool, temperature: float) -> Reference:
-    """The model as it is now: under an adapter the base, with the adapter switched off; else a copy
-    of the weights."""
-    copy = None if has_adapter else deepcopy(model).requires_grad_(False).eval()
+def frozen_reference(model: nn.Module, config: Any) -> Reference:
+    """The model as it is now: under a new adapter the base, with the adapter switched off; else, as
+    where an adapter is trained further or token rows are new, a copy."""
+    from_base = config.lora_rank is not None and config.chat_template is None
+    copy = None if from_base else deepcopy(model).requires_grad_(False).eval()
 
     def reference(model: nn.Module, batch: Batch) -> Tensor:
         inner: Any = policy_of(model) if copy is None else copy.to(batch.tokens.device)
         off = without_adapters(inner) if copy is None else nullcontext()
         with torch.no_grad(), evaluating(inner), off:
-            return run_batch(inner, batch, temperature=temperature).nll
+            return run_batch(inner, batch, temperature=config.temperature).nll
 
     return reference
 

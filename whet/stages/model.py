@@ -80,7 +80,7 @@ def open_for_training(
     problems(found)
     path = find_model(config.model, config.revision, quiet=quiet)
     adapter = path if is_adapter(path) and not score else None
-    problems(unfit_flags(config, ranks.size, adapter))
+    problems(unfit_flags(config, adapter))
     base = path if adapter is None else find_base(adapter, quiet=quiet)
     problems(_unfit_for_others(config) if is_foreign(base) else [])
     # A frozen base needs no float32 copy: it is only multiplied, in bf16.
@@ -92,7 +92,7 @@ def open_for_training(
     header = [("model", f"{config.model}: {describe(model)}")]
     if line := rounding("same", model.config):
         header.append(("note", line))
-    chat, new_rows = find_chat(config.tokenizer, path), list[int]()
+    chat, new_rows = find_chat(config.tokenizer, path, config.chat_template), list[int]()
     if config.chat_template is not None and chat is not None:
         chat, new_rows = add_tokens(model, chat, config.chat_template)
     lora = None
@@ -244,11 +244,11 @@ def adapter_in_words(lora: LoRA, four_bits: bool) -> str:
     return ", ".join(words + [word for word, used in kinds if used])
 
 
-def find_chat(directory: Path | None, model: Path) -> Chat | None:
+def find_chat(directory: Path | None, model: Path, chat_template: str | None) -> Chat | None:
     """--tokenizer's, or the model's own; a `.pt` has none, and a directory may have none."""
     home = directory or (tokenizer_home(model) if is_adapter(model) else model)
     has_one = (home / "tokenizer.json").is_file() or find_convertible(home) is not None
-    return read_chat(home) if directory or has_one else None
+    return read_chat(home, chat_template) if directory or has_one else None
 
 
 def run_tuned(config: C, command: str, build: Callable[[C, Ranks], Stage]) -> int:

@@ -96,9 +96,19 @@ def open_pairs(config: Any, found: list[str], kinds: Sequence[str]) -> dict[str,
         with collected(found):
             if path is not None:
                 stores[flag] = PackedStore(path, kinds)
-                if not units_of(stores[flag]).any():
-                    found.append(f"{flag} {path}: holds no pair")
+                found += [f"{flag} {path}: {wrong}" for wrong in _flaws_of(stores[flag])]
     return stores
+
+
+def _flaws_of(store: PackedStore) -> list[str]:
+    """Why the file can't be learnt from; it may be somebody else's."""
+    if not units_of(store).any():
+        return ["holds no pair"]
+    if store.kind == "labels" and not np.isin(store.values("labels", 1), (0, 1)).all():
+        return ["labels must be 1 for each good reply and 0 for each bad one"]
+    if store.kind == "preferences" and np.isinf(store.values("margins", 2)).any():
+        return ["margins must be finite"]
+    return []
 
 
 def units_of(store: PackedStore) -> np.ndarray:
@@ -185,16 +195,15 @@ class PairEvaluator:
     quiet: bool = True
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
+        """All ranks call it. Raises Interrupted and UserError on all of them, see `Meeting`."""
         inner: Any = unwrap(model)
         meeting = Meeting(stop, ranks)
-        with meeting.after_forwards(inner), evaluating(inner), torch.no_grad():
+        with evaluating(inner), torch.no_grad(), meeting.work(inner):
             table = self._table(inner, ranks)
             meeting.end_part()
             # Where every forward is a collective, all ranks generate the same.
             count = self.n_samples if ranks.first or is_sharded(model) else 0
             samples = sample_replies(inner, self.dev, self.chat, count, every=2)
-        meeting.end_part()
         names = sorted(table)
         flat = sum_over_ranks(np.concatenate([table[name] for name in names]).tolist(), ranks)
         parts = dict(zip(names, np.reshape(flat, (len(names), 2)), strict=True))
@@ -254,9 +263,18 @@ def in_words(metrics: dict[str, float], of_pairs: bool) -> str:
     )
     if (less := metrics.get("dev_chosen_less_likely")) is not None:
         words += f"; {100 * less:.0f} % of the {kind} replies have become less likely"
-    if (change := metrics.get("dev_chosen_change_a_token", 0.0)) < -FORGOTTEN:
-        words += (
-            f", by {-change:.2g} nats a token: the model forgets how to write them, whatever the "
-            "margin says; take a lower --lr, a larger --beta, or --sft_weight 1"
-        )
-    return words
+    change = {"chosen_change_a_token": metrics.get("dev_chosen_change_a_token", 0.0)}
+    warning = forgetting(change, of_pairs=of_pairs)
+    return f"{words}; {warning}" if warning else words
+
+
+def forgetting(numbers: Mapping[str, float], *, of_pairs: bool) -> str:
+    """What `chosen_change_a_token` warns of: nothing while the replies stay likely."""
+    change = numbers.get("chosen_change_a_token", 0.0)
+    if not change < -FORGOTTEN:
+        return ""
+    return (
+        f"the {'chosen' if of_pairs else 'good'} replies have lost {-change:.2g} nats a token: the "
+        "model forgets how to write them, whatever loss and margin say; take a lower --lr, a "
+        "larger --beta, or --sft_weight 1"
+    )

@@ -26,7 +26,7 @@ def show(plan: Plan, config: Config, device: torch.device, ranks: int) -> None:
             for line in describe(as_json(found, config, ranks)):
                 say(f"  {line}")
     if plan.proposed is None:
-        say(no_room(plan))
+        say(no_room(plan, config))
 
 
 def describe(row: dict) -> list[str]:

@@ -16,7 +16,7 @@ from whet.rl.prompts import Prompts, load_prompts
 from whet.rl.remote import Remote
 from whet.rl.rewards import NEEDS_GOLD, open_rewards
 from whet.rl.rollouts import Complete, Rollouts
-from whet.rl.sampling import PolicyConfig, PolicyEvaluator, Sampler
+from whet.rl.sampling import BATCH, PolicyConfig, Sampler, fill_cache, policy_of
 from whet.rl.server import Server
 from whet.stages.model import Opened, writer
 from whet.train.distributed import Ranks
@@ -74,6 +74,13 @@ def policy_stage(
         by_whom = remote.connect(max(len(prompt.ids) for prompt in prompts.prompts))
     sampler = Sampler(prompts, config, terms, chat, quiet, remote)
     rollouts = Rollouts(sampler, ranks, complete)
+
+    def dry_rollout(model: nn.Module) -> None:
+        rollouts.dry_rollout(model)
+        if dev is not None:
+            longest = sorted((prompt.ids for prompt in dev.prompts), key=len)[-BATCH:]
+            fill_cache(policy_of(model), longest, config.max_new_tokens, 0.0, BATCH)
+
     updates = f"{rollouts.per_rollout} updates" if rollouts.per_rollout > 1 else "1 update"
     a_rollout = min(config.batch_size, len(prompts))
     return Stage(
@@ -83,15 +90,12 @@ def policy_stage(
         total_steps=total_steps(config, rollouts.rollouts_per_epoch * rollouts.per_rollout),
         batches=rollouts.batches,
         loss_fn=loss_fn,
-        evaluate=None
-        if dev is None
-        else PolicyEvaluator(
-            dev, chat, terms, config.max_new_tokens, n_samples=config.samples, quiet=quiet
-        ),
+        evaluate=None if dev is None else replace(sampler, prompts=dev).evaluate,
         save_model=save,
         rehearse=save.rehearse,
         before_step=rollouts.before_step,
         dry_steps=rollouts.dry_steps,
+        dry_rollout=dry_rollout,
         rows="prompts",
         best="dev_reward",
         higher_is_better=True,

@@ -36,7 +36,7 @@ def build(config: Config, ranks: Ranks) -> Stage:
     critic = _open_critic(config, ranks, opened)
     reference = None
     if config.kl:
-        reference = frozen_reference(opened.model, opened.lora is not None, config.temperature)
+        reference = frozen_reference(opened.model, config)
     model = ActorCritic(opened.model, critic.model)
     stage = policy_stage(
         config,

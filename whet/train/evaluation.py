@@ -1,7 +1,7 @@
 """What is measured while a run trains: dev loss, where it comes from, answers, sample replies."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ from torch import nn
 
 from whet.chat.chat import Chat
 from whet.data.store import PackedStore
+from whet.errors import UserError
 from whet.evaluate.dev import DevLoss, dev_loss
 from whet.evaluate.gsm8k import Problem, gsm8k_accuracy
 from whet.generate.engine import generate
-from whet.train.distributed import Ranks, is_sharded, sum_over_ranks, unwrap
+from whet.train.distributed import Ranks, gather, is_sharded, sum_over_ranks, unwrap
 from whet.train.signals import Interrupted, Stop
 from whet.train.stage import Evaluation
 
@@ -26,9 +27,14 @@ TEXT_PROMPT_TOKENS = 16
 """What a sample starts with where every token is trained, as in plain text."""
 
 
+class _OtherFailedError(Exception):
+    """Some rank has met a UserError; which one is exchanged next."""
+
+
 @dataclass
 class Meeting:
-    """Where the ranks of an evaluation or rollout hear that one of them was asked to stop.
+    """Where the ranks of an evaluation or rollout hear what ends it for all of them: that one was
+    asked to stop, or has met a UserError, say in a reward.
 
     A single rank needs none: there a signal cuts the work short wherever it is. Of several, all
     must leave at the same place. So they meet after forward passes; one that is done with a part,
@@ -41,33 +47,46 @@ class Meeting:
     """Since the last part."""
 
     @contextmanager
-    def after_forwards(self, model: nn.Module) -> Iterator[None]:
-        """In the block, meet after forward passes of `model`. Raises Interrupted on all ranks if
-        one was asked to stop."""
-        hook = model.register_forward_hook(lambda *_: self.look())
+    def work(self, model: nn.Module) -> Iterator[None]:
+        """A block in which all ranks meet after forward passes of `model`, and at its end. All that
+        they exchange in it follows an `end_part`. Raises Interrupted on all ranks if one was asked
+        to stop, and on all of them the UserErrors that some have met in it."""
+        hook, said = model.register_forward_hook(lambda *_: self.look()), ""
         try:
             yield
+            self.end_part()
+            return
+        except _OtherFailedError:
+            pass
+        except UserError as error:
+            said = str(error)
+            with suppress(_OtherFailedError):
+                self._meet(failed=True)
         finally:
             hook.remove()
+        lines = [line for each in gather(said, self.ranks) for line in each.splitlines()]
+        raise UserError("\n".join(dict.fromkeys(lines)))
 
     def look(self) -> None:
-        """Count a forward pass, and meet if it is time. Raises Interrupted on all ranks."""
+        """Count a forward pass, and meet if it is time."""
         self.forwards += 1
         if self.forwards % MEET_EVERY.get(self.ranks.device.type, 1) == 0:
-            self._meet(done=False)
+            self._meet()
 
     def end_part(self) -> None:
-        """Return when all ranks are here. Raises Interrupted on all of them if one was asked."""
+        """Return when all ranks are here."""
         self.forwards = 0
         while self._meet(done=True) < self.ranks.size:
             pass
 
-    def _meet(self, done: bool) -> float:
+    def _meet(self, *, done: bool = False, failed: bool = False) -> float:
         if self.ranks.size == 1:
             return 1
-        asked, ready = sum_over_ranks([self.stop.number, done], self.ranks)
+        asked, ready, errors = sum_over_ranks([self.stop.number, done, failed], self.ranks)
         if asked:
             raise Interrupted
+        if errors:
+            raise _OtherFailedError
         return ready
 
 
@@ -84,7 +103,7 @@ class Evaluator:
     """Show no progress."""
 
     def __call__(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
-        """All ranks call it. Raises Interrupted on all of them if one was asked to stop."""
+        """All ranks call it. Raises Interrupted and UserError on all of them, see `Meeting`."""
         inner: Any = unwrap(model)
         meeting = Meeting(stop, ranks)
         metrics: dict[str, float] = {}
@@ -97,7 +116,7 @@ class Evaluator:
         # Where every forward is a collective, all ranks generate the same; else each its share.
         share = Ranks(device=ranks.device) if is_sharded(model) else ranks
         stop_ids = self.chat.stop_ids if self.chat else ()
-        with meeting.after_forwards(inner):
+        with meeting.work(inner):
             if self.dev is not None:
                 found = dev_loss(
                     inner,
@@ -131,7 +150,6 @@ class Evaluator:
                 words.append(f"{answers.correct} of {answers.n} problems right ({interval})")
             count = self.n_samples if share.first else 0
             samples = sample_replies(inner, self.dev, self.chat, count)
-        meeting.end_part()
         return Evaluation(metrics, samples, ", ".join(words))
 
 

@@ -4,8 +4,8 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -96,17 +96,26 @@ def train(
         _write_ledger(seen, stage.documents, run, ranks)
         run.save(tensors_of(stage.model, optimizers), wait=wait)
 
+    @contextmanager
+    def kept_on_failure() -> Iterator[None]:
+        """Save the steps so far where the block raises UserError on all ranks, say by a reward. The
+        first rank reports it; the others leave with the same exit code."""
+        try:
+            yield
+        except UserError:
+            save(wait=True)
+            if ranks.first:
+                raise
+            raise SystemExit(2) from None
+
     def make_batches(before_step: BeforeStep) -> Mapping[str, float]:
         """Make what the next step trains on, by the weights of today; sets `asked` if a signal
         has cut it short."""
         nonlocal asked
         read(left=0)
         call = partial(before_step, facts.step, stage.model, ranks, stop)
-        try:
+        with kept_on_failure():
             found = None if asked else _between_steps(call, stage, stop, ranks, dtype)
-        except UserError:  # on all ranks, say by a reward; the steps so far are kept
-            save(wait=True)
-            raise
         if found is None:
             asked = asked or stop.number or signal.SIGTERM
         return found or {}
@@ -126,13 +135,8 @@ def train(
             if to_evaluate or to_save or asked:
                 read(left=0)
             if to_evaluate and facts.evaluated < facts.step and not asked:
-                try:
-                    with bar.paused():
-                        asked = _evaluate(stage, run, stop, ranks, dtype)
-                except UserError:  # say by a reward
-                    if ranks.size == 1:  # of several, the others may not know of it
-                        save(wait=True)
-                    raise
+                with bar.paused(), kept_on_failure():
+                    asked = _evaluate(stage, run, stop, ranks, dtype)
             if asked:
                 save(wait=True)
                 return asked
@@ -284,6 +288,9 @@ def _log_step(
     }
     timing[f"{stage.unit.removesuffix('_tokens')}_per_s"] = result.weight / seconds
     run.metrics(result.step + 1, values, timing)
+    if not run.warned and (warning := stage.warn(numbers.named)):
+        run.warned = True
+        run.say(f"warning: step {result.step + 1}: {warning}")
     rate = f"{timing['tokens_per_s']:,.0f} tokens/s"
     bar.advance(1, f"loss {numbers.loss:.4f}  lr {lr:.2e}  {rate}")
 

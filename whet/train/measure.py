@@ -63,6 +63,8 @@ class Cost:
     recompute: str
     peak: int
     """The most that was held, as `memory.peak_bytes` defines it."""
+    stepped: int
+    """The most that steps alone held; rollouts may hold more."""
     process: int
     """Of it, what was held before the model: Python and libraries; 0 on a GPU."""
     weights: int
@@ -92,8 +94,9 @@ class Cost:
 
     @property
     def transient(self) -> int:
-        """The rest: activations, the head's buffers, what the allocator could not give back."""
-        return max(0, self.peak - self.process - self.state)
+        """The rest of a step: activations, the head's buffers, what the allocator could not give
+        back."""
+        return max(0, self.stepped - self.process - self.state)
 
 
 def measure(target: Callable[..., R], *arguments: Any) -> R | None:
@@ -191,6 +194,11 @@ def dry_run(
             gradients = size_of([p.grad for p in parameters if p.grad is not None])
         apply_step(result, stage, config, optimizers, recent)
         times.append(((middle - begin) / len(moved), _now(device) - middle))
+    peak = stepped = memory.peak_bytes(device)
+    if stage.dry_rollout is not None:
+        with autocast(device, dtype):
+            stage.dry_rollout(stage.model)
+        peak = memory.peak_bytes(device)
     states = [v for o in optimizers for s in o.state.values() for v in s.values()]
     model, head = stage.model, 0
     if isinstance(model, Transformer):
@@ -200,7 +208,8 @@ def dry_run(
     return Cost(
         rows=len(first[0].batch.tokens),
         recompute=config.recompute,
-        peak=memory.peak_bytes(device),
+        peak=peak,
+        stepped=stepped,
         process=process,
         weights=size_of([*parameters, *model.buffers()]),
         gradients=gradients,

@@ -16,6 +16,7 @@ import torch
 from whet.config import read_toml
 from whet.errors import UserError
 from whet.files import replaced, write_json
+from whet.flags.training import lighter
 from whet.progress import Progress, say, track
 from whet.train import distributed, memory
 from whet.train.distributed import Ranks
@@ -66,7 +67,8 @@ def make_plan(
             one = at(1, recompute, bar)
             if one is None or needed(one, config, ranks) > FITS * limit:
                 continue
-            rows, room = 1, FITS * limit - needed(one, config, ranks)
+            steps = needed(one, config, ranks) - (one.peak - one.stepped)
+            rows, room = 1, FITS * limit - steps
             while 2 * rows <= cap and (2 * rows - 1) * one.transient <= room:
                 rows *= 2
             proposed = at(rows, recompute, bar)
@@ -118,6 +120,8 @@ def as_json(found: Cost, config: Any, ranks: int) -> dict:
         "saving": saving(found, config, ranks),
         "process": found.process,
     }
+    if found.peak > found.stepped:
+        parts["rollouts"] = found.peak - found.stepped  # beyond what a step holds
     seconds = step_seconds(found)
     return {
         "micro_batch_size": found.rows,
@@ -151,11 +155,11 @@ def flags_of(found: Cost) -> str:
     return f"--micro_batch_size {found.rows} --recompute {found.recompute}"
 
 
-def no_room(plan: Plan) -> str:
+def no_room(plan: Plan, config: Any) -> str:
     """What to say where nothing fits."""
     return (
         f"no setting fits into {plan.limit / 1e9:.2f} GB, not even --micro_batch_size 1 "
-        "--recompute full; try --lora_rank 16, or --shard on more ranks"
+        f"--recompute full; try {' or '.join(lighter(config))}"
     )
 
 
@@ -172,7 +176,7 @@ def with_proposal(config: C, ranks: Ranks, *, build: Callable[[Any, Ranks], Stag
         return dataclasses.replace(config, **kept)
     plan = make_plan(build, config, ranks.device, ranks.size, config.quiet)
     if plan.proposed is None:
-        raise UserError(f"--auto: {no_room(plan)}")
+        raise UserError(f"--auto: {no_room(plan, config)}")
     record(plan, config, ranks.size)
     row = as_json(plan.proposed, config, ranks.size)
     if not config.quiet:

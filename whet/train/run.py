@@ -43,7 +43,7 @@ from whet.train.state import Facts
 PRICED = (
     *("model", "data", "overfit_rows", "batch_size", "optimizer", "train", "precision", "float8"),
     *("lora_rank", "lora_targets", "lora_dora", "lora_4bit", "device", "shard"),
-    *("prompts", "group_size", "max_new_tokens", "updates", "critic", "kl"),
+    *("prompts", "group_size", "max_new_tokens", "updates", "critic", "kl", "cohort"),
 )
 """Settings that a step's cost depends on, besides those that a plan proposes."""
 APPENDED = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "ledger.bin")
@@ -143,6 +143,8 @@ class RunFolder:
     resumed_at: int = -1
     """The step of the state that the run goes on from."""
     reported_full: bool = False
+    warned: bool = False
+    """Whether the run has said what the numbers of a step warn of (`Stage.warn`)."""
 
     @property
     def states(self) -> Path:

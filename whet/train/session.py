@@ -18,7 +18,7 @@ from torch import nn
 
 from whet.config import check, read_toml
 from whet.errors import UserError
-from whet.flags.training import TrainSettings
+from whet.flags.training import TrainSettings, lighter, sharding_flaws
 from whet.model.precision import multiplies_bf16, use_float8
 from whet.progress import duration
 from whet.report.run_page import write_page
@@ -151,8 +151,6 @@ def compile_layers(model: nn.Module, backend: str | Callable = "inductor") -> No
 
 def make_optimizers(model: nn.Module, config: TrainSettings) -> list[torch.optim.Optimizer]:
     """The optimizer(s) of the trained parameters, by the run's settings."""
-    if config.optimizer == "adamw8bit" and distributed.is_sharded(model):
-        raise UserError("--optimizer adamw8bit: its blocks can't be sharded; leave out --shard")
     inner, lr_groups = distributed.unwrap(model), list[tuple[str, float]]()
     if config.lr_groups:
         names = [name for name, p in inner.named_parameters() if p.requires_grad]
@@ -212,11 +210,8 @@ def out_of_memory(config: TrainSettings, command: str, ranks: Ranks) -> str:
         ways.append("--recompute selective" if recompute == "none" else "--recompute full")
     if ways:  # may change on the way; adapters, 8-bit moments are part of the run
         hints.append("and --resume to go on from the last save")
-    if ranks.size > 1 and not config.shard and command != "ppo":
+    if ranks.size > 1 and not config.shard and not sharding_flaws(config):
         ways.append("--shard")
-    if not ways:
-        ways = ["more GPUs with --shard"] if command != "ppo" else []
-        ways += ["--optimizer adamw8bit", *(["--lora_rank 16"] if command != "pretrain" else [])]
     if command == "sft":
         hints.append("`whet plan` with the same flags measures what fits")
     elif hasattr(config, "auto"):
@@ -224,7 +219,7 @@ def out_of_memory(config: TrainSettings, command: str, ranks: Ranks) -> str:
     held, more = memory.peak_bytes(ranks.device) / 1e9, f" ({'; '.join(hints)})" if hints else ""
     return (
         f"--micro_batch_size {micro}: {ranks.device} is out of memory at {held:.1f} GB; use "
-        f"{' or '.join(ways)}{more}"
+        f"{' or '.join(ways or lighter(config))}{more}"
     )
 
 

@@ -74,8 +74,9 @@ class Stage:
     """Step (from 0) -> this rank's micro-batches of that global batch, on the CPU."""
     loss_fn: Callable[[nn.Module, Batch], Sums]
     evaluate: Callable[[nn.Module, Ranks, Stop], Evaluation] | None
-    """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop.
-    None where there is nothing to measure."""
+    """All ranks call it; it raises Interrupted, on all of them, when the run was asked to stop, and
+    UserError on all of them if one fails (`evaluation.Meeting` sees to both). None where there is
+    nothing to measure."""
     save_model: Callable[[nn.Module, Path, dict[str, float]], None]
     """Write a model directory with these metrics in its lineage; all ranks call it."""
     rows: str = "rows"
@@ -93,10 +94,15 @@ class Stage:
     before_step: BeforeStep | None = None
     """Make what `batches(step)` reads with the current weights, as a rollout does, and return
     numbers for the step's log, equal on all ranks. With it no batch is read ahead. All ranks call
-    it, after the step before was applied; raises Interrupted as `evaluate` does."""
+    it, after the step before was applied; raises Interrupted and UserError as `evaluate` does."""
     dry_steps: Callable[[nn.Module], list[list[Batch]]] | None = None
     """Micro-batches of some steps that cost as much as any, where only `before_step` could make the
     real ones: what `--auto` measures."""
+    dry_rollout: Callable[[nn.Module], None] | None = None
+    """Hold what `before_step` and `evaluate` hold at most, changing nothing: `--auto` measures it
+    beside the state that its dry steps have made."""
+    warn: Callable[[Mapping[str, float]], str] = lambda numbers: ""
+    """What the numbers of a step, by their names in the log, warn of; said once a run."""
     best: str = "dev_loss"
     """The metric of the evaluation that decides which model is kept in `best/`."""
     higher_is_better: bool = False

@@ -208,6 +208,32 @@ def test_where_two_keys_speak_of_windows_each_family_goes_by_its_own():
     assert from_hf({**said, "model_type": "qwen2"}).windows == ()
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("gemma3_text", "sliding_window_pattern", True),
+        ("gemma3_text", "sliding_window_pattern", 0),
+        ("qwen2", "max_window_layers", True),
+        ("qwen2", "max_window_layers", "2"),
+        ("smollm3", "no_rope_layers", [True, False, True]),
+        ("smollm3", "no_rope_layers", ["0", "1", "1"]),
+        ("smollm3", "no_rope_layer_interval", True),
+    ],
+)
+def test_truth_values_and_texts_are_no_numbers(family, key, value):
+    said = {**LLAMA, "model_type": family, "sliding_window": 4, "use_sliding_window": True}
+    said |= {"rope_local_base_freq": 1e4} if family == "gemma3_text" else {}
+    said = {k: v for k, v in said.items() if k != "use_sliding_window" or family == "qwen2"}
+    with pytest.raises(UserError, match=f"config.json: {key} is "):
+        from_hf({**said, key: value})
+
+
+def test_a_number_is_no_truth_value():
+    yarn = {"rope_type": "yarn", "factor": 2.0, "truncate": 1}
+    with pytest.raises(UserError, match="truncate is 1; expected true or false"):
+        from_hf({**LLAMA, "rope_scaling": yarn})
+
+
 def test_a_missing_size_is_named():
     config = {key: value for key, value in LLAMA.items() if key != "intermediate_size"}
     with pytest.raises(UserError, match="intermediate_size is None"):

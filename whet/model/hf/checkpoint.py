@@ -171,8 +171,8 @@ def check_vocabulary(config: ModelConfig, chat: Chat, where: str | Path) -> None
     if size > config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer has ids up to {size - 1}, the model's "
-            f"embedding has {config.vocab_size} rows; use the model's own tokenizer, or let "
-            "--chat_template grow the embedding"
+            f"embedding has {config.vocab_size} rows; use the model's own tokenizer, or train "
+            "with --chat_template, which grows the embedding"
         )
 
 

@@ -186,15 +186,20 @@ def read_layers(
 def _turning_layers(keys: Keys, n_layers: int) -> list[bool]:
     """Which layers have rotary positions (SmolLM3 leaves out every fourth)."""
     said, interval = keys.take("no_rope_layers"), keys.take("no_rope_layer_interval")
-    if type(interval) is not int or interval < 1:
-        raise UserError(
-            f"config.json: no_rope_layer_interval is {interval!r}; expected a whole number above 0"
-        )
+    _check_whole("no_rope_layer_interval", interval)
     if said is None:
         return [(layer + 1) % interval != 0 for layer in range(n_layers)]
-    if len(said) < n_layers:
-        raise UserError(f"config.json: no_rope_layers is {said!r}; expected {n_layers} entries")
+    if len(said) < n_layers or not all(type(used) is int and used in (0, 1) for used in said):
+        raise UserError(
+            f"config.json: no_rope_layers is {said!r}; expected {n_layers} entries, each 0 or 1"
+        )
     return [bool(used) for used in said[:n_layers]]  # 1 means: with rotary positions
+
+
+def _check_whole(key: str, value: Any, least: int = 1) -> None:
+    if type(value) is not int or value < least:
+        expected = f"expected a whole number of at least {least}"
+        raise UserError(f"config.json: {key} is {value!r}; {expected}")
 
 
 def _sliding_layers(keys: Keys, turns: list[bool]) -> list[bool]:
@@ -215,10 +220,13 @@ def _sliding_layers(keys: Keys, turns: list[bool]) -> list[bool]:
         # Where both are said, Qwen goes by use_sliding_window and SmolLM3 by layer_types.
         return [kind == "sliding_attention" and (used or rule != "upper") for kind in types]
     if rule == "pattern":
+        _check_whole("sliding_window_pattern", pattern)
         return [(layer + 1) % pattern != 0 for layer in layers]
     if rule == "no rope":
         return [used and not turn for turn in turns]
     if rule == "upper":
+        if used:
+            _check_whole("max_window_layers", first, least=0)
         return [used and layer >= first for layer in layers]
     return [rule == "all" for layer in layers]
 
@@ -321,7 +329,7 @@ def _read_rope(
         factor=1.0 if kind == "default" else factor,
         original_positions=0 if kind in ("default", "linear") else before,
         **{name: part.number(name, 1.0) for name in RAMP if scaling.get(name) is not None},
-        truncate=bool(scaling.get("truncate", True)),
+        truncate=part.flag("truncate", True),
         short_factors=tuple(scaling.get("short_factor") or ()),
         long_factors=tuple(scaling.get("long_factor") or ()),
         output_scale=_output_scale(kind, part, factor, before),
