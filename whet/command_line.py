@@ -207,6 +207,7 @@ def _groups(config_class: type, hints: dict[str, Any]) -> dict[str, dict[str, st
 
 def help_texts(config_class: type) -> dict[str, str]:
     """Field -> the string under it, of the fields that this class itself defines."""
+    names = {field.name for field in dataclasses.fields(config_class)}
     body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -214,7 +215,7 @@ def help_texts(config_class: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             found[field.target.id] = " ".join(str(after.value.value).split()) if is_text else ""  # type: ignore[union-attr]
-    return found
+    return {name: text for name, text in found.items() if name in names}  # no ClassVar
 
 
 def _bare(hint: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from whet.elsewhere import nearest_flag
 from whet.errors import UserError
-from whet.files import unwritable, unwritable_folder, write_text
+from whet.files import Kind, unwritable, unwritable_folder, write_text
 
 SHIPPED = Path(__file__).with_name("configs")
 """The TOML files that come with Whet; `whet configs` lists them."""
@@ -32,14 +32,20 @@ FIRST = "first"
 FREE = "free on resume"
 """Mark of a flag that may change when a run is resumed: the numbers do not depend on it."""
 READ = "read"
-"""Mark of a path that the command reads; `WRITTEN` never overwrites it."""
-WRITTEN = "written"
-"""Mark of a file that the command writes."""
+"""Mark of a path that the command reads, and of the folder that it writes into: a `Written` file
+never takes its place."""
 PLACE = "place"
 """Mark of a text that may be a path: a leading `~` is the home directory."""
 
 Place = Annotated[str, PLACE, READ]
 """A path or a name on the Hub."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Mark of a file that the command writes; one that exists must be of its `kind`, if any."""
+
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def writable_folder(value: Path) -> str:
 InputFile = Annotated[Path, existing_file, READ]
 PackedFile = Annotated[Path, packed_file, READ]
 InputDir = Annotated[Path, existing_dir, READ]
-OutputFile = Annotated[Path, WRITTEN]
+OutputFile = Annotated[Path, Written()]
 
 
 def problems(found: Sequence[str]) -> None:
@@ -153,9 +159,10 @@ def check(config: Any, also: Sequence[str] = ()) -> None:
             read += parts_of(value)
     for name, hint in hints.items():
         value = getattr(config, name)
-        if WRITTEN in marks(hint) and value is not None:
-            found += unwritable(flag_of(type(config), name), value, read)
-            read.append(value)
+        for mark in marks(hint):
+            if isinstance(mark, Written) and value is not None:
+                found += unwritable(flag_of(type(config), name), value, read, mark.kind)
+                read.append(value)
     problems([*found, *_idle(config, hints), *also])
 
 

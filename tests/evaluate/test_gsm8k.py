@@ -131,8 +131,9 @@ def test_real_files(shared_data) -> None:
 @pytest.mark.parametrize("answer", ["#### 1,200", "<think>9</think><answer>1200</answer>", 1200])
 def test_gold_answers_in_three_shapes(tmp_path, answer) -> None:
     file = tmp_path / "test.jsonl"
-    file.write_text(json.dumps({"question": "q", "answer": answer}) + "\n")
-    assert load_gsm8k(file) == [Problem("q", "1200", 1)]
+    lines = [{"question": "q", "answer": answer}, {"prompt": "q", "solution": answer}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_gsm8k(file) == [Problem("q", "1200", 1), Problem("q", "1200", 2)]
 
 
 GOOD = '{"question": "q", "answer": "#### 1"}\n'
@@ -145,7 +146,7 @@ GOOD = '{"question": "q", "answer": "#### 1"}\n'
         (GOOD + '{"question": "q", "ans', "jsonl:2: not JSON"),
         (GOOD + "\n" + GOOD, "jsonl:2: is empty"),
         (GOOD + "[1]", "jsonl:2: expected an object, got list"),
-        (GOOD + '{"q": 1}', "jsonl:2: expected the fields question and answer .* got q"),
+        (GOOD + '{"q": 1}', "jsonl:2: expected the fields question or prompt, and answer .* got q"),
         ('{"question": 3, "answer": "#### 1"}', "jsonl:1: the question must be a text, got 3"),
         ('{"question": " ", "answer": "#### 1"}', "jsonl:1: the question must be a text"),
         ('{"question": "q", "answer": "some"}', "jsonl:1: no number in the answer 'some'"),

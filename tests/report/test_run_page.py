@@ -88,8 +88,8 @@ def test_neighbouring_ticks_are_written_differently(tmp_path):
     assert len(ticks) >= 3
     assert len(set(ticks)) == len(ticks)
     assert "<b>21,000</b>" in text
-    assert 'aria-label="kl; last: run 21,000"' in text
-    assert "<title>run, step 2: 25500</title>" in text
+    assert 'aria-label="kl; last: train 21,000"' in text
+    assert "<title>train, step 2: 25500</title>" in text
     assert re.findall(r'text-anchor="(?:start|middle|end)">(\d)</text>', text) == ["1", "2", "3"]
 
 
@@ -147,3 +147,18 @@ def test_the_page_in_a_browser(browser, tmp_path, width, scheme):
     assert label.bounding_box()["height"] >= 10, "letters that can be read"
     assert errors == []
     context.close()
+
+
+def test_a_measure_has_one_figure_with_its_interval_and_sources(tmp_path):
+    step = {"step": 1, "train_loss": 1.0, "reward": 0.1, "pairs": 2}
+    dev = {"step": 1, "dev_reward": 0.3, "dev_accuracy": 0.5, "dev_low": 0.2, "dev_high": 0.8}
+    dev["dev_accuracy/source/a"] = 0.5
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(step)}\n{json.dumps(dev)}\n")
+    (tmp_path / "run.json").write_text('{"command": "grpo"}')
+    text = page([read_run(tmp_path)])
+    titles = re.findall(r"<figcaption>(.*?)<", text)
+    assert titles == ["Loss", "reward", "accuracy", "pairs"]
+    assert "its level means nothing" in text
+    for words in ("last: train 0.1, dev 0.3", "dev 0.5, dev low 0.2, dev high 0.8, a 0.5"):
+        assert words in text
+    assert "best dev reward" in text

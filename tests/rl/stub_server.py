@@ -23,6 +23,13 @@ SGLANG_PARAMS |= {"no_stop_trim", "sampling_seed"}
 """Those that Whet sends; SGLang refuses a request with one that it does not know."""
 
 
+REFUSES = {
+    "before 0.16": "reload_weights() got an unexpected keyword argument 'weights_path'",
+    "elsewhere": "Repo id must be in the form 'repo_name' or 'namespace/repo_name': '/runs/1'",
+}
+"""What vLLM says of weights that it cannot take: too old, or on another machine."""
+
+
 class RefusalError(Exception):
     """An answer that says no: (status, content)."""
 
@@ -141,8 +148,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"choices": [{"text": "a", "token_ids": [1]}] * body["n"]})
         elif self.path == "/collective_rpc" and server.does("production"):
             self.answer({"detail": "Not Found"}, 404)
-        elif self.path == "/collective_rpc" and server.does("before 0.16"):
-            why = "reload_weights() got an unexpected keyword argument 'weights_path'"
+        elif (
+            self.path == "/collective_rpc" and server.fault in REFUSES and server.does(server.fault)
+        ):
+            why = REFUSES[server.fault]
             self.answer(said(f"Call to collective_rpc method failed: {why}", code=500), 500)
         else:
             try:

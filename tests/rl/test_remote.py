@@ -127,6 +127,7 @@ FAULTS = {
     "another form": "gave an answer of an unknown form",
     "production": "VLLM_SERVER_DEV_MODE=1",
     "before 0.16": "a whole model needs vLLM 0.16 or newer",
+    "elsewhere": "it must see --out under the same path",
 }
 
 

@@ -32,18 +32,18 @@ def page(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> str:
 
 def _curve(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each model that has an accuracy: where it stands on the curve, and its interval."""
-    step = (WIDTH - LEFT - 40) / max(1, len(rows) - 1)
+    measured = [row for row in rows if "accuracy" in row]
+    step = (WIDTH - LEFT - 80) / max(1, len(measured) - 1)
     return [
         {
             "model": row["model"],
             "share": f"{row['accuracy']:.1%}",
-            "x": round(LEFT + 20 + i * step, 1),
+            "x": round(LEFT + 40 + i * step, 1),
             "y": _level(row["accuracy"]),
             "top": _level(row["accuracy_high"]),
             "bottom": _level(row["accuracy_low"]),
         }
-        for i, row in enumerate(rows)
-        if "accuracy" in row
+        for i, row in enumerate(measured)
     ]
 
 

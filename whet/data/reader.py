@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ GOES_ON = "whet: the text goes on"  # a field that no data file has
 COMPRESSED = (".gz", ".zst")
 SHOWN = 20
 """Lines that are named where many cannot be read."""
+SAME = 3
+"""As many of them for one reason."""
 T = TypeVar("T")
 KINDS = (".jsonl", ".json", ".parquet", ".txt")
 
@@ -141,9 +144,9 @@ def read_units(path: str) -> Iterator[Unit]:
 def read_each(path: Path, units: Iterable[Unit], read: Callable[[Any, Origin], T]) -> list[T]:
     """`read(record, origin)` of each of a file's records.
 
-    Raises UserError with file and line of those that it refuses, the first SHOWN of them.
+    Raises UserError with file and line of those that it refuses, SAME of one reason.
     """
-    found, refused = list[T](), list[str]()
+    found, refused, reasons = list[T](), list[str](), Counter[str]()
     for unit in units:
         at = Origin(str(path), unit.line)
         try:
@@ -152,9 +155,12 @@ def read_each(path: Path, units: Iterable[Unit], read: Callable[[Any, Origin], T
                 raise UserError(f"expected an object, got {type(record).__name__}")
             found.append(read(record, at))
         except UserError as error:
-            refused.append(str(at.error(str(error).removeprefix(f"{at.where}: "))))
-    if len(refused) > SHOWN:
-        refused[SHOWN:] = [f"{path}: {len(refused) - SHOWN:,} further lines cannot be read"]
+            reason = str(error).removeprefix(f"{at.where}: ")
+            reasons[reason] += 1
+            if reasons[reason] <= SAME and len(refused) < SHOWN:
+                refused.append(str(at.error(reason)))
+    if further := reasons.total() - len(refused):
+        refused.append(f"{path}: {further:,} further lines cannot be read")
     problems(refused)
     return found
 

@@ -15,6 +15,7 @@ from whet.chat.chat import Chat
 from whet.chat.conversation import Origin
 from whet.chat.encode import encode_prompt
 from whet.data.reader import read_each, read_units
+from whet.data.record import first_of
 from whet.errors import UserError
 from whet.evaluate.answers import extract_answer, gold_of, same_number, wilson
 from whet.files import replaced
@@ -22,6 +23,10 @@ from whet.generate.engine import generate
 from whet.generate.text import opened_thought
 from whet.model.decoder import Transformer
 from whet.progress import track
+
+ASKED = ("question", "prompt")
+GOLD_FIELDS = ("gold", "answer", "solution", "ground_truth")
+"""Where the gold number may stand; the first that a line has counts."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,9 @@ def _judge(problem: Problem, prompt: Sequence[int], reply: list[int], chat: Chat
 def load_gsm8k(path: str | Path, limit: int | None = None) -> list[Problem]:
     """The first `limit` problems of a file, all by default.
 
-    JSON lines, or one JSON list, of objects with `question` and `answer` (GSM8K: the gold number
-    stands after `####`, or in `<answer>`, or alone) or with `Body`, `Question` and `Answer`
-    (SVAMP). Raises UserError that names file and line.
+    JSON lines, or one JSON list, of objects with a question in one of ASKED and an answer in one of
+    GOLD_FIELDS (the gold number stands after `####`, or in `<answer>`, or alone) or with `Body`,
+    `Question` and `Answer` (SVAMP). Raises UserError that names file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -143,13 +148,15 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
 
 
 def _problem(record: dict[str, Any], at: Origin) -> Problem:
-    if {"question", "answer"} <= record.keys():
-        question, answer = record["question"], record["answer"]
+    asked, states = first_of(record, ASKED), first_of(record, GOLD_FIELDS)
+    states = states or next((name for name in GOLD_FIELDS if name in record), None)
+    if asked and states:
+        question, answer = record[asked], record[states]
     elif {"Body", "Question", "Answer"} <= record.keys():
         question, answer = svamp_question(record), record["Answer"]
     else:
         raise UserError(
-            "expected the fields question and answer (or SVAMP's Body, Question and "
+            "expected the fields question or prompt, and answer (or SVAMP's Body, Question and "
             f"Answer), got {', '.join(map(str, record)) or 'none'}"
         )
     if not isinstance(question, str) or not question.strip():

@@ -58,8 +58,8 @@ class Config(Memory, TrainSettings, Tuning, Preference, Pairs, Model):
 
 
 def flaws(config: Config) -> list[str]:
-    """Flags that do not go together, and what speaks against writing `--out_ckpt`."""
-    found = tuning_flaws(config, [config.data, config.dev, config.reference])
+    """Flags that do not go together."""
+    found = tuning_flaws(config)
     if config.gamma is not None and config.loss != "simpo":
         found.append(f"--gamma: --loss {config.loss} has no such margin; only simpo has")
     if config.label_smoothing and config.loss not in SMOOTHED:

@@ -135,4 +135,4 @@ def policy_flaws(config: Any) -> list[str]:
             f"--reward_seconds {config.reward_seconds:g}: the other ranks wait no longer than "
             f"--rank_timeout {config.rank_timeout:g}; raise that above it"
         )
-    return found + tuning_flaws(config, [config.prompts, config.dev])
+    return found + tuning_flaws(config)

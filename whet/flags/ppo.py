@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import FIRST, PLACE, above_0, from_0, from_1, share
+from whet.config import FIRST, Place, above_0, from_0, from_1, share
 from whet.flags.choices import Schedule
 from whet.flags.policy import Prompts, Sampling, policy_flaws
 from whet.flags.training import Memory, Model, TrainSettings, Tuning
@@ -14,7 +14,7 @@ from whet.hub import known_model
 class Critic:
     """Policy and critic."""
 
-    critic: Annotated[str | None, PLACE, known_model] = None
+    critic: Annotated[Place | None, known_model] = None
     """What the critic starts from: a reward model is the best start; default: --model."""
     critic_lr: Annotated[float, above_0] = 10.0
     """The critic's learning rate, as a multiple of --lr."""

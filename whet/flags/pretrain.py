@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from whet.config import FIRST, PLACE, InputDir, above_0, at_least, below_1, collected, from_0
+from whet.config import FIRST, InputDir, Place, above_0, at_least, below_1, collected, from_0
 from whet.data.reader import parse_sources
-from whet.files import PT, unwritable
 from whet.flags.training import TrainSettings, sharding_flaws
 
 SMALLEST_VOCABULARY = 257
@@ -16,7 +15,7 @@ SMALLEST_VOCABULARY = 257
 class Text:
     """Text and tokenizer."""
 
-    data: Annotated[tuple[Annotated[str, PLACE], ...], FIRST]
+    data: Annotated[tuple[Place, ...], FIRST]
     """Text files (.txt, or .jsonl with `text`; also .gz and .zst); FILE:WEIGHT repeats or thins."""
     tokenizer: InputDir | None = None
     """Tokenizer directory; by default a new byte-level BPE is learnt from the text."""
@@ -61,7 +60,4 @@ def flaws(config: Config) -> list[str]:
     if not config.resume:  # a resumed run has packed its text already
         with collected(found):
             parse_sources(config.data)
-    if config.out_ckpt is not None:
-        others = [*config.data, config.tokenizer, config.out]
-        found += unwritable("--out_ckpt", config.out_ckpt, others, PT)
     return found

@@ -28,8 +28,8 @@ class Config(Memory, TrainSettings, Tuning, Judging, Pairs, Model):
 
 
 def flaws(config: Config) -> list[str]:
-    """Flags that do not go together, and what speaks against writing `--out_ckpt`."""
-    found = tuning_flaws(config, [config.data, config.dev])
+    """Flags that do not go together."""
+    found = tuning_flaws(config)
     if config.lora_4bit:
         found.append("--lora_4bit: a reward model is saved whole, and 4 bits are not its weights")
     return found

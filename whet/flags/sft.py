@@ -30,6 +30,4 @@ class Config(Memory, TrainSettings, Tuning, Data, Model):
     """
 
 
-def flaws(config: Config) -> list[str]:
-    """Flags that do not go together, and what speaks against writing `--out_ckpt`."""
-    return tuning_flaws(config, [config.data, config.dev, config.gsm8k_dev])
+flaws = tuning_flaws

@@ -7,7 +7,6 @@ of its docstring. Nothing but data is inherited.
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,16 +15,18 @@ from whet.config import (
     FIRST,
     FREE,
     PLACE,
+    READ,
     InputDir,
     Place,
     With,
+    Written,
     above_0,
     below_1,
     from_0,
     share,
     writable_folder,
 )
-from whet.files import PT, unwritable
+from whet.files import PT
 from whet.flags.choices import Device, Precision, Recompute, Schedule
 from whet.hub import is_adapter, known_model
 
@@ -122,9 +123,9 @@ class Optimizer:
 class Run:
     """Run folder, evaluation and saves."""
 
-    out: Annotated[Path, FIRST, FREE, writable_folder]
+    out: Annotated[Path, FIRST, FREE, READ, writable_folder]
     """Run folder to write: metrics, resume state and, at the end, the model directory."""
-    out_ckpt: Annotated[Path | None, FREE] = None
+    out_ckpt: Annotated[Path | None, FREE, Written(PT)] = None
     """Also write the final model as one `.pt` file here."""
     resume: Annotated[bool, FREE] = False
     """Continue the run in --out from its newest valid state, or start it if there is none."""
@@ -186,16 +187,13 @@ class TrainSettings(Machine, Run, Optimizer):
     """Flags of the optimizer loop, the run folder and the machine."""
 
 
-def tuning_flaws(config: Any, data: Sequence[Path | None]) -> list[str]:
-    """What speaks against the flags of a stage that trains a model on `data`, before anything is
-    opened; of a model on the Hub more is known when it is here."""
+def tuning_flaws(config: Any) -> list[str]:
+    """What speaks against the flags of a stage that trains a model, before anything is opened; of a
+    model on the Hub more is known when it is here."""
     found = sharding_flaws(config) if config.shard else []
     path = Path(config.model)
     if path.exists():
         found += unfit_flags(config, path if is_adapter(path) else None)
-    if config.out_ckpt is not None:
-        others = [config.model, *data, config.tokenizer, config.out]
-        found += unwritable("--out_ckpt", config.out_ckpt, others, PT)
     return found
 
 

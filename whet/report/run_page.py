@@ -23,12 +23,16 @@ SOURCES = "dev_loss/source/"
 KNOWN = {"step", "epoch", "tokens", "trained_tokens", "skipped", "seconds", "trained_per_s"}
 DRAWN = {"train_loss", "dev_loss", "dev_ppl", "lr", "grad_norm", "tokens_per_s", "memory_gb"}
 DRAWN |= {"dev_stop_probability", "dev_stop_inside"}
+LOSS_UNITS = dict.fromkeys(("reward", "dpo"), "a pair or reply, by step")
+LOSS_UNITS |= dict.fromkeys(("grpo", "ppo"), "the policy's; its level means nothing")
+JUDGING = ("reward", "accuracy", "margin")
+"""Measures by which a stage after SFT is judged: their figures come first."""
 SAMPLES_SHOWN = 12
 """Evaluations of which samples are shown: the first, the last, and some between."""
 GENERATIONS = 8
 """Of a model's ancestors, at most so many are followed."""
 WIDTH, HEIGHT = 400, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
+LEFT, RIGHT, TOP, BOTTOM = 54, 8, 8, 22
 MOST_POINTS = 400
 SMOOTHED_FROM = 60
 """Points from which a noisy curve is drawn faint, below its running mean."""
@@ -168,6 +172,7 @@ def page(runs: Sequence[Run], refresh: int = 0) -> str:
         names=names,
         refresh=refresh,
         summary=[(name, *_summary(run)) for name, run in named],
+        judge="dev reward" if any(run.values("dev_reward") for run in runs) else "dev loss",
         plans=[(name, _plan(run, run.about["plan"])) for name, run in named if run.is_planned],
         figures=_figures(named),
         samples=[(name, _samples(run)) for name, run in named if run.samples],
@@ -185,11 +190,14 @@ def page(runs: Sequence[Run], refresh: int = 0) -> str:
 def _summary(run: Run) -> list[str]:
     """Command, steps, time, losses and state of a run."""
     seconds, dev, loss = (run.values(key) for key in ("seconds", "dev_loss", "train_loss"))
+    best = sorted(dev)[:1]
+    if rewards := run.values("dev_reward"):
+        dev, best = rewards, [max(rewards)]
     state = "finished" if run.finished else "not finished"
     if run.total and seconds and not run.finished:
         left = (run.total - run.step) * statistics.median(seconds)
         state += f", {duration(left)} of steps left"
-    losses = [values[-1:] for values in (loss, dev)] + [sorted(dev)[:1]]
+    losses = [loss[-1:], dev[-1:], best]
     return [
         run.about.get("command", "?"),
         f"{run.step:,}" + (f" of {run.total:,}" if run.total else ""),
@@ -240,20 +248,36 @@ def _figures(named: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
     sources = {key: key.removeprefix(SOURCES) for key in found if key.startswith(SOURCES)}
     other = [k for k in found if k not in KNOWN | DRAWN and not k.startswith("dev_loss/")]
     loss = {"train_loss": "train", "dev_loss": "dev"}
+    units = {
+        LOSS_UNITS.get(run.about.get("command", ""), "nats a trained token, by step")
+        for _, run in named
+    }
     stop = {"dev_stop_probability": "at the end of replies", "dev_stop_inside": "before it"}
     figures = [
-        figure("Loss", lines(loss), "nats a trained token, by step"),
-        figure(
-            "Dev loss by source", lines(sources if len(sources) > 1 else {}), "nats a trained token"
-        ),
+        figure("Loss", lines(loss), " or ".join(sorted(units))),
+        figure("Dev loss by source", lines(sources if len(sources) > 1 else {})),
+        *(figure(title, lines(keys)) for title, keys in _measures(other)),
         figure("Stop token", lines(stop), "probability, over the dev file"),
         figure("Learning rate", lines({"lr": ""})),
         figure("Gradient norm", lines({"grad_norm": ""}), "before clipping", log=True),
         figure("Speed", lines({"tokens_per_s": ""}), "tokens a second, all ranks"),
         figure("Memory", lines({"memory_gb": ""}), "peak of the first rank, GB"),
-        *(figure(key, lines({key: ""})) for key in other),
     ]
     return [each for each in figures if each is not None]
+
+
+def _measures(keys: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """(title, keys with their words) of a figure for each measure: in training, on the dev file
+    with the ends of its 95 % interval, and by source."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        name, _, source = key.removeprefix("dev_").partition("/source/")
+        stem, _, end = name.rpartition("_")
+        end = end if end in ("low", "high") else ""
+        name = (stem if end else name) or "accuracy"  # GRPO's are dev_low and dev_high
+        words = (source or ("dev" if key.startswith("dev_") else "train"), end)
+        found.setdefault(name.replace("_", " "), {})[key] = " ".join(words).strip()
+    return sorted(found.items(), key=lambda each: not each[0].endswith(JUDGING))
 
 
 def _samples(run: Run) -> dict[str, list[dict[str, Any]]]:

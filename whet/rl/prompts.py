@@ -17,10 +17,8 @@ from whet.data.reader import SHOWN, read_each, read_units
 from whet.data.record import check_asked, conversation_of, first_of, nested
 from whet.errors import UserError
 from whet.evaluate.answers import gold_of, same_number
-from whet.evaluate.gsm8k import svamp_question
+from whet.evaluate.gsm8k import GOLD_FIELDS, svamp_question
 from whet.progress import track
-
-GOLD_FIELDS = ("gold", "answer", "solution", "ground_truth")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,14 @@ from whet.generate.engine import Reply
 
 KEY = "WHET_ROLLOUT_KEY"
 """The environment variable that holds the server's API key, if it wants one."""
+NEEDS = {
+    "/collective_rpc": "a whole model needs vLLM 0.16 or newer, VLLM_SERVER_DEV_MODE=1; and ",
+    "/v1/load_lora_adapter": "it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora, "
+    "--max-lora-rank; and ",
+    "/load_lora_adapter": "it needs --enable-lora, --max-lora-rank, --lora-target-modules; and ",
+    "/update_weights_from_disk": "",
+}
+"""What a server must be started with to take weights, by endpoint."""
 PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PLAIN |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 """The whole vocabulary's probabilities."""
@@ -297,14 +305,6 @@ def _hint(path: str, status: int) -> str:
     """What a server lacks that does not know an endpoint, or does not do what it is asked for."""
     if status == 401:
         return f"; its key is read from the environment variable {KEY}"
-    if path == "/collective_rpc":
-        return (
-            "; a whole model needs vLLM 0.16 or newer, started with VLLM_SERVER_DEV_MODE=1; or "
-            "train an adapter"
-        )
-    if path.endswith("/load_lora_adapter"):
-        return (
-            "; vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and "
-            "--max-lora-rank, SGLang --enable-lora and --max-lora-rank"
-        )
-    return ""
+    if path not in NEEDS:
+        return ""
+    return f"; {NEEDS[path]}it must see --out under the same path"

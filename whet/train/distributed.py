@@ -33,11 +33,9 @@ class Ranks:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     background: dist.ProcessGroup | None = None
-    """A gloo group for saves alone: their thread runs beside the steps and must not mix with them.
-    """
+    """A gloo group for saves alone: they run beside the steps, and must not mix with them."""
     setup: dist.ProcessGroup | None = None
-    """A gloo group for what comes before and between the steps: all wait while rank 0 tokenises for
-    hours, or hands weights to a server."""
+    """A gloo group for all others, who wait while rank 0 tokenises, or asks a server, for hours."""
 
     @property
     def first(self) -> bool:
