@@ -98,7 +98,7 @@ def train(
 
     @contextmanager
     def kept_on_failure() -> Iterator[None]:
-        """Save the steps so far where the block raises UserError on all ranks; the first says it."""
+        """Save the steps so far where the block raises UserError on all ranks; one reports it."""
         try:
             yield
         except UserError:
