@@ -1,10 +1,9 @@
 """Rewards judge a reply alone; a function of the user's can neither hang nor crash the training."""
 
 import os
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
-import closing
-import ExitStack
 import pytest
 import torch
 
