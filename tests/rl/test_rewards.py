@@ -1,8 +1,10 @@
 """Rewards judge a reply alone; a function of the user's can neither hang nor crash the training."""
 
-from contextlib import ExitStack, closing
+import os
 from dataclasses import replace
 
+import closing
+import ExitStack
 import pytest
 import torch
 
@@ -121,7 +123,7 @@ def functions(tmp_path):
     file.write_text(FUNCTIONS)
     with ExitStack() as stack:
         yield lambda name, seconds=20.0: stack.enter_context(
-            closing(PythonReward(f"{file}:{name}", seconds))
+            closing(PythonReward(f"{os.path.relpath(file)}:{name}", seconds))
         )
 
 
