@@ -235,7 +235,8 @@ def test_labels(folder, tmp_path):
     assert detect_format(record) == "prompt_completion"
     for label in (1, 0.0, "false", "True", False):
         assert to_example({**record, "label": label}).scores == (label in (1, "True"),)
-    for label, given in (("good", '"good"'), (0.5, "0.5"), (None, "null"), ("", '""'), ([], r"\[]")):
+    wrong = {"good": '"good"', 0.5: "0.5", None: "null", "": '""', (): r"\[\]"}
+    for label, given in wrong.items():
         expected = f"a.jsonl:3: label is {given}; expected true or false, or 1 or 0"
         with pytest.raises(UserError, match=expected):
             to_example({**record, "label": label}, None, "a.jsonl", 3)

@@ -42,17 +42,6 @@ class Preference:
     margin: float = math.nan  # by how much the chosen one is better, NaN if not known
 
     @property
-    def has_empty_reply(self) -> bool:
-        """Whether a side says nothing after the prompt."""
-        keys = ("content", "reasoning_content", "tool_calls")
-        for side in self.sides:
-            reply = [m for m, w in zip(side.messages, side.weights, strict=True) if w != 0]
-            said = [m.get(k) for m in reply if m["role"] == "assistant" for k in keys]
-            if not any(value.strip() if isinstance(value, str) else value for value in said):
-                return True
-        return False
-
-    @property
     def at(self) -> Origin:
         return self.sides[0].at
 
