@@ -312,7 +312,7 @@ def test_a_reply_without_words_thoughts_and_calls_is_left_out(folder, tmp_path):
     store, (account,) = run(folder, tmp_path, data, refused="drop")
     assert account.refused == {"empty_reply": 3}
     assert account.examples == 4
-    reasons = [refusal["message"] for refusal in store.refusals]
+    reasons = [refusal["reason"] for refusal in store.refusals]
     assert "a.jsonl:2: message 2 (assistant): the reply is empty" in reasons[1]
     data = [write(tmp_path / "b.jsonl", records[:4])]
     _, (account,) = run(folder, tmp_path, data, train_on="last")  # needs no flag --refused
