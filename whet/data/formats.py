@@ -143,6 +143,12 @@ def _messages(record: Record, at: Origin) -> Conversation:
     messages = from_json(record["messages"], "messages", at.where)
     if isinstance(messages, list):
         messages = [_lift_calls(message, n, at) for n, message in enumerate(messages, 1)]
+        for number, message in enumerate(messages, 1):
+            if isinstance(message, Mapping) and message.get("role") is None:
+                raise at.error(
+                    f"message {number}: has no role, but {shown(list(message))}; --fields "
+                    "role=NAME,content=NAME takes other names"
+                )
     return conversation_of(messages, record, at, "messages")
 
 
