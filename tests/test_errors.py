@@ -33,7 +33,7 @@ FLAG = re.compile(r"(?<![\w-])--(?:no_)?([a-z][a-z0-9_]*)")
 OF_OTHERS = {
     *("help", "config", "version"),  # every command's
     *("standalone", "nproc_per_node", "max_restarts"),  # torchrun
-    *("logprobs", "enable", "max"),  # vLLM, SGLang: --logprobs-mode, --enable-lora, …
+    *("logprobs", "enable", "max", "lora"),  # vLLM, SGLang: --logprobs-mode, --lora-paths, …
     "logdir",  # TensorBoard
     "no_",
 }

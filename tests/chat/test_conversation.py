@@ -57,7 +57,7 @@ BROKEN: list[tuple[Any, str]] = [
     ({"role": "user"}, "non-empty list"),
     ([1], "message 1: expected an object"),
     ([["user", "a"]], "message 1: expected an object"),
-    ([{"content": "a"}], "message 1: has no role"),
+    ([{"content": "a"}], r'message 1: has no role, but \["content"\]; roles are system'),
     ([{"role": "boss", "content": "a"}], 'unknown role "boss"; roles are system'),
     ([{"role": ["user"], "content": "a"}], "unknown role"),
     ([USER], "no message has the role assistant"),

@@ -144,6 +144,7 @@ def test_the_format_may_be_said():
         ({}, "record is empty"),
         ({"foo": 1}, r'fields \["foo"\] fit no known format; name the format'),
         ({"Query": "a", "answer": "b"}, "--fields prompt=Query,completion=answer"),
+        ({"messages": [{"by": "a"}]}, r'1: has no role, but \["by"\]; --fields role=NAME,content='),
         ({"data": [{"messages": []}]}, "the file must hold that list alone: jq .data"),
         ({"prompt": "a", "accepted": "b", "rejected": "c"}, "--fields chosen=NAME"),
         ({"chosen": "a", "rejected": "b"}, "has no prompt; name the field"),

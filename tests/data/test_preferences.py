@@ -231,10 +231,18 @@ def test_labels(folder, tmp_path):
         mask = store.rows([entry["row"]]).loss_mask[0]
         mask = mask[entry["start"] : entry["start"] + entry["length"]]
         assert np.count_nonzero(np.diff(mask) > 0) == 1
-    for label, format in ((1, "labels"), ("false", "labels"), ("x", None), (2, None)):
-        record = {"prompt": "a", "completion": "b", "label": label}
-        assert detect_format(record) == (format or "prompt_completion")
+    record = {"prompt": "a", "completion": "b"}
+    assert detect_format(record) == "prompt_completion"
+    for label in (1, 0.0, "false", "True", False):
+        assert to_example({**record, "label": label}).scores == (label in (1, "True"),)
+    wrong = {"good": '"good"', 0.5: "0.5", None: "null", "": '""', (): r"\[\]"}
+    for label, given in wrong.items():
+        expected = f"a.jsonl:3: label is {given}; expected true or false, or 1 or 0"
+        with pytest.raises(UserError, match=expected):
+            to_example({**record, "label": label}, None, "a.jsonl", 3)
     messages = [USER, BAD]
+    topic = {"messages": messages, "label": "sport"}  # some label, as classified texts have one
+    assert detect_format(topic) == "messages"
     assert to_example({"messages": messages, "label": False}).scores == (0.0,)
     for more in ({}, {"label": None}, {"label": "true"}):
         assert to_example({"messages": messages, "kto_tag": "true", **more}).scores == (1.0,)

@@ -291,6 +291,34 @@ def test_weights_of_messages_reach_the_rows(folder, tmp_path):
     assert store.loss_tokens.tolist() == [0.25 * (mask > 0).sum()]
 
 
+def test_a_reply_without_words_thoughts_and_calls_is_left_out(folder, tmp_path):
+    def record(*replies):
+        asked = {"role": "user", "content": "one"}
+        turns = [(asked, {"role": "assistant", "content": "", **reply}) for reply in replies]
+        return {"messages": [message for turn in turns for message in turn]}
+
+    call = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    said = {"content": "two"}
+    records = [
+        record({}),
+        record({"content": " \n"}, said),
+        {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": ""}]},
+        record({"weight": 0}, said),  # not trained
+        record(call, said),  # a call alone is a reply
+        record({"reasoning_content": "so"}),
+        record(said),
+    ]
+    data = [write(tmp_path / "a.jsonl", records)]
+    store, (account,) = run(folder, tmp_path, data, refused="drop")
+    assert account.refused == {"empty_reply": 3}
+    assert account.examples == 4
+    reasons = [refusal["reason"] for refusal in store.refusals]
+    assert "a.jsonl:2: message 2 (assistant): the reply is empty" in reasons[1]
+    data = [write(tmp_path / "b.jsonl", records[:4])]
+    _, (account,) = run(folder, tmp_path, data, train_on="last")  # needs no flag --refused
+    assert account.refused == {"empty_reply": 2}  # in the second record the last one is not
+
+
 def test_rewritten_conversations_become_parts_on_one_side(folder, tmp_path, capsys):
     """A template that strips earlier thinking: one example for each trained turn."""
     template = tmp_path / "strip.jinja"

@@ -206,7 +206,8 @@ def test_labelled_replies_say_their_label(tmp_path, capsys):
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_rollout_says_reward_and_advantage(packed, tmp_path, capsys, per_token):
     rows, documents = PackedStore(packed).rows(range(3)), PackedStore(packed).documents
-    attrs = {"kind": "rollout", "places": ["token_advantages"] if per_token else []}
+    attrs = {"kind": "rollout", "ends": [3], "totals": [1.0]}
+    attrs["places"] = ["token_advantages"] if per_token else []
     path = tmp_path / "rollout.h5"
     with new_store(path, 3, 16, attrs=attrs) as writer:
         writer.write_rows(*rows)

@@ -1,5 +1,6 @@
 """Rewards judge a reply alone; a function of the user's can neither hang nor crash the training."""
 
+import os
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
@@ -121,7 +122,7 @@ def functions(tmp_path):
     file.write_text(FUNCTIONS)
     with ExitStack() as stack:
         yield lambda name, seconds=20.0: stack.enter_context(
-            closing(PythonReward(f"{file}:{name}", seconds))
+            closing(PythonReward(f"{os.path.relpath(file)}:{name}", seconds))
         )
 
 

@@ -145,12 +145,9 @@ def _read_message(message: Any, at: str) -> tuple[Message, float | None]:
     if role == "function":  # OpenAI's older name
         role = "tool"
     if role not in ROLES:
-        known = ", ".join(ROLES)
-        if role is None:
-            keys = shown(list(message))
-            way = "--fields role=NAME,content=NAME takes other names"
-            raise UserError(f"{at}: has no role, but {keys}; {way}")
-        raise UserError(f"{at}: has the unknown role {shown(role)}; roles are {known}")
+        keys = shown(list(message))
+        what = f"has no role, but {keys}" if role is None else f"has the unknown role {shown(role)}"
+        raise UserError(f"{at}: {what}; roles are {', '.join(ROLES)}")
     read = {
         key: value
         for key, value in message.items()

@@ -102,8 +102,8 @@ class BlockEncoder:
         for unit in block.units:
             try:
                 datum = self._read(unit, path, renames)
-                if isinstance(datum, Preference) and datum.has_empty_reply:
-                    refusals.append(refusal_of(datum, "empty_reply", "a reply is empty"))
+                if empty := _empty_reply(datum, self.options.train_on):
+                    refusals.append(empty)
                 else:
                     data.append(datum)
             except UserError as error:
@@ -221,6 +221,20 @@ class BlockEncoder:
 def sides_of(datum: Datum) -> tuple[Conversation | RawText | Tokenised, ...]:
     """What of `datum` is encoded on its own."""
     return datum.sides if isinstance(datum, Preference) else (datum,)
+
+
+def _empty_reply(datum: Datum, train_on: str) -> Refusal | None:
+    """Why `datum` is left out if a reply that would be trained has no text, thought or tool call:
+    from it a model learns to stop before it says anything."""
+    for side in sides_of(datum):
+        messages = side.messages if isinstance(side, Conversation) else []
+        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in replies[-1:] if train_on == "last" else replies:
+            said = messages[i].get("content", "") + messages[i].get("reasoning_content", "")
+            if side.weights[i] != 0 and not said.strip() and not messages[i].get("tool_calls"):
+                reason = f"message {i + 1} (assistant): the reply is empty"
+                return refusal_of(datum, "empty_reply", reason)
+    return None
 
 
 def _judge(datum: Datum, sides: Sequence[Encoded | Refusal]) -> Refusal | None:

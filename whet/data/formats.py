@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from whet.chat.conversation import Conversation, Origin, RawText, Tokenised, from_json, shown
-from whet.data.preferences import LABEL_KEYS, LABELS, Preference, read_labelled, read_pair
+from whet.data.preferences import LABEL_KEYS, Preference, read_labelled, read_pair
 from whet.data.record import (
     LISTS_OF_MESSAGES,
     SYSTEM_KEYS,
@@ -91,12 +91,12 @@ def to_example(record: Any, format: str | None = None, source: str = "", line: i
 def detect_format(record: Record, source: str = "", line: int = 0) -> str:
     """The name of the format whose fields `record` has; UserError if it fits none."""
     for name, groups in SIGNATURES.items():
-        for group in groups:
-            if not first_of(record, group):
-                break
+        if name == "labels":
+            fits = _is_labelled(record)
         else:
-            if name != "labels" or _is_labelled(record):
-                return name
+            fits = all(first_of(record, group) for group in groups)
+        if fits:
+            return name
     at = Origin(source, line)
     if not record:
         raise at.error("the record is empty ({}); expected a conversation's fields")
@@ -124,14 +124,12 @@ def _fields_hint(record: Record) -> str:
 
 
 def _is_labelled(record: Record) -> bool:
-    """Whether it is what KTO learns from, not a record with some label: true or false, or, beside a
-    prompt and a completion, what stands for them. `kto_tag` says so itself."""
-    label = record.get("label")
-    if record.get("kto_tag") is not None or isinstance(label, bool):
+    """Whether it is what KTO learns from, not a record with some label: one with `kto_tag` or with
+    true or false, or with any label beside a prompt and a completion, be it null."""
+    if record.get("kto_tag") is not None or isinstance(record.get("label"), bool):
         return True
     pair = SIGNATURES["prompt_completion"]
-    is_one = isinstance(label, str | int | float) and label in LABELS
-    return is_one and all(first_of(record, group) for group in pair)
+    return "label" in record and all(first_of(record, group) for group in pair)
 
 
 def _require(record: Record, name: str, at: Origin) -> None:
@@ -145,6 +143,12 @@ def _messages(record: Record, at: Origin) -> Conversation:
     messages = from_json(record["messages"], "messages", at.where)
     if isinstance(messages, list):
         messages = [_lift_calls(message, n, at) for n, message in enumerate(messages, 1)]
+        for number, message in enumerate(messages, 1):
+            if isinstance(message, Mapping) and message.get("role") is None:
+                raise at.error(
+                    f"message {number}: has no role, but {shown(list(message))}; --fields "
+                    "role=NAME,content=NAME takes other names"
+                )
     return conversation_of(messages, record, at, "messages")
 
 

@@ -30,7 +30,7 @@ WORDS = {
 }
 """Words for kinds of refusal that only `whet prepare` has, and for fates."""
 NEVER_STOP = ("equal_sides", "empty_reply")
-"""Pairs from which nothing can be learnt: usual in real data, so they are always left out."""
+"""From these nothing good can be learnt: usual in real data, so they are always left out."""
 
 
 def stop_at_refusals(spool: Spool, policy: Refused, *, has_flag: bool) -> None:

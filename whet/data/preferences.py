@@ -42,17 +42,6 @@ class Preference:
     margin: float = math.nan  # by how much the chosen one is better, NaN if not known
 
     @property
-    def has_empty_reply(self) -> bool:
-        """Whether a side says nothing after the prompt."""
-        keys = ("content", "reasoning_content", "tool_calls")
-        for side in self.sides:
-            reply = [m for m, w in zip(side.messages, side.weights, strict=True) if w != 0]
-            said = [m.get(k) for m in reply if m["role"] == "assistant" for k in keys]
-            if not any(value.strip() if isinstance(value, str) else value for value in said):
-                return True
-        return False
-
-    @property
     def at(self) -> Origin:
         return self.sides[0].at
 
@@ -136,11 +125,12 @@ def _transcript(text: str, is_prompt: bool) -> Messages:
 
 def read_labelled(record: Record, at: Origin, read: Callable[[Record, Origin], Any]) -> Preference:
     """A conversation of another format and whether its last reply is good; only that is trained."""
-    key = first_of(record, LABEL_KEYS) or ""
+    key = first_of(record, LABEL_KEYS) or "label"
     said = one_of(record, LABEL_KEYS, at)
     good = LABELS.get(said) if isinstance(said, str | int | float) else None
     if good is None:
-        raise at.error(f"{key} must be true or false, got {shown(record[key])}")
+        expected = "expected true or false, or 1 or 0, for a good or a bad reply"
+        raise at.error(f"{key} is {shown(record[key])}; {expected}{UNUSED % key}")
     datum = read(rest(record, *LABEL_KEYS), at)
     if not isinstance(datum, Conversation):
         raise at.error(f"{key} needs a conversation whose last reply it judges{UNUSED % key}")

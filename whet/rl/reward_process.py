@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 def main(file: str, name: str) -> None:
     """Answer until stdin ends."""
+    file = os.path.abspath(file)  # as tracebacks name it
     asked, answers = _own_pipes()
     process = os.getpid()
     try:

@@ -1,7 +1,7 @@
 """What is measured while a run trains: dev loss, where it comes from, answers, sample replies."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ TEXT_PROMPT_TOKENS = 16
 """What a sample starts with where every token is trained, as in plain text."""
 
 
-class _OtherFailedError(Exception):
-    """Some rank has met a UserError; which one is exchanged next."""
+class _SharedError(UserError):
+    """The UserErrors that some ranks have met, raised on all of them."""
 
 
 @dataclass
@@ -48,24 +48,19 @@ class Meeting:
 
     @contextmanager
     def work(self, model: nn.Module) -> Iterator[None]:
-        """A block in which all ranks meet after forward passes of `model`, and at its end. All that
+        """A block in which all ranks meet after forward passes of `model`, and at its end; what
         they exchange in it follows an `end_part`. Raises Interrupted on all ranks if one was asked
-        to stop, and on all of them the UserErrors that some have met in it."""
-        hook, said = model.register_forward_hook(lambda *_: self.look()), ""
+        to stop, and on all of them the UserErrors that some have met."""
+        hook = model.register_forward_hook(lambda *_: self.look())
         try:
             yield
             self.end_part()
-            return
-        except _OtherFailedError:
-            pass
         except UserError as error:
-            said = str(error)
-            with suppress(_OtherFailedError):
-                self._meet(failed=True)
+            if not isinstance(error, _SharedError):
+                self._meet(said=str(error))
+            raise
         finally:
             hook.remove()
-        lines = [line for each in gather(said, self.ranks) for line in each.splitlines()]
-        raise UserError("\n".join(dict.fromkeys(lines)))
 
     def look(self) -> None:
         """Count a forward pass, and meet if it is time."""
@@ -79,14 +74,15 @@ class Meeting:
         while self._meet(done=True) < self.ranks.size:
             pass
 
-    def _meet(self, *, done: bool = False, failed: bool = False) -> float:
+    def _meet(self, *, done: bool = False, said: str = "") -> float:
         if self.ranks.size == 1:
             return 1
-        asked, ready, errors = sum_over_ranks([self.stop.number, done, failed], self.ranks)
+        asked, ready, failed = sum_over_ranks([self.stop.number, done, said != ""], self.ranks)
         if asked:
             raise Interrupted
-        if errors:
-            raise _OtherFailedError
+        if failed:
+            lines = "\n".join(filter(None, gather(said, self.ranks))).splitlines()
+            raise _SharedError("\n".join(dict.fromkeys(lines)))
         return ready
 
 

@@ -98,8 +98,7 @@ def train(
 
     @contextmanager
     def kept_on_failure() -> Iterator[None]:
-        """Save the steps so far where the block raises UserError on all ranks, say by a reward. The
-        first rank reports it; the others leave with the same exit code."""
+        """Save the steps so far where the block raises UserError on all ranks; one reports it."""
         try:
             yield
         except UserError:
