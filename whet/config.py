@@ -167,6 +167,7 @@ def _idle(config: Any, hints: Mapping[str, Any]) -> list[str]:
     """Flags that are set although what they belong to is not."""
     return [
         f"{flag_of(type(config), field.name)}: does nothing without --{mark.other}"
+        + " above 0" * (type(getattr(config, mark.other)) in (int, float))
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != field.default
         for mark in marks(hints[field.name])

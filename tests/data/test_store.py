@@ -1,3 +1,4 @@
+import fcntl
 import json
 import pickle
 
@@ -319,6 +320,14 @@ def test_ids_of_64_bits_do_not_wrap_where_one_row_is_read(tmp_path):
         replaced("tokens", LONG)(file)
     with pytest.raises(UserError, match="4294967297"):
         PackedStore(path).rows([0])
+
+
+def test_a_file_that_another_process_writes_is_not_called_damaged(tmp_path):
+    whole(tmp_path / "x.h5")
+    with (tmp_path / "x.h5").open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as HDF5 does
+        with pytest.raises(UserError, match=r"x\.h5: cannot be read \(.*temporarily unavailable"):
+            PackedStore(tmp_path / "x.h5")
 
 
 def test_a_missing_file(tmp_path):

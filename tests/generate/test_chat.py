@@ -166,7 +166,7 @@ def test_one_line_that_fails_or_is_stopped_does_not_end_the_talk(capsys) -> None
         (["--seed", "-1", "--temperature", "1"], "--seed -1: expected 0 or more"),
         (["--top_p", "1.5", "--temperature", "1"], "--top_p 1.5: expected a number from 0 to 1"),
         (["--top_k", "0", "--temperature", "1"], "--top_k 0: expected 1 or more"),
-        (["--top_k", "3"], "--top_k: does nothing without --temperature"),
+        (["--top_k", "3"], "--top_k: does nothing without --temperature above 0"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0: expected 1 or more"),
         (["--raw", "--system", "x"], "--system belongs to a conversation; --raw has none"),
     ],

@@ -191,6 +191,20 @@ def test_token_losses_with_a_gradient_are_those_of_the_logits(temperature):
     assert torch.allclose(summed.loss, found.loss, rtol=1e-5)
 
 
+def test_gradients_are_the_same_each_time():
+    """A tied embedding, too, whose rows several threads add to: runs are repeated bit for bit."""
+    decoder, threads = Transformer(llama(50, 64, 1, 1, mlp_width=8)), torch.get_num_threads()
+    init_weights(decoder, 0)
+    tokens, targets, weight = batch(rows=32, length=32)
+    losses = [decoder(tokens, targets=targets, weight=weight).loss for _ in range(4)]
+    torch.set_num_threads(2)
+    try:
+        first, *others = (torch.autograd.grad(loss, decoder.embed.weight)[0] for loss in losses)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(other, first) for other in others)
+
+
 def test_a_score_is_the_same_padded_packed_and_alone():
     """One number at a document's last token, which depends on the document alone."""
     decoder = Transformer(dataclasses.replace(model().config, score=True))

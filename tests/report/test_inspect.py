@@ -230,6 +230,9 @@ def test_a_template_whose_tokens_the_base_lacks(tmp_path, tokenizer, capsys):
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"prompt": "a question", "completion": "an answer"}) + "\n")
     packed, base = tmp_path / "chatml.h5", tmp_path / "tokenizer"
+    others = base / "additional_chat_templates"  # without a default one: only another will do
+    others.mkdir()
+    (others / "tool_use.jinja").write_text("{{ messages }}")
     made = ["--tokenizer", base, "--chat_template", "chatml"]
     words = ["prepare", "--data", chats, *made, "--out", packed, "--context_length", "64"]
     assert main(list(map(str, words))) == 0

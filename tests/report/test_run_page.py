@@ -162,3 +162,5 @@ def test_a_measure_has_one_figure_with_its_interval_and_sources(tmp_path):
     for words in ("last: train 0.1, dev 0.3", "dev 0.5, dev low 0.2, dev high 0.8, a 0.5"):
         assert words in text
     assert "best dev reward" in text
+    beside = page([read_run(tmp_path), read_run(write_run(tmp_path / "sft"))])
+    assert "best dev loss or dev reward" in beside, "of the other run it is a loss"

@@ -141,8 +141,8 @@ class PackedStore:
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
-            why = f"is damaged ({error})"
-            if not h5py.is_hdf5(path):
+            why = f"cannot be read ({error})" if error.errno else f"is damaged ({error})"
+            if not error.errno and not h5py.is_hdf5(path):
                 makes = f"`whet prepare --data {path}` makes a packed file of conversations"
                 why = f"is no packed file; {makes}"
             raise UserError(f"{path}: {why}") from None

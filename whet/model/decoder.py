@@ -328,8 +328,11 @@ class _TiedLookup(torch.autograd.Function):
             dense = torch.ops.aten.embedding_dense_backward
             return dense(gradient, tokens, ctx.rows, -1, False), None, None
         total = ctx.tied.pop()
-        # Sorted by token on a GPU, and so the same each time, which index_add_ is not.
-        return total.index_put_((tokens,), gradient.to(total.dtype), accumulate=True), None, None
+        gradient = gradient.to(total.dtype)
+        # Each adds in the same order each time, which the other does not: threads race.
+        if total.device.type == "cpu":
+            return total.index_add_(0, tokens, gradient), None, None
+        return total.index_put_((tokens,), gradient, accumulate=True), None, None
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def main(config: Config) -> None:
         from whet.report.conversation import conversation_lines, encode_line, encoded_sheet
 
         variables = read_variables(config.template_kwargs)
-        chat = load_tokenizer(_required(config.tokenizer))
+        chat = load_tokenizer(_required(config.tokenizer), config.chat_template)
         if config.chat_template:
             chat, _ = add_chat_tokens(chat, config.chat_template)
         shown = encode_line(config.conversation, chat.with_variables(variables))

@@ -76,6 +76,11 @@ class Run:
         """Whether there is something to compare: a plan, and steps that took their time."""
         return isinstance(self.about.get("plan"), dict) and bool(self.values("seconds"))
 
+    @property
+    def judge(self) -> str:
+        """What it is judged by on the dev data: the summary's measure."""
+        return "dev reward" if self.values("dev_reward") else "dev loss"
+
     def values(self, key: str) -> list[float]:
         """The values of a number, in order."""
         return [value for _, value in self.points(key)]
@@ -172,7 +177,7 @@ def page(runs: Sequence[Run], refresh: int = 0) -> str:
         names=names,
         refresh=refresh,
         summary=[(name, *_summary(run)) for name, run in named],
-        judge="dev reward" if any(run.values("dev_reward") for run in runs) else "dev loss",
+        judge=" or ".join(sorted({run.judge for run in runs})),
         plans=[(name, _plan(run, run.about["plan"])) for name, run in named if run.is_planned],
         figures=_figures(named),
         samples=[(name, _samples(run)) for name, run in named if run.samples],
@@ -189,10 +194,9 @@ def page(runs: Sequence[Run], refresh: int = 0) -> str:
 
 def _summary(run: Run) -> list[str]:
     """Command, steps, time, losses and state of a run."""
-    seconds, dev, loss = (run.values(key) for key in ("seconds", "dev_loss", "train_loss"))
-    best = sorted(dev)[:1]
-    if rewards := run.values("dev_reward"):
-        dev, best = rewards, [max(rewards)]
+    seconds, loss = run.values("seconds"), run.values("train_loss")
+    dev = run.values(run.judge.replace(" ", "_"))
+    best = sorted(dev, reverse=run.judge == "dev reward")[:1]
     state = "finished" if run.finished else "not finished"
     if run.total and seconds and not run.finished:
         left = (run.total - run.step) * statistics.median(seconds)
