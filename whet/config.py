@@ -237,7 +237,10 @@ def read_toml(
 
 
 def read_table(
-    config_class: type, table: dict[str, Any], where: str | Path, wrong: dict[str, str] | None = None
+    config_class: type,
+    table: dict[str, Any],
+    where: str | Path,
+    wrong: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The values of `table`, whose keys are fields, in the fields' types; `where` it stands.
 
