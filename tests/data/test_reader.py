@@ -1,5 +1,6 @@
 import gzip
 import json
+import shlex
 
 import pytest
 
@@ -119,6 +120,20 @@ def test_a_file_that_is_broken_as_a_whole(tmp_path, name, content, told):
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["it's.csv", "x.TSV", "x.csv.gz"])
+def test_a_table_is_refused_with_the_command_that_converts_it(tmp_path, name):
+    pandas = pytest.importorskip("pandas")
+    path, separator = tmp_path / name, "\t" if name == "x.TSV" else ","
+    row = {"prompt": "one", "completion": 'zwölf, "2"'}
+    pandas.DataFrame([row]).to_csv(path, sep=separator, index=False)
+    with pytest.raises(UserError, match="this converts it: python -c") as caught:
+        read(path)
+    _, option, code = shlex.split(str(caught.value).rpartition("converts it: ")[2])
+    assert option == "-c"
+    exec(code, {})
+    assert read(path.parent / f"{name[: name.lower().index('.')]}.jsonl") == [(1, row)]
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"absent\.jsonl: no such file"):
         read(tmp_path / "absent.jsonl")
@@ -132,8 +147,20 @@ def test_a_missing_file(tmp_path):
         (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' occurs twice in one object"),
         (b'{"m": [{"a": 1, "b": 2, "a": 1, "b": 3}]}', "the key 'a' occurs twice"),
         (b'{"a": 1', "not JSON"),
-        (b'{"a": NaN}', "NaN is not a JSON value"),
-        (b'{"a": -Infinity}', "-Infinity is not a JSON value"),
+        (b'{"a": NaN}', "NaN is not a value of JSON; write null, or leave the field out"),
+        (b'{"a": -Infinity}', "-Infinity is not a value of JSON"),
+        (b'{"a": 1,}', "character 9: a comma after the last value"),
+        (b'{"a": [1, ]}', "a comma after the last value"),
+        (b'{"a": [1,,2]}', "character 10: a comma too many"),
+        (b'{"a": 1},', "a comma after the object; lines of JSON have none between them"),
+        (b'{"a": 1} {"a": 2}', "character 10: a second value on the line"),
+        (b'{"a": 1}}', "a bracket too many"),
+        (b"{'a': 1}", "single quotes, as a Python dict is printed; json.dumps writes JSON"),
+        (b'{"a": True}', "JSON has true, false and null"),
+        (b'{"a": 1} // why', "a comment; JSON has none"),
+        (b'{"a": "x\ty"}', "a line break or tab within a text"),
+        (b'{"a": "x', "character 7: the text ends here, and the value does not"),
+        (b'{"a" 1}', "character 6: Expecting ':' delimiter, got \"1}\""),
         (b'{"a": "\xff"}', "not UTF-8: byte 8 of the line"),
         (b'{"a": "\\ud800"}', "half of a surrogate pair"),
         (b'{"a": ' + b"[" * 99_999 + b"]" * 99_999 + b"}", "nested too deeply"),

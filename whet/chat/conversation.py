@@ -5,6 +5,7 @@ file, line and turn. Below it everything may trust that a conversation is well f
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -271,7 +272,8 @@ def _read_tool_call(call: Any, at: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{at}: arguments are not JSON ({error}): {shown(arguments)}") from None
+            flaw = json_flaw(error) if isinstance(error, ValueError) else error
+            raise UserError(f"{at}: arguments are not JSON ({flaw}): {shown(arguments)}") from None
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
@@ -290,8 +292,43 @@ def from_json(value: Any, name: str, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        reason = f"{name} is a text that is not JSON ({error}): {shown(value)}"
+        flaw = json_flaw(error) if isinstance(error, ValueError) else error
+        reason = f"{name} is a text that is not JSON ({flaw}): {shown(value)}"
         raise UserError(f"{where}: {reason}") from None
+
+
+JSON_FLAWS = (
+    # how the text goes on where it is no JSON, after a + where a value has ended: what is wrong
+    (r",\s*[}\]]", "a comma after the last value"),
+    (r"\+,", "a comma after the object; lines of JSON have none between them"),
+    (r",", "a comma too many"),
+    (r"\+[{\[]", "a second value on the line; each record has a line of its own"),
+    (r"\+[}\]]", "a bracket too many"),
+    (r"'", "single quotes, as a Python dict is printed; json.dumps writes JSON"),
+    (r"(True|False|None)\b", "Python's True, False or None; JSON has true, false and null"),
+    (r"\+?(//|/\*|#)", "a comment; JSON has none"),
+    (r"[\n\r\t]", "a line break or tab within a text; write \\n or \\t"),
+    (r"$", "the text ends here, and the value does not; is the file whole?"),
+)
+
+
+def json_flaw(error: ValueError) -> str:
+    """What is wrong with a text that is not JSON, in words, and where: Python's own words for it
+    are of its parser ("Extra data")."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :]
+    if error.msg.startswith("Unterminated string"):
+        rest = ""
+    elif error.msg == "Extra data":
+        rest = f"+{rest}"
+    elif before.endswith(",") and rest[:1] in ("}", "]", ","):
+        rest = f",{rest}"
+    place = f"character {error.colno:,}"
+    for pattern, what in JSON_FLAWS:
+        if re.match(pattern, rest):
+            return f"{place}: {what}"
+    return f"{place}: {error.msg}, got {shown(rest.removeprefix('+'), 30)}"
 
 
 def _read_list_of_objects(value: Any, name: str, where: str) -> list[dict[str, Any]] | None:

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-from whet.chat.conversation import Origin
+from whet.chat.conversation import Origin, json_flaw
 from whet.config import collected, problems
 from whet.errors import UserError
 
@@ -183,12 +184,12 @@ def parse(unit: Unit) -> Any:
     except ValueError as error:
         if not text.strip():
             raise UserError("is empty; expected a JSON object") from None
-        raise UserError(f"not JSON: {error}") from None
+        raise UserError(f"not JSON: {json_flaw(error)}") from None
     return record
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
+    raise ValueError(f"{name} is not a value of JSON; write null, or leave the field out")
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -218,9 +219,22 @@ def _kind(path: str) -> str:
     kind = suffixes[-1] if suffixes else ""
     kind = ".jsonl" if kind == ".ndjson" else kind
     if kind not in KINDS:
-        known = ", ".join(KINDS)
-        raise UserError(f"{path}: unknown kind of file; known are {known}, packed as .gz or .zst")
+        known = f"{', '.join(KINDS)}, packed as .gz or .zst"
+        way = f"; this converts it: {_converted(path, kind)}" if kind in TABLES else ""
+        raise UserError(f"{path}: unknown kind of file; known are {known}{way}")
     return kind
+
+
+TABLES = {".csv": "csv({})", ".tsv": 'csv({}, sep="\\t")', ".xlsx": "excel({})"}
+"""Tables without types, by their file's ending: the function of pandas that reads them."""
+
+
+def _converted(path: str, kind: str) -> str:
+    """The command that writes a table as JSON Lines."""
+    out = json.dumps(path[: path.lower().rindex(kind)] + ".jsonl", ensure_ascii=False)
+    read = TABLES[kind].format(json.dumps(path, ensure_ascii=False))
+    code = f'import pandas; pandas.read_{read}.to_json({out}, orient="records", lines=True)'
+    return f"python -c {shlex.quote(code)}"
 
 
 @contextmanager
@@ -301,7 +315,7 @@ def _json_units(path: str, file: IO[str]) -> Iterator[Unit]:
             except ValueError as error:
                 if more:
                     break
-                raise UserError(f"{path}:{line}: not JSON: {error}") from None
+                raise UserError(f"{path}:{line}: not JSON: {json_flaw(error)}") from None
             if end == len(text) and more:  # a number may go on
                 break
             number += 1
@@ -412,7 +426,7 @@ def _hub_units(path: str) -> Iterator[Unit]:
     try:
         data = _load(datasets, name, config, split or "train")
     except Exception as error:  # the library raises whatever its layers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: no such file, and no data set to load: {reason}") from None
     for number, record in enumerate(data, 1):
         yield Unit(number, without_nulls(record))
