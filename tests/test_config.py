@@ -100,6 +100,27 @@ def test_wrong_flags(flags: list[str], message: str) -> None:
         parse(Config, flags, "x")
 
 
+def test_all_that_is_wrong_with_the_flags_comes_at_once(tmp_path: Path) -> None:
+    words = ["--modle", "b", "--lr", "x", "--max_steps", "--resume=3", "--data", "nope.h5"]
+    given = toml(tmp_path, "epochs = 'x'\nlrr = 1\n")
+    with pytest.raises(UserError) as caught:
+        parse(config_class("sft"), [*words, "--config", given], "sft")
+    assert str(caught.value).splitlines() == [
+        f"{given}: key 'epochs': expected a number, got 'x'",
+        f"{given}: unknown key 'lrr'; did you mean lr?",
+        "unknown flag --modle; did you mean --model?",  # so --model is not reported as missing
+        "--resume=3: takes no value",
+        "--lr x: expected a number",
+        "--max_steps: expected a value after it; see whet sft --help",
+        "--out: is missing; see whet sft --help",
+        "--data nope.h5: no such file; `whet prepare` makes packed files",
+    ]
+    with pytest.raises(UserError) as caught:  # the word after an unknown flag may have been RUN
+        parse(config_class("chat"), ["--foo", "run", "--temperature", "x"], "chat")
+    lines = ["unknown flag --foo", "--temperature x: expected a number"]
+    assert str(caught.value).splitlines() == lines
+
+
 def test_broken_toml_is_told_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not valid TOML.*line 2"):
         read_toml(Config, toml(tmp_path, "lr = 1\nepochs = = 2\n"))

@@ -70,7 +70,9 @@ def parsed(words: list[str]) -> None:
     command, flags = words[0], words[1:]
     assert command in COMMANDS, command
     config, flags = _take_config_flag(flags)
-    values = read_flags(config_class(command), flags, command)
+    wrong: dict[str, str] = {}
+    values = read_flags(config_class(command), flags, command, wrong)
+    assert not wrong
     shipped = SHIPPED / f"{Path(config or '').stem}.toml"
     if config and shipped.is_file():
         values |= read_toml(config_class(command), shipped)

@@ -43,10 +43,11 @@ def _settings(command: str, given: dict[str, Any]) -> Any:
     """The command's `Config`, converted and checked like flags and TOML files."""
     flags = import_module(f"whet.flags.{command}")
     given = {name: _plain(value) for name, value in given.items()}
-    values = read_toml(flags.Config, file) if (file := given.pop("config", None)) else {}
-    values |= read_table(flags.Config, given, command)
+    wrong: dict[str, str] = {}
+    values = read_toml(flags.Config, file, wrong) if (file := given.pop("config", None)) else {}
+    values |= read_table(flags.Config, given, command, wrong)
     flaws = getattr(flags, "flaws", lambda config: ())
-    return configured(flags.Config, values, command, flaws)
+    return configured(flags.Config, values, command, flaws, wrong)
 
 
 def _plain(value: Any) -> Any:

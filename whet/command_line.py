@@ -5,8 +5,9 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,7 +15,6 @@ from whet.config import (
     FIRST,
     POSITIONAL,
     check,
-    collected,
     convert,
     flag_of,
     marks,
@@ -40,15 +40,15 @@ def parse(
     `flaws` finds what speaks against flags that do not go together. Raises UserError with all that
     is wrong: unknown flags and keys, wrong values, missing ones.
     """
-    path, flags = _take_config_flag(list(argv))
-    found: list[str] = []
     values: dict[str, Any] = {}
-    with collected(found):
-        values = read_toml(config_class, path) if path else {}
-    with collected(found):
-        values |= read_flags(config_class, flags, command)
-    problems(found)
-    return configured(config_class, values, command, flaws)
+    wrong: dict[str, str] = {}
+    path, flags = _take_config_flag(list(argv))
+    try:
+        values = read_toml(config_class, path, wrong) if path else {}
+    except UserError as error:
+        wrong["--config"] = str(error)
+    values |= read_flags(config_class, flags, command, wrong)
+    return configured(config_class, values, command, flaws, wrong)
 
 
 def configured(
@@ -56,43 +56,51 @@ def configured(
     values: dict[str, Any],
     command: str,
     flaws: Callable[[C], Sequence[str]],
+    wrong: Mapping[str, str] = types.MappingProxyType({}),
 ) -> C:
-    """A `config_class` of `values`, each in its field's type. Raises UserError with what is missing
-    or refused by a check of a field, by `flaws`, or because an output would replace an input."""
+    """A `config_class` of `values`, each in its field's type. Raises UserError with what is `wrong`
+    with others, as `read_table` and `read_flags` find it, with what is missing or refused by a
+    check of a field, by `flaws`, or because an output would replace an input."""
+    names = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     missing = [
-        flag_of(config_class, field.name)
+        f"{flag}: is missing; see whet {command} --help"
         for field in dataclasses.fields(config_class)  # type: ignore[arg-type]
-        if field.name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.name not in values.keys() | wrong.keys() and "--config" not in wrong
+        # what follows an unknown flag may have been RUN, and the flag may be a misspelt one
+        if (flag := flag_of(config_class, field.name)).startswith("--") or wrong.keys() <= names
+        if not any(f"--{field.name}" in line for line in wrong.values())
     ]
-    if missing:
-        lines = [f"{flag}: is missing; see whet {command} --help" for flag in missing]
-        problems(lines + refusals(config_class, values))
+    if wrong or missing:
+        problems([*wrong.values(), *missing, *refusals(config_class, values)])
     config = config_class(**values)
     check(config, flaws(config))
     return config
 
 
-def read_flags(config_class: type, words: Sequence[str], command: str) -> dict[str, Any]:
-    """The fields that `words` set. `--help` prints the help and leaves with code 0.
-
-    Raises UserError for all unknown flags and wrong values together.
-    """
+def read_flags(
+    config_class: type, words: Sequence[str], command: str, wrong: dict[str, str]
+) -> dict[str, Any]:
+    """The fields that `words` set rightly; all unknown flags and wrong values are put into `wrong`,
+    by the flag or the field. `--help` prints the help and leaves with code 0."""
     hints = typing.get_type_hints(config_class, include_extras=True)
-    found = []
     flags = []
+    is_known = True  # the flag before a word
     for word in words:
         name, equals, value = word.partition("=")
         if name.startswith("--") and len(name) > 2:
-            name = "--" + name[2:].replace("-", "_")
-            key = name[2:].removeprefix("no_") if name[2:] not in hints else name[2:]
-            if key not in hints and name != "--help":
-                said = word.partition("=")[0]
-                found.append(f"unknown flag {said}{nearest_flag(key, hints, '--')}")
-        flags.append(f"{name}{equals}{value}")
-    problems(found)
+            key = name[2:].replace("-", "_")
+            is_known = key in hints or key.removeprefix("no_") in hints or key == "help"
+            if not is_known:
+                wrong[name] = f"unknown flag {name}{nearest_flag(key, hints, '--')}"
+            elif equals and _bare(hints.get(key, bool)) is bool:
+                wrong[key.removeprefix("no_")] = f"{word}: takes no value"
+                continue
+            name = f"--{key}"
+        if is_known:
+            flags.append(f"{name}{equals}{value}")
     if {"-h", "--help"} & set(flags):
+        problems(list(wrong.values()))
         say(help_of(config_class, hints, command))
         raise SystemExit(0)
     parser = _Parser(
@@ -102,14 +110,26 @@ def read_flags(config_class: type, words: Sequence[str], command: str) -> dict[s
         argument_default=argparse.SUPPRESS,  # what is not given stays away: the TOML comes later
     )
     for field in dataclasses.fields(config_class):
-        _add(parser, field.name, hints[field.name])
+        action = _add(parser, field.name, hints[field.name])
+        if action.option_strings and action.nargs is None:
+            action.nargs, action.const = "?", NOTHING
     values = {}
-    for name, given in vars(parser.parse_args(flags)).items():
-        values[name], problem = convert(given, hints[name], text=True)
-        if problem:
-            found.append(f"--{name} {given}: {problem.rpartition(', got ')[0]}")
-    problems(found)
+    given, others = parser.parse_known_args(flags)
+    if others:
+        wrong["words"] = f"unrecognized arguments: {' '.join(others)}; see {parser.prog} --help"
+    for name, text in vars(given).items():
+        value, problem = convert(text, hints[name], text=True)
+        if text == NOTHING:
+            wrong[name] = f"--{name}: expected a value after it; see {parser.prog} --help"
+        elif problem:
+            wrong[name] = f"--{name} {text}: {problem.rpartition(', got ')[0]}"
+        else:
+            values[name] = value
     return values
+
+
+NOTHING = "\0"
+"""What argparse gives for a flag without a value: no argument of a program holds it."""
 
 
 def _take_config_flag(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -136,13 +136,21 @@ def collected(found: list[str]) -> Iterator[None]:
 
 
 def refusals(config_class: type, values: Mapping[str, Any]) -> list[str]:
-    """What the fields' own checks refuse of `values` of these names, a line each."""
+    """What the fields' own checks refuse of `values` of these names, and outputs among them that
+    would replace an input or another file; a line each."""
     hints = typing.get_type_hints(config_class, include_extras=True)
-    return [
+    found = [
         f"{flag_of(config_class, name)} {each}: {wrong}"
         for name, value in values.items()
         for each, wrong in refused(value, hints[name])
     ]
+    read = [p for name, v in values.items() if READ in marks(hints[name]) for p in parts_of(v)]
+    for name, value in values.items():
+        for mark in marks(hints[name]):
+            if isinstance(mark, Written) and value is not None:
+                found += unwritable(flag_of(config_class, name), value, read, mark.kind)
+                read.append(value)
+    return found
 
 
 def check(config: Any, also: Sequence[str] = ()) -> None:
@@ -152,18 +160,7 @@ def check(config: Any, also: Sequence[str] = ()) -> None:
     `also` are further problems, which are reported with these.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
-    found, read = refusals(type(config), vars(config)), list[Any]()
-    for name, hint in hints.items():
-        value = getattr(config, name)
-        if READ in marks(hint):
-            read += parts_of(value)
-    for name, hint in hints.items():
-        value = getattr(config, name)
-        for mark in marks(hint):
-            if isinstance(mark, Written) and value is not None:
-                found += unwritable(flag_of(type(config), name), value, read, mark.kind)
-                read.append(value)
-    problems([*found, *_idle(config, hints), *also])
+    problems([*refusals(type(config), vars(config)), *_idle(config, hints), *also])
 
 
 def _idle(config: Any, hints: Mapping[str, Any]) -> list[str]:
@@ -221,8 +218,11 @@ def marked(config_class: type, mark: str) -> list[str]:
     return [name for name, hint in hints.items() if mark in marks(hint)]
 
 
-def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
-    """Read `path` and check every key and type against the fields of `config_class`."""
+def read_toml(
+    config_class: type, path: str | Path, wrong: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Read `path` and check every key and type against the fields of `config_class`, as
+    `read_table` does. Raises UserError if it is not TOML."""
     try:
         table = tomllib.loads(_config_file(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -233,26 +233,39 @@ def read_toml(config_class: type, path: str | Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:  # also numbers and nesting without end
         raise UserError(f"--config {path}: not valid TOML: {error}") from None
-    return read_table(config_class, table, path)
+    return read_table(config_class, table, path, wrong)
 
 
-def read_table(config_class: type, table: dict[str, Any], where: str | Path) -> dict[str, Any]:
-    """The values of `table`, whose keys are fields, in the fields' types. Raises UserError, with
-    `where` it stands, for all unknown keys and wrong values together."""
+def read_table(
+    config_class: type,
+    table: dict[str, Any],
+    where: str | Path,
+    wrong: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """The values of `table`, whose keys are fields, in the fields' types; `where` it stands.
+
+    Raises UserError for all unknown keys and wrong values together, or, given `wrong`, puts them
+    there by their keys, to be reported with others, and returns the values that are right.
+    """
     hints = typing.get_type_hints(config_class, include_extras=True)
     values: dict[str, Any] = {}
-    found = []
-    for key, value in table.items():
-        if key not in hints and isinstance(value, dict):
-            found.append(f"{where}: unknown table [{key}]; the flags stand above all tables")
+    found: dict[str, str] = {}
+    for key, given in table.items():
+        if key not in hints and isinstance(given, dict):
+            found[key] = f"{where}: unknown table [{key}]; the flags stand above all tables"
             continue
         if key not in hints:
-            found.append(f"{where}: unknown key {key!r}{nearest_flag(key, hints)}")
+            found[key] = f"{where}: unknown key {key!r}{nearest_flag(key, hints)}"
             continue
-        values[key], problem = convert(value, hints[key])
+        value, problem = convert(given, hints[key])
         if problem:
-            found.append(f"{where}: key {key!r}: {problem}")
-    problems(found)
+            found[key] = f"{where}: key {key!r}: {problem}"
+        else:
+            values[key] = value
+    if wrong is None:
+        problems(list(found.values()))
+    else:
+        wrong |= found
     return values
 
 

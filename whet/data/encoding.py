@@ -227,11 +227,13 @@ def _empty_reply(datum: Datum, train_on: str) -> Refusal | None:
     """Why `datum` is left out if a reply that would be trained has no text, thought or tool call:
     from it a model learns to stop before it says anything."""
     for side in sides_of(datum):
-        messages = side.messages if isinstance(side, Conversation) else []
-        replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not isinstance(side, Conversation):
+            continue
+        replies = [i for i, message in enumerate(side.messages) if message["role"] == "assistant"]
         for i in replies[-1:] if train_on == "last" else replies:
-            said = messages[i].get("content", "") + messages[i].get("reasoning_content", "")
-            if side.weights[i] != 0 and not said.strip() and not messages[i].get("tool_calls"):
+            reply = side.messages[i]
+            said = reply.get("content", "") + reply.get("reasoning_content", "")
+            if side.weights[i] != 0 and not said.strip() and not reply.get("tool_calls"):
                 reason = f"message {i + 1} (assistant): the reply is empty"
                 return refusal_of(datum, "empty_reply", reason)
     return None
