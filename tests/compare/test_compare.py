@@ -71,6 +71,13 @@ def test_what_is_missing_is_told_at_once(world, capsys):
     assert "nothing to compare" in said
 
 
+def test_a_pt_file_has_no_tokenizer_to_ask_with(world, tmp_path, capsys):
+    (tmp_path / "x.pt").touch()
+    words = ["compare", tmp_path / "x.pt", "--gsm8k", world / "test.jsonl"]
+    assert main(list(map(str, words))) == 2
+    assert f"whet export {tmp_path / 'x.pt'} --tokenizer DIR" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("score", [False, True])
 def test_pairs_are_judged_as_each_reply_alone(tmp_path, score):
     """Packed or alone: the score at the last token, or ln p a token of the reply."""

@@ -3,7 +3,6 @@
 import os
 from dataclasses import asdict
 
-from whet.chat.chat import load_tokenizer
 from whet.compare.measure import Measured, measure, prompts_of
 from whet.compare.page import page
 from whet.compare.table import as_text, rows_of
@@ -12,9 +11,8 @@ from whet.data.store import PackedStore
 from whet.files import replaced, short_names, write_json, write_text
 from whet.flags.compare import Config
 from whet.flags.policy import parse_reward
-from whet.generate.opened import Opened, open_model
+from whet.generate.opened import Opened, open_chat, open_model
 from whet.hub import find_model
-from whet.model.lora.read import tokenizer_home
 from whet.progress import say
 from whet.rl.rewards import PythonReward
 
@@ -66,6 +64,5 @@ def _examine(config: Config) -> None:
                 PythonReward(place, config.reward_seconds).close()
     with collected(found):
         if config.gsm8k:
-            chat = load_tokenizer(tokenizer_home(find_model(config.models[0])))
-            prompts_of(config, chat)
+            prompts_of(config, open_chat(find_model(config.models[0])))
     problems(found)

@@ -50,13 +50,8 @@ def open_model(
     UserError for what cannot be opened, and for a tokenizer with more ids than the model has.
     """
     path = find_model(path)
-    if tokenizer is None and path.is_file():
-        raise UserError(
-            f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer, or make a "
-            f"directory of both: whet export {path} --tokenizer DIR --out NEW"
-        )
     # The tokenizer first: it is quickly opened, and often what is wrong.
-    chat = load_tokenizer(tokenizer or tokenizer_home(path), template_kwargs=template_kwargs)
+    chat = open_chat(path, tokenizer, template_kwargs)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device; --device cpu runs anywhere")
     if device == "auto":
@@ -71,3 +66,17 @@ def open_model(
             f"{model.config.vocab_size:,}; it needs the model's own"
         )
     return Opened(model.eval(), chat)
+
+
+def open_chat(
+    path: Path,
+    tokenizer: str | Path | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+) -> Chat:
+    """The tokenizer and template of the model in `path`, or those in `tokenizer`."""
+    if tokenizer is None and path.is_file():
+        raise UserError(
+            f"{path}: a .pt file has no tokenizer; name its directory with --tokenizer, or make a "
+            f"directory of both: whet export {path} --tokenizer DIR --out NEW"
+        )
+    return load_tokenizer(tokenizer or tokenizer_home(path), template_kwargs=template_kwargs)
