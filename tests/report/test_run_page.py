@@ -170,3 +170,17 @@ def test_a_measure_has_one_figure_with_its_interval_and_sources(tmp_path):
     )
     beside = page([read_run(tmp_path), read_run(write_run(tmp_path / "sft"))])
     assert "best dev loss or dev reward" in beside, "of the other run it is a loss"
+
+
+def test_losses_of_two_units_have_an_axis_each(tmp_path):
+    """Nats a token and the loss of a pair are no two heights of one curve."""
+    runs = [write_run(tmp_path / name) for name in ("sft", "more", "dpo")]
+    (runs[2] / "run.json").write_text('{"command": "dpo"}')
+    text = page([read_run(run) for run in runs])
+    losses = re.findall(r"<figcaption>Loss.*?</figure>", text, re.DOTALL)
+    assert len(losses) == 2
+    assert "nats a trained token" in losses[0]
+    assert "a pair or reply" in losses[1]
+    assert "more train" in losses[0]
+    assert "dpo train" in losses[1]
+    assert "dpo train" not in losses[0]

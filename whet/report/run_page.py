@@ -23,6 +23,7 @@ SOURCES = "dev_loss/source/"
 KNOWN = {"step", "epoch", "tokens", "trained_tokens", "skipped", "seconds", "trained_per_s"}
 DRAWN = {"train_loss", "dev_loss", "dev_ppl", "lr", "grad_norm", "tokens_per_s", "memory_gb"}
 DRAWN |= {"dev_stop_probability", "dev_stop_inside"}
+TOKEN_LOSS = "nats a trained token, by step"
 LOSS_UNITS = dict.fromkeys(("reward", "dpo"), "a pair or reply, by step")
 LOSS_UNITS |= dict.fromkeys(("grpo", "ppo"), "the policy's; its level means nothing")
 JUDGING = ("reward", "accuracy", "margin")
@@ -233,9 +234,10 @@ def _plan(run: Run, plan: dict[str, Any]) -> list[list[str]]:
 def _figures(named: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
     """The figures, those that most people look at first."""
     several = len(named) > 1
+    units = [LOSS_UNITS.get(run.about.get("command", ""), TOKEN_LOSS) for _, run in named]
 
-    def lines(keys: dict[str, str]) -> list[Line]:
-        """A curve for each run and key; of one run each key has its own colour."""
+    def lines(keys: dict[str, str], unit: str = "") -> list[Line]:
+        """A curve for each run (whose loss has the unit) and key; of one run each has a colour."""
         return [
             Line(
                 f"{name} {word}".strip() if several else word or name,
@@ -245,6 +247,7 @@ def _figures(named: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
                 noisy=key in ("train_loss", "grad_norm", "tokens_per_s"),
             )
             for i, (name, run) in enumerate(named)
+            if unit in ("", units[i])  # losses of two units share no axis
             for j, (key, word) in enumerate(keys.items())
         ]
 
@@ -252,13 +255,9 @@ def _figures(named: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
     sources = {key: key.removeprefix(SOURCES) for key in found if key.startswith(SOURCES)}
     other = [k for k in found if k not in KNOWN | DRAWN and not k.startswith("dev_loss/")]
     loss = {"train_loss": "train", "dev_loss": "dev"}
-    units = {
-        LOSS_UNITS.get(run.about.get("command", ""), "nats a trained token, by step")
-        for _, run in named
-    }
     stop = {"dev_stop_probability": "at the end of replies", "dev_stop_inside": "before it"}
     figures = [
-        figure("Loss", lines(loss), " or ".join(sorted(units))),
+        *(figure("Loss", lines(loss, unit), unit) for unit in dict.fromkeys(units)),
         figure("Dev loss by source", lines(sources if len(sources) > 1 else {})),
         *(figure(title, lines(keys)) for title, keys in _measures(other)),
         figure("Stop token", lines(stop), "probability, over the dev file"),
@@ -338,8 +337,7 @@ def figure(
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
+    xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
     frame = _Frame(min(xs), max(xs), *_bounds(min(ys), max(ys), log), log)
     return {
         "title": title,
@@ -348,10 +346,7 @@ def figure(
         "height": HEIGHT,
         "left": LEFT,
         "right": WIDTH - RIGHT,
-        "levels": [
-            (round(frame.y(value), 1), _short(value))
-            for value in _ticks(frame.low, frame.high, frame.log)
-        ],
+        "levels": [(round(frame.y(y), 1), _short(y)) for y in _ticks(frame.low, frame.high, log)],
         "steps": _steps(frame),
         "lines": [_drawn(line, frame) for line in lines],
     }
@@ -438,12 +433,9 @@ def _drawn(line: Line, frame: _Frame) -> dict[str, Any]:
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Few points that keep the least and the largest value of each stretch."""
     size = max(1, -(-2 * len(points) // MOST_POINTS))
-    kept: list[tuple[float, float]] = []
-    for start in range(0, len(points), size):
-        part = points[start : start + size]
-        ends = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    ends = [{min(p, key=lambda each: each[1]), max(p, key=lambda each: each[1])} for p in parts]
+    return [point for each in ends for point in sorted(each)]
 
 
 def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
