@@ -94,6 +94,20 @@ def test_prompt_completion_trains_the_completion_alone():
     assert turns({"prompt": "a", "response": "b"}) == [("user", "a"), ("assistant", "b")]
 
 
+@pytest.mark.parametrize("text", ['[{"value": 3}]', '[{"role": "CEO", "name": "Ada"}] of two'])
+@pytest.mark.parametrize("fields", [("prompt", "completion"), ("prompt", "chosen", "rejected")])
+def test_records_that_somebody_writes_as_json_are_no_messages(text, fields):
+    record = {**dict.fromkeys(fields, "a text"), fields[1]: text}
+    found = to_example(record)
+    side = found if fields[1] == "completion" else found.sides[0]
+    assert side.messages[-1]["content"] == text
+
+
+def test_messages_as_json_with_an_unknown_role_are_no_text():
+    with pytest.raises(UserError, match="must begin with a message of the assistant"):
+        to_example({"prompt": "a", "completion": '[{"content": "b", "role": "Bot"}]'})
+
+
 def test_a_null_weight_does_not_train_the_prompt():
     """Tables with one schema for all messages hold nulls where a message says nothing."""
     prompt = [*({**message, "weight": None} for message in HELLO), {**HELLO[0], "weight": None}]

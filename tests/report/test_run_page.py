@@ -162,5 +162,11 @@ def test_a_measure_has_one_figure_with_its_interval_and_sources(tmp_path):
     for words in ("last: train 0.1, dev 0.3", "dev 0.5, dev low 0.2, dev high 0.8, a 0.5"):
         assert words in text
     assert "best dev reward" in text
+    answers = {"step": 1, "gsm8k_accuracy": 0.5, "gsm8k_low": 0.25, "gsm8k_high": 0.75}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(answers | dev)}\n")
+    text = page([read_run(tmp_path)])
+    assert "gsm8k accuracy; last: problems 0.5, problems low 0.25, problems high 0.75" in text, (
+        "not of the training data"
+    )
     beside = page([read_run(tmp_path), read_run(write_run(tmp_path / "sft"))])
     assert "best dev loss or dev reward" in beside, "of the other run it is a loss"

@@ -3,12 +3,14 @@
 import os
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests import tiny
 from whet.errors import UserError
+from whet.flags.grpo import Config
 from whet.flags.policy import known_reward, named_twice, parse_reward
 from whet.generate.engine import Reply
 from whet.generate.opened import open_model
@@ -26,6 +28,7 @@ from whet.rl.rewards import (
     reward_model,
     total_rewards,
 )
+from whet.rl.sampling import Sampler
 
 PROMPT = Prompt([1, 2], [{"role": "user", "content": "2 + 3?"}], "5", {"level": "easy"}, 7)
 
@@ -113,6 +116,17 @@ def asks(completions):
 
 def gives(completions, what):
     return eval(what[0])
+
+async def waits(completions):
+    import asyncio
+    loops.add(asyncio.get_running_loop())
+    await asyncio.sleep(0)
+    return [float(len(loops)) for _ in completions]
+
+async def fails(completions):
+    raise ValueError("no good")
+
+loops = set()
 """
 
 
@@ -145,6 +159,28 @@ def test_a_function_that_fails_is_one_line(functions, name, words):
     with pytest.raises(UserError, match=words) as error:
         functions(name)([answer("5")])
     assert "\n" not in str(error.value)
+
+
+def test_an_async_function_is_awaited_in_one_loop(functions, capfd):
+    waits = functions("waits")
+    assert waits([answer("5"), answer("6")]) == [1.0, 1.0]
+    assert waits([answer("5")]) == [1.0]
+    with pytest.raises(UserError, match=r"ValueError: no good \(.*mine.py:\d+\)"):
+        functions("fails")([answer("5")])
+    assert "Warning" not in capfd.readouterr().err
+
+
+def test_a_cut_reply_loses_the_penalty_on_held_out_prompts_as_in_training():
+    """Else the best model of a run would be chosen by another number than it is trained on."""
+    given = [answer("one two"), answer("three", stopped=False)]
+    words = [Reward("words", 2.0, lambda answers: [float(len(a.text.split())) for a in answers])]
+    for truncated, expected in (("penalty", [4.0, 1.0]), ("score", [4.0, 2.0])):
+        config = Config(model="m", prompts="p", out=Path("o"), group_size=2, truncated=truncated)
+        sampler = Sampler(None, config, words, None)
+        held_out = sampler._numbers(given)
+        assert [numbers["dev_reward"] for numbers in held_out] == expected
+        assert [numbers["dev_reward/words"] for numbers in held_out] == [2.0, 1.0]
+        assert sampler._rewarded(given)[0] == expected
 
 
 def test_what_is_no_list_of_numbers_is_refused(functions):

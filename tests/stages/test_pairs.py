@@ -390,11 +390,19 @@ def test_the_ledger_and_the_replay_know_the_pairs(world, tmp_path, capsys):
     assert main(command(world, "dpo", tmp_path / "run", save_every=2)) == 0
     capsys.readouterr()
     assert main(["ledger", str(tmp_path / "run"), "--step", "2"]) == 0
-    assert "data/a.jsonl:" in capsys.readouterr().out
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert any("data/a.jsonl:" in words[0] for words in said)
+    assert {words[1] for words in said} == {"chosen", "rejected"}
+    assert main(["ledger", str(tmp_path / "run"), "--document", said[0][0]]) == 0
+    sides = {line.split()[2] for line in capsys.readouterr().out.splitlines()}
+    assert sides == {"chosen", "rejected"}
     assert main(["replay", str(tmp_path / "run"), "--step", "5", "--json"]) == 0
     replayed = json.loads(capsys.readouterr().out)
     step = next(x for x in metrics(tmp_path / "run") if x["step"] == 5 and "train_loss" in x)
     assert replayed["train_loss"] == step["train_loss"]
+    labelled = PackedStore(world / "labels.h5", ["labels"])
+    named = [place["side"] for place in labelled.places(np.arange(len(labelled.documents)))]
+    assert named == ["good" if good else "bad" for good in labelled.values("labels", 1)]
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ SHAREGPT_ROLES = {
 }
 IN_JSON = re.compile(r'\[\s*\{\s*"(role|content|from|value)"\s*:')
 """How messages begin that a table without nested types holds as a text."""
+SPOKEN = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+"""What such messages have, and records that somebody has written as JSON have not."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "train", "trainable", "training")
 
@@ -127,8 +129,11 @@ def turn_of(turn: Any, where: str, at: Origin) -> Message:
 
 def nested(value: Any, name: str, at: Origin) -> Any:
     """`value`, parsed if it is the JSON text of messages; another text is what somebody says."""
-    is_json = isinstance(value, str) and IN_JSON.match(value)
-    return from_json(value, name, at.where) if is_json else value
+    if isinstance(value, str) and IN_JSON.match(value):
+        names = set(re.findall(r'"(\w+)"\s*:', value))
+        if any(keys <= names for keys in SPOKEN):
+            return from_json(value, name, at.where)
+    return value
 
 
 def calls_in_text(value: str, where: str, at: Origin) -> list[Any]:

@@ -251,8 +251,9 @@ class PackedStore:
         return [str(e.get("path", e) if isinstance(e, dict) else e) for e in entries]
 
     def places(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        """`file` and `line` of documents; without a table the packed file and the row, from 1."""
-        found = []
+        """`file` and `line` of documents; without a table the packed file and the row, from 1. Of
+        pairs and labelled replies also the `side`: chosen or rejected, good or bad."""
+        found: list[dict[str, Any]] = []
         for number in numbers:
             if number < len(self.documents):
                 entry = self.documents[number]
@@ -263,6 +264,12 @@ class PackedStore:
             else:
                 row = int(self.document_rows[number])
                 found.append({"file": str(self.path), "line": row + 1})
+        if self.kind != "text":
+            is_pair = self.kind == "preferences"  # whose chosen reply comes first
+            labels = np.empty(0) if is_pair else self.values("labels", 1)
+            for number, place in zip(numbers, found, strict=True):
+                sides = ("chosen", "rejected") if is_pair else ("good", "bad")
+                place["side"] = sides[int(number % 2 if is_pair else labels[number] == 0)]
         return found
 
     def find(self, file: str, line: int) -> np.ndarray:

@@ -271,15 +271,19 @@ def _figures(named: Sequence[tuple[str, Run]]) -> list[dict[str, Any]]:
 
 
 def _measures(keys: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
-    """(title, keys with their words) of a figure for each measure: in training, on the dev file
-    with the ends of its 95 % interval, and by source."""
+    """(title, keys with their words) of a figure for each measure: in training, on the dev file or
+    on problems with the ends of its 95 % interval, and by source."""
     found: dict[str, dict[str, str]] = {}
     for key in keys:
         name, _, source = key.removeprefix("dev_").partition("/source/")
         stem, _, end = name.rpartition("_")
         end = end if end in ("low", "high") else ""
         name = (stem if end else name) or "accuracy"  # GRPO's are dev_low and dev_high
-        words = (source or ("dev" if key.startswith("dev_") else "train"), end)
+        if f"{name}_accuracy" in keys:  # gsm8k_low and gsm8k_high
+            name += "_accuracy"
+        of = "problems" if name.startswith("gsm8k_") else "train"
+        of = "dev" if key.startswith("dev_") else of
+        words = (source or of, end)
         found.setdefault(name.replace("_", " "), {})[key] = " ".join(words).strip()
     return sorted(found.items(), key=lambda each: not each[0].endswith(JUDGING))
 

@@ -4,6 +4,7 @@ It reads a JSON object of keyword arguments a line and writes the rewards, or wh
 JSON object a line. What the function prints goes to stderr; its stdin is empty.
 """
 
+import asyncio
 import importlib.util
 import inspect
 import json
@@ -19,7 +20,7 @@ def main(file: str, name: str) -> None:
     """Answer until stdin ends."""
     file = os.path.abspath(file)  # as tracebacks name it
     asked, answers = _own_pipes()
-    process = os.getpid()
+    process, loop = os.getpid(), asyncio.new_event_loop()  # one loop, as clients are bound to it
     try:
         function = load(file, name)
         wanted = inspect.signature(function).parameters
@@ -33,7 +34,10 @@ def main(file: str, name: str) -> None:
         answer: dict[str, Any]
         try:
             arguments = given if takes_all else {k: v for k, v in given.items() if k in wanted}
-            answer = {"rewards": numbers(function(**arguments), len(given["completions"]))}
+            found = function(**arguments)
+            if inspect.isawaitable(found):  # `async def`, as TRL takes them
+                found = loop.run_until_complete(found)
+            answer = {"rewards": numbers(found, len(given["completions"]))}
         except Exception as error:
             answer = {"error": _last_line(error, file)}
         if os.getpid() != process:  # a fork of the function's, which has returned, too

@@ -134,14 +134,20 @@ class Sampler:
         owner = np.repeat(numbers, size).tolist()
         pairs = list(zip(owner, replies, strict=True))
         answers = [answer_of(self.prompts, number, reply, self.chat) for number, reply in pairs]
-        sums, parts = total_rewards(self.rewards, answers)
-        if self.config.truncated == "penalty":
-            sums = [x - PENALTY * (not r.stopped) for x, r in zip(sums, replies, strict=True)]
+        sums, parts = self._rewarded(answers)
         samples = [
             Sample(*pair, sums[i], {name: values[i] for name, values in parts.items()})
             for i, pair in enumerate(pairs)
         ]
         return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+    def _rewarded(self, answers: Sequence[Answer]) -> tuple[list[float], dict[str, list[float]]]:
+        """The reward of each answer, with the penalty of a cut one, and each reward's own number
+        without it: in training and on held-out prompts the same."""
+        sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
+        if self.config.truncated == "penalty":
+            sums = [x - PENALTY * (not a.reply.stopped) for x, a in zip(sums, answers, strict=True)]
+        return sums, parts
 
     def evaluate(self, model: nn.Module, ranks: Ranks, stop: Stop) -> Evaluation:
         """Greedy replies to all prompts, their rewards, and how many are right. All ranks call it.
@@ -175,7 +181,7 @@ class Sampler:
 
     def _numbers(self, answers: Sequence[Answer]) -> list[dict[str, float]]:
         """The metrics of each answer alone; all have the same names."""
-        sums, parts = total_rewards(self.rewards, answers) if answers else ([], {})
+        sums, parts = self._rewarded(answers)
         return [
             {
                 "dev_reward": reward,

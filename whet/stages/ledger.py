@@ -14,7 +14,7 @@ from whet.rl.prompts import Prompts
 from whet.rl.sampling import PolicyConfig
 from whet.stages import pretrain
 from whet.stages.replay import run_settings
-from whet.train.ledger import RECORD, describe
+from whet.train.ledger import RECORD, describe, named
 from whet.train.stage import Documents
 
 
@@ -33,13 +33,13 @@ def main(config: Config) -> int:
                 else f"--step {config.step}: the ledger of {config.run} is empty"
             )
         for found in sorted(describe(wanted, documents), key=lambda d: -d["loss"]):
-            place = f"{found['file']}:{found['line']}"
-            say(f"{place}  trained {found['trained']}  loss {found['loss']:.4f}")
+            say(f"{named(found)}  trained {found['trained']}  loss {found['loss']:.4f}")
         return 0
     assert config.document is not None
     wanted = records[np.isin(records["document"], documents_at(config.document, documents))]
-    for record in wanted:
-        say(f"step {record['step']}  trained {record['trained']}  loss {record['loss']:.4f}")
+    for record, found in zip(wanted, describe(wanted, documents), strict=True):
+        side = f"  {found['side']}" if "side" in found else ""
+        say(f"step {record['step']}{side}  trained {found['trained']}  loss {found['loss']:.4f}")
     if len(wanted) == 0:
         say("no step has seen it yet")
     return 0

@@ -67,8 +67,8 @@ def main(config: Config) -> int:
     say(f"step {record['step']}: {record['reason']}")
     say(f"train_loss {record['train_loss']}  grad_norm {record['grad_norm']}")
     for document in sorted(record["documents"], key=lambda d: str(d["loss"]), reverse=True):
-        place = f"{document['file']}:{document['line']}"
-        say(f"{place}  trained {document['trained']}  loss {document['loss']}")
+        trained, loss = document["trained"], document["loss"]
+        say(f"{ledger.named(document)}  trained {trained}  loss {loss}")
     return 0
 
 

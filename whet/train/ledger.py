@@ -58,11 +58,16 @@ def in_order(records: np.ndarray) -> np.ndarray:
 
 
 def describe(records: np.ndarray, documents: Documents) -> list[dict]:
-    """The records for people: file and line, trained tokens and their mean loss."""
+    """The records for people: file, line and side, trained tokens and their mean loss."""
     return [
         {**place, "trained": int(record["trained"]), "loss": float(record["loss"])}
         for place, record in zip(documents.places(records["document"]), records, strict=True)
     ]
+
+
+def named(document: dict) -> str:
+    """A described document: `FILE:LINE`, of pairs and labelled replies also which one it is."""
+    return f"{document['file']}:{document['line']} {document.get('side', '')}".rstrip()
 
 
 def incident(

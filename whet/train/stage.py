@@ -27,7 +27,7 @@ class Documents(Protocol):
         """The number of document `segments[i]`, from 1, of row `rows[i]`: what the ledger keeps."""
 
     def places(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        """Of each document: `file`, and `line` in it from 1."""
+        """Of each document: `file`, `line` in it from 1, and of pairs its `side`."""
 
     def find(self, file: str, line: int) -> np.ndarray:
         """The numbers of the documents from there. Raises UserError if there are none."""
