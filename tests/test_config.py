@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -273,3 +273,20 @@ def test_a_whole_number_that_no_float_holds(tmp_path: Path) -> None:
     for value in (10**400, -(10**309)):
         with pytest.raises(UserError, match=r"key 'lr': expected a number, got -?10"):
             read_toml(Config, toml(tmp_path, f"lr = {value}\n"))
+
+
+@dataclass
+class Fixed:
+    """A command that others' flag would mean something for."""
+
+    passes: ClassVar[int] = 1
+    lr: float = 0.1
+    """Learning rate."""
+
+
+def test_what_a_class_has_fixed_is_no_flag(tmp_path):
+    (tmp_path / "x.toml").write_text("passes = 2")
+    with pytest.raises(UserError, match="unknown key 'passes'"):
+        read_toml(Fixed, tmp_path / "x.toml")
+    with pytest.raises(UserError, match="unknown flag --passes"):
+        parse(Fixed, ["--passes", "2"], "grpo", lambda config: [])

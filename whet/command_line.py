@@ -17,6 +17,7 @@ from whet.config import (
     check,
     convert,
     flag_of,
+    hints_of,
     marks,
     problems,
     read_toml,
@@ -83,7 +84,7 @@ def read_flags(
 ) -> dict[str, Any]:
     """The fields that `words` set rightly; all unknown flags and wrong values are put into `wrong`,
     by the flag or the field. `--help` prints the help and leaves with code 0."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
+    hints = hints_of(config_class)
     flags = []
     is_known = True  # the flag before a word
     for word in words:

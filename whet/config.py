@@ -135,10 +135,16 @@ def collected(found: list[str]) -> Iterator[None]:
         found += str(error).splitlines()
 
 
+def hints_of(config_class: type) -> dict[str, Any]:
+    """The types of a dataclass's fields with their marks; of a ClassVar nobody may set one."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
 def refusals(config_class: type, values: Mapping[str, Any]) -> list[str]:
     """What the fields' own checks refuse of `values` of these names, and outputs among them that
     would replace an input or another file; a line each."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
+    hints = hints_of(config_class)
     found = [
         f"{flag_of(config_class, name)} {each}: {wrong}"
         for name, value in values.items()
@@ -159,7 +165,7 @@ def check(config: Any, also: Sequence[str] = ()) -> None:
 
     `also` are further problems, which are reported with these.
     """
-    hints = typing.get_type_hints(type(config), include_extras=True)
+    hints = hints_of(type(config))
     problems([*refusals(type(config), vars(config)), *_idle(config, hints), *also])
 
 
@@ -191,7 +197,7 @@ def wrong_values(record: Any) -> list[str]:
     """What is wrong with the fields of a dataclass that a file was read into: `NAME is VALUE;
     expected …`, by their types and checks."""
     found = []
-    for name, hint in typing.get_type_hints(type(record), include_extras=True).items():
+    for name, hint in hints_of(type(record)).items():
         value = getattr(record, name)
         _, problem = convert(value, hint)
         wrong = [problem.rpartition(", got ")[0]] if problem else []
@@ -214,7 +220,7 @@ def marks(hint: Any) -> list[Any]:
 
 def marked(config_class: type, mark: str) -> list[str]:
     """The fields with this mark."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
+    hints = hints_of(config_class)
     return [name for name, hint in hints.items() if mark in marks(hint)]
 
 
@@ -247,7 +253,7 @@ def read_table(
     Raises UserError for all unknown keys and wrong values together, or, given `wrong`, puts them
     there by their keys, to be reported with others, and returns the values that are right.
     """
-    hints = typing.get_type_hints(config_class, include_extras=True)
+    hints = hints_of(config_class)
     values: dict[str, Any] = {}
     found: dict[str, str] = {}
     for key, given in table.items():
