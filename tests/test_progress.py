@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from whet import progress
-from whet.progress import duration, track
+from whet.progress import count, duration, track
 
 
 def test_lines_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -87,3 +87,8 @@ def test_little_is_not_shown_as_nothing(total, done, text) -> None:
     with track("Encoding", total=total, unit="MB", quiet=True) as bar:
         bar.advance(done)
         assert bar.line().startswith(text)
+
+
+def test_a_count_of_one_is_no_plural() -> None:
+    found = [count(1, "rows"), count(0, "rows"), count(2000, "rows of text"), count(1, "rows of x")]
+    assert found == ["1 row", "0 rows", "2,000 rows of text", "1 row of x"]

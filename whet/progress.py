@@ -76,6 +76,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02} h"
 
 
+def count(n: int, things: str) -> str:
+    """`2,000 rows` or `1 row`: a count for people; `things` begin with a plural in -s."""
+    word, space, rest = things.partition(" ")
+    return f"{n:,} {word[:-1] if n == 1 else word}{space}{rest}"
+
+
 @contextmanager
 def track(
     description: str, total: float | None = None, unit: str = "", quiet: bool = False

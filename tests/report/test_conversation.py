@@ -60,7 +60,7 @@ def test_a_page_of_one_conversation(data, tokenizer, tmp_path, capsys):
     turns = re.findall(r'<td class="words">(\w+)</td><td class="words">(.*?)</td>', text)
     assert [role for role, _ in turns] == ["user", "assistant", "user", "assistant"]
     assert [what == "context" for _, what in turns] == [True, False, True, False]
-    assert "1 rows" in capsys.readouterr().out
+    assert "1 row," in capsys.readouterr().out
     assert [path.name for path in page.parent.iterdir()] == ["page.html"]
 
 

@@ -11,6 +11,7 @@ from whet.data.decontaminate import Evaluations
 from whet.data.mixing import CONTAMINATED, DUPLICATE, FATES, KEPT, OVERLONG
 from whet.data.writing import KEPT_REFUSALS, Spool, Tables
 from whet.flags.choices import Refused
+from whet.progress import count
 
 SHOWN = 20
 """Refused lines that are shown on the screen."""
@@ -52,7 +53,7 @@ def stop_at_refusals(spool: Spool, policy: Refused, *, has_flag: bool) -> None:
     if not ways:
         return
     shown = _without_repetition([r for r in spool.refusals if r.kind in fatal])
-    summary = f"of {spool.lines.total():,} lines {' and '.join(ways)}; nothing was written"
+    summary = f"of {count(spool.lines.total(), 'lines')} {' and '.join(ways)}; nothing was written"
     if len(shown) > SHOWN:
         summary = f"these are the first {SHOWN}; {summary}"
     problems([*shown[:SHOWN], summary])
@@ -120,7 +121,7 @@ def notes(tables: Tables, left_out: list[Refusal]) -> list[str]:
     spool, selection = tables.spool, tables.selection
     lines = [f"{n:,} {what}" for what, n in sorted(spool.notes.items()) if n]
     for kind, n in spool.refused_by_kind().items():
-        lines.append(f"{n:,} lines refused: {WORDS.get(kind) or REASONS.get(kind, kind)}")
+        lines.append(f"{count(n, 'lines')} refused: {WORDS.get(kind) or REASONS.get(kind, kind)}")
         lines += _some([r.message for r in spool.refusals if r.kind == kind])
     for fate, name in enumerate(FATES):
         of_fate = selection.fate == fate
@@ -130,7 +131,7 @@ def notes(tables: Tables, left_out: list[Refusal]) -> list[str]:
         if fate == OVERLONG:
             longest = selection.needed[of_fate].max()
             what += f", the longest has {longest:,} tokens; {_ways_to_fit(tables)}"
-        lines.append(f"{of_fate.sum():,} examples left out: {what}")
+        lines.append(f"{count(int(of_fate.sum()), 'examples')} left out: {what}")
         if fate == CONTAMINATED:
             lines += _some([r.message for r in left_out if r.kind == name])
     cut = (selection.kept < tables.examples["length"]) * selection.copies
@@ -138,7 +139,7 @@ def notes(tables: Tables, left_out: list[Refusal]) -> list[str]:
         lines.append(f"{cut.sum():,} examples end after the last turn that fits into a row")
     if spool.unused:
         often = sorted(spool.unused.items(), key=lambda item: (-item[1], item[0]))
-        names = ", ".join(f"{name} ({n:,} rows)" for name, n in often)
+        names = ", ".join(f"{name} ({count(n, 'rows')})" for name, n in often)
         lines.append(f"fields not used: {names}")
     return lines
 

@@ -37,7 +37,7 @@ from whet.errors import UserError
 from whet.files import nearest
 from whet.flags.prepare import Config, flaws
 from whet.hub import find_model
-from whet.progress import say, track
+from whet.progress import count, say, track
 
 SMALL_BYTES = 8 << 20
 """Below this size of all input, starting worker processes takes longer than they save."""
@@ -207,7 +207,7 @@ def _write(
             empty = f"--data: no record in {', '.join(tables.paths)}"
             if refusals := tables.spool.refusals:
                 n = tables.spool.refused.total()
-                empty = f"{n:,} lines refused, such as {refusals[0].message}"
+                empty = f"{count(n, 'lines')} refused, such as {refusals[0].message}"
             reason = fates(tables) or empty
             what = "to train on" if path == config.out else f"for --dev_out {path}"
             raise UserError(f"nothing is left {what}: {reason}")
@@ -234,7 +234,7 @@ def _write(
         n_rows = write_packed(path or "", tables, chosen, own, refusals, quiet)
         if not quiet:
             filled = (total.trained + total.context) / (n_rows * config.context_length)
-            say(f"{path}: {n_rows:,} rows of {config.context_length}, {filled:.2%} filled")
+            say(f"{path}: {count(n_rows, 'rows')} of {config.context_length}, {filled:.2%} filled")
             say(table(accounts))
     if not quiet:
         for line in notes(tables, left_out):

@@ -8,7 +8,7 @@ from typing import TypeVar
 from whet.errors import UserError
 from whet.files import write_text
 from whet.flags.inspect import Config
-from whet.progress import say
+from whet.progress import count, say
 from whet.report.page import page
 from whet.report.sheet import Sheet
 from whet.report.terminal import choose_ink, header_lines, row_lines
@@ -82,4 +82,4 @@ def _print(lines: Iterator[str]) -> None:
 
 def _write(path: Path, sheet: Sheet) -> None:
     write_text(path, page(sheet))
-    say(f"{path}: {len(sheet.tokens):,} rows, {path.stat().st_size / 1e6:.1f} MB")
+    say(f"{path}: {count(len(sheet.tokens), 'rows')}, {path.stat().st_size / 1e6:.1f} MB")

@@ -21,6 +21,7 @@ from whet.evaluate.gsm8k import Problem
 from whet.flags.training import TrainSettings
 from whet.model.attention import planned
 from whet.model.decoder import run_batch
+from whet.progress import count
 from whet.stages.model import Opened, writer
 from whet.train.distributed import Ranks
 from whet.train.evaluation import Evaluator
@@ -74,10 +75,13 @@ def data_in_words(
     config: TrainSettings, store: PackedStore, dev: PackedStore | None, trained: str
 ) -> list[tuple[str, str]]:
     """What a header says of the data; `trained`: how much is trained in it."""
-    size = f"{rows_used(config, store):,} rows of {store.context_length:,}, {trained}"
+    size = f"{count(rows_used(config, store), 'rows')} of {store.context_length:,}, {trained}"
     return [
-        ("data", f"{store.path}: {size}, {steps_of_epoch(config, store):,} steps an epoch"),
-        ("dev", f"{dev.path}: {len(dev):,} rows" if dev else "none, so there is no dev loss"),
+        ("data", f"{store.path}: {size}, {count(steps_of_epoch(config, store), 'steps')} an epoch"),
+        (
+            "dev",
+            f"{dev.path}: {len(dev):,} rows" if dev else "none, so there is no dev loss",
+        ),
     ]
 
 

@@ -20,7 +20,7 @@ from whet.config import check, read_toml
 from whet.errors import UserError
 from whet.flags.training import TrainSettings, lighter, sharding_flaws
 from whet.model.precision import multiplies_bf16, use_float8
-from whet.progress import duration
+from whet.progress import count, duration
 from whet.report.run_page import write_page
 from whet.train import distributed, memory, optim, state
 from whet.train.distributed import Ranks
@@ -234,7 +234,7 @@ def _print_header(
 ) -> None:
     run.say(f"whet {command}")
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
-    layout = "1 rank" if ranks.size == 1 else f"{ranks.size} ranks"
+    layout = count(ranks.size, "ranks")
     layout += " (sharded)" if config.shard and ranks.size > 1 else ""
     where = (
         torch.cuda.get_device_name()
@@ -273,7 +273,7 @@ def _finish(stage: Stage, run: RunFolder) -> int:
     metrics = last_metrics(run.path / "metrics.jsonl") if run.ranks.first else {}
     stage.save_model(stage.model, run.path, metrics)
     distributed.wait_for_all(run.ranks)
-    run.say(f"done: {run.facts.step} steps in {duration(run.facts.seconds)}")
+    run.say(f"done: {count(run.facts.step, 'steps')} in {duration(run.facts.seconds)}")
     for word, line in files_of(stage, run):
         run.say(f"  {word:<10} {line}")
     if run.ranks.first:
