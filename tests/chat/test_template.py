@@ -96,7 +96,7 @@ def test_bad_templates_end_in_an_error(source: str, reason: str) -> None:
         render(ChatTemplate(source), TALK)
 
 
-@pytest.mark.parametrize("ask", [lambda t: t.render(TALK), lambda t: t.variables])
+@pytest.mark.parametrize("ask", [lambda t: render(t, TALK), lambda t: t.variables])
 def test_syntax_error_names_the_line(ask: Callable[[ChatTemplate], Any]) -> None:
     template = ChatTemplate("a\n{% if %}", "my.jinja")
     for _ in range(2):
@@ -268,7 +268,8 @@ def test_threads_and_forked_processes_get_their_own_text() -> None:
 def test_the_renderer_ends_with_its_owner(tmp_path: Path) -> None:
     """Be it killed or not."""
     code = (
-        "import os, sys; from whet.chat import template as t; t.ChatTemplate('x').render([]);"
+        "import os, sys; from tests.rendering import render; from whet.chat import template as t;"
+        "render(t.ChatTemplate('x'), []);"
         "print(t._renderer(os.getpid())._process.pid, flush=True);"
         "os.kill(os.getpid(), 9) if sys.argv[1] else None"
     )

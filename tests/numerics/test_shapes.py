@@ -62,10 +62,10 @@ def test_so_it_is_for_other_architectures(kind, capfd):
     config = transformers.AutoConfig.for_model(
         kind,
         vocab_size=512,
-        hidden_size=64,
+        hidden_size=72,  # a size that no other test has compiled
         num_hidden_layers=1,
         num_attention_heads=4,
-        intermediate_size=128,
+        intermediate_size=136,
     )
     model = ForeignModel(transformers.AutoModelForCausalLM.from_config(config))
     assert model.way == ("positions" if kind == "gpt_neox" else "alone")
