@@ -14,6 +14,6 @@ class Config:
     out: Path = Path("runs/demo")
     """Folder to write; an earlier demo in it is replaced when the new one is complete."""
     all: bool = False
-    """Go on to reward model, DPO and GRPO, and compare them: about 8 minutes."""
+    """Go on to reward model, DPO and GRPO, and compare them: about 9 minutes."""
     seed: Annotated[int, from_0] = 0
     """Of the world, the weights and the order of the data."""
