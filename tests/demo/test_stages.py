@@ -74,7 +74,7 @@ def test_all_stages_of_a_minimal_demo(
 def test_the_later_stages_keep_their_promises(tmp_path: Path, seed: int) -> None:
     main(DemoConfig(out=tmp_path / "demo", all=True, seed=seed))
     found = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert 0.2 <= found["sft_accuracy"] <= 0.65  # 60 % of 200 others, as SFT ended
+    assert 0.2 <= found["sft_accuracy"] <= 0.65  # 60 % of 1,200 others, as SFT ended
     assert found["reward_pair_accuracy"] >= 0.85
     assert 0.3 <= found["sft_tags"] <= 0.7
     assert found["dpo_tags"] >= 0.95

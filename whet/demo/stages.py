@@ -138,8 +138,8 @@ def train_and_compare(out: Path, seed: int, size: Size) -> dict[str, Any]:
         run_command(
             "eval",
             evaluate,
-            "{out}/sft --gsm8k {out}/world/styled.jsonl --limit 200 --max_new_tokens 64 "
-            "--json {out}/start.json",
+            "{out}/sft --gsm8k {out}/world/styled.jsonl --max_new_tokens 64 "
+            "--json {out}/start.json --samples {out}/replies.jsonl",
             out=out,
         )
         if json.loads((out / "start.json").read_text(encoding="utf-8"))["accuracy"] <= MOST:
@@ -153,13 +153,6 @@ def train_and_compare(out: Path, seed: int, size: Size) -> dict[str, Any]:
         "--lr 5e-4 --batch_size 4 --epochs 9 --max_steps {size.reward_steps} --eval_every 50",
     )
     title("5/7  DPO", "Of an answer in both styles, the first is preferred.")
-    run_command(
-        "eval",
-        evaluate,
-        "{out}/sft --gsm8k {out}/world/styled.jsonl --max_new_tokens 64 "
-        "--samples {out}/replies.jsonl",
-        out=out,
-    )
     write_pairs(out / "world", out / "replies.jsonl")
     say()
     _prepare(out, "styles", tokenizer="sft", dev=0.1)

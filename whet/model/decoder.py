@@ -329,7 +329,7 @@ class _TiedLookup(torch.autograd.Function):
             return dense(gradient, tokens, ctx.rows, -1, False), None, None
         total = ctx.tied.pop()
         gradient = gradient.to(total.dtype)
-        # Each adds in the same order each time, which the other does not: threads race.
+        # Each adds in the same order each time on its device; there the other one's threads race.
         if total.device.type == "cpu":
             return total.index_add_(0, tokens, gradient), None, None
         return total.index_put_((tokens,), gradient, accumulate=True), None, None

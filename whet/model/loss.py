@@ -229,17 +229,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             g if g is None else g.mul_(grad_loss.to(g.dtype))
             for g in (gradients.hidden, gradients.weight, gradients.bias)
         )
-        return (
-            hidden,
-            _left(weight, ctx.weight_dtype, ctx.tied),
-            bias,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        weight = _left(weight, ctx.weight_dtype, ctx.tied)
+        return hidden, weight, bias, None, None, None, None, None, None
 
 
 class _LinearNll(torch.autograd.Function):
